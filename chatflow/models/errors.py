@@ -1,0 +1,2 @@
+class PromptTooLongError(ValueError):
+    pass
