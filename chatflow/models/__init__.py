@@ -1,0 +1,77 @@
+"""Who answers: the switch from `--inference` and `--model` to a Beam model handler."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from chatflow.errors import UsageError
+from chatflow.models import embedded
+
+SCRIPTED = "scripted:"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how it is asked. Checked when made; loads nothing.
+
+    Attributes:
+      name: `gemma3-270m` (embedded), a preset of keras_hub's, a folder, `hf://…`,
+        `kaggle://…`, `gs://…`, `scripted:FILE`; or, remotely, `gemini-…` or
+        `projects/P/locations/L/endpoints/E`.
+      inference: `on_worker` or `remote`.
+      kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
+
+    Raises:
+      UsageError: no such model.
+    """
+
+    name: str = embedded.NAME
+    inference: str = "on_worker"
+    kind: str = "auto"
+    dtype: str = "auto"
+    max_batch_size: int = 16
+    large_model: bool = True
+
+    def __post_init__(self) -> None:
+        if self.is_scripted:
+            return
+        if self.inference == "remote":
+            raise UsageError("--inference=remote is not there yet")
+        from chatflow.models import gemma
+
+        gemma.check_preset(self.name)
+
+    @property
+    def is_scripted(self) -> bool:
+        return self.name.startswith(SCRIPTED)
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.inference == "on_worker" and self.name == embedded.NAME
+
+    @property
+    def writes_json(self) -> bool:
+        """The model writes the JSON answer itself."""
+        return self.is_scripted or self.inference == "remote"
+
+    @property
+    def instruct(self) -> bool:
+        if self.kind != "auto":
+            return self.kind == "instruct"
+        from chatflow.models import gemma
+
+        return self.writes_json or gemma.is_instruct(self.name)
+
+    def handler(self) -> Any:
+        """A Beam `ModelHandler` that answers `Request`s."""
+        if self.is_scripted:
+            from chatflow.models.scripted import ScriptedModelHandler, load_script
+
+            script = load_script(self.name.removeprefix(SCRIPTED))
+            return ScriptedModelHandler(script, max_batch_size=self.max_batch_size)
+        from chatflow.models.gemma import GemmaModelHandler
+
+        return GemmaModelHandler(
+            self.name, self.dtype, self.instruct, self.max_batch_size, self.large_model
+        )

@@ -14,9 +14,10 @@ hides it, and decoding overwrites it.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,33 @@ import keras
 import keras_hub
 import numpy as np
 
-from chatflow.models.errors import PromptTooLongError
+from chatflow.errors import ModelError
 
 SUFFIX_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens
 BATCH_BUCKETS = (1, 4, 16)  # rows
+BATCH_TOKENS = 8192  # rows times suffix; bounds the memory of attention scores
+PREFIXES_KEPT = 8
+
+
+class PromptTooLongError(ModelError):
+    """A prompt is longer than the longest bucket."""
+
+
+class Score(NamedTuple):
+    """Log-probability of each choice as the next text, in nats."""
+
+    scores: tuple[float, ...]
+    prompt_tokens: int
+    answer_tokens: int = 0
+
+
+class Continuation(NamedTuple):
+    """A greedy continuation; `cut` where it reached the limit before it ended."""
+
+    text: str
+    prompt_tokens: int
+    answer_tokens: int
+    cut: bool
 
 
 class Engine:
@@ -36,12 +60,14 @@ class Engine:
     Args:
       preset: a local folder, or any handle that keras_hub can load.
       dtype: `float32` or `bfloat16`.
+      instruct: wrap each prompt in Gemma's chat template, as one turn of the user. The
+        turn tokens are put in by id, so that no text can stand for them.
 
     Raises:
       ValueError: the preset is not a Gemma 1, 2 or 3 text model.
     """
 
-    def __init__(self, preset: str, dtype: str = "float32"):
+    def __init__(self, preset: str, dtype: str = "float32", instruct: bool = False):
         backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
         if isinstance(backbone, keras_hub.models.Gemma3Backbone):
             causal_lm, self._position_axis = keras_hub.models.Gemma3CausalLM, 1
@@ -52,7 +78,12 @@ class Engine:
         self.model = causal_lm(backbone=backbone, preprocessor=None)
         self.tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
         self.weights = [variable.value for variable in self.model.variables]
-        self._prefixes: dict[str, tuple[Any, int]] = {}
+        self._prefixes: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
+        self._before, self._after = [self.tokenizer.start_token_id], []
+        if instruct:
+            start, end = map(self.tokenizer.token_to_id, ("<start_of_turn>", "<end_of_turn>"))
+            self._before += [start, *self.encode("user\n")]
+            self._after = [end, *self.encode("\n"), start, *self.encode("model\n")]
 
     # Text and tokens.
 
@@ -80,48 +111,49 @@ class Engine:
 
     def score(
         self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probability of each choice as the next text; one forward pass, no decoding.
+    ) -> list[Score]:
+        """Scores each choice as the next text: one forward pass, no decoding.
 
         Args:
           prefix: the text that all prompts begin with.
           suffixes: the rest of each prompt.
           choices: told apart by their first token.
 
-        Returns:
-          log-probabilities `[len(suffixes), len(choices)]`, and prompt tokens `[len(suffixes)]`.
+        Raises:
+          ValueError: two choices begin with the same token.
+          PromptTooLongError: a prompt does not fit.
         """
         first = [self.encode(choice)[0] for choice in choices]
         if len(set(first)) < len(first):
             raise ValueError(f"the choices {list(choices)} do not differ in their first token")
-        scores, tokens = [], []
-        for rows, (logits, _, lengths) in self._prefill(prefix, suffixes, 0):
+        answers: dict[int, Score] = {}
+        for rows, logits, _, lengths in self._prefill(prefix, suffixes, 0):
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))  # [batch, vocabulary]
-            scores.append((rows, np.asarray(log_probs[:, jnp.asarray(first)])))
-            tokens.append((rows, np.asarray(lengths)))
-        return _in_order(scores, len(suffixes)), _in_order(tokens, len(suffixes))
+            chosen = np.asarray(log_probs[:, jnp.asarray(first)])  # [batch, choices]
+            for row, scores, length in zip(rows, chosen, lengths, strict=False):
+                answers[row] = Score(tuple(map(float, scores)), int(length))
+        return [answers[row] for row in range(len(suffixes))]
 
     def generate(
         self, prefix: str, suffixes: Sequence[str], max_tokens: int, stop: Sequence[str] = ()
-    ) -> list[tuple[str, int, int]]:
-        """Greedy continuation of each prompt.
+    ) -> list[Continuation]:
+        """Continues each prompt greedily, up to an end token or before a stop text.
 
-        Returns:
-          (text, prompt tokens, answer tokens) by prompt; the text ends before the
-          first stop text.
+        Raises:
+          PromptTooLongError: a prompt does not fit.
         """
-        answers: dict[int, tuple[str, int, int]] = {}
+        answers: dict[int, Continuation] = {}
         mask = self.stop_mask(tuple(stop))
-        for rows, (logits, cache, lengths) in self._prefill(prefix, suffixes, max_tokens):
-            tokens, counts, _ = self._decode(
+        for rows, logits, cache, lengths in self._prefill(prefix, suffixes, max_tokens):
+            tokens, counts, done, _ = self._decode(
                 self.weights, cache, logits, lengths, mask, max_tokens=max_tokens
             )
-            tokens, counts, lengths = np.asarray(tokens), np.asarray(counts), np.asarray(lengths)
-            for row, ids, count, length in zip(rows, tokens, counts, lengths, strict=False):
+            batch = zip(rows, *map(np.asarray, (tokens, counts, done, lengths)), strict=False)
+            for row, ids, count, ended, length in batch:
                 text = self.decode_text(ids[:count].tolist())
                 for end in stop:
                     text = text.split(end, 1)[0]
-                answers[row] = (text, int(length), int(count))
+                answers[row] = Continuation(text, int(length), int(count), not ended)
         return [answers[row] for row in range(len(suffixes))]
 
     # Batches, buckets and the shared prefix.
@@ -129,7 +161,7 @@ class Engine:
     def _prefix(self, prefix: str) -> tuple[Any, int]:
         """KV cache of a prefix, `[1, prefix]` at its position axis, and its tokens."""
         if prefix not in self._prefixes:
-            ids = [self.tokenizer.start_token_id, *self.encode(prefix)]
+            ids = [*self._before, *self.encode(prefix)]
             length = _bucket(len(ids), SUFFIX_BUCKETS)
             padded = jnp.asarray([ids + [0] * (length - len(ids))])
             _, cache = self._prefill_rows(
@@ -139,16 +171,24 @@ class Engine:
                 jax.lax.slice_in_dim, start_index=0, limit_index=len(ids), axis=self._position_axis
             )
             self._prefixes[prefix] = jax.tree.map(cut, cache), len(ids)
+            while len(self._prefixes) > PREFIXES_KEPT:
+                self._prefixes.popitem(last=False)
         return self._prefixes[prefix]
 
-    def _prefill(self, prefix: str, suffixes: Sequence[str], room: int):
-        """Runs suffixes in buckets; yields (row numbers, (logits, cache, lengths))."""
+    def _prefill(
+        self, prefix: str, suffixes: Sequence[str], room: int
+    ) -> Iterator[tuple[list[int], jax.Array, Any, jax.Array]]:
+        """Runs suffixes in buckets; yields (row numbers, logits, cache, lengths).
+
+        The arrays may have more rows than there are row numbers.
+        """
         cache, start = self._prefix(prefix)
-        encoded = [self.encode(suffix) for suffix in suffixes]
-        order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+        encoded = [[*self.encode(suffix), *self._after] for suffix in suffixes]
+        order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
         while order:
-            rows, order = order[: BATCH_BUCKETS[-1]], order[BATCH_BUCKETS[-1] :]
-            width = _bucket(max(len(encoded[row]) for row in rows), SUFFIX_BUCKETS)
+            width = _bucket(len(encoded[order[0]]), SUFFIX_BUCKETS)
+            fit = max(rows for rows in BATCH_BUCKETS if rows == 1 or rows * width <= BATCH_TOKENS)
+            rows, order = order[:fit], order[fit:]
             height = _bucket(len(rows), BATCH_BUCKETS)
             tokens = np.zeros((height, width), np.int32)
             lengths = np.ones(height, np.int32)
@@ -158,7 +198,7 @@ class Engine:
             logits, filled = self._prefill_rows(
                 self.weights, cache, tokens, lengths, start=start, total=start + width + room
             )
-            yield rows, (logits, filled, jnp.asarray(lengths) + start)
+            yield rows, logits, filled, jnp.asarray(lengths) + start
 
     # The compiled functions.
 
@@ -184,7 +224,9 @@ class Engine:
             return self.model.backbone.token_embedding(hidden, reverse=True)
 
     @functools.partial(jax.jit, static_argnames=("self", "start", "total"))
-    def _prefill_rows(self, weights, prefix, tokens, lengths, *, start: int, total: int):
+    def _prefill_rows(
+        self, weights: Any, prefix: Any, tokens: Any, lengths: Any, *, start: int, total: int
+    ) -> tuple[jax.Array, Any]:
         """tokens [batch, width], lengths [batch] -> logits of each last token, cache."""
         cache = self._empty_cache(tokens.shape[0], total)
         if prefix is not None:
@@ -203,10 +245,20 @@ class Engine:
         return self._logits(weights, last), cache
 
     @functools.partial(jax.jit, static_argnames=("self", "max_tokens"), donate_argnames="cache")
-    def _decode(self, weights, cache, logits, lengths, stop_mask, *, max_tokens: int):
+    def _decode(
+        self,
+        weights: Any,
+        cache: Any,
+        logits: jax.Array,
+        lengths: jax.Array,
+        stop_mask: jax.Array,
+        *,
+        max_tokens: int,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Greedy decoding on the device until every row has stopped.
 
-        Returns tokens [batch, max_tokens] and how many of them are the answer [batch].
+        Returns tokens [batch, max_tokens], how many of them are the answer [batch], and
+        whether the answer ended by itself [batch].
         """
         batch = logits.shape[0]
         run = jax.vmap(self._row, in_axes=(None, 0, 0, 0))
@@ -229,20 +281,14 @@ class Engine:
         answer = jnp.zeros((batch, max_tokens), jnp.int32)
         done, counts = jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
         state = (jnp.int32(0), cache, logits, answer, done, counts)
-        _, cache, _, answer, _, counts = jax.lax.while_loop(unfinished, one_step, state)
-        return answer, counts, cache  # returned so that its memory can be donated
+        _, cache, _, answer, done, counts = jax.lax.while_loop(unfinished, one_step, state)
+        return answer, counts, done, cache  # the cache, so that its memory can be donated
 
 
 def _bucket(size: int, buckets: Sequence[int]) -> int:
     for bucket in buckets:
         if size <= bucket:
             return bucket
-    raise PromptTooLongError(f"{size} tokens, the longest prompt taken is {buckets[-1]}")
-
-
-def _in_order(parts: list[tuple[list[int], np.ndarray]], count: int) -> np.ndarray:
-    """Rows of padded batches back in the order that they came."""
-    whole = np.zeros((count, *parts[0][1].shape[1:]), parts[0][1].dtype)
-    for rows, values in parts:
-        whole[rows] = values[: len(rows)]
-    return whole
+    raise PromptTooLongError(
+        "prompt_too_long", f"the prompt has {size:,} tokens; at most {buckets[-1]:,} are taken"
+    )

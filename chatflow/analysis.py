@@ -1,0 +1,141 @@
+"""AnalyseChats: how each customer feels, and what the chat is about."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import ModelHandler
+
+from chatflow import metrics
+from chatflow.answers import parse_analysis, shorten
+from chatflow.asking import Answered, AskModel
+from chatflow.dead_letters import DeadLettered
+from chatflow.prompts import AnalysisPrompt, Question
+from chatflow.records import AnalysedChat, Analysis, Chat, now
+
+
+class Analysed(NamedTuple):
+    analysed: beam.PCollection
+    dead_letters: beam.PCollection
+
+
+@dataclasses.dataclass
+class AnalyseChats(beam.PTransform):
+    """Chats to analyses: render the prompt, ask the model, parse the answer.
+
+    Attributes:
+      handler: who answers; see `chatflow.models`.
+      prompt: the template that asks for tone and summary.
+
+    Outputs:
+      `analysed`: an `AnalysedChat` for each user whose tone was asked for.
+      `dead_letters`: a letter for each user who has none, with the reason.
+    """
+
+    handler: ModelHandler
+    prompt: AnalysisPrompt
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, chats: beam.PCollection[Chat]) -> Analysed:
+        users = chats | "EachUser" >> beam.FlatMap(each_user)
+        asked = users | "RenderPrompt" >> DeadLettered("prompt", self.ask, Question)
+        answered = asked.ok | "AskModel" >> AskModel(self.handler, "model")
+        parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", self.parse, AnalysedChat)
+        failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
+        return Analysed(parsed.ok, failed | beam.Flatten())
+
+    def ask(self, asked_for: tuple[Chat, str]) -> Iterable[Question]:
+        chat, user_id = asked_for
+        question = self.prompt.question(chat, user_id)
+        metrics.count("dropped_messages", question.dropped_messages)
+        metrics.count("cut_messages", question.cut_messages)
+        yield question
+
+    def parse(self, answered: Answered) -> Iterable[AnalysedChat]:
+        analysis = to_analysis(answered, self.prompt)
+        metrics.count("analysed")
+        metrics.count(f"analysed/{analysis.sentiment.name.lower()}")
+        metrics.count(f"summaries/{analysis.summary_source}")
+        for repair in analysis.repairs:
+            metrics.count(f"repaired/{repair}")
+        yield AnalysedChat(answered.question.chat, analysis)
+
+
+def each_user(chat: Chat) -> Iterable[tuple[Chat, str]]:
+    """One analysis is asked for per (chat, user)."""
+    for user_id in chat.users():
+        metrics.count("asked")
+        yield chat.model_copy(update={"user_id": user_id}), user_id
+
+
+def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
+    """Parses the answer and checks that its summary is about this chat.
+
+    Raises:
+      BadAnswerError: see `answers.parse_analysis`.
+    """
+    question, answer = answered
+    settings, chat = prompt.template.settings, question.chat
+    parsed = parse_analysis(answer.text, settings["summary_characters"])
+    summary, source = parsed.summary, "model"
+    if grounding(summary, chat) < settings["summary_grounding"]:
+        summary, source = extract(chat, question.user_id, settings["summary_characters"]), "extract"
+    return Analysis.model_validate(
+        {
+            "analysis_id": question.request.id,
+            "chat_id": chat.chat_id,
+            "user_id": question.user_id,
+            "revision": chat.revision,
+            "sentiment": parsed.sentiment,
+            "summary": summary,
+            "summary_source": source,
+            "tone_scores": dict(answer.tone_scores) or None,
+            "dropped_messages": question.dropped_messages,
+            "cut_messages": question.cut_messages,
+            "repairs": parsed.repairs,
+            "model": answer.model,
+            "prompt_version": prompt.version,
+            "analysed_at": now(),
+        }
+    )
+
+
+_CONTENT_WORD = re.compile(r"[^\W_]{4,}")
+_EMPTY_WORDS = frozenset(
+    "about after again also because been before being could does doing done down each even "
+    "every find from further getting give given going have having help here into just know like "
+    "look made make making more most much need needs only other over please said same says "
+    "should some such sure take than thank thanks that their them then there these they thing "
+    "things this those through time under until very want wanted wants well were what when where "
+    "which while will with would your yours customer user agent company service support".split()
+)
+
+
+def content_words(text: str) -> list[str]:
+    """The words that carry meaning, lower-cased, by their first five letters.
+
+    Five letters, so that "refunded" in a summary is found in a chat about a "refund".
+    """
+    words = _CONTENT_WORD.findall(text.lower())
+    return [word[:5] for word in words if word not in _EMPTY_WORDS]
+
+
+def grounding(summary: str, chat: Chat) -> float:
+    """The share of a summary's content words that stand in the chat; 1 where it has none."""
+    known = set(content_words(" ".join(m.text for m in chat.messages)))
+    known.update(content_words(" ".join(m.user_id for m in chat.messages)))
+    words = content_words(summary)
+    return sum(word in known for word in words) / len(words) if words else 1.0
+
+
+def extract(chat: Chat, user_id: str, limit: int) -> str:
+    """The user's own words: the message that says the most, whole or shortened."""
+    own = [" ".join(m.text.split()) for m in chat.messages if m.user_id == user_id]
+    telling = max(own, key=lambda text: len(set(content_words(text))))
+    return f"“{shorten(telling, limit - 2)}”"

@@ -1,0 +1,171 @@
+"""What a model's answer must look like: parsed, mended at most once, or refused.
+
+An analysis is a JSON object with `sentiment` and `summary`; a draft is plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from chatflow.errors import BadAnswerError
+from chatflow.prompts import CONTROL_TOKEN
+from chatflow.records import Sentiment
+
+TONE_WORDS: Mapping[str, Sentiment] = {
+    "angry": Sentiment.ANGRY,
+    "unhappy": Sentiment.ANGRY,
+    "negative": Sentiment.ANGRY,
+    "neutral": Sentiment.NEUTRAL,
+    "happy": Sentiment.HAPPY,
+    "positive": Sentiment.HAPPY,
+}
+"""Words that models write where a number was asked for."""
+
+
+class AnalysisAnswer(NamedTuple):
+    sentiment: Sentiment
+    summary: str
+    repairs: tuple[str, ...]
+
+
+class DraftAnswer(NamedTuple):
+    text: str
+    repairs: tuple[str, ...]
+
+
+def parse_analysis(answer: str, summary_characters: int) -> AnalysisAnswer:
+    """Reads sentiment and summary from a model's answer.
+
+    Takes JSON that is fenced, prefixed, single-quoted, cut off or has trailing commas;
+    what had to be mended is said in `repairs`. A summary that is too long ends at a
+    word, with an ellipsis, and says so.
+
+    Raises:
+      BadAnswerError: `empty_answer`, `not_json`, `no_sentiment`, `bad_sentiment`,
+        `no_summary`, `empty_summary`.
+    """
+    if not answer.strip():
+        raise BadAnswerError("empty_answer", "the model's answer is empty", answer)
+    value, repairs = _answer_object(answer)
+    fields = {str(key).strip().lower(): item for key, item in value.items()}
+    if "sentiment" not in fields:
+        raise BadAnswerError("no_sentiment", "the answer has no field sentiment", answer)
+    sentiment = _sentiment(fields["sentiment"])
+    if sentiment is None:
+        shown = json.dumps(fields["sentiment"], default=str)[:80]
+        raise BadAnswerError("bad_sentiment", f"sentiment is {shown}, not -1, 0 or 1", answer)
+    if "summary" not in fields:
+        raise BadAnswerError("no_summary", "the answer has no field summary", answer)
+    if not isinstance(fields["summary"], str):
+        kind = type(fields["summary"]).__name__
+        raise BadAnswerError("no_summary", f"summary is a JSON {kind}, not a string", answer)
+    summary, mended = _plain_text(fields["summary"])
+    summary = " ".join(summary.split())
+    if not summary:
+        raise BadAnswerError("empty_summary", "the summary is empty", answer)
+    repairs += mended
+    if len(summary) > summary_characters:
+        summary, repairs = shorten(summary, summary_characters), (*repairs, "summary_cut")
+    return AnalysisAnswer(sentiment, summary, repairs)
+
+
+def parse_draft(answer: str, prompt: str, limit: int) -> DraftAnswer:
+    """Checks the text of a draft.
+
+    Args:
+      prompt: what the model was asked, to see whether it only says it again.
+      limit: characters; a longer draft ends at its last whole sentence within it.
+
+    Raises:
+      BadAnswerError: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`.
+    """
+    text = answer.strip()
+    if not re.search(r"\w", text):
+        raise BadAnswerError("empty_draft", "the draft has no words", answer)
+    if CONTROL_TOKEN.search(text):
+        raise BadAnswerError("control_tokens", "the draft holds control tokens", answer)
+    runs, known = _word_runs(text), set(_word_runs(prompt))
+    if len([run for run in runs if run in known]) * 2 > len(runs):
+        raise BadAnswerError("repeats_prompt", "most of the draft stands in its prompt", answer)
+    if len(set(runs)) * 2 < len(runs):
+        raise BadAnswerError("repeats_itself", "the draft says the same again and again", answer)
+    if len(text) <= limit:
+        return DraftAnswer(text, ())
+    ends = [end.end() for end in re.finditer(r"[.!?…](?=\s|$)", text[:limit])]
+    return DraftAnswer(text[: ends[-1]] if ends else shorten(text, limit), ("draft_cut",))
+
+
+def shorten(text: str, limit: int) -> str:
+    """The start of a text up to a word's end, with an ellipsis; at most `limit` characters."""
+    if len(text) <= limit:
+        return text
+    start = text[: limit - 1]
+    at_word = start.rsplit(" ", 1)[0] if " " in start else start
+    return at_word.rstrip(" ,;:") + "…"
+
+
+def _word_runs(text: str, length: int = 6) -> list[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    if len(words) <= length:
+        return [tuple(words)] if words else []
+    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+
+
+def _plain_text(text: str) -> tuple[str, tuple[str, ...]]:
+    plain = CONTROL_TOKEN.sub(" ", text)
+    return plain, ("control_tokens",) if plain != text else ()
+
+
+def _answer_object(answer: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The first JSON object of an answer that has a field we ask for, and what was mended."""
+    for value in _whole_objects(answer):
+        if _asked(value):
+            return value, ()
+    import json_repair
+
+    start = answer.find("{")
+    if start >= 0:
+        try:
+            value = json_repair.loads(answer[start:])
+        except (ValueError, RecursionError):
+            value = None
+        for item in value if isinstance(value, list) else [value]:
+            if _asked(item):
+                return item, ("json",)
+    raise BadAnswerError("not_json", "the answer holds no JSON object with the fields", answer)
+
+
+def _asked(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        str(key).strip().lower() in ("sentiment", "summary") for key in value
+    )
+
+
+def _whole_objects(text: str) -> Iterator[Any]:
+    decoder = json.JSONDecoder()
+    at = text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            yield value
+        at = text.find("{", end)
+
+
+def _sentiment(value: Any) -> Sentiment | None:
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in TONE_WORDS:
+            return TONE_WORDS[word]
+        try:
+            value = float(word)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return Sentiment(int(value)) if value in (-1, 0, 1) else None

@@ -1,0 +1,76 @@
+"""Questions to answers: RunInference between two Reshuffles, failures as dead letters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
+
+from chatflow import metrics
+from chatflow.dead_letters import DeadLettered, Outcome
+from chatflow.errors import ModelError
+from chatflow.models.requests import Answer, Failure
+from chatflow.prompts import Question
+
+
+class Answered(NamedTuple):
+    question: Question
+    answer: Answer
+
+
+@dataclasses.dataclass
+class AskModel(beam.PTransform):
+    """Questions to answers.
+
+    Reshuffles before and after: the read is not fused to the model, and a sink that is
+    tried again never asks the model again.
+
+    Attributes:
+      handler: answers `Request`s with `Answer`s, or with a `Failure` for each that fails.
+      stage: names this step in dead letters.
+      model_identifier: steps with the same one share one copy of the model.
+    """
+
+    handler: ModelHandler
+    stage: str
+    model_identifier: str = "chatflow"
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, questions: beam.PCollection[Question]) -> Outcome:
+        results = (
+            questions
+            | "BeforeModel" >> beam.Reshuffle()
+            | "WithKey" >> beam.Map(_keyed)
+            | "RunInference"
+            >> RunInference(
+                KeyedModelHandler(self.handler), model_identifier=self.model_identifier
+            )
+            | "AfterModel" >> beam.Reshuffle()
+        )
+        outcome: Outcome = results | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)
+        return outcome
+
+
+def _keyed(question: Question) -> tuple[Question, Any]:
+    return question, question.request
+
+
+def answered(result: tuple[Question, Any]) -> Iterable[Answered]:
+    """An answer beside its question; counts what it took.
+
+    Raises:
+      ModelError: the model gave a `Failure`.
+    """
+    question, prediction = result
+    inference = prediction.inference
+    if isinstance(inference, Failure):
+        raise ModelError(inference.reason, inference.error, inference.answer)
+    metrics.count("prompt_tokens", inference.prompt_tokens)
+    metrics.count("answer_tokens", inference.answer_tokens)
+    metrics.observe("latency_ms", round(inference.seconds * 1000))
+    yield Answered(question, inference)

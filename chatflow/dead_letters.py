@@ -1,0 +1,179 @@
+"""What failed: one idiom for failure in every stage, and the letters to try again."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import apache_beam as beam
+
+from chatflow import metrics
+from chatflow.errors import BadInputError, ElementError
+from chatflow.prompts import Question
+from chatflow.records import AnalysedChat, Analysis, Chat, DeadLetter, load_object, now, validate
+
+InputT = TypeVar("InputT")
+OutputT = TypeVar("OutputT")
+
+_log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """The two outputs of a step: what worked, and a letter for each element that did not."""
+
+    ok: beam.PCollection
+    dead_letters: beam.PCollection
+
+
+@dataclasses.dataclass
+class DeadLettered(beam.PTransform, Generic[InputT, OutputT]):
+    """A plain function as a step: what it returns goes on, what it raises is a dead letter.
+
+    Attributes:
+      stage: names the step in the letters and their counters.
+      function: one element to the elements that follow from it.
+      output_type: of the elements that go on, for Beam's type checks.
+    """
+
+    stage: str
+    function: Callable[[InputT], Iterable[OutputT]]
+    output_type: Any = Any
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, elements: beam.PCollection) -> Outcome:
+        outputs = elements | "Try" >> beam.ParDo(
+            _DeadLetteredDoFn(self.stage, self.function)
+        ).with_outputs(_FAILED, main="ok")
+        ok, failed = outputs["ok"], outputs[_FAILED]
+        ok.element_type, failed.element_type = self.output_type, DeadLetter
+        return Outcome(ok, failed)
+
+
+_FAILED = "dead_letters"
+
+
+class _DeadLetteredDoFn(beam.DoFn, Generic[InputT, OutputT]):
+    def __init__(self, stage: str, function: Callable[[InputT], Iterable[OutputT]]):
+        self.stage, self.function = stage, function
+
+    def process(self, element: InputT) -> Iterable[Any]:
+        try:
+            outputs = list(self.function(element))
+        except Exception as error:  # whatever it is, it concerns this element alone
+            yield beam.pvalue.TaggedOutput(_FAILED, dead_letter(self.stage, element, error))
+        else:
+            yield from outputs
+
+
+def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
+    """The letter of an element that failed; counted by stage and reason."""
+    if isinstance(error, ElementError):
+        reason, answer = error.reason, error.answer
+    else:
+        reason, answer = f"internal_{type(error).__name__}", None
+        _log.exception("%s: unexpected error; the element is dead-lettered", stage, exc_info=error)
+    metrics.count(f"dead_letters/{stage}/{reason}")
+    payload, encoding, chat_id = payload_of(element)
+    return DeadLetter(
+        stage=stage,
+        reason=reason,
+        error=str(error)[:2000] or reason,
+        payload=payload,
+        payload_encoding=encoding,
+        chat_id=chat_id,
+        answer=answer,
+        failed_at=now(),
+    )
+
+
+@functools.singledispatch
+def payload_of(element: Any) -> tuple[str, Any, str | None]:
+    """(payload, encoding, chat id) of an element, so that `replay` can send it in again."""
+    raise TypeError(f"no payload is known for {type(element).__name__}")
+
+
+@payload_of.register
+def _line_payload(line: bytes) -> tuple[str, Any, str | None]:
+    try:
+        return line.decode(), "utf-8", _chat_id_in(line)
+    except UnicodeDecodeError:
+        return base64.b64encode(line).decode(), "base64", None
+
+
+@payload_of.register
+def _chat_payload(chat: Chat) -> tuple[str, Any, str | None]:
+    return chat.to_json(), "utf-8", chat.chat_id
+
+
+@payload_of.register
+def _question_payload(question: Question) -> tuple[str, Any, str | None]:
+    """One user of the chat failed, so it is this user who is asked for again."""
+    if question.analysis is not None:
+        return payload_of(AnalysedChat(question.chat, question.analysis))
+    return payload_of(question.chat.model_copy(update={"user_id": question.user_id}))
+
+
+@payload_of.register(tuple)
+def _pair_payload(pair: tuple[Any, ...]) -> tuple[str, Any, str | None]:
+    if isinstance(pair, AnalysedChat):
+        return pair.to_json(), "utf-8", pair.chat.chat_id
+    return payload_of(pair[0])  # (question, answer) and (chat, user) alike
+
+
+def _chat_id_in(line: bytes) -> str | None:
+    try:
+        found = load_object(line).get("chat_id")
+    except BadInputError:
+        return None
+    return str(found) if isinstance(found, (str, int)) and found != "" else None
+
+
+class Replayed(NamedTuple):
+    """What dead letters held: lines to read again, and analyses that still want a draft."""
+
+    lines: beam.PCollection
+    analysed: beam.PCollection
+    dead_letters: beam.PCollection
+
+
+@dataclasses.dataclass
+class OpenDeadLetters(beam.PTransform):
+    """Lines of dead letters to what they held."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, lines: beam.PCollection) -> Replayed:
+        letters, failed = lines | "OpenLetter" >> DeadLettered("replay", open_letter)
+        held, undrafted = letters | "ByStage" >> beam.Partition(_is_for_drafts, 2)
+        analysed, unread = undrafted | "OpenAnalysis" >> DeadLettered(
+            "replay", open_analysis, AnalysedChat
+        )
+        again = held | "Payload" >> beam.Map(DeadLetter.payload_bytes).with_output_types(bytes)
+        return Replayed(again, analysed, (failed, unread) | beam.Flatten())
+
+
+def open_letter(line: bytes) -> Iterable[DeadLetter]:
+    yield validate(DeadLetter, load_object(line))
+
+
+def open_analysis(letter: DeadLetter) -> Iterable[AnalysedChat]:
+    value = load_object(letter.payload_bytes())
+    yield AnalysedChat(
+        validate(Chat, value.get("chat")), validate(Analysis, value.get("analysis"))
+    )
+
+
+def _is_for_drafts(letter: DeadLetter, _: int) -> int:
+    return int(letter.stage.startswith("draft"))
+
+
+@payload_of.register
+def _letter_payload(letter: DeadLetter) -> tuple[str, Any, str | None]:
+    return letter.to_json(), "utf-8", letter.chat_id

@@ -1,0 +1,33 @@
+"""The errors of chatflow: one for the person who starts it, one for an element."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """A wrong flag, file or setting; the command line shows it as one line, exit code 2."""
+
+
+class ElementError(Exception):
+    """An element cannot be handled; it becomes a dead letter.
+
+    Attributes:
+      reason: a short code for counting, e.g. `not_json`.
+      answer: the model's raw answer, where there is one.
+    """
+
+    def __init__(self, reason: str, message: str, answer: str | None = None):
+        super().__init__(message)
+        self.reason = reason
+        self.answer = answer
+
+
+class BadInputError(ElementError):
+    """The input is not a chat that can be analysed."""
+
+
+class BadAnswerError(ElementError):
+    """The model's answer is not what was asked for."""
+
+
+class ModelError(ElementError):
+    """The model gave no answer."""

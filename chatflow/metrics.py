@@ -1,0 +1,41 @@
+"""Counters and distributions: Beam's, and a copy in this process for the progress display.
+
+Beam's direct runner shows its metrics when a run is over. A local run happens in the
+process of the command line, so a count kept beside Beam's own can be shown meanwhile;
+on the workers of a cluster nobody reads it.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+from apache_beam.metrics import Metrics
+
+NAMESPACE = "chatflow"
+
+_lock = threading.Lock()
+_local: collections.Counter[str] = collections.Counter()
+
+
+def count(name: str, by: int = 1) -> None:
+    """Adds to a counter, e.g. `chats_read`, `dead_letters/answer/not_json`."""
+    if by:
+        Metrics.counter(NAMESPACE, name).inc(by)
+        with _lock:
+            _local[name] += by
+
+
+def observe(name: str, value: int) -> None:
+    """Adds a value to a distribution; the name ends in its unit, e.g. `latency_ms`."""
+    Metrics.distribution(NAMESPACE, name).update(value)
+
+
+def local_counts() -> dict[str, int]:
+    with _lock:
+        return dict(_local)
+
+
+def reset_local_counts() -> None:
+    with _lock:
+        _local.clear()

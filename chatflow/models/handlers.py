@@ -1,0 +1,84 @@
+"""The base of chatflow's model handlers: one result an element, whatever happens."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+
+from chatflow import metrics
+from chatflow.errors import ElementError
+from chatflow.models.requests import Answer, Failure, Request
+
+_log = logging.getLogger(__name__)
+
+
+class LanguageModel(Protocol):
+    """A loaded model. Its one method takes and gives plain values, so that it can be
+    called from other processes."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]: ...
+
+
+ModelT = TypeVar("ModelT", bound=LanguageModel)
+
+
+class LanguageModelHandler(ModelHandler[Request, PredictionResult, ModelT], Generic[ModelT], abc.ABC):
+    """A Beam model handler for requests, used through `RunInference`.
+
+    Results are `PredictionResult`s whose inference is an `Answer` or a `Failure`. Where
+    a whole batch fails, its requests are asked one by one, so that one bad request
+    takes no other with it.
+
+    Attributes:
+      name: of the model, as results and their ids have it.
+    """
+
+    def __init__(self, name: str, max_batch_size: int = 16, large_model: bool = False):
+        super().__init__(min_batch_size=1, max_batch_size=max_batch_size, large_model=large_model)
+        self.name = name
+
+    def get_metrics_namespace(self) -> str:
+        return "chatflow_model"
+
+    def get_num_bytes(self, batch: Sequence[Request]) -> int:
+        return sum(len(part.prompt) for request in batch for part in request.parts)
+
+    def run_inference(
+        self,
+        batch: Sequence[Request],
+        model: ModelT,
+        inference_args: dict[str, Any] | None = None,
+    ) -> Iterable[PredictionResult]:
+        """Answers a batch; see the class for what comes back."""
+        inferences = ask(model, batch)
+        for request in batch:
+            metrics.count(f"answered/{request.task}")
+        return [
+            PredictionResult(request, inference, model_id=self.name)
+            for request, inference in zip(batch, inferences, strict=True)
+        ]
+
+
+def ask(model: LanguageModel, batch: Sequence[Request]) -> list[Answer | Failure]:
+    """The batch at once; where that fails, each request alone."""
+    started = time.monotonic()
+    try:
+        answers = model.answer(batch)
+        if len(answers) != len(batch):
+            raise RuntimeError(f"{len(batch)} requests, but {len(answers)} answers")
+        return answers
+    except Exception as error:
+        if len(batch) > 1:
+            _log.warning("a batch of %d failed, asking one by one: %s", len(batch), error)
+            return [answer for request in batch for answer in ask(model, [request])]
+        seconds = time.monotonic() - started
+        if isinstance(error, ElementError):
+            return [Failure(error.reason, str(error), error.answer)]
+        kind = type(error).__name__
+        _log.warning("a request failed after %.1f s: %s: %s", seconds, kind, error)
+        return [Failure("model_error", f"{kind}: {error}")]

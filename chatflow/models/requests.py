@@ -1,0 +1,80 @@
+"""What is asked of a model, and what it gives back: the same for all models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One prompt of a request.
+
+    Attributes:
+      field: the field of the JSON answer that this part fills; None: the model's text
+        is the whole answer.
+      prompt: the text to continue.
+      shared: how many characters of it, from its start, all prompts of the template share.
+      max_tokens: of the answer; unused where there are choices.
+      stop: texts that end the answer and are not part of it.
+      choices: if any, one of these is scored best, and nothing is generated.
+      values: what each choice stands for in the JSON answer.
+      bias: constants taken off the choices' log-probabilities, in nats.
+    """
+
+    field: str | None
+    prompt: str
+    shared: int = 0
+    max_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    values: tuple[int, ...] = ()
+    bias: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """All that one model call (or one row of a batch) needs.
+
+    Attributes:
+      id: deterministic; see `records.Identity`.
+      task: `analysis` or `apology`.
+    """
+
+    id: str
+    task: str
+    chat_id: str
+    user_id: str
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model said: JSON with `sentiment` and `summary`, or the text of a draft.
+
+    Attributes:
+      model: who answered.
+      tone_scores: log-probability by tone word, where the tone was a scored choice.
+      seconds: from asking to answer; of the whole batch, where there was one.
+      finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
+    """
+
+    text: str
+    model: str
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+    finish_reason: str = "stop"
+    tone_scores: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a model gave no answer to one request; the others of its batch are not touched.
+
+    Attributes:
+      reason: a short code for counting, e.g. `prompt_too_long`.
+    """
+
+    reason: str
+    error: str
+    answer: str | None = None

@@ -1,0 +1,134 @@
+"""A model that answers from a script: for tests, chatflow's own and its users'.
+
+`--model=scripted:FILE` reads a file of JSON Lines. Each line is a rule; the first that
+fits a request answers it:
+
+    {"task": "analysis", "match": "refund", "answer": {"sentiment": -1, "summary": "…"}}
+    {"task": "apology", "answer": "We are sorry."}
+    {"chat_id": "7", "error": "overloaded"}
+    {"match": "slow", "stall_seconds": 2, "answer": "not JSON"}
+    {"match": "poison", "crash": "out of memory", "times": 1}
+
+`task`, `chat_id`, `user_id` and `match` (a regular expression, searched in the prompts)
+say whom a rule fits; all that are there must. `answer` is a JSON value or a text,
+`error` fails this request alone, `crash` raises from the whole batch, and `times` ends
+a rule after so many uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow.errors import ElementError, UsageError
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.requests import Answer, Failure, Request
+
+_FIELDS = frozenset(
+    ("task", "chat_id", "user_id", "match", "answer", "error", "crash", "stall_seconds", "times")
+)
+
+
+@dataclasses.dataclass
+class Script:
+    """Rules in order; a function from a request to its answer."""
+
+    rules: tuple[dict[str, Any], ...]
+    _used: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, request: Request) -> str:
+        for number, rule in enumerate(self.rules):
+            if not _fits(rule, request) or self._used.get(number, 0) >= rule.get("times", 1e9):
+                continue
+            self._used[number] = self._used.get(number, 0) + 1
+            time.sleep(rule.get("stall_seconds", 0))
+            if "crash" in rule:
+                raise RuntimeError(rule["crash"])
+            if "error" in rule:
+                raise ElementError(rule["error"], f"the script fails with {rule['error']}")
+            answer = rule.get("answer", "")
+            return answer if isinstance(answer, str) else json.dumps(answer)
+        raise ElementError("no_rule", f"no rule of the script fits chat {request.chat_id}")
+
+
+def _fits(rule: dict[str, Any], request: Request) -> bool:
+    return all(
+        name not in rule or str(rule[name]) == getattr(request, name)
+        for name in ("task", "chat_id", "user_id")
+    ) and any(re.search(rule.get("match", ""), part.prompt) for part in request.parts)
+
+
+def load_script(path: str) -> Script:
+    """Reads a script.
+
+    Raises:
+      UsageError: the file cannot be read, or a line is no rule; with its number.
+    """
+    try:
+        with FileSystems.open(path) as file:
+            lines = file.read().decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--model: the script {path!r} cannot be read: {error}") from None
+    rules = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rule = json.loads(line)
+            if not isinstance(rule, dict):
+                raise ValueError("a rule is a JSON object")
+            if unknown := set(rule) - _FIELDS:
+                raise ValueError(f"unknown {sorted(unknown)}; known are {sorted(_FIELDS)}")
+            re.compile(rule.get("match", ""))
+        except (ValueError, re.error) as error:
+            raise UsageError(f"--model: {path}:{number}: {error}") from None
+        rules.append(rule)
+    return Script(tuple(rules))
+
+
+class ScriptedModel:
+    """Answers each request with a function; an `ElementError` of it fails that one alone."""
+
+    def __init__(self, name: str, function: Callable[[Request], str]):
+        self.name, self.function = name, function
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Answer | Failure:
+        started = time.monotonic()
+        try:
+            text = self.function(request)
+        except ElementError as error:
+            return Failure(error.reason, str(error), error.answer)
+        return Answer(
+            text,
+            self.name,
+            prompt_tokens=sum(len(part.prompt.split()) for part in request.parts),
+            answer_tokens=len(text.split()),
+            seconds=time.monotonic() - started,
+        )
+
+
+class ScriptedModelHandler(LanguageModelHandler[ScriptedModel]):
+    """Answers from a function; see the module for scripts in files.
+
+    Args:
+      function: from a `Request` to the text that the model writes. It may raise
+        `ElementError` to fail one request, or anything else to fail its batch.
+    """
+
+    def __init__(
+        self, function: Callable[[Request], str], name: str = "scripted", max_batch_size: int = 16
+    ):
+        super().__init__(name, max_batch_size)
+        self.function = function
+
+    def load_model(self) -> ScriptedModel:
+        return ScriptedModel(self.name, self.function)

@@ -1,0 +1,164 @@
+"""Every flag, in one place: type, default, help and check.
+
+The command line, its `--help` and the README's table are made from `Options`. Flags
+that are not here are Beam's and go to the runner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from chatflow.errors import UsageError
+
+DEFAULT_MODEL = "gemma3-270m"
+
+
+def _flag(default: Any, help: str, group: str, choices: Sequence[str] = (), least: int = 0) -> Any:
+    metadata = {"help": help, "group": group, "choices": tuple(choices), "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_DATA, _MODEL, _RUN = "data", "model and prompts", "running"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags of `chatflow run`; a field is a flag of the same name."""
+
+    input: str = _flag(
+        "", "Chats to read: a glob of JSON Lines files or a folder, local or gs://.", _DATA
+    )
+    output: str = _flag(
+        "", "Folder for analyses*.jsonl, drafts*.jsonl and dead_letters*.jsonl; "
+        "those of an earlier run in it are replaced.", _DATA,
+    )  # fmt: skip
+    max_line_bytes: int = _flag(
+        16_000_000, "A longer input line becomes a dead letter.", _DATA, least=1
+    )
+    inference: str = _flag(
+        "on_worker", "Where the model runs.", _MODEL, choices=("on_worker", "remote")
+    )
+    model: str = _flag(
+        DEFAULT_MODEL,
+        "The model. On the worker: gemma3-270m (embedded, needs no download), any Gemma preset of "
+        "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…. "
+        "scripted:FILE answers from a script, for tests.",
+        _MODEL,
+    )
+    model_kind: str = _flag(
+        "auto", "Whether the model continues text (base) or follows instructions (instruct); "
+        "auto: by its name.", _MODEL, choices=("auto", "base", "instruct"),
+    )  # fmt: skip
+    dtype: str = _flag(
+        "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else float32.",
+        _MODEL, choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+    prompts: str = _flag(
+        "", "Folder with analysis.jinja and apology.jinja; default: chatflow's own for the "
+        "model's kind.", _MODEL,
+    )  # fmt: skip
+    max_prompt_tokens: int = _flag(
+        1536, "Budget of one prompt; the oldest messages are left out first, and the record "
+        "says so.", _MODEL, least=64,
+    )  # fmt: skip
+    max_batch_size: int = _flag(16, "Most requests in one batch to the model.", _MODEL, least=1)
+    summary: str = _flag(
+        "table", "What is printed at the end: a table of results and counts, or the counts as "
+        "one line of JSON.", _RUN, choices=("table", "json"),
+    )  # fmt: skip
+    show: int = _flag(100, "Most results in the table.", _RUN)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise UsageError(f"--{field.name}={value}: must be one of {', '.join(choices)}")
+            if isinstance(value, int) and value < field.metadata["least"]:
+                raise UsageError(
+                    f"--{field.name}={value}: must be at least {field.metadata['least']}"
+                )
+
+    @classmethod
+    def defaults(cls) -> dict[str, dict[str, Any]]:
+        """By flag: its default, help and choices; what documentation is made from."""
+        return {
+            field.name: {"default": field.default, **field.metadata}
+            for field in dataclasses.fields(cls)
+        }
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags as a `UsageError`."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
+    groups: dict[str, Any] = {}
+    for name, flag in Options.defaults().items():
+        if name in leave_out:
+            continue
+        group = flag["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        shown = "" if flag["default"] == "" else " (default: %(default)s)"
+        groups[group].add_argument(
+            f"--{name}",
+            default=flag["default"],
+            type=type(flag["default"]),
+            choices=flag["choices"] or None,
+            metavar=None if flag["choices"] else name.rsplit("_", 1)[-1].upper(),
+            help=flag["help"] + shown,
+        )
+
+
+def from_flags(parsed: argparse.Namespace, required: Sequence[str] = ()) -> Options:
+    """Options from parsed flags.
+
+    Raises:
+      UsageError: a required flag is missing, or a value is out of its range.
+    """
+    for name in required:
+        if not getattr(parsed, name):
+            raise UsageError(f"--{name} is missing: {Options.defaults()[name]['help']}")
+    names = [field.name for field in dataclasses.fields(Options)]
+    return Options(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
+
+
+def beam_options(flags: Sequence[str]) -> Any:
+    """Beam's `PipelineOptions` of the flags that are not chatflow's.
+
+    Raises:
+      UsageError: a flag that Beam does not know either.
+    """
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for options in PipelineOptions.__subclasses__():
+        options._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(list(flags))
+    if unknown:
+        own = [f"--{name}" for name in Options.defaults()]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], own, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; it is neither chatflow's nor Beam's"
+        raise UsageError(f"unknown flag {unknown[0]}{hint}")
+    options = PipelineOptions(list(flags))
+    standard = options.view_as(StandardOptions)
+    if standard.runner in (None, "DirectRunner"):
+        # Beam's DirectRunner first tries to fetch another runner from the network.
+        standard.runner = LOCAL_RUNNER
+    return options
+
+
+LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+def is_local(options: Any) -> bool:
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    return bool(options.view_as(StandardOptions).runner == LOCAL_RUNNER)

@@ -1,0 +1,95 @@
+"""The whole graph. A chat passes through it from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import apache_beam as beam
+
+from chatflow.analysis import AnalyseChats
+from chatflow.dead_letters import OpenDeadLetters
+from chatflow.drafts import DraftApologies
+from chatflow.models import ModelSpec
+from chatflow.options import Options
+from chatflow.prompts import AnalysisPrompt, DraftPrompt, load_folder
+from chatflow.records import AnalysedChat, Analysis
+from chatflow.sinks import WriteRecords
+from chatflow.sources import ParseChats, ReadLines
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a pipeline is built from; all of it checked before anything runs.
+
+    Attributes:
+      replay: the input holds dead letters, which are tried again.
+    """
+
+    options: Options
+    model: ModelSpec
+    analysis_prompt: AnalysisPrompt
+    draft_prompt: DraftPrompt
+    replay: bool = False
+
+
+def plan(options: Options, replay: bool = False) -> Plan:
+    """Reads and checks model and prompts.
+
+    Raises:
+      UsageError: an unknown model, or a prompt folder with a mistake.
+    """
+    model = ModelSpec(
+        name=options.model,
+        inference=options.inference,
+        kind=options.model_kind,
+        dtype=options.dtype,
+        max_batch_size=options.max_batch_size,
+    )
+    templates = load_folder(options.prompts or ("instruct" if model.instruct else "base"))
+    asked = {
+        "model": "scripted" if model.is_scripted else model.name,
+        "writes_json": model.writes_json,
+        "spaced": not model.instruct,
+        "max_prompt_tokens": options.max_prompt_tokens,
+    }
+    return Plan(
+        options,
+        model,
+        AnalysisPrompt(templates["analysis"], **asked),
+        DraftPrompt(templates["apology"], **asked),
+        replay,
+    )
+
+
+def build(pipeline: beam.Pipeline, plan: Plan) -> None:
+    """Chats in; analyses, apology drafts and dead letters out."""
+    options, handler = plan.options, plan.model.handler()
+
+    lines = pipeline | "ReadLines" >> ReadLines(options.input)
+    if plan.replay:
+        opened = lines | "OpenDeadLetters" >> OpenDeadLetters()
+        lines = opened.lines
+
+    read = lines | "ParseChats" >> ParseChats(options.max_line_bytes)
+    analysed = read.chats | "AnalyseChats" >> AnalyseChats(handler, plan.analysis_prompt)
+    to_draft = analysed.analysed
+    if plan.replay:
+        to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
+    drafted = to_draft | "DraftApologies" >> DraftApologies(handler, plan.draft_prompt)
+
+    analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
+    dead_letters = [read.dead_letters, analysed.dead_letters, drafted.dead_letters]
+    if plan.replay:
+        dead_letters.append(opened.dead_letters)
+
+    analyses | "WriteAnalyses" >> WriteRecords(options.output, "analyses")
+    drafted.drafts | "WriteDrafts" >> WriteRecords(options.output, "drafts")
+    (
+        dead_letters
+        | "AllDeadLetters" >> beam.Flatten()
+        | "WriteDeadLetters" >> WriteRecords(options.output, "dead_letters")
+    )
+
+
+def take_analysis(analysed: AnalysedChat) -> Analysis:
+    return analysed.analysis

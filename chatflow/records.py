@@ -1,0 +1,271 @@
+"""The records that pass through chatflow: what comes in, what goes out, their JSON.
+
+Every record is immutable. On the wire a record is one JSON object in UTF-8; ids are
+strings (integers are accepted); times are RFC 3339 in UTC.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from enum import IntEnum
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from chatflow.errors import BadInputError
+
+SUMMARY_CHARACTERS = 512
+"""The longest summary that an `Analysis` holds, as the talk's prompt asks for."""
+
+
+class Sentiment(IntEnum):
+    """How a customer feels."""
+
+    ANGRY = -1
+    NEUTRAL = 0
+    HAPPY = 1
+
+
+def _id(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _rfc3339(value: datetime) -> str:
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=timezone.utc)
+    return value.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+Id = Annotated[str, BeforeValidator(_id), Field(min_length=1, max_length=1024)]
+Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used="json")]
+Role = Literal["customer", "agent", "bot"]
+
+
+class Record(BaseModel):
+    """What all records share: immutable, unknown fields ignored, JSON both ways."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_enum_values=False)
+
+    def to_json(self) -> str:
+        """One line of JSON; fields that are None are left out."""
+        return self.model_dump_json(exclude_none=True)
+
+
+class Message(Record):
+    """One message of a chat. `role` says who wrote it, where that is known."""
+
+    user_id: Id
+    text: str
+    message_id: Id | None = None
+    role: Role | None = None
+    sent_at: Time | None = None
+    attributes: dict[str, str] = Field(default_factory=dict)
+
+
+class Chat(Record):
+    """A whole chat. `user_id` names the user whose tone is asked for, if given."""
+
+    chat_id: Id
+    messages: tuple[Message, ...]
+    user_id: Id | None = None
+    attributes: dict[str, str] = Field(default_factory=dict)
+    revision: int = Field(default=0, ge=0)
+
+    def users(self) -> tuple[str, ...]:
+        """Whose tone is asked: the named user, else every customer, else the first author."""
+        if self.user_id is not None:
+            return (self.user_id,)
+        customers = [m.user_id for m in self.messages if m.role == "customer"]
+        if customers or any(m.role for m in self.messages):
+            return tuple(dict.fromkeys(customers))
+        return (self.messages[0].user_id,)
+
+
+class Analysis(Record):
+    """How one user of one chat feels, and what the chat is about.
+
+    Attributes:
+      summary_source: `model` for the model's own words; `extract` where these were not
+        grounded in the chat, and the user's own words stand in for them.
+      tone_scores: log-probability of each tone word before `tone_bias` is taken off,
+        for models whose tone is a scored choice.
+      dropped_messages: oldest messages left out of the prompt to keep its token budget.
+      cut_messages: messages of which only the end went into the prompt.
+      repairs: what was mended in the model's answer: `json`, `summary_cut`, `control_tokens`.
+    """
+
+    analysis_id: str
+    chat_id: str
+    user_id: str
+    revision: int
+    sentiment: Sentiment
+    summary: str = Field(min_length=1, max_length=SUMMARY_CHARACTERS)
+    summary_source: Literal["model", "extract"] = "model"
+    tone_scores: dict[str, float] | None = None
+    dropped_messages: int = 0
+    cut_messages: int = 0
+    repairs: tuple[str, ...] = ()
+    model: str
+    prompt_version: str
+    analysed_at: Time
+
+
+class Draft(Record):
+    """An apology for support staff to review; never sent by chatflow itself."""
+
+    draft_id: str
+    analysis_id: str
+    chat_id: str
+    user_id: str
+    revision: int
+    text: str = Field(min_length=1)
+    repairs: tuple[str, ...] = ()
+    model: str
+    prompt_version: str
+    drafted_at: Time
+
+
+class DeadLetter(Record):
+    """An element that could not be handled, with all that is needed to try it again.
+
+    Attributes:
+      stage: where it failed: `read`, `prompt`, `model`, `answer`, each for
+        analyses, and `draft_prompt`, `draft_model`, `draft_answer`.
+      reason: a short code, e.g. `not_json`.
+      payload: the element as it came; base64 of its bytes where these are not UTF-8.
+      answer: the model's raw answer, where there is one.
+    """
+
+    stage: str
+    reason: str
+    error: str
+    payload: str
+    payload_encoding: Literal["utf-8", "base64"] = "utf-8"
+    chat_id: str | None = None
+    answer: str | None = None
+    failed_at: Time
+
+    def payload_bytes(self) -> bytes:
+        if self.payload_encoding == "base64":
+            return base64.b64decode(self.payload)
+        return self.payload.encode()
+
+
+class AnalysedChat(NamedTuple):
+    """An analysis beside the chat that it is about."""
+
+    chat: Chat
+    analysis: Analysis
+
+    def to_json(self) -> str:
+        return f'{{"chat":{self.chat.to_json()},"analysis":{self.analysis.to_json()}}}'
+
+
+class Reading(NamedTuple):
+    """A chat as it was read, and what was left out of it."""
+
+    chat: Chat
+    empty_messages: int
+    duplicate_messages: int
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def parse_record(kind: type[RecordT], line: bytes) -> RecordT:
+    """Reads one record from a line of JSON.
+
+    Raises:
+      BadInputError: `not_utf8`, `not_json`, `not_an_object` or `wrong_shape`, with the
+        fields that are wrong.
+    """
+    return validate(kind, load_object(line))
+
+
+def load_object(line: bytes) -> dict[str, Any]:
+    """A line of JSON as a dictionary; see `parse_record` for the errors."""
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInputError("not_utf8", f"the line is not UTF-8: {error}") from None
+    try:
+        value = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadInputError("not_json", f"the line is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise BadInputError("not_an_object", f"the line holds a JSON {kind}, not an object")
+    return value
+
+
+def validate(kind: type[RecordT], value: Any) -> RecordT:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'record'}: {e['msg']}" for e in error.errors()[:5]
+        ]
+        if error.error_count() > 5:
+            problems.append(f"and {error.error_count() - 5} more")
+        raise BadInputError("wrong_shape", "; ".join(problems)) from None
+
+
+def parse_chat(line: bytes) -> Reading:
+    """Reads a chat; leaves out messages without text and repeated message ids.
+
+    Raises:
+      BadInputError: as `parse_record`; also `no_messages`, `no_text`, `no_customer`.
+    """
+    value = load_object(line)
+    if "messages" not in value:
+        raise BadInputError("no_messages", "the object has no field 'messages', so it is no chat")
+    chat = validate(Chat, value)
+    if not chat.messages:
+        raise BadInputError("no_messages", f"chat {chat.chat_id} has an empty list of messages")
+    with_text = [m for m in chat.messages if m.text.strip()]
+    kept = tuple(_first_of_each_id(with_text))
+    if not kept:
+        raise BadInputError("no_text", f"chat {chat.chat_id} has no message with text")
+    chat = chat.model_copy(update={"messages": kept})
+    users, authors = chat.users(), {m.user_id for m in kept}
+    if not users:
+        raise BadInputError("no_customer", f"chat {chat.chat_id} has no message of a customer")
+    if not authors.issuperset(users):
+        missing = next(user for user in users if user not in authors)
+        raise BadInputError(
+            "no_customer", f"chat {chat.chat_id} asks for user {missing}, who wrote nothing in it"
+        )
+    empty = len(value["messages"]) - len(with_text)
+    return Reading(chat, empty, len(with_text) - len(kept))
+
+
+def _first_of_each_id(messages: Iterable[Message]) -> Iterable[Message]:
+    seen = set()
+    for message in messages:
+        if message.message_id is None or message.message_id not in seen:
+            seen.add(message.message_id)
+            yield message
+
+
+class Identity(NamedTuple):
+    """What an id is made of: the same input twice gives the same id."""
+
+    chat_id: str
+    user_id: str
+    revision: int
+    prompt_version: str
+    model: str
+
+    LENGTH: ClassVar[int] = 32  # hexadecimal digits
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[: self.LENGTH]
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc)
