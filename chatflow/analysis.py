@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import apache_beam as beam
-from apache_beam.ml.inference.base import ModelHandler
 
 from chatflow import metrics
 from chatflow.answers import parse_analysis, shorten
 from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
+from chatflow.models import Model
 from chatflow.prompts import AnalysisPrompt, Question
 from chatflow.records import AnalysedChat, Analysis, Chat, now
 
@@ -23,12 +23,13 @@ class Analysed(NamedTuple):
     dead_letters: beam.PCollection
 
 
+@beam.typehints.with_input_types(Chat)
 @dataclasses.dataclass
 class AnalyseChats(beam.PTransform):
     """Chats to analyses: render the prompt, ask the model, parse the answer.
 
     Attributes:
-      handler: who answers; see `chatflow.models`.
+      model: who answers; see `chatflow.models`.
       prompt: the template that asks for tone and summary.
 
     Outputs:
@@ -36,7 +37,7 @@ class AnalyseChats(beam.PTransform):
       `dead_letters`: a letter for each user who has none, with the reason.
     """
 
-    handler: ModelHandler
+    model: Model
     prompt: AnalysisPrompt
 
     def __post_init__(self) -> None:
@@ -45,7 +46,7 @@ class AnalyseChats(beam.PTransform):
     def expand(self, chats: beam.PCollection[Chat]) -> Analysed:
         users = chats | "EachUser" >> beam.FlatMap(each_user)
         asked = users | "RenderPrompt" >> DeadLettered("prompt", self.ask, Question)
-        answered = asked.ok | "AskModel" >> AskModel(self.handler, "model")
+        answered = asked.ok | "AskModel" >> AskModel(self.model, "model")
         parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", self.parse, AnalysedChat)
         failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
         return Analysed(parsed.ok, failed | beam.Flatten())
@@ -108,12 +109,100 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
 
 _CONTENT_WORD = re.compile(r"[^\W_]{4,}")
 _EMPTY_WORDS = frozenset(
-    "about after again also because been before being could does doing done down each even "
-    "every find from further getting give given going have having help here into just know like "
-    "look made make making more most much need needs only other over please said same says "
-    "should some such sure take than thank thanks that their them then there these they thing "
-    "things this those through time under until very want wanted wants well were what when where "
-    "which while will with would your yours customer user agent company service support".split()
+    [
+        "about",
+        "after",
+        "again",
+        "also",
+        "because",
+        "been",
+        "before",
+        "being",
+        "could",
+        "does",
+        "doing",
+        "done",
+        "down",
+        "each",
+        "even",
+        "every",
+        "find",
+        "from",
+        "further",
+        "getting",
+        "give",
+        "given",
+        "going",
+        "have",
+        "having",
+        "help",
+        "here",
+        "into",
+        "just",
+        "know",
+        "like",
+        "look",
+        "made",
+        "make",
+        "making",
+        "more",
+        "most",
+        "much",
+        "need",
+        "needs",
+        "only",
+        "other",
+        "over",
+        "please",
+        "said",
+        "same",
+        "says",
+        "should",
+        "some",
+        "such",
+        "sure",
+        "take",
+        "than",
+        "thank",
+        "thanks",
+        "that",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "thing",
+        "things",
+        "this",
+        "those",
+        "through",
+        "time",
+        "under",
+        "until",
+        "very",
+        "want",
+        "wanted",
+        "wants",
+        "well",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "will",
+        "with",
+        "would",
+        "your",
+        "yours",
+        "customer",
+        "user",
+        "agent",
+        "company",
+        "service",
+        "support",
+    ]
 )
 
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from chatflow.chat_text import CONTROL_TOKEN
 from chatflow.errors import BadAnswerError
-from chatflow.prompts import CONTROL_TOKEN
 from chatflow.records import Sentiment
 
 TONE_WORDS: Mapping[str, Sentiment] = {

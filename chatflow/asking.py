@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
+from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 
 from chatflow import metrics
 from chatflow.dead_letters import DeadLettered, Outcome
 from chatflow.errors import ModelError
+from chatflow.models import Model
 from chatflow.models.requests import Answer, Failure
 from chatflow.prompts import Question
 
@@ -21,6 +22,7 @@ class Answered(NamedTuple):
     answer: Answer
 
 
+@beam.typehints.with_input_types(Question)
 @dataclasses.dataclass
 class AskModel(beam.PTransform):
     """Questions to answers.
@@ -29,14 +31,13 @@ class AskModel(beam.PTransform):
     tried again never asks the model again.
 
     Attributes:
-      handler: answers `Request`s with `Answer`s, or with a `Failure` for each that fails.
+      model: its handler answers `Request`s with `Answer`s, or with a `Failure` for each
+        that fails.
       stage: names this step in dead letters.
-      model_identifier: steps with the same one share one copy of the model.
     """
 
-    handler: ModelHandler
+    model: Model
     stage: str
-    model_identifier: str = "chatflow"
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class AskModel(beam.PTransform):
             | "WithKey" >> beam.Map(_keyed)
             | "RunInference"
             >> RunInference(
-                KeyedModelHandler(self.handler), model_identifier=self.model_identifier
+                KeyedModelHandler(self.model.handler), model_identifier=self.model.identifier
             )
             | "AfterModel" >> beam.Reshuffle()
         )

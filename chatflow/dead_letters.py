@@ -165,9 +165,7 @@ def open_letter(line: bytes) -> Iterable[DeadLetter]:
 
 def open_analysis(letter: DeadLetter) -> Iterable[AnalysedChat]:
     value = load_object(letter.payload_bytes())
-    yield AnalysedChat(
-        validate(Chat, value.get("chat")), validate(Analysis, value.get("analysis"))
-    )
+    yield AnalysedChat(validate(Chat, value.get("chat")), validate(Analysis, value.get("analysis")))
 
 
 def _is_for_drafts(letter: DeadLetter, _: int) -> int:

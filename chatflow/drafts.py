@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import apache_beam as beam
-from apache_beam.ml.inference.base import ModelHandler
 
 from chatflow import metrics
 from chatflow.answers import parse_draft
 from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
+from chatflow.models import Model
 from chatflow.prompts import DraftPrompt, Question
 from chatflow.records import AnalysedChat, Draft, Sentiment, now
 
@@ -22,12 +22,13 @@ class Drafted(NamedTuple):
     dead_letters: beam.PCollection
 
 
+@beam.typehints.with_input_types(AnalysedChat)
 @dataclasses.dataclass
 class DraftApologies(beam.PTransform):
     """Analyses to apology drafts: the angry ones only.
 
     Attributes:
-      handler: who writes; the same model as for the analyses, loaded once.
+      model: who writes; the same as for the analyses, so that it is loaded once.
       prompt: the template that asks for an apology.
 
     Outputs:
@@ -35,7 +36,7 @@ class DraftApologies(beam.PTransform):
       `dead_letters`: a letter for each angry user who has none; the analysis stands.
     """
 
-    handler: ModelHandler
+    model: Model
     prompt: DraftPrompt
 
     def __post_init__(self) -> None:
@@ -44,7 +45,7 @@ class DraftApologies(beam.PTransform):
     def expand(self, analysed: beam.PCollection[AnalysedChat]) -> Drafted:
         angry = analysed | "OnlyAngry" >> beam.Filter(is_angry)
         asked = angry | "RenderPrompt" >> DeadLettered("draft_prompt", self.ask, Question)
-        answered = asked.ok | "AskModel" >> AskModel(self.handler, "draft_model")
+        answered = asked.ok | "AskModel" >> AskModel(self.model, "draft_model")
         parsed = answered.ok | "ParseAnswer" >> DeadLettered("draft_answer", self.parse, Draft)
         failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
         return Drafted(parsed.ok, failed | beam.Flatten())

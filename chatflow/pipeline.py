@@ -11,10 +11,11 @@ from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
 from chatflow.models import ModelSpec
 from chatflow.options import Options
-from chatflow.prompts import AnalysisPrompt, DraftPrompt, load_folder
+from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Analysis
 from chatflow.sinks import WriteRecords
 from chatflow.sources import ParseChats, ReadLines
+from chatflow.templates import load_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +47,18 @@ def plan(options: Options, replay: bool = False) -> Plan:
         max_batch_size=options.max_batch_size,
     )
     templates = load_folder(options.prompts or ("instruct" if model.instruct else "base"))
-    asked = {
-        "model": "scripted" if model.is_scripted else model.name,
-        "writes_json": model.writes_json,
-        "spaced": not model.instruct,
-        "max_prompt_tokens": options.max_prompt_tokens,
-    }
     return Plan(
         options,
         model,
-        AnalysisPrompt(templates["analysis"], **asked),
-        DraftPrompt(templates["apology"], **asked),
+        AnalysisPrompt(templates["analysis"], model, options.max_prompt_tokens),
+        DraftPrompt(templates["apology"], model, options.max_prompt_tokens),
         replay,
     )
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     """Chats in; analyses, apology drafts and dead letters out."""
-    options, handler = plan.options, plan.model.handler()
+    options, model = plan.options, plan.model.model()
 
     lines = pipeline | "ReadLines" >> ReadLines(options.input)
     if plan.replay:
@@ -71,11 +66,11 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         lines = opened.lines
 
     read = lines | "ParseChats" >> ParseChats(options.max_line_bytes)
-    analysed = read.chats | "AnalyseChats" >> AnalyseChats(handler, plan.analysis_prompt)
+    analysed = read.chats | "AnalyseChats" >> AnalyseChats(model, plan.analysis_prompt)
     to_draft = analysed.analysed
     if plan.replay:
         to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
-    drafted = to_draft | "DraftApologies" >> DraftApologies(handler, plan.draft_prompt)
+    drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.draft_prompt)
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
     dead_letters = [read.dead_letters, analysed.dead_letters, drafted.dead_letters]

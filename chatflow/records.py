@@ -10,9 +10,9 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import IntEnum
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
@@ -37,8 +37,8 @@ def _id(value: Any) -> Any:
 
 def _rfc3339(value: datetime) -> str:
     if value.tzinfo is None:
-        value = value.replace(tzinfo=timezone.utc)
-    return value.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
+        value = value.replace(tzinfo=UTC)
+    return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 Id = Annotated[str, BeforeValidator(_id), Field(min_length=1, max_length=1024)]
@@ -261,11 +261,9 @@ class Identity(NamedTuple):
     prompt_version: str
     model: str
 
-    LENGTH: ClassVar[int] = 32  # hexadecimal digits
-
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[: self.LENGTH]
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:32]
 
 
 def now() -> datetime:
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)

@@ -16,6 +16,7 @@ KINDS = ("analyses", "drafts", "dead_letters")
 """Each kind of record has files of this name in the output folder."""
 
 
+@beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class WriteRecords(beam.PTransform):
     """Records to `FOLDER/KIND-00000-of-00001.jsonl`, as many shards as the runner wants.
@@ -79,7 +80,9 @@ def prepare_output(folder: str, inputs: list[str]) -> int:
         raise UsageError(f"--output: {folder!r} cannot be written: {error}") from None
     stale = result_files(folder)
     if read := sorted(set(stale) & set(inputs)):
-        raise UsageError(f"--output: {folder!r} holds {read[0]}, which is read; name another folder")
+        raise UsageError(
+            f"--output: {folder!r} holds {read[0]}, which is read; name another folder"
+        )
     if stale:
         FileSystems.delete(stale)
     return len(stale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ class ReadLines(beam.PTransform):
         return lines | "DropBlank" >> beam.Filter(bytes.strip).with_output_types(bytes)
 
 
+@beam.typehints.with_input_types(bytes)
 @dataclasses.dataclass
 class ParseChats(beam.PTransform):
     """Lines of JSON to chats; what is no chat is a dead letter.
@@ -64,7 +66,7 @@ class ParseChats(beam.PTransform):
         if len(line) > self.max_line_bytes:
             raise BadInputError(
                 "line_too_long",
-                f"the line has {len(line):,} bytes, more than --max_line_bytes={self.max_line_bytes}",
+                f"the line has {len(line)} bytes, more than --max_line_bytes={self.max_line_bytes}",
             )
         reading = parse_chat(line)
         metrics.count("chats_read")
@@ -76,8 +78,8 @@ class ParseChats(beam.PTransform):
 def input_pattern(pattern: str) -> str:
     """A folder as the pattern of its `*.jsonl` files; a glob as it is."""
     is_local = "://" not in pattern
-    if pattern.endswith("/") or (is_local and _is_folder(pattern)):
-        return FileSystems.join(pattern.rstrip("/") or "/", "*.jsonl*")
+    if pattern.endswith("/") or (is_local and os.path.isdir(pattern)):
+        return str(FileSystems.join(pattern.rstrip("/") or "/", "*.jsonl*"))
     return pattern
 
 
@@ -95,9 +97,3 @@ def check_input(pattern: str) -> list[str]:
         hint = " (looked for *.jsonl in the folder)" if input_pattern(pattern) != pattern else ""
         raise UsageError(f"--input: no file matches {pattern!r}{hint}")
     return [match.path for match in matches]
-
-
-def _is_folder(path: str) -> bool:
-    import os
-
-    return os.path.isdir(path)

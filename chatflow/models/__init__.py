@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from typing import Any
 
 from chatflow.errors import UsageError
 from chatflow.models import embedded
 
 SCRIPTED = "scripted:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Who answers. Stages that are given the same `Model` share one copy of it.
+
+    Attributes:
+      handler: a Beam `ModelHandler` from `Request` to `PredictionResult`, whose
+        inference is an `Answer` or a `Failure`.
+      identifier: what a worker's copy is known by; Beam keeps it machine-wide, so it is
+        unique to a run.
+    """
+
+    handler: Any
+    identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +63,11 @@ class ModelSpec:
         return self.name.startswith(SCRIPTED)
 
     @property
+    def result_name(self) -> str:
+        """What results say made them. A script is known by its kind, not by its path."""
+        return "scripted" if self.is_scripted else self.name
+
+    @property
     def is_embedded(self) -> bool:
         return self.inference == "on_worker" and self.name == embedded.NAME
 
@@ -63,8 +84,11 @@ class ModelSpec:
 
         return self.writes_json or gemma.is_instruct(self.name)
 
-    def handler(self) -> Any:
-        """A Beam `ModelHandler` that answers `Request`s."""
+    def model(self) -> Model:
+        """The model as the stages take it; nothing is loaded yet."""
+        return Model(self._handler())
+
+    def _handler(self) -> Any:
         if self.is_scripted:
             from chatflow.models.scripted import ScriptedModelHandler, load_script
 

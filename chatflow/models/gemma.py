@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import collections
+import difflib
 import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatflow.errors import UsageError
 from chatflow.models import embedded
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.requests import Answer, Failure, Part, Request
+
+if TYPE_CHECKING:
+    from chatflow.models.engine import Continuation, Score
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +48,17 @@ def check_preset(preset: str) -> None:
     folder = Path(preset)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"--model: the folder {preset!r} has no config.json, so it is no preset")
+            raise UsageError(
+                f"--model: the folder {preset!r} has no config.json, so it is no preset"
+            )
         return
     known = _keras_presets()
     if preset not in known:
+        near = difflib.get_close_matches(preset, sorted(known), n=5, cutoff=0.3)
         raise UsageError(
-            f"--model: unknown model {preset!r}; give {embedded.NAME!r} (embedded), a folder, "
-            "hf://…, kaggle://…, gs://…, scripted:FILE, or one of keras_hub's presets: "
-            + ", ".join(sorted(known))
+            f"--model: unknown model {preset!r}; give {embedded.NAME} (embedded), a folder, "
+            "hf://…, kaggle://…, gs://…, scripted:FILE, or one of keras_hub's Gemma presets, e.g. "
+            + ", ".join(near or ["gemma3_instruct_1b", "gemma2_instruct_2b_en"])
         )
 
 
@@ -105,10 +113,9 @@ def _copied(url: str, progress: embedded.Progress) -> Path:
             progress(f"copying {file.path} ({file.size_in_bytes / 1e6:,.0f} MB)")
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(target.name + ".part")
-            with FileSystems.open(file.path, compression_type="uncompressed") as source:
-                with part.open("wb") as copy:
-                    while block := source.read(1 << 22):
-                        copy.write(block)
+            source = FileSystems.open(file.path, compression_type="uncompressed")
+            with source, part.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 22)
             part.replace(target)
     return folder
 
@@ -128,8 +135,9 @@ class GemmaModel:
         _use_jax()
         import jax
 
-        jax.config.update("jax_compilation_cache_dir", os.fspath(embedded.cache_root() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        config: Any = jax.config
+        config.update("jax_compilation_cache_dir", os.fspath(embedded.cache_root() / "xla"))
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         from chatflow.models.engine import Engine
 
         if dtype == "auto":
@@ -167,6 +175,7 @@ class GemmaModel:
         results: list[list[tuple[Part, Any]]] = [[] for _ in requests]
         for (prefix, max_tokens, stop, choices), members in groups.items():
             suffixes = [part.prompt[len(prefix) :] for _, part in members]
+            answers: Sequence[Score | Continuation]
             if choices:
                 answers = self.engine.score(prefix, suffixes, choices)
             else:
@@ -185,7 +194,7 @@ class GemmaModel:
                 for choice, score in zip(part.choices, answer.scores, strict=True):
                     scores[choice.strip()] = round(float(score), 4)
             else:
-                value = answer.text.strip()
+                value = (part.lead + answer.text).strip()
                 if answer.cut:
                     finish_reason = "length"
                     value += "…" if part.field else ""

@@ -27,7 +27,9 @@ class LanguageModel(Protocol):
 ModelT = TypeVar("ModelT", bound=LanguageModel)
 
 
-class LanguageModelHandler(ModelHandler[Request, PredictionResult, ModelT], Generic[ModelT], abc.ABC):
+class LanguageModelHandler(
+    ModelHandler[Request, PredictionResult, ModelT], Generic[ModelT], abc.ABC
+):
     """A Beam model handler for requests, used through `RunInference`.
 
     Results are `PredictionResult`s whose inference is an `Answer` or a `Failure`. Where
@@ -39,7 +41,9 @@ class LanguageModelHandler(ModelHandler[Request, PredictionResult, ModelT], Gene
     """
 
     def __init__(self, name: str, max_batch_size: int = 16, large_model: bool = False):
-        super().__init__(min_batch_size=1, max_batch_size=max_batch_size, large_model=large_model)
+        super().__init__(
+            min_batch_size=max_batch_size, max_batch_size=max_batch_size, large_model=large_model
+        )
         self.name = name
 
     def get_metrics_namespace(self) -> str:

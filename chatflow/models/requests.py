@@ -14,6 +14,7 @@ class Part:
         is the whole answer.
       prompt: the text to continue.
       shared: how many characters of it, from its start, all prompts of the template share.
+      lead: the end of the prompt that is also the start of the answer ("221 wants").
       max_tokens: of the answer; unused where there are choices.
       stop: texts that end the answer and are not part of it.
       choices: if any, one of these is scored best, and nothing is generated.
@@ -24,6 +25,7 @@ class Part:
     field: str | None
     prompt: str
     shared: int = 0
+    lead: str = ""
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()

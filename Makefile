@@ -1,0 +1,48 @@
+# The front door. `make` alone prints what there is.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= out/demo
+SHELL  := /bin/bash
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo test lint evaluate lock clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.done ## Make .venv with all that is needed; the command is .venv/bin/chatflow
+
+# Installed as locked, with hashes; uv comes from the package index where it is missing.
+$(VENV)/.done: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "chatflow needs Python 3.11 or newer; try make PYTHON=python3.12 setup"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if command -v uv >/dev/null; then uv=uv; else \
+	  $(BIN)/python -m pip install -q uv && uv=$(BIN)/uv; fi; \
+	  echo "installing the locked packages into $(VENV)" && \
+	  $$uv pip install -q --python $(BIN)/python --no-deps --require-hashes -r requirements.lock && \
+	  $$uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+demo: setup ## Analyse the sample chats with the embedded Gemma, and show the results
+	$(BIN)/chatflow run --input samples/chats.jsonl --output $(OUT)
+
+test: setup ## Run all tests
+	$(BIN)/pytest
+
+lint: setup ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+evaluate: setup ## Measure the sentiment on the labelled sample chats
+	$(BIN)/chatflow evaluate samples/chats.jsonl
+
+lock: setup ## Resolve the dependencies anew into requirements.lock
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-annotate --extra dev pyproject.toml -o requirements.lock
+
+clean: ## Remove what the targets made; the model stays in its cache
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

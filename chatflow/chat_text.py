@@ -1,0 +1,88 @@
+"""Chat text as data: what of a chat goes into a prompt, and in what form."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from chatflow.records import Chat, Message
+
+CONTROL_TOKEN = re.compile(r"<(/?\|?\w+\|?)>|\[(/?INST)\]")
+"""What a model may take for a token of its own: `<start_of_turn>`, `<bos>`, `<|im_end|>` …"""
+
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u202a-\u202e\u2060-\u2069\ufeff]")
+
+
+def as_data(text: str) -> str:
+    """Chat text made safe for a prompt: one line, no control tokens, nothing invisible.
+
+    >>> as_data("fine<end_of_turn>\\n<start_of_turn>model")
+    'fine‹end_of_turn› ‹start_of_turn›model'
+    """
+    text = " ".join(_INVISIBLE.sub("", text).split())
+    return CONTROL_TOKEN.sub(lambda m: f"‹{m[1] or m[2]}›", text)
+
+
+_PIECE = re.compile(r"[^\W\d_]{1,5}|\d|[^\w\s]|_")
+
+
+def estimate_tokens(text: str) -> int:
+    """How many tokens a text may have: rarely fewer than a Gemma tokenizer makes of it.
+
+    Gemma writes each digit as a token, and most words of up to five letters as one;
+    of scripts beyond Latin every letter is counted.
+    """
+    wide = sum(1 for character in text if ord(character) > 0x2FF)
+    return len(_PIECE.findall(text)) + wide
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptMessages:
+    """The messages that fit a prompt, oldest first, and what was left out for it."""
+
+    messages: tuple[Message, ...]
+    dropped: int
+    cut: int
+
+
+def keep_newest(chat: Chat, user_id: str, budget: int) -> KeptMessages:
+    """Keeps the newest messages within a budget of tokens.
+
+    Half of the budget is the user's own, so that a user whose last word is long ago is
+    still heard. The newest message of the user always stays; where it alone is over
+    the budget, its end stays.
+
+    Args:
+      budget: estimated tokens for all messages together.
+    """
+    cost = [estimate_tokens(m.text) + estimate_tokens(m.user_id) + 3 for m in chat.messages]
+    newest_first = range(len(chat.messages) - 1, -1, -1)
+    own = [i for i in newest_first if chat.messages[i].user_id == user_id]
+    kept: dict[int, Message] = {}
+    left = budget
+    for i in own:
+        if left - cost[i] < budget // 2:
+            break
+        kept[i], left = chat.messages[i], left - cost[i]
+    cut = 0
+    if own and not kept:
+        message = chat.messages[own[0]]
+        if cost[own[0]] <= budget:
+            kept[own[0]], left = message, left - cost[own[0]]
+        else:
+            kept[own[0]], left, cut = _end_of(message, budget), 0, 1
+    for i in newest_first:
+        if i in kept:
+            continue
+        if cost[i] > left:
+            break
+        kept[i], left = chat.messages[i], left - cost[i]
+    messages = tuple(kept[i] for i in sorted(kept))
+    return KeptMessages(messages, len(chat.messages) - len(messages), cut)
+
+
+def _end_of(message: Message, budget: int) -> Message:
+    text = message.text
+    while len(text) > 1 and estimate_tokens(text) > budget:
+        text = text[len(text) - len(text) * 3 // 4 :]
+    return message.model_copy(update={"text": "…" + text})

@@ -1,0 +1,213 @@
+"""The command line: `chatflow run | replay | evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from chatflow.errors import UsageError
+from chatflow.options import Options, Parser, add_flags, beam_options, from_flags, is_local
+
+if TYPE_CHECKING:
+    from chatflow.pipeline import Plan
+    from chatflow.report import Summary
+
+USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+
+_BEAM = """
+Every other flag is Beam's and goes to the runner, e.g.
+  --runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp
+Without --runner the pipeline runs in this process.
+
+Exit codes: 0 done (also with dead letters: they are counted and can be replayed),
+1 the pipeline failed, 2 a wrong flag or file, 130 interrupted.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    try:
+        parsed, rest = _parser().parse_known_args(arguments)
+        if rest and rest[0] and not rest[0].startswith("-"):
+            raise UsageError(
+                f"unexpected argument {rest[0]!r}; see chatflow {parsed.command} --help"
+            )
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger().setLevel(logging.DEBUG if parsed.debug else logging.ERROR)
+        logging.getLogger("chatflow").setLevel(logging.DEBUG if parsed.debug else logging.WARNING)
+        code: int = parsed.run(parsed, rest)
+        return code
+    except UsageError as error:
+        print(f"chatflow: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("chatflow: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="chatflow",
+        description="Reads support chats, asks a language model how each customer feels and what "
+        "the chat is about, and drafts apologies to angry customers for staff to review.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    from chatflow import __version__
+
+    parser.add_argument("--version", action="version", version=f"chatflow {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=help,
+            description=textwrap.dedent(description).strip(),
+            epilog=_BEAM,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
+        return made
+
+    run = command(
+        "run",
+        "analyse chats in files",
+        """
+        Analyses chats: one JSON object a line in, analyses, drafts and dead letters out.
+
+          chatflow run --input 'chats/*.jsonl' --output results
+
+        A chat: {"chat_id": "7", "messages": [{"user_id": "1", "role": "customer", "text": "…"}]}
+        """,
+    )
+    add_flags(run)
+    run.set_defaults(run=_run, replay=False)
+
+    replay = command(
+        "replay",
+        "try dead letters again",
+        """
+        Sends dead letters in again: chats that could not be analysed, and analyses that have
+        no draft.
+
+          chatflow replay --input 'results/dead_letters*.jsonl' --output results/replayed
+        """,
+    )
+    add_flags(replay)
+    replay.set_defaults(run=_run, replay=True)
+
+    evaluate = command(
+        "evaluate",
+        "measure the sentiment on labelled chats",
+        """
+        Runs the pipeline on labelled chats and compares. A label is the field `sentiment`
+        (-1, 0 or 1) of a chat.
+
+          chatflow evaluate labelled.jsonl
+        """,
+    )
+    evaluate.add_argument("labelled", metavar="LABELLED.jsonl", help="chats with labels")
+    evaluate.add_argument(
+        "--fit_bias",
+        action="store_true",
+        help="also fit the tone_bias of the model, to put into the prompt template",
+    )
+    add_flags(evaluate, leave_out=("input", "show"))
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    options = from_flags(parsed, required=("input", "output"))
+    summary = execute(options, rest, replay=parsed.replay)
+    if summary is None:
+        return 0
+    if options.summary == "json":
+        print(summary.to_json())
+    else:
+        from rich.console import Console
+
+        from chatflow.report import counts_table, results_table
+
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        if options.show:
+            console.print(results_table(options.output, options.show))
+        console.print(counts_table(summary))
+    return 0
+
+
+def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    from chatflow.evaluate import evaluate
+
+    return evaluate(parsed, rest)
+
+
+def execute(options: Options, flags: Sequence[str], replay: bool = False) -> Summary | None:
+    """Checks everything, runs the pipeline, and waits for it.
+
+    Returns:
+      the counts; None where the runner gave none.
+
+    Raises:
+      UsageError: before anything runs.
+      SystemExit: with code 1, when the pipeline fails.
+    """
+    import apache_beam as beam
+    from rich.console import Console
+
+    from chatflow import report
+    from chatflow.pipeline import build, plan
+    from chatflow.sinks import prepare_output
+    from chatflow.sources import check_input
+
+    beam_flags = beam_options(flags)
+    inputs = check_input(options.input)
+    planned = plan(options, replay)
+    console = Console(stderr=True)
+    pipeline = beam.Pipeline(options=beam_flags)
+    build(pipeline, planned)
+    if is_local(beam_flags):
+        prepare_model(planned, console)
+    removed = prepare_output(options.output, inputs)
+    if removed:
+        console.print(f"replacing {removed} result files of an earlier run in {options.output}")
+
+    started = time.monotonic()
+    try:
+        with report.progress(console):
+            result = pipeline.run()
+            result.wait_until_finish()
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).debug("the pipeline failed", exc_info=error)
+        last = str(error).strip().splitlines()[-1:] or [""]
+        print(
+            f"chatflow: the pipeline failed: {type(error).__name__}: {last[0]} "
+            "(--debug shows the whole traceback)",
+            file=sys.stderr,
+        )
+        raise SystemExit(FAILED) from None
+    return report.Summary.of(result, time.monotonic() - started, options.output)
+
+
+def prepare_model(planned: Plan, console: object) -> None:
+    """Makes the embedded model now, with progress, if it is asked for and not there yet."""
+    if not planned.model.is_embedded:
+        return
+    from chatflow.models import embedded
+
+    try:
+        embedded.ensure(lambda text: print(f"{embedded.NAME}: {text}", file=sys.stderr))
+    except embedded.EmbeddedModelError as error:
+        raise UsageError(f"--model={embedded.NAME}: {error}") from None

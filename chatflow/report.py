@@ -1,0 +1,261 @@
+"""What a person sees of a run: progress while it goes on, results and counts at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics.metricbase import MetricName
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from chatflow import metrics
+from chatflow.records import Analysis, Draft, Record, parse_record
+from chatflow.sinks import KINDS, result_files
+
+TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "green")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The counts of a run, from Beam's metrics.
+
+    `lost` is what entered a stage and left it neither as a result nor as a dead letter.
+    It is 0, or chatflow has a bug.
+    """
+
+    counts: dict[str, int]
+    latency_ms: dict[str, float]
+    seconds: float
+    output: str
+
+    @classmethod
+    def of(cls, result: Any, seconds: float, output: str) -> Summary:
+        """From a Beam `PipelineResult`."""
+        found = result.metrics().query()
+        counts: dict[str, int] = {}
+        for metric in found["counters"]:
+            if metric.key.metric.namespace == metrics.NAMESPACE:
+                name = metric.key.metric.name
+                counts[name] = counts.get(name, 0) + int(metric.result)
+        latency: dict[str, float] = {}
+        values = [
+            metric.result
+            for metric in found["distributions"]
+            if metric.key.metric == _LATENCY and metric.result.count
+        ]
+        if values:
+            total = sum(value.count for value in values)
+            latency = {
+                "min": min(value.min for value in values),
+                "mean": round(sum(value.sum for value in values) / total, 1),
+                "max": max(value.max for value in values),
+            }
+        return cls(counts, latency, seconds, output)
+
+    def get(self, name: str) -> int:
+        return self.counts.get(name, 0)
+
+    def under(self, prefix: str) -> dict[str, int]:
+        """Counters below a prefix: `under("analysed")` is {"angry": …, …}."""
+        start = prefix + "/"
+        return {
+            name.removeprefix(start): value
+            for name, value in sorted(self.counts.items())
+            if name.startswith(start) and value
+        }
+
+    def dead_lettered(self, *stages: str) -> int:
+        return sum(sum(self.under(f"dead_letters/{stage}").values()) for stage in stages)
+
+    @property
+    def lost(self) -> int:
+        return (
+            self.get("lines_read")
+            - self.get("chats_read")
+            - self.dead_lettered("read")
+            + self.get("asked")
+            - self.get("analysed")
+            - self.dead_lettered("prompt", "model", "answer")
+            + self.get("drafts_asked")
+            - self.get("drafted")
+            - self.dead_lettered("draft_prompt", "draft_model", "draft_answer")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        letters = self.under("dead_letters")
+        tones = self.under("analysed")
+        return {
+            "lines_read": self.get("lines_read"),
+            "chats_read": self.get("chats_read"),
+            "asked": self.get("asked"),
+            "analysed": self.get("analysed"),
+            "sentiment": {name: tones.get(name, 0) for name, _ in TONE_STYLES.values()},
+            "summaries": self.under("summaries"),
+            "drafted": self.get("drafted"),
+            "dead_letters": sum(letters.values()),
+            "dead_letters_by_reason": letters,
+            "lost": self.lost,
+            "reduced": {
+                name: self.get(name)
+                for name in (
+                    "empty_messages",
+                    "duplicate_messages",
+                    "dropped_messages",
+                    "cut_messages",
+                )
+            },
+            "repaired": self.under("repaired"),
+            "prompt_tokens": self.get("prompt_tokens"),
+            "answer_tokens": self.get("answer_tokens"),
+            "latency_ms": self.latency_ms,
+            "seconds": round(self.seconds, 2),
+            "chats_per_second": round(self.get("chats_read") / max(self.seconds, 1e-9), 3),
+            "files": {kind: result_files(self.output, kind) for kind in KINDS},
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+_LATENCY = MetricName(metrics.NAMESPACE, "latency_ms")
+
+
+def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:
+    for path in files:
+        with FileSystems.open(path) as file:
+            for line in file.read().splitlines():
+                yield parse_record(kind, line)
+
+
+def results_table(output: str, most: int) -> Table:
+    """Chat, user, sentiment, summary and draft of up to `most` analyses of a folder."""
+    drafts = {
+        draft.analysis_id: draft.text
+        for draft in read_records(Draft, result_files(output, "drafts"))
+    }
+    analyses = list(read_records(Analysis, result_files(output, "analyses")))
+    analyses.sort(key=lambda a: (a.sentiment, a.chat_id, a.user_id))
+    table = Table(title="Analyses", show_lines=True, expand=True)
+    table.add_column("chat", overflow="fold", max_width=18)
+    table.add_column("user", overflow="fold", max_width=14)
+    table.add_column("sentiment", width=9)
+    table.add_column("summary", ratio=3, overflow="fold")
+    table.add_column("draft for review", ratio=4, overflow="fold")
+    for analysis in analyses[:most]:
+        word, style = TONE_STYLES[int(analysis.sentiment)]
+        table.add_row(
+            plain(analysis.chat_id),
+            plain(analysis.user_id),
+            f"[{style}]{analysis.sentiment:+d} {word}[/]" if analysis.sentiment else "0 neutral",
+            plain(analysis.summary),
+            plain(drafts.get(analysis.analysis_id, "")),
+        )
+    if len(analyses) > most:
+        table.caption = f"{len(analyses) - most} more in the files; --show=N shows more"
+    return table
+
+
+def plain(text: str) -> str:
+    """A text of a chat or a model for a terminal: no markup, no escape sequences."""
+    from rich.markup import escape
+
+    return escape("".join(c for c in text if c.isprintable() or c == "\n"))
+
+
+_SOURCES = {"model": "by the model", "extract": "the user's own words"}
+
+
+def counts_table(summary: Summary) -> Table:
+    values = summary.to_dict()
+    table = Table(title="Counts", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+
+    def listed(parts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {value:,}" for name, value in parts.items()) or "none"
+
+    letters = values["dead_letters_by_reason"]
+    rows = {
+        "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats",
+        "analysed": f"{values['analysed']:,} of {values['asked']:,} users asked about: "
+        + listed(values["sentiment"]),
+        "summaries": listed({_SOURCES[k]: v for k, v in values["summaries"].items()}),
+        "drafts": f"{values['drafted']:,} of {summary.get('drafts_asked'):,} angry users",
+        "dead letters": f"{values['dead_letters']:,}" + (f": {listed(letters)}" if letters else ""),
+        "left out": listed({k.replace("_", " "): v for k, v in values["reduced"].items() if v}),
+        "mended answers": listed(values["repaired"]),
+        "tokens": f"{values['prompt_tokens']:,} read, {values['answer_tokens']:,} written",
+        "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
+        "lost": f"{values['lost']:,}",
+    }
+    if summary.latency_ms:
+        rows["time to answer"] = "{min:,.0f} to {max:,.0f} ms, mean {mean:,.0f} ms".format(
+            **summary.latency_ms
+        )
+    for kind, files in values["files"].items():
+        rows[f"{kind.replace('_', ' ')} in"] = "\n".join(files)
+    for name, text in rows.items():
+        table.add_row(name, plain(text))
+    return table
+
+
+@contextlib.contextmanager
+def progress(console: Console) -> Iterator[None]:
+    """Shows the counts of this process while a run goes on in it."""
+    metrics.reset_local_counts()
+    done = threading.Event()
+    show = _bars if console.is_terminal else _lines
+    thread = threading.Thread(target=show, args=(console, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _state() -> list[tuple[str, int, int]]:
+    """(what, done, of how many so far) of each step of a run."""
+    counts = metrics.local_counts()
+    letters = sum(v for k, v in counts.items() if k.startswith("dead_letters/"))
+    read = counts.get("lines_read", 0)
+    return [
+        ("lines read", read, read),
+        ("analyses", counts.get("answered/analysis", 0), counts.get("asked", 0)),
+        ("drafts", counts.get("answered/apology", 0), counts.get("drafts_asked", 0)),
+        ("dead letters", letters, letters),
+    ]
+
+
+def _bars(console: Console, done: threading.Event) -> None:
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks = {what: bars.add_task(what, total=None) for what, _, _ in _state()}
+        while not done.wait(0.2):
+            for what, count, total in _state():
+                bars.update(tasks[what], completed=count, total=total or None)
+
+
+def _lines(console: Console, done: threading.Event, every: float = 5.0) -> None:
+    started, shown = time.monotonic(), ""
+    while not done.wait(every):
+        text = ", ".join(
+            f"{what} {count}" + (f" of {total}" if total != count else "")
+            for what, count, total in _state()
+        )
+        if text != shown:
+            console.print(f"[{time.monotonic() - started:5.0f} s] {text}", markup=False)
+            shown = text

@@ -1,0 +1,183 @@
+"""Jinja templates: folders of them, their blocks, constants and versions.
+
+A prompt folder holds `analysis.jinja` and `apology.jinja`. A template sets its
+constants at its top level (`{% set summary_characters = 512 %}`) and asks in blocks:
+
+- `tone` and `summary`, for models that score and continue text. The tone is a choice
+  among the words of `tones`; code builds the JSON.
+- `json`, for models that write the JSON object themselves.
+- `draft`, in `apology.jinja`.
+
+A block `summary_start` or `draft_start` at the end of these begins the answer, too:
+`In short, {% block summary_start %}{{ user_id }} wants{% endblock %}`.
+
+A block sees `chat`, `messages` (those kept), `user_id`, and, in `apology.jinja`,
+`analysis`; and the template's own constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+import jinja2.sandbox
+
+from chatflow.chat_text import as_data
+from chatflow.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """One template of a prompt folder, compiled where it is used.
+
+    Holds the sources and not the files, so that it travels to workers that have none.
+
+    Attributes:
+      name: the file's name, e.g. `analysis.jinja`.
+      folder: where it came from, for messages.
+      sources: all templates of the folder by name, for `include` and `import`.
+    """
+
+    name: str
+    folder: str
+    sources: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[jinja2.Template, dict[str, Any], frozenset[str]]:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            loader=jinja2.DictLoader(dict(self.sources)),
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        environment.filters["as_data"] = as_data
+        try:
+            tree = environment.parse(dict(self.sources)[self.name], self.name)
+            constants = _constants(tree)
+            for source in dict(self.sources).values():
+                environment.parse(source)
+            return environment.get_template(self.name), constants, _blocks(tree)
+        except jinja2.TemplateSyntaxError as error:
+            where = f"{self.folder}/{error.name or self.name}:{error.lineno}"
+            raise UsageError(f"{where}: {error.message}") from None
+        except jinja2.TemplateNotFound as error:
+            raise UsageError(f"{self.where}: no template {error} in it") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def where(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constants that the template sets at its top level."""
+        return self._compiled[1]
+
+    @property
+    def blocks(self) -> frozenset[str]:
+        return self._compiled[2]
+
+    def render(self, block: str, **values: Any) -> str:
+        """Renders one block; raises jinja2.TemplateError."""
+        template, settings, _ = self._compiled
+        context = template.new_context({**settings, **values})
+        return "".join(template.blocks[block](context)).strip()
+
+    def setting(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        """A constant of the template that must be there.
+
+        Raises:
+          UsageError: it is missing or of another type.
+        """
+        value = self.settings.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UsageError(
+                f"{self.where}: set {name} at the top of the template, "
+                f"e.g. {{% set {name} = … %}}; found {value!r}"
+            )
+        return value
+
+    def version(self, *settings: object) -> str:
+        """A hash of the template, of all that it includes, and of the settings given."""
+        sources = dict(self.sources)
+        todo, used = [self.name], {}
+        while todo:
+            name = todo.pop()
+            if name in sources and name not in used:
+                used[name] = sources[name]
+                tree = jinja2.Environment().parse(sources[name])
+                todo += [n for n in jinja2.meta.find_referenced_templates(tree) if n]
+        text = json.dumps([sorted(used.items()), [repr(s) for s in settings]])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def error_at(self, error: Exception) -> str:
+        """`folder/name:line: message` of an error raised while rendering."""
+        where, trace = self.name, error.__traceback__
+        while trace is not None:
+            filename = trace.tb_frame.f_code.co_filename
+            if trace.tb_frame.f_globals.get("__jinja_template__") or filename == "<template>":
+                name = trace.tb_frame.f_globals.get("name") or self.name
+                where = f"{name}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        return f"{self.folder}/{where}: {error}"
+
+
+def _constants(tree: jinja2.nodes.Template) -> dict[str, Any]:
+    constants: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, jinja2.nodes.Assign) and isinstance(node.target, jinja2.nodes.Name):
+            value: Any = node.node
+            try:
+                constants[node.target.name] = value.as_const()
+            except jinja2.nodes.Impossible:
+                continue
+    return constants
+
+
+def _blocks(tree: jinja2.nodes.Template) -> frozenset[str]:
+    return frozenset(block.name for block in tree.find_all(jinja2.nodes.Block))
+
+
+def load_folder(path: str) -> dict[str, Template]:
+    """The templates of a folder by name without `.jinja`.
+
+    Args:
+      path: a folder of the user's, or `base` or `instruct` for those of chatflow.
+
+    Raises:
+      UsageError: no such folder, or a template with a mistake.
+    """
+    folder = default_folder() / path if path in ("base", "instruct") else Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"--prompts: no folder {path!r}; give a folder with analysis.jinja in it")
+    try:
+        sources = {p.name: p.read_text("utf-8") for p in sorted(folder.glob("*.jinja"))}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts: {path!r} cannot be read: {error}") from None
+    for name in ("analysis.jinja", "apology.jinja"):
+        if name not in sources:
+            raise UsageError(f"--prompts: {path!r} has no {name}")
+    where = os.fspath(folder)
+    return {
+        name.removesuffix(".jinja"): Template(name, where, tuple(sources.items()))
+        for name in sources
+    }
+
+
+def default_folder() -> Path:
+    """chatflow's own prompts: in the package when installed, beside it in a checkout."""
+    packaged = importlib.resources.files("chatflow") / "default_prompts"
+    folder = Path(str(packaged))
+    return folder if folder.is_dir() else Path(__file__).parent.parent / "prompts"
