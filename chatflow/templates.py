@@ -126,10 +126,9 @@ class Template:
         """`folder/name:line: message` of an error raised while rendering."""
         where, trace = self.name, error.__traceback__
         while trace is not None:
-            filename = trace.tb_frame.f_code.co_filename
-            if trace.tb_frame.f_globals.get("__jinja_template__") or filename == "<template>":
-                name = trace.tb_frame.f_globals.get("name") or self.name
-                where = f"{name}:{trace.tb_lineno}"
+            template = trace.tb_frame.f_globals.get("__jinja_template__")
+            if template is not None:
+                where = f"{template.name}:{template.get_corresponding_lineno(trace.tb_lineno)}"
             trace = trace.tb_next
         return f"{self.folder}/{where}: {error}"
 

@@ -1,0 +1,165 @@
+import json
+
+import pytest
+from conftest import chat, run_stage, scripted
+
+from chatflow.analysis import AnalyseChats, content_words, extract, grounding, to_analysis
+from chatflow.asking import Answered
+from chatflow.drafts import DraftApologies
+from chatflow.errors import ElementError
+from chatflow.models.requests import Answer
+from chatflow.records import AnalysedChat, Chat, Message, Sentiment
+
+ANGRY = {"sentiment": -1, "summary": "The parcel is late."}
+LATE = chat("My parcel is late!", "Sorry.", chat_id="1")
+
+
+def analyse(model, prompt, chats):
+    return run_stage(AnalyseChats(model, prompt), chats, ("analysed", "dead_letters"))
+
+
+def test_each_customer_of_a_chat_gets_an_analysis(analysis_prompt):
+    both = Chat(
+        chat_id="2",
+        messages=(
+            Message(user_id="ann", role="customer", text="great"),
+            Message(user_id="bob", role="customer", text="bad"),
+            Message(user_id="amy", role="agent", text="hm"),
+        ),
+    )
+    found = analyse(scripted({"analysis": ANGRY}), analysis_prompt, [LATE, both])
+    assert not found["dead_letters"]
+    assert {(a.chat_id, a.user_id) for _, a in found["analysed"]} == {
+        ("1", "c"), ("2", "ann"), ("2", "bob"),
+    }  # fmt: skip
+
+
+def test_an_analysis_says_what_made_it(analysis_prompt):
+    (found,) = analyse(scripted({"analysis": ANGRY}), analysis_prompt, [LATE])["analysed"]
+    analysis = found.analysis
+    assert analysis.sentiment is Sentiment.ANGRY
+    assert analysis.summary == "The parcel is late."
+    assert (analysis.model, analysis.prompt_version) == ("scripted", analysis_prompt.version)
+    assert len(analysis.analysis_id) == 32
+
+
+def test_ids_are_the_same_when_the_same_chat_comes_twice(analysis_prompt):
+    found = analyse(scripted({"analysis": ANGRY}), analysis_prompt, [LATE, LATE])["analysed"]
+    assert len({one.analysis.analysis_id for one in found}) == 1
+    newer = LATE.model_copy(update={"revision": 1})
+    (later,) = analyse(scripted({"analysis": ANGRY}), analysis_prompt, [newer])["analysed"]
+    assert later.analysis.analysis_id != found[0].analysis.analysis_id
+
+
+def test_one_bad_answer_is_a_dead_letter_with_the_raw_answer_and_the_rest_goes_on(analysis_prompt):
+    def answer(request):
+        if request.chat_id == "3":
+            return "no JSON"
+        if request.chat_id == "4":
+            raise ElementError("overloaded", "try later")
+        return json.dumps(ANGRY)
+
+    chats = [LATE.model_copy(update={"chat_id": str(i)}) for i in range(6)]
+    found = analyse(scripted(answer), analysis_prompt, chats)
+    assert sorted(a.chat_id for _, a in found["analysed"]) == ["0", "1", "2", "5"]
+    letters = {letter.chat_id: letter for letter in found["dead_letters"]}
+    assert (letters["3"].stage, letters["3"].reason) == ("answer", "not_json")
+    assert letters["3"].answer == "no JSON"
+    assert (letters["4"].stage, letters["4"].reason) == ("model", "overloaded")
+    replayed = Chat.model_validate_json(letters["4"].payload)
+    assert (replayed.messages, replayed.user_id) == (chats[4].messages, "c")
+
+
+def test_a_batch_that_crashes_fails_only_the_one_that_crashes_it(analysis_prompt):
+    def answer(request):
+        if request.chat_id == "3":
+            raise MemoryError("out of memory")
+        return json.dumps(ANGRY)
+
+    chats = [LATE.model_copy(update={"chat_id": str(i)}) for i in range(8)]
+    found = analyse(scripted(answer), analysis_prompt, chats)
+    assert len(found["analysed"]) == 7
+    (letter,) = found["dead_letters"]
+    assert (letter.chat_id, letter.stage, letter.reason) == ("3", "model", "model_error")
+    assert "MemoryError: out of memory" in letter.error
+
+
+def test_drafts_are_for_angry_users_alone(analysis_prompt, draft_prompt):
+    analyses = [
+        answer_for(
+            analysis_prompt, {"sentiment": tone, "summary": "The parcel is late."}, str(tone)
+        )
+        for tone in (-1, 0, 1)
+    ]
+    model = scripted({"apology": "We are sorry that your parcel is late."})
+    found = run_stage(DraftApologies(model, draft_prompt), analyses, ("drafts", "dead_letters"))
+    (draft,) = found["drafts"]
+    assert not found["dead_letters"]
+    assert draft.chat_id == "-1"
+    assert draft.text == "We are sorry that your parcel is late."
+    assert draft.analysis_id == analyses[0].analysis.analysis_id
+    assert draft.prompt_version == draft_prompt.version
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "empty_draft"), ("Sorry<end_of_turn>", "control_tokens")]
+)
+def test_a_bad_draft_is_a_dead_letter_that_holds_chat_and_analysis(
+    analysis_prompt, draft_prompt, text, reason
+):
+    angry = answer_for(analysis_prompt, ANGRY, "1")
+    stage = DraftApologies(scripted({"apology": text}), draft_prompt)
+    found = run_stage(stage, [angry], ("drafts", "dead_letters"))
+    (letter,) = found["dead_letters"]
+    assert not found["drafts"]
+    assert (letter.stage, letter.reason, letter.answer) == ("draft_answer", reason, text)
+    held = json.loads(letter.payload)
+    assert held["chat"]["chat_id"] == "1"
+    assert held["analysis"]["analysis_id"] == angry.analysis.analysis_id
+
+
+def answer_for(prompt, answer, chat_id="1", source=LATE):
+    made = source.model_copy(update={"chat_id": chat_id})
+    question = prompt.question(made, "c")
+    text = json.dumps(answer)
+    return AnalysedChat(made, to_analysis(Answered(question, Answer(text, "scripted")), prompt))
+
+
+# Grounding: a summary is about this chat, or the user's own words stand in for it.
+
+
+@pytest.mark.parametrize(
+    ("summary", "share"),
+    [
+        ("The customer's parcel was late.", 1.0),
+        ("The parcel contained golden elephants.", 0.25),
+        ("Beyond imagination.", 0.0),
+        ("It is so.", 1.0),
+    ],
+)
+def test_grounding_is_the_share_of_content_words_in_the_chat(summary, share):
+    assert grounding(summary, LATE) == pytest.approx(share)
+
+
+def test_words_are_known_by_their_start():
+    assert content_words("Refunded refunds") == content_words("refund refunding")[:2]
+
+
+def test_a_summary_that_is_not_grounded_is_replaced_by_the_users_own_words(analysis_prompt):
+    settings = analysis_prompt.template.settings
+    settings["summary_grounding"] = 0.5
+    try:
+        invented = {"sentiment": -1, "summary": "Golden elephants danced beautifully."}
+        found = answer_for(analysis_prompt, invented).analysis
+        kept = answer_for(analysis_prompt, ANGRY).analysis
+    finally:
+        settings["summary_grounding"] = 0.0
+    assert (found.summary, found.summary_source) == ("“My parcel is late!”", "extract")
+    assert (kept.summary, kept.summary_source) == ("The parcel is late.", "model")
+
+
+def test_the_extract_is_the_message_that_says_the_most():
+    talk = chat("hi", "hello", "my parcel number five arrived broken", "oh", "ok")
+    assert extract(talk, "c", 512) == "“my parcel number five arrived broken”"
+    assert extract(chat("😡😡😡"), "c", 512) == "“😡😡😡”"
+    assert len(extract(chat("word " * 500), "c", 512)) <= 512

@@ -1,0 +1,129 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatflow.answers import parse_analysis, parse_draft, shorten
+from chatflow.errors import BadAnswerError
+from chatflow.records import Sentiment
+
+GOOD = '{"sentiment": -1, "summary": "221 is annoyed about pizza."}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "repairs"),
+    [
+        (GOOD, ()),
+        (f"```json\n{GOOD}\n```", ()),
+        (f"Sure! Here is the JSON: {GOOD} I hope this helps {{or not}}", ()),
+        ('{"thoughts": "hm"} ' + GOOD, ()),
+        ("{'sentiment': -1, 'summary': '221 is annoyed about pizza.'}", ("json",)),
+        ('{"sentiment": -1, "summary": "221 is annoyed about pizza.",}', ("json",)),
+        ('{"sentiment": -1, "summary": "221 is annoyed about pizza.', ("json",)),
+        ('{"summary": "221 is annoyed about pizza.", "sentiment": "-1"}', ()),
+        ('{"Sentiment": -1.0, "SUMMARY": "221 is annoyed about pizza."}', ()),
+        ('{"sentiment": "angry", "summary": " 221 is annoyed\\n about pizza. "}', ()),
+        ('{"sentiment": "Negative", "summary": "221 is annoyed about pizza."}', ()),
+        ('{"sentiment": -1, "summary": "221 is annoyed about pizza.<end_of_turn>"}',
+         ("control_tokens",)),
+    ],
+)  # fmt: skip
+def test_answers_that_are_taken(answer, repairs):
+    parsed = parse_analysis(answer, 512)
+    assert parsed == (Sentiment.ANGRY, "221 is annoyed about pizza.", repairs)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "empty_answer"),
+        (" \n", "empty_answer"),
+        ("The user is angry.", "not_json"),
+        ("[1, 2]", "not_json"),
+        ("{}", "not_json"),
+        ('{"summary": "x"}', "no_sentiment"),
+        ('{"sentiment": -1', "no_summary"),
+        ('{"sentiment": -1, "summary": ""}', "empty_summary"),
+        ('{"sentiment": -1, "summary": "<eos>"}', "empty_summary"),
+        ('{"sentiment": -1, "summary": ["x"]}', "no_summary"),
+        ('{"sentiment": 2, "summary": "x"}', "bad_sentiment"),
+        ('{"sentiment": -0.5, "summary": "x"}', "bad_sentiment"),
+        ('{"sentiment": true, "summary": "x"}', "bad_sentiment"),
+        ('{"sentiment": null, "summary": "x"}', "bad_sentiment"),
+        ('{"sentiment": "furious", "summary": "x"}', "bad_sentiment"),
+        ('{"sentiment": "nan", "summary": "x"}', "bad_sentiment"),
+        ('{"sentiment": [-1], "summary": "x"}', "bad_sentiment"),
+    ],
+)
+def test_answers_that_are_refused_keep_the_raw_answer(answer, reason):
+    with pytest.raises(BadAnswerError) as caught:
+        parse_analysis(answer, 512)
+    assert (caught.value.reason, caught.value.answer) == (reason, answer)
+
+
+def test_a_long_summary_is_cut_at_a_word_and_says_so():
+    parsed = parse_analysis(json.dumps({"sentiment": 0, "summary": "word " * 200}), 512)
+    assert len(parsed.summary) <= 512
+    assert parsed.summary.endswith("word…")
+    assert parsed.repairs == ("summary_cut",)
+
+
+@given(st.text())
+def test_any_answer_is_parsed_or_refused(answer):
+    try:
+        parsed = parse_analysis(answer, 512)
+    except BadAnswerError as error:
+        assert error.reason
+    else:
+        assert 1 <= len(parsed.summary) <= 512
+
+
+wordy = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=600)
+
+
+@given(
+    st.sampled_from(list(Sentiment)),
+    wordy.filter(lambda text: "<" not in text and "[" not in text and text.split()),
+    st.sampled_from(["{}", "```json\n{}\n```", "Answer: {} Done.", "\n\n{}"]),
+)
+def test_a_valid_answer_is_read_as_it_was_meant(sentiment, summary, around):
+    answer = around.replace("{}", json.dumps({"sentiment": sentiment, "summary": summary}))
+    parsed = parse_analysis(answer, 512)
+    assert parsed.sentiment is sentiment
+    assert parsed.summary == shorten(" ".join(summary.split()), 512)
+
+
+@given(st.text(), st.integers(min_value=2, max_value=50))
+def test_shorten_keeps_its_limit(text, limit):
+    assert len(shorten(text, limit)) <= limit
+
+
+DRAFT = "We are sorry about the late parcel. Our team is looking into it now."
+
+
+def test_a_good_draft_is_taken_as_it_is():
+    assert parse_draft(f" {DRAFT}\n", "Write an apology.", 600) == (DRAFT, ())
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "empty_draft"),
+        (" …!", "empty_draft"),
+        (DRAFT + "<end_of_turn>", "control_tokens"),
+        ("[INST] sorry", "control_tokens"),
+        ("Write an apology to the user of the chat below in two sentences.", "repeats_prompt"),
+        ("We are sorry for the delay of it. " * 8, "repeats_itself"),
+    ],
+)
+def test_drafts_that_are_refused(answer, reason):
+    prompt = "Write an apology to the user of the chat below in two sentences."
+    with pytest.raises(BadAnswerError) as caught:
+        parse_draft(answer, prompt, 600)
+    assert (caught.value.reason, caught.value.answer) == (reason, answer)
+
+
+def test_a_long_draft_ends_at_a_sentence_and_says_so():
+    parsed = parse_draft(DRAFT, "", 40)
+    assert parsed == ("We are sorry about the late parcel.", ("draft_cut",))

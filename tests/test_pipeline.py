@@ -1,0 +1,380 @@
+"""The whole pipeline: files in, files out, every chat accounted for."""
+
+import collections
+import glob
+import json
+import tempfile
+from pathlib import Path
+
+import apache_beam as beam
+import pytest
+from conftest import as_line, chat
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from chatflow.cli import execute, main
+from chatflow.options import Options, beam_options
+from chatflow.pipeline import build, plan
+
+ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
+APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}
+
+
+def read(folder, kind):
+    return [
+        json.loads(line)
+        for path in sorted(glob.glob(f"{folder}/{kind}-*.jsonl"))
+        for line in Path(path).read_text().splitlines()
+    ]
+
+
+def run(path, output, model, **options):
+    summary = execute(Options(input=str(path), output=str(output), model=model, **options), [])
+    return summary.to_dict()
+
+
+def test_chats_in_analyses_and_drafts_out(tmp_path, lines, script):
+    source = lines(chat("late again!", "sorry", chat_id="1"), chat("thanks", chat_id="2"))
+    happy = {"match": "thanks", "answer": {"sentiment": 1, "summary": "The customer says thanks."}}
+    counts = run(source, tmp_path / "out", script(happy, ANGRY, APOLOGY))
+    analyses = {a["chat_id"]: a for a in read(tmp_path / "out", "analyses")}
+    assert {k: (a["sentiment"], a["summary"]) for k, a in analyses.items()} == {
+        "1": (-1, "The parcel is late."),
+        "2": (1, "The customer says thanks."),
+    }
+    (draft,) = read(tmp_path / "out", "drafts")
+    assert draft["analysis_id"] == analyses["1"]["analysis_id"]
+    assert draft["text"] == "We are sorry that your parcel is late."
+    assert read(tmp_path / "out", "dead_letters") == []
+    assert counts["sentiment"] == {"angry": 1, "neutral": 0, "happy": 1}
+    assert (counts["lines_read"], counts["analysed"], counts["drafted"]) == (2, 2, 1)
+    assert counts["lost"] == counts["dead_letters"] == 0
+    assert counts["prompt_tokens"] > 0
+    assert counts["latency_ms"]["max"] >= 0
+
+
+def test_the_same_chats_twice_give_the_same_ids(tmp_path, lines, script):
+    source, model = lines(chat("late!", chat_id="1")), script(ANGRY, APOLOGY)
+    ids = []
+    for output in ("a", "b"):
+        run(source, tmp_path / output, model)
+        ids.append(
+            (read(tmp_path / output, "analyses")[0]["analysis_id"],
+             read(tmp_path / output, "drafts")[0]["draft_id"])
+        )  # fmt: skip
+    assert ids[0] == ids[1]
+
+
+BAD_INPUT = {
+    "not_json": b"hello",
+    "not_utf8": b'{"chat_id": "\xff", "messages": []}',
+    "not_an_object": b"[1]",
+    "no_messages": b'{"chat_id": "x", "messages": []}',
+    "no_text": b'{"chat_id": "x", "messages": [{"user_id": "1", "text": ""}]}',
+    "wrong_shape": b'{"chat_id": "x", "messages": [{"user_id": "1", "text": "x", "role": "boss"}]}',
+    "line_too_long": as_line(chat("word " * 2_000_000)),
+}
+
+
+def test_each_bad_line_is_a_dead_letter_that_holds_it(tmp_path, lines, script):
+    source = lines(*BAD_INPUT.values(), b"", b"  ", chat("fine", chat_id="ok"))
+    model = script(ANGRY, APOLOGY)
+    counts = run(source, tmp_path / "out", model, max_line_bytes=5_000_000)
+    letters = {letter["reason"]: letter for letter in read(tmp_path / "out", "dead_letters")}
+    assert set(letters) == set(BAD_INPUT)
+    assert {letter["stage"] for letter in letters.values()} == {"read"}
+    assert letters["not_json"]["payload"] == "hello"
+    assert letters["not_utf8"]["payload_encoding"] == "base64"
+    assert letters["line_too_long"]["payload"].encode() == BAD_INPUT["line_too_long"]
+    assert letters["no_text"]["chat_id"] == "x"
+    assert (counts["lines_read"], counts["analysed"], counts["lost"]) == (len(BAD_INPUT) + 1, 1, 0)
+
+
+def test_a_ten_megabyte_line_and_a_chat_of_5000_messages_are_reduced_not_lost(
+    tmp_path, lines, script
+):
+    many = chat(*[f"message {i} is here" for i in range(5000)], chat_id="many")
+    source = lines(chat("late! " * 1_700_000, chat_id="big"), many)
+    counts = run(source, tmp_path / "out", script(ANGRY, APOLOGY))
+    found = {a["chat_id"]: a for a in read(tmp_path / "out", "analyses")}
+    assert found["big"]["cut_messages"] == 1
+    assert found["many"]["dropped_messages"] > 4000
+    assert counts["reduced"]["cut_messages"] == 1
+    assert counts["reduced"]["dropped_messages"] == found["many"]["dropped_messages"]
+    assert counts["lost"] == 0
+
+
+def test_dead_letters_of_every_stage_are_replayed(tmp_path, lines, script):
+    """What fails once works when it is sent in again, and nothing is asked for twice."""
+    source = lines(
+        chat("fine", chat_id="fine"), chat("x", chat_id="model"), chat("x", chat_id="answer"),
+        chat("x", chat_id="draft"), b"still not JSON",
+    )  # fmt: skip
+    broken = script(
+        {"chat_id": "model", "error": "overloaded"},
+        {"chat_id": "answer", "task": "analysis", "answer": "rubbish"},
+        {"chat_id": "draft", "task": "apology", "answer": ""},
+        ANGRY,
+        APOLOGY,
+    )
+    first = run(source, tmp_path / "first", broken)
+    assert first["dead_letters_by_reason"] == {
+        "answer/not_json": 1, "draft_answer/empty_draft": 1, "model/overloaded": 1,
+        "read/not_json": 1,
+    }  # fmt: skip
+    letters = f"{tmp_path}/first/dead_letters*.jsonl"
+    options = Options(input=letters, output=f"{tmp_path}/again", model=script(ANGRY, APOLOGY))
+    second = execute(options, [], replay=True).to_dict()
+    assert sorted(a["chat_id"] for a in read(tmp_path / "again", "analyses")) == ["answer", "model"]
+    drafted = sorted(d["chat_id"] for d in read(tmp_path / "again", "drafts"))
+    assert drafted == ["answer", "draft", "model"]
+    assert second["dead_letters_by_reason"] == {"read/not_json": 1}
+    assert second["lost"] == 0
+    whole = read(tmp_path / "first", "drafts") + read(tmp_path / "again", "drafts")
+    by_analysis = {d["analysis_id"] for d in whole}
+    analyses = read(tmp_path / "first", "analyses") + read(tmp_path / "again", "analyses")
+    assert by_analysis == {a["analysis_id"] for a in analyses}
+
+
+def test_a_letter_that_cannot_be_opened_is_a_dead_letter_again(tmp_path, lines, script):
+    source = lines(b"no letter", {"stage": "draft_model"}, name="dead_letters-x.jsonl")
+    options = Options(input=source, output=f"{tmp_path}/out", model=script(ANGRY, APOLOGY))
+    counts = execute(options, [], replay=True).to_dict()
+    assert counts["dead_letters_by_reason"] == {"replay/not_json": 1, "replay/wrong_shape": 1}
+    payloads = {letter["payload"] for letter in read(tmp_path / "out", "dead_letters")}
+    assert payloads == {"no letter", '{"stage": "draft_model"}'}
+
+
+# Conservation: any mix of good and bad lines and of model failures.
+
+BEHAVIOURS = {
+    "good": {"answer": {"sentiment": 0, "summary": "It is fine."}},
+    "angry": {"answer": {"sentiment": -1, "summary": "It is late."}},
+    "rubbish": {"answer": "rubbish"},
+    "out_of_range": {"answer": {"sentiment": 7, "summary": "x"}},
+    "empty": {"answer": ""},
+    "error": {"error": "overloaded"},
+    "crash": {"crash": "out of memory"},
+    "no_draft": {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
+    "draft_crash": {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
+}
+SCRIPT = [
+    *(
+        {"match": f"behave {name}\\b", **rule}
+        for name, rule in BEHAVIOURS.items()
+        if "task" in rule
+    ),
+    {"match": "behave draft_crash", "task": "apology", "crash": "out of memory"},
+    {"match": "behave no_draft", "task": "apology", "answer": ""},
+    {"match": "behave angry", "task": "apology", "answer": "We are sorry about the delay."},
+    *({"match": f"behave {name}\\b", **rule} for name, rule in BEHAVIOURS.items()),
+]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(sorted(BEHAVIOURS)),
+            st.binary(min_size=1, max_size=20).filter(
+                lambda raw: raw.strip() and b"\n" not in raw and b"\r" not in raw
+            ),
+        ),
+        max_size=24,
+    ),
+    st.integers(min_value=1, max_value=9),
+)
+def test_every_line_is_accounted_for_exactly_once(mix, batch):
+    with tempfile.TemporaryDirectory() as folder:
+        source = [
+            as_line(chat(f"behave {item}", chat_id=f"{number}")) if isinstance(item, str) else item
+            for number, item in enumerate(mix)
+        ]
+        Path(folder, "in.jsonl").write_bytes(b"".join(line + b"\n" for line in source))
+        Path(folder, "script.jsonl").write_text("\n".join(map(json.dumps, SCRIPT)))
+        counts = run(
+            f"{folder}/in.jsonl",
+            f"{folder}/out",
+            f"scripted:{folder}/script.jsonl",
+            max_batch_size=batch,
+        )
+        analyses, drafts, letters = (
+            read(f"{folder}/out", kind) for kind in ("analyses", "drafts", "dead_letters")
+        )
+    unanalysed = [letter for letter in letters if not letter["stage"].startswith("draft")]
+    undrafted = [letter for letter in letters if letter["stage"].startswith("draft")]
+    assert counts["lost"] == 0
+    assert counts["lines_read"] == len(mix) == len(analyses) + len(unanalysed)
+
+    ids = collections.Counter(item["chat_id"] for item in analyses)
+    ids.update(letter["chat_id"] for letter in unanalysed if letter.get("chat_id"))
+    expected = {str(n): 1 for n, item in enumerate(mix) if isinstance(item, str)}
+    assert ids == expected
+
+    angry = collections.Counter(a["chat_id"] for a in analyses if a["sentiment"] == -1)
+    reviewed = collections.Counter(item["chat_id"] for item in drafts + undrafted)
+    assert reviewed == angry
+
+
+# The graph.
+
+
+@pytest.fixture
+def steps(tmp_path, lines, script):
+    """The full names of all steps of the pipeline, in order."""
+    options = Options(
+        input=lines(chat("x")), output=str(tmp_path / "out"), model=script(ANGRY, APOLOGY)
+    )
+    pipeline = beam.Pipeline(options=beam_options([]))
+    build(pipeline, plan(options))
+    names: list[str] = []
+
+    class Visitor(beam.pipeline.PipelineVisitor):
+        def enter_composite_transform(self, node):
+            names.append(node.full_label)
+
+        def visit_transform(self, node):
+            names.append(node.full_label)
+
+    pipeline.visit(Visitor())
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def test_step_names_are_stable(steps):
+    """A streaming job is updated in place only where its step names stay as they are."""
+    assert (
+        [name for name in steps if name.count("/") <= 1]
+        == """
+        ReadLines ReadLines/ReadLines ReadLines/DropBlank
+        ParseChats ParseChats/ParseChat
+        AnalyseChats AnalyseChats/EachUser AnalyseChats/RenderPrompt AnalyseChats/AskModel
+        AnalyseChats/ParseAnswer AnalyseChats/Flatten
+        DraftApologies DraftApologies/OnlyAngry DraftApologies/RenderPrompt
+        DraftApologies/AskModel DraftApologies/ParseAnswer DraftApologies/Flatten
+        TakeAnalysis WriteAnalyses WriteAnalyses/ToJson WriteAnalyses/WriteFiles
+        WriteDrafts WriteDrafts/ToJson WriteDrafts/WriteFiles
+        AllDeadLetters WriteDeadLetters WriteDeadLetters/ToJson WriteDeadLetters/WriteFiles
+    """.split()
+    )
+
+
+@pytest.mark.parametrize("stage", ["AnalyseChats", "DraftApologies"])
+def test_a_reshuffle_stands_before_and_after_each_inference(steps, stage):
+    start = f"{stage}/AskModel/"
+    inner = [name.removeprefix(start) for name in steps if name.startswith(start)]
+    assert [name for name in inner if "/" not in name] == [
+        "BeforeModel", "WithKey", "RunInference", "AfterModel", "TakeAnswers",
+    ]  # fmt: skip
+    assert {"BeforeModel/ReshufflePerKey", "AfterModel/ReshufflePerKey"} <= set(inner)
+
+
+def test_the_models_answers_are_asked_for_once(tmp_path, lines, script):
+    """Two sinks and a second stage read the analyses; the model is asked once for each."""
+    source = lines(*(chat("late!", chat_id=str(i)) for i in range(20)))
+    run(source, tmp_path / "out", script({**ANGRY, "times": 20}, APOLOGY))
+    assert len(read(tmp_path / "out", "analyses")) == 20
+
+
+# The command line.
+
+
+def test_run_prints_the_counts_as_the_last_line(tmp_path, lines, script, capsys):
+    flags = ["--output", f"{tmp_path}/out", "--model", script(ANGRY, APOLOGY), "--summary=json"]
+    assert main(["run", "--input", lines(chat("late!"), "rubbish"), *flags]) == 0
+    counts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (counts["analysed"], counts["drafted"], counts["dead_letters"]) == (1, 1, 1)
+    assert counts["files"]["analyses"] == glob.glob(f"{tmp_path}/out/analyses*.jsonl")
+
+
+def test_run_prints_a_table_of_chats_and_counts(tmp_path, lines, script, capsys):
+    escape = chat("late! \x1b[31m[bold]red[/bold]", chat_id="x\x1b[1m")
+    flags = ["--output", f"{tmp_path}/out", "--model", script(ANGRY, APOLOGY)]
+    assert main(["run", "--input", lines(escape), *flags]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "-1 angry",
+        "The parcel is late.",
+        "We are sorry that",
+        "1 chats",
+        "analyses-00000",
+    ):
+        assert text in printed
+    assert "\x1b" not in printed
+
+
+def test_an_empty_file_gives_empty_results(tmp_path, lines, script, capsys):
+    flags = ["--output", f"{tmp_path}/out", "--model", script(ANGRY), "--summary=json"]
+    assert main(["run", "--input", lines(), *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["lines_read"] == 0
+    assert glob.glob(f"{tmp_path}/out/analyses*.jsonl")
+
+
+def test_results_of_an_earlier_run_are_replaced_and_other_files_stay(tmp_path, lines, script):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "analyses-00003-of-00007.jsonl").write_text('{"old": 1}\n')
+    (out / "analyses.jsonl").write_text("mine\n")
+    run(lines(chat("late!")), out, script(ANGRY, APOLOGY))
+    assert len(read(out, "analyses")) == 1
+    assert (out / "analyses.jsonl").read_text() == "mine\n"
+
+
+def test_beam_options_are_passed_through(tmp_path, lines, script):
+    flags = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
+    source = lines(*(chat("late!", chat_id=str(i)) for i in range(9)))
+    options = Options(input=source, output=f"{tmp_path}/out", model=script(ANGRY, APOLOGY))
+    assert execute(options, flags).to_dict()["analysed"] == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["walk"], "walk"),
+        (["run"], "--input is missing"),
+        (["run", "--input=IN"], "--output is missing"),
+        (["run", "--input=/none/*.jsonl", "--output=OUT"], "no file matches '/none/*.jsonl'"),
+        (["run", "--input=EMPTY", "--output=OUT"], "looked for *.jsonl in the folder"),
+        (["run", "--input=IN", "--output=/proc/none"], "--output: '/proc/none' cannot be written"),
+        (["run", "--input=IN", "--output=OUT", "--model=nope"], "unknown model 'nope'"),
+        (["run", "--input=IN", "--output=OUT", "--model=EMPTY"], "has no config.json"),
+        (["run", "--input=IN", "--output=OUT", "--model=scripted:/none"], "cannot be read"),
+        (["run", "--input=IN", "--output=OUT", "--inference=cloud"], "--inference"),
+        (["run", "--input=IN", "--output=OUT", "--max_prompt_tokens=3"], "at least 64"),
+        (["run", "--input=IN", "--output=OUT", "--max_batch_size=many"], "--max_batch_size"),
+        (["run", "--input=IN", "--output=OUT", "--prompts=EMPTY"], "has no analysis.jinja"),
+        (["run", "--input=IN", "--output=OUT", "--promts=x"], "did you mean --prompts?"),
+        (["run", "--input=IN", "--output=OUT", "more"], "unexpected argument 'more'"),
+        (["evaluate", "/none.jsonl"], "cannot be read"),
+        (["evaluate", "IN"], "has no chat with a label"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(tmp_path, lines, capsys, arguments, says):
+    (tmp_path / "empty").mkdir()
+    places = {"IN": lines(chat("x")), "EMPTY": f"{tmp_path}/empty", "OUT": f"{tmp_path}/out"}
+    for name, path in places.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("chatflow: ")
+    assert error.count("\n") == 1
+
+
+def test_an_output_that_holds_the_input_is_refused(tmp_path, lines, script, capsys):
+    source = lines(chat("x"), name="dead_letters-00000-of-00001.jsonl")
+    flags = ["--output", str(tmp_path), "--model", script(ANGRY)]
+    assert main(["replay", "--input", source, *flags]) == 2
+    assert "name another folder" in capsys.readouterr().err
+    assert Path(source).exists()
+
+
+def test_a_pipeline_that_fails_says_why_and_exits_with_1(tmp_path, lines, script, capsys):
+    model = tmp_path / "preset"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "no_such_model"}')
+    flags = ["--output", f"{tmp_path}/out", "--model", str(model)]
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--input", lines(chat("x")), *flags])
+    assert caught.value.code == 1
+    assert "the pipeline failed" in capsys.readouterr().err
