@@ -108,12 +108,15 @@ def test_a_chat_of_5000_messages_fits_and_the_question_says_what_was_left_out():
 # Templates.
 
 
-def folder(tmp_path: Path, analysis: str, apology: str | None = None) -> str:
+APOLOGY = """{% set draft_characters = 9 %}
+{% set answer_tokens = 9 %}
+{% block draft %}x{% endblock %}
+"""
+
+
+def folder(tmp_path: Path, analysis: str) -> str:
     (tmp_path / "analysis.jinja").write_text(analysis)
-    default = (
-        "{% set draft_characters = 9 %}{% set answer_tokens = 9 %}{% block draft %}x{% endblock %}"
-    )
-    (tmp_path / "apology.jinja").write_text(apology or default)
+    (tmp_path / "apology.jinja").write_text(APOLOGY)
     return str(tmp_path)
 
 
@@ -130,7 +133,7 @@ SETTINGS = """{% set tones = {"angry": -1, "neutral": 0, "happy": 1} %}
         (SETTINGS + "{% block json %}\n{{ user_id }\n{% endblock %}", "analysis.jinja:6: "),
         (SETTINGS + "{% block json %}\n{{ user_name }}\n{% endblock %}",
          "analysis.jinja:6: 'user_name' is undefined"),
-        (SETTINGS + "{% block json %}\n{{ messages[0].txt }}\n{% endblock %}", "analysis.jinja:6: "),
+        (SETTINGS + "{% block json %}\n{{ messages[0].txt }}\n{% endblock %}", "jinja:6: "),
         (SETTINGS + "{% block json %}{% include 'no.jinja' %}{% endblock %}", "no.jinja"),
         (SETTINGS + "{% block json %}\n{{ 1 / 0 }}\n{% endblock %}", "analysis.jinja:6: "),
         (SETTINGS + "{% block json %}{% endblock %}", "block json is empty"),

@@ -148,10 +148,12 @@ class Engine:
             )
             batch = zip(rows, *map(np.asarray, (tokens, counts, done, lengths)), strict=False)
             for row, ids, count, ended, length in batch:
-                text = self.decode_text(ids[:count].tolist())
+                whole = self.decode_text(ids[:count].tolist())
+                text = whole
                 for end in stop:
                     text = text.split(end, 1)[0]
-                answers[row] = Continuation(text, int(length), int(count), not ended)
+                cut = not ended and text == whole
+                answers[row] = Continuation(text, int(length), int(count), cut)
         return [answers[row] for row in range(len(suffixes))]
 
     # Batches, buckets and the shared prefix.

@@ -63,13 +63,13 @@ def check_preset(preset: str) -> None:
 
 
 def _keras_presets() -> set[str]:
-    _use_jax()
+    use_jax()
     from keras_hub.models import Gemma3Backbone, GemmaBackbone
 
     return {*GemmaBackbone.presets, *Gemma3Backbone.presets}
 
 
-def _use_jax() -> None:
+def use_jax() -> None:
     """Chooses Keras's backend; must run before keras is first imported.
 
     Raises:
@@ -88,10 +88,10 @@ def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> s
         return os.fspath(embedded.ensure(progress))
     if preset.startswith(("kaggle://", "hf://")) or "://" not in preset:
         return preset
-    return os.fspath(_copied(preset, progress))
+    return os.fspath(copied(preset, progress))
 
 
-def _copied(url: str, progress: embedded.Progress) -> Path:
+def copied(url: str, progress: embedded.Progress) -> Path:
     """A folder of any filesystem that Beam knows, in the local cache.
 
     A file is copied under another name first, so that a broken copy is never used.
@@ -132,7 +132,7 @@ class GemmaModel:
 
     def __init__(self, name: str, preset: str, dtype: str, instruct: bool):
         started = time.monotonic()
-        _use_jax()
+        use_jax()
         import jax
 
         config: Any = jax.config
