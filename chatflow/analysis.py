@@ -10,7 +10,7 @@ from typing import NamedTuple
 import apache_beam as beam
 
 from chatflow import metrics
-from chatflow.answers import parse_analysis, shorten
+from chatflow.answers import parse_analysis, repeats_itself, shorten
 from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
 from chatflow.models import Model
@@ -85,7 +85,8 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
     settings, chat = prompt.template.settings, question.chat
     parsed = parse_analysis(answer.text, settings["summary_characters"])
     summary, source = parsed.summary, "model"
-    if grounding(summary, chat) < settings["summary_grounding"]:
+    needed = settings["summary_grounding"]
+    if needed and (grounding(summary, chat, question.user_id) < needed or repeats_itself(summary)):
         summary, source = extract(chat, question.user_id, settings["summary_characters"]), "extract"
     return Analysis.model_validate(
         {
@@ -107,107 +108,21 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
     )
 
 
-_CONTENT_WORD = re.compile(r"[^\W_]{4,}")
+_CONTENT_WORD = re.compile(r"\d+|[^\W\d_]{3,}")
 _EMPTY_WORDS = frozenset(
-    [
-        "about",
-        "after",
-        "again",
-        "also",
-        "because",
-        "been",
-        "before",
-        "being",
-        "could",
-        "does",
-        "doing",
-        "done",
-        "down",
-        "each",
-        "even",
-        "every",
-        "find",
-        "from",
-        "further",
-        "getting",
-        "give",
-        "given",
-        "going",
-        "have",
-        "having",
-        "help",
-        "here",
-        "into",
-        "just",
-        "know",
-        "like",
-        "look",
-        "made",
-        "make",
-        "making",
-        "more",
-        "most",
-        "much",
-        "need",
-        "needs",
-        "only",
-        "other",
-        "over",
-        "please",
-        "said",
-        "same",
-        "says",
-        "should",
-        "some",
-        "such",
-        "sure",
-        "take",
-        "than",
-        "thank",
-        "thanks",
-        "that",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "thing",
-        "things",
-        "this",
-        "those",
-        "through",
-        "time",
-        "under",
-        "until",
-        "very",
-        "want",
-        "wanted",
-        "wants",
-        "well",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "will",
-        "with",
-        "would",
-        "your",
-        "yours",
-        "customer",
-        "user",
-        "agent",
-        "company",
-        "service",
-        "support",
-    ]
+    "about after again ago all also and any are because been before being but can could customer "
+    "did does doing done down each even every find for from get given give going got had has have "
+    "having her here him his how into its just know let like look made make making may more most "
+    "much need needs not now off one only other our out over own per please said same saw say "
+    "says see she should some such sure take than thank thanks that the their them then there "
+    "these they thing things this those through time too two under until use user very want "
+    "wanted wants was way well were what when where which while who will with would yet you your "
+    "agent company service support".split()
 )
 
 
 def content_words(text: str) -> list[str]:
-    """The words that carry meaning, lower-cased, by their first five letters.
+    """Numbers, and the words that carry meaning, lower-cased, by their first five letters.
 
     Five letters, so that "refunded" in a summary is found in a chat about a "refund".
     """
@@ -215,12 +130,17 @@ def content_words(text: str) -> list[str]:
     return [word[:5] for word in words if word not in _EMPTY_WORDS]
 
 
-def grounding(summary: str, chat: Chat) -> float:
-    """The share of a summary's content words that stand in the chat; 1 where it has none."""
-    known = set(content_words(" ".join(m.text for m in chat.messages)))
-    known.update(content_words(" ".join(m.user_id for m in chat.messages)))
+def grounding(summary: str, chat: Chat, user_id: str) -> float:
+    """The share of a summary's content words that the user wrote, too.
+
+    0 where it has fewer than two of them, and so says nothing. Names of the chat's users
+    do not count.
+    """
+    for name in sorted({m.user_id for m in chat.messages}, key=len, reverse=True):
+        summary = summary.replace(name, " ")
+    known = set(content_words(" ".join(m.text for m in chat.messages if m.user_id == user_id)))
     words = content_words(summary)
-    return sum(word in known for word in words) / len(words) if words else 1.0
+    return sum(word in known for word in words) / len(words) if len(set(words)) > 1 else 0.0
 
 
 def extract(chat: Chat, user_id: str, limit: int) -> str:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from chatflow.chat_text import CONTROL_TOKEN
+from chatflow.chat_text import CONTROL_TOKEN, as_data
 from chatflow.errors import BadAnswerError
-from chatflow.records import Sentiment
+from chatflow.models.requests import Part
+from chatflow.records import Chat, Sentiment
 
 TONE_WORDS: Mapping[str, Sentiment] = {
     "angry": Sentiment.ANGRY,
@@ -72,25 +73,31 @@ def parse_analysis(answer: str, summary_characters: int) -> AnalysisAnswer:
     return AnalysisAnswer(sentiment, summary, repairs)
 
 
-def parse_draft(answer: str, prompt: str, limit: int) -> DraftAnswer:
+def parse_draft(answer: str, asked: Part, chat: Chat, limit: int) -> DraftAnswer:
     """Checks the text of a draft.
 
     Args:
-      prompt: what the model was asked, to see whether it only says it again.
+      asked: what the model was asked, to see whether it only says it again.
+      chat: whose words a draft may take up, but not repeat as a whole.
       limit: characters; a longer draft ends at its last whole sentence within it.
 
     Raises:
       BadAnswerError: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`.
     """
     text = answer.strip()
-    if not re.search(r"\w", text):
+    written = text.removesuffix(asked.tail)
+    if not re.search(r"\w", written.removeprefix(asked.lead)):
         raise BadAnswerError("empty_draft", "the draft has no words", answer)
     if CONTROL_TOKEN.search(text):
         raise BadAnswerError("control_tokens", "the draft holds control tokens", answer)
-    runs, known = _word_runs(text), set(_word_runs(prompt))
-    if len([run for run in runs if run in known]) * 2 > len(runs):
-        raise BadAnswerError("repeats_prompt", "most of the draft stands in its prompt", answer)
-    if len(set(runs)) * 2 < len(runs):
+    template = asked.prompt
+    for message in chat.messages:
+        template = template.replace(as_data(message.text), "\n")
+    runs, known = word_runs(written), set(word_runs(template))
+    copied = sum(run in known for run in runs)
+    if copied * 2 > len(runs) or _words(written) in _words(asked.prompt):
+        raise BadAnswerError("repeats_prompt", "the draft says its prompt again", answer)
+    if repeats_itself(written):
         raise BadAnswerError("repeats_itself", "the draft says the same again and again", answer)
     if len(text) <= limit:
         return DraftAnswer(text, ())
@@ -107,11 +114,22 @@ def shorten(text: str, limit: int) -> str:
     return at_word.rstrip(" ,;:") + "…"
 
 
-def _word_runs(text: str, length: int = 6) -> list[tuple[str, ...]]:
+def repeats_itself(text: str) -> bool:
+    """Whether more than half of a text's runs of words come again."""
+    runs = word_runs(text)
+    return len(set(runs)) * 2 < len(runs)
+
+
+def word_runs(text: str, length: int = 5) -> list[tuple[str, ...]]:
+    """All runs of so many words; of a shorter text, the words as one run."""
     words = re.findall(r"\w+", text.lower())
     if len(words) <= length:
         return [tuple(words)] if words else []
     return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+
+
+def _words(text: str) -> str:
+    return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
 
 
 def _plain_text(text: str) -> tuple[str, tuple[str, ...]]:

@@ -82,7 +82,7 @@ class Prompt:
     def check_settings(self) -> None:
         raise NotImplementedError
 
-    def part(self, block: str, text: str, lead: str) -> Part:
+    def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         """The prompt of a block as a part of a request."""
         raise NotImplementedError
 
@@ -122,7 +122,8 @@ class Prompt:
                 self.part(
                     block,
                     self._render(block, chat, kept.messages, user_id, analysis),
-                    self._lead(block, chat, kept.messages, user_id, analysis),
+                    self._beside(f"{block}_start", chat, kept.messages, user_id, analysis),
+                    self._beside(f"{block}_end", chat, kept.messages, user_id, analysis),
                 )
                 for block in self.block_names
             ]
@@ -140,9 +141,8 @@ class Prompt:
         )
         return Question(chat, user_id, request, kept.dropped, kept.cut, analysis)
 
-    def _lead(self, block: str, *values: Any) -> str:
-        start = f"{block}_start"
-        return self._render(start, *values) if start in self.template.blocks else ""
+    def _beside(self, block: str, *values: Any) -> str:
+        return self._render(block, *values) if block in self.template.blocks else ""
 
     @functools.cached_property
     def _overhead(self) -> int:
@@ -232,7 +232,7 @@ class AnalysisPrompt(Prompt):
         found = self.template.settings.get("tone_bias", {}).get(self.model.result_name)
         return {word: float(value) for word, value in found.items()} if found else None
 
-    def part(self, block: str, text: str, lead: str) -> Part:
+    def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         settings = self.template.settings
         if block == "tone":
             bias = self.tone_bias or dict.fromkeys(self.tones, 0.0)
@@ -249,6 +249,7 @@ class AnalysisPrompt(Prompt):
             prompt=text,
             shared=self._shared_length(block, text),
             lead=lead,
+            tail=tail,
             max_tokens=settings["answer_tokens"],
             stop=tuple(settings.get("stop", ("\n",))) if block == "summary" else (),
         )
@@ -270,13 +271,14 @@ class DraftPrompt(Prompt):
             if self.template.setting(name, int) < 1:
                 raise UsageError(f"{where}: {name} must be at least 1")
 
-    def part(self, block: str, text: str, lead: str) -> Part:
+    def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         settings = self.template.settings
         return Part(
             field=None,
             prompt=text,
             shared=self._shared_length(block, text),
             lead=lead,
+            tail=tail,
             max_tokens=settings["answer_tokens"],
             stop=tuple(settings.get("stop", ())),
         )

@@ -9,7 +9,8 @@ constants at its top level (`{% set summary_characters = 512 %}`) and asks in bl
 - `draft`, in `apology.jinja`.
 
 A block `summary_start` or `draft_start` at the end of these begins the answer, too:
-`In short, {% block summary_start %}{{ user_id }} wants{% endblock %}`.
+`In short, {% block summary_start %}{{ user_id }} wants{% endblock %}`. What stands in
+`summary_end` or `draft_end` is put behind what the model wrote.
 
 A block sees `chat`, `messages` (those kept), `user_id`, and, in `apology.jinja`,
 `analysis`; and the template's own constants.

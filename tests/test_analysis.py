@@ -133,12 +133,14 @@ def answer_for(prompt, answer, chat_id="1", source=LATE):
     [
         ("The customer's parcel was late.", 1.0),
         ("The parcel contained golden elephants.", 0.25),
-        ("Beyond imagination.", 0.0),
-        ("It is so.", 1.0),
+        ("The parcel is late and sorry.", 2 / 3),  # the agent is sorry, not the user
+        ("c says that the parcel is late by 3 days.", 0.5),
+        ("c wants a parcel.", 0.0),  # one word says nothing
+        ("It is so.", 0.0),
     ],
 )
-def test_grounding_is_the_share_of_content_words_in_the_chat(summary, share):
-    assert grounding(summary, LATE) == pytest.approx(share)
+def test_grounding_is_the_share_of_content_words_that_the_user_wrote(summary, share):
+    assert grounding(summary, LATE, "c") == pytest.approx(share)
 
 
 def test_words_are_known_by_their_start():

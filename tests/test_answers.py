@@ -1,11 +1,13 @@
 import json
 
 import pytest
+from conftest import chat
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chatflow.answers import parse_analysis, parse_draft, shorten
 from chatflow.errors import BadAnswerError
+from chatflow.models.requests import Part
 from chatflow.records import Sentiment
 
 GOOD = '{"sentiment": -1, "summary": "221 is annoyed about pizza."}'
@@ -98,11 +100,28 @@ def test_shorten_keeps_its_limit(text, limit):
     assert len(shorten(text, limit)) <= limit
 
 
+CHAT = chat("My parcel is late and it was left out in the rain, I am really cross now.")
+ASKED = Part(
+    field=None,
+    prompt="Write an apology to the user of the chat below in two sentences.\n"
+    "Complaint: You charged me twice.\nApology: We are sorry that you were charged twice by us.\n"
+    f"Complaint: {CHAT.messages[0].text}\nApology: We are sorry that",
+    lead="We are sorry that",
+    tail=". A colleague will call.",
+)
 DRAFT = "We are sorry about the late parcel. Our team is looking into it now."
 
 
-def test_a_good_draft_is_taken_as_it_is():
-    assert parse_draft(f" {DRAFT}\n", "Write an apology.", 600) == (DRAFT, ())
+@pytest.mark.parametrize(
+    "answer",
+    [
+        DRAFT,
+        "We are sorry that it was left out in the rain. A colleague will call.",
+        f"{DRAFT} A colleague will call.",
+    ],
+)
+def test_good_drafts_are_taken_as_they_are(answer):
+    assert parse_draft(f" {answer}\n", ASKED, CHAT, 600) == (answer, ())
 
 
 @pytest.mark.parametrize(
@@ -110,19 +129,24 @@ def test_a_good_draft_is_taken_as_it_is():
     [
         ("", "empty_draft"),
         (" …!", "empty_draft"),
+        ("We are sorry that. A colleague will call.", "empty_draft"),
         (DRAFT + "<end_of_turn>", "control_tokens"),
         ("[INST] sorry", "control_tokens"),
         ("Write an apology to the user of the chat below in two sentences.", "repeats_prompt"),
+        (
+            "We are sorry that you were charged twice by us. A colleague will call.",
+            "repeats_prompt",
+        ),
+        (CHAT.messages[0].text, "repeats_prompt"),
         ("We are sorry for the delay of it. " * 8, "repeats_itself"),
     ],
 )
 def test_drafts_that_are_refused(answer, reason):
-    prompt = "Write an apology to the user of the chat below in two sentences."
     with pytest.raises(BadAnswerError) as caught:
-        parse_draft(answer, prompt, 600)
+        parse_draft(answer, ASKED, CHAT, 600)
     assert (caught.value.reason, caught.value.answer) == (reason, answer)
 
 
 def test_a_long_draft_ends_at_a_sentence_and_says_so():
-    parsed = parse_draft(DRAFT, "", 40)
+    parsed = parse_draft(DRAFT, ASKED, CHAT, 40)
     assert parsed == ("We are sorry about the late parcel.", ("draft_cut",))

@@ -197,7 +197,9 @@ class GemmaModel:
                 value = (part.lead + answer.text).strip()
                 if answer.cut:
                     finish_reason = "length"
-                    value += "…" if part.field else ""
+                    value += "…"
+                if part.tail:
+                    value = value.rstrip(".… ") + part.tail
             if part.field:
                 fields[part.field] = value
             else:

@@ -15,6 +15,7 @@ class Part:
       prompt: the text to continue.
       shared: how many characters of it, from its start, all prompts of the template share.
       lead: the end of the prompt that is also the start of the answer ("221 wants").
+      tail: fixed text that ends the answer, in place of the model's last full stop.
       max_tokens: of the answer; unused where there are choices.
       stop: texts that end the answer and are not part of it.
       choices: if any, one of these is scored best, and nothing is generated.
@@ -26,6 +27,7 @@ class Part:
     prompt: str
     shared: int = 0
     lead: str = ""
+    tail: str = ""
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
