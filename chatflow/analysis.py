@@ -136,8 +136,8 @@ def grounding(summary: str, chat: Chat, user_id: str) -> float:
     0 where it has fewer than two of them, and so says nothing. Names of the chat's users
     do not count.
     """
-    for name in sorted({m.user_id for m in chat.messages}, key=len, reverse=True):
-        summary = summary.replace(name, " ")
+    for name in {m.user_id for m in chat.messages}:
+        summary = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", summary)
     known = set(content_words(" ".join(m.text for m in chat.messages if m.user_id == user_id)))
     words = content_words(summary)
     return sum(word in known for word in words) / len(words) if len(set(words)) > 1 else 0.0

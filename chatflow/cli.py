@@ -130,8 +130,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     options = from_flags(parsed, required=("input", "output"))
     summary = execute(options, rest, replay=parsed.replay)
-    if summary is None:
-        return 0
     if options.summary == "json":
         print(summary.to_json())
     else:
@@ -152,11 +150,13 @@ def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     return evaluate(parsed, rest)
 
 
-def execute(options: Options, flags: Sequence[str], replay: bool = False) -> Summary | None:
-    """Checks everything, runs the pipeline, and waits for it.
+def execute(
+    options: Options, flags: Sequence[str], replay: bool = False, drafts: bool = True
+) -> Summary:
+    """Checks everything, runs the pipeline, and waits for it; see `pipeline.Plan`.
 
     Returns:
-      the counts; None where the runner gave none.
+      the counts.
 
     Raises:
       UsageError: before anything runs.
@@ -172,7 +172,7 @@ def execute(options: Options, flags: Sequence[str], replay: bool = False) -> Sum
 
     beam_flags = beam_options(flags)
     inputs = check_input(options.input)
-    planned = plan(options, replay)
+    planned = plan(options, replay, drafts)
     console = Console(stderr=True)
     pipeline = beam.Pipeline(options=beam_flags)
     build(pipeline, planned)

@@ -169,9 +169,7 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="chatflow-evaluate-") as scratch:
         parsed.input, parsed.output = parsed.labelled, parsed.output or scratch
         options = from_flags(parsed)
-        summary = execute(options, flags)
-        if summary is None:
-            raise UsageError("evaluate needs the results here; leave --runner out")
+        summary = execute(options, flags, drafts=False)
         files = result_files(options.output, "analyses")
         analyses = {(a.chat_id, a.user_id): a for a in read_records(Analysis, files)}
         counts = summary.to_dict()

@@ -24,6 +24,7 @@ class Plan:
 
     Attributes:
       replay: the input holds dead letters, which are tried again.
+      drafts: apologies are drafted; without, analyses alone are made.
     """
 
     options: Options
@@ -31,9 +32,10 @@ class Plan:
     analysis_prompt: AnalysisPrompt
     draft_prompt: DraftPrompt
     replay: bool = False
+    drafts: bool = True
 
 
-def plan(options: Options, replay: bool = False) -> Plan:
+def plan(options: Options, replay: bool = False, drafts: bool = True) -> Plan:
     """Reads and checks model and prompts.
 
     Raises:
@@ -53,6 +55,7 @@ def plan(options: Options, replay: bool = False) -> Plan:
         AnalysisPrompt(templates["analysis"], model, options.max_prompt_tokens),
         DraftPrompt(templates["apology"], model, options.max_prompt_tokens),
         replay,
+        drafts,
     )
 
 
@@ -67,23 +70,22 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
 
     read = lines | "ParseChats" >> ParseChats(options.max_line_bytes)
     analysed = read.chats | "AnalyseChats" >> AnalyseChats(model, plan.analysis_prompt)
-    to_draft = analysed.analysed
-    if plan.replay:
-        to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
-    drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.draft_prompt)
+    dead_letters = [read.dead_letters, analysed.dead_letters]
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
-    dead_letters = [read.dead_letters, analysed.dead_letters, drafted.dead_letters]
-    if plan.replay:
-        dead_letters.append(opened.dead_letters)
-
     analyses | "WriteAnalyses" >> WriteRecords(options.output, "analyses")
-    drafted.drafts | "WriteDrafts" >> WriteRecords(options.output, "drafts")
-    (
-        dead_letters
-        | "AllDeadLetters" >> beam.Flatten()
-        | "WriteDeadLetters" >> WriteRecords(options.output, "dead_letters")
-    )
+
+    if plan.drafts:
+        to_draft = analysed.analysed
+        if plan.replay:
+            to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
+            dead_letters.append(opened.dead_letters)
+        drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.draft_prompt)
+        dead_letters.append(drafted.dead_letters)
+        drafted.drafts | "WriteDrafts" >> WriteRecords(options.output, "drafts")
+
+    all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()
+    all_dead_letters | "WriteDeadLetters" >> WriteRecords(options.output, "dead_letters")
 
 
 def take_analysis(analysed: AnalysedChat) -> Analysis:

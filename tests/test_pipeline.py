@@ -242,9 +242,9 @@ def test_step_names_are_stable(steps):
         ParseChats ParseChats/ParseChat
         AnalyseChats AnalyseChats/EachUser AnalyseChats/RenderPrompt AnalyseChats/AskModel
         AnalyseChats/ParseAnswer AnalyseChats/Flatten
+        TakeAnalysis WriteAnalyses WriteAnalyses/ToJson WriteAnalyses/WriteFiles
         DraftApologies DraftApologies/OnlyAngry DraftApologies/RenderPrompt
         DraftApologies/AskModel DraftApologies/ParseAnswer DraftApologies/Flatten
-        TakeAnalysis WriteAnalyses WriteAnalyses/ToJson WriteAnalyses/WriteFiles
         WriteDrafts WriteDrafts/ToJson WriteDrafts/WriteFiles
         AllDeadLetters WriteDeadLetters WriteDeadLetters/ToJson WriteDeadLetters/WriteFiles
     """

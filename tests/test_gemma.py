@@ -1,0 +1,104 @@
+"""The real embedded Gemma 3 270M on a few chats."""
+
+import json
+import shutil
+
+import pytest
+from conftest import chat
+
+from chatflow.analysis import to_analysis
+from chatflow.asking import Answered
+from chatflow.drafts import to_draft
+from chatflow.models import ModelSpec, embedded
+from chatflow.prompts import AnalysisPrompt, DraftPrompt
+from chatflow.records import AnalysedChat, Sentiment
+from chatflow.templates import load_folder
+
+pytestmark = pytest.mark.gemma
+
+CHATS = [
+    chat(
+        "Where is my parcel? I have been waiting for three weeks now!",
+        "It is on its way.",
+        "You said that last week. This is ridiculous, I am really angry with you.",
+        chat_id="angry",
+    ),
+    chat("Hi, which documents do I need to open an account?", "A passport.", chat_id="neutral"),
+    chat("The lamp arrived today and it looks wonderful, thank you so much!", chat_id="happy"),
+]
+
+
+@pytest.fixture(scope="module")
+def analysed(gemma):
+    prompt = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec())
+    questions = [prompt.question(one, "c") for one in CHATS]
+    answers = gemma.answer([question.request for question in questions])
+    return [
+        AnalysedChat(q.chat, to_analysis(Answered(q, a), prompt))
+        for q, a in zip(questions, answers, strict=True)
+    ]
+
+
+def test_it_tells_angry_from_neutral_from_happy(analysed):
+    assert [a.sentiment for _, a in analysed] == [
+        Sentiment.ANGRY, Sentiment.NEUTRAL, Sentiment.HAPPY,
+    ]  # fmt: skip
+
+
+def test_its_summaries_are_of_the_chat(analysed):
+    for one, analysis in analysed:
+        assert 1 <= len(analysis.summary) <= 512
+        assert analysis.summary_source in ("model", "extract")
+        assert analysis.model == "gemma3-270m"
+        assert set(analysis.tone_scores) == {"negative", "neutral", "positive"}
+        words = set(" ".join(m.text for m in one.messages).lower().replace("!", "").split())
+        assert words & set(analysis.summary.lower().split())
+
+
+def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, analysed):
+    prompt = DraftPrompt(load_folder("base")["apology"], ModelSpec())
+    question = prompt.question(analysed[0].chat, "c", analysed[0].analysis)
+    (answer,) = gemma.answer([question.request])
+    draft = to_draft(Answered(question, answer), prompt)
+    assert draft.text.startswith("We are sorry that ")
+    assert draft.text.endswith("A colleague will look into it and come back to you.")
+    assert ".." not in draft.text
+
+
+def test_the_models_json_is_built_by_code(gemma):
+    prompt = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec())
+    (answer,) = gemma.answer([prompt.question(CHATS[0], "c").request])
+    assert set(json.loads(answer.text)) == {"sentiment", "summary"}
+    assert answer.prompt_tokens > 100
+    assert 0 < answer.answer_tokens <= 40
+
+
+def test_greedy_text_is_that_of_the_reference_implementation(gemma):
+    """llama.cpp gives this text from the GGUF file, greedily."""
+    (found,) = gemma.engine.generate("", ["The capital of France is"], 8)
+    assert found.text.startswith(" the capital of")
+
+
+def test_the_conversion_is_done_once_and_a_broken_copy_is_made_again(gemma, tmp_path, monkeypatch):
+    """A cut file is noticed by its hash."""
+    folder = embedded.ensure()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    copy = embedded.cache_root() / folder.name
+    shutil.copytree(folder, copy)
+    said: list[str] = []
+    assert embedded.ensure(said.append) == copy
+    assert not said
+    (copy / "tokenizer.model").write_bytes(b"cut")
+    assert embedded.ensure(said.append) == copy
+    assert said
+    assert (copy / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+def test_the_tokenizer_is_gemmas(gemma):
+    engine = gemma.engine
+    text = "Hello world\n\nHow are you?  ok 🤬 123"
+    ids = engine.encode(text)
+    assert engine.decode_text(ids) == text
+    assert [engine.tokenizer.id_to_token(i) for i in ids[:3]] == ["Hello", "▁world", "\n\n"]
+    bos = engine.tokenizer.start_token_id
+    assert bos not in engine.encode("<bos>")
