@@ -7,7 +7,7 @@ OUT    ?= out/demo
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint evaluate lock clean
+.PHONY: help setup demo test lint evaluate docs lock clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: setup ## Check style and types
 
 evaluate: setup ## Measure the sentiment on the labelled sample chats
 	$(BIN)/chatflow evaluate samples/chats.jsonl
+
+docs: setup ## Write the README's table of options anew
+	$(BIN)/python tests/test_docs.py
 
 lock: setup ## Resolve the dependencies anew into requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \

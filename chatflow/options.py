@@ -98,6 +98,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def markdown_table() -> str:
+    """The README's table of flags."""
+    rows = ["| flag | default | |", "|---|---|---|"]
+    for name, flag in Options.defaults().items():
+        default = f"`{flag['default']}`" if flag["default"] != "" else ""
+        choices = f" One of `{'`, `'.join(flag['choices'])}`." if flag["choices"] else ""
+        rows.append(f"| `--{name}` | {default} | {flag['help']}{choices} |")
+    return "\n".join(rows)
+
+
 def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
     groups: dict[str, Any] = {}
     for name, flag in Options.defaults().items():

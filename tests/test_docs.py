@@ -1,0 +1,77 @@
+"""What the README and the package promise is there. Run as a script, it writes the README."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from chatflow.options import Options, markdown_table
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TABLE = re.compile(r"(<!-- options: .*? -->\n)(.*?)(<!-- end of options -->)", re.DOTALL)
+
+
+def test_the_readmes_options_are_those_of_the_code():
+    written = TABLE.search(README.read_text())
+    assert written is not None
+    assert written[2] == markdown_table() + "\n", "run `make docs`"
+
+
+def test_every_option_has_help_and_every_help_is_a_sentence():
+    for name, flag in Options.defaults().items():
+        assert flag["help"].endswith("."), name
+
+
+def test_help_answers_at_once():
+    """Nothing heavy is imported to print the help."""
+    code = (
+        "import sys; from chatflow.cli import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'apache_beam', 'jax', 'keras', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for flag in Options.defaults():
+        assert f"--{flag}" in done.stdout
+
+
+def test_python_m_chatflow_works():
+    done = subprocess.run(
+        [sys.executable, "-m", "chatflow", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("chatflow ")
+
+
+def test_a_wheel_holds_the_prompts(tmp_path):
+    from hatchling.builders.wheel import WheelBuilder
+
+    (built,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    names = zipfile.ZipFile(built).namelist()
+    for template in ("base/analysis", "base/apology", "base/examples", "instruct/analysis"):
+        assert f"chatflow/default_prompts/{template}.jinja" in names
+    assert not [name for name in names if name.startswith(("tests", "samples"))]
+
+
+def test_the_samples_are_what_their_readme_says():
+    from chatflow.records import parse_chat
+
+    lines = (ROOT / "samples" / "chats.jsonl").read_bytes().splitlines()
+    chats = [parse_chat(line).chat for line in lines]
+    by_id = {chat.chat_id: chat for chat in chats}
+    assert len(by_id) == len(chats) == 52
+    assert len({chat.attributes["business"] for chat in chats}) == 13
+    assert len(by_id["sixty-messages"].messages) == 60
+    assert by_id["es-factura"].attributes["language"] == "es"
+    assert by_id["emoji-only"].messages[0].text == "😡😡😡"
+    assert "<start_of_turn>" in by_id["injection"].messages[2].text
+    assert len(by_id["two-customers"].users()) == 2
+
+
+if __name__ == "__main__":
+    README.write_text(
+        TABLE.sub(lambda m: m[1] + markdown_table() + "\n" + m[3], README.read_text())
+    )
