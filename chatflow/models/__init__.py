@@ -6,8 +6,8 @@ import dataclasses
 import uuid
 from typing import Any
 
-from chatflow.errors import UsageError
 from chatflow.models import embedded
+from chatflow.models.requests import RemoteSettings
 
 SCRIPTED = "scripted:"
 
@@ -37,6 +37,7 @@ class ModelSpec:
         `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
       kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
+      remote: where the service is; unused on the worker.
 
     Raises:
       UsageError: no such model.
@@ -48,12 +49,16 @@ class ModelSpec:
     dtype: str = "auto"
     max_batch_size: int = 16
     large_model: bool = True
+    remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
 
     def __post_init__(self) -> None:
         if self.is_scripted:
             return
         if self.inference == "remote":
-            raise UsageError("--inference=remote is not there yet")
+            from chatflow.models import vertex
+
+            vertex.check_name(self.name, self.remote)
+            return
         from chatflow.models import gemma
 
         gemma.check_preset(self.name)
@@ -94,6 +99,11 @@ class ModelSpec:
 
             script = load_script(self.name.removeprefix(SCRIPTED))
             return ScriptedModelHandler(script, max_batch_size=self.max_batch_size)
+        if self.inference == "remote":
+            from chatflow.models.vertex import VertexModelHandler
+
+            # A batch ends with its slowest call, so it is wider than what is in flight.
+            return VertexModelHandler(self.name, self.remote, 4 * self.remote.max_in_flight)
         from chatflow.models.gemma import GemmaModelHandler
 
         return GemmaModelHandler(

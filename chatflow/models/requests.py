@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +83,21 @@ class Failure:
     reason: str
     error: str
     answer: str | None = None
+
+
+class RemoteSettings(NamedTuple):
+    """Where a service is, and how it is called.
+
+    Attributes:
+      project, location: of a Gemini model; an endpoint's are in its name.
+      api_endpoint: an address instead of Google's, e.g. a private one. One that begins
+        with `http://` is called without credentials.
+      timeout: seconds for one call.
+      max_in_flight: calls at once, by worker process.
+    """
+
+    project: str = ""
+    location: str = ""
+    api_endpoint: str = ""
+    timeout: float = 60.0
+    max_in_flight: int = 16
