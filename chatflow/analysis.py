@@ -83,7 +83,7 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
     """
     question, answer = answered
     settings, chat = prompt.template.settings, question.chat
-    parsed = parse_analysis(answer.text, settings["summary_characters"])
+    parsed = parse_analysis(answer.text, settings["summary_characters"], prompt.tones)
     summary, source = parsed.summary, "model"
     needed = settings["summary_grounding"]
     if needed and (grounding(summary, chat, question.user_id) < needed or repeats_itself(summary)):

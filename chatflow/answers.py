@@ -37,12 +37,17 @@ class DraftAnswer(NamedTuple):
     repairs: tuple[str, ...]
 
 
-def parse_analysis(answer: str, summary_characters: int) -> AnalysisAnswer:
+def parse_analysis(
+    answer: str, summary_characters: int, tones: Mapping[str, Sentiment] = TONE_WORDS
+) -> AnalysisAnswer:
     """Reads sentiment and summary from a model's answer.
 
     Takes JSON that is fenced, prefixed, single-quoted, cut off or has trailing commas;
     what had to be mended is said in `repairs`. A summary that is too long ends at a
     word, with an ellipsis, and says so.
+
+    Args:
+      tones: the template's words for the sentiments, taken beside the usual ones.
 
     Raises:
       BadAnswerError: `empty_answer`, `not_json`, `no_sentiment`, `bad_sentiment`,
@@ -54,7 +59,7 @@ def parse_analysis(answer: str, summary_characters: int) -> AnalysisAnswer:
     fields = {str(key).strip().lower(): item for key, item in value.items()}
     if "sentiment" not in fields:
         raise BadAnswerError("no_sentiment", "the answer has no field sentiment", answer)
-    sentiment = _sentiment(fields["sentiment"])
+    sentiment = _sentiment(fields["sentiment"], {**TONE_WORDS, **{word.lower(): tone for word, tone in tones.items()}}
     if sentiment is None:
         shown = json.dumps(fields["sentiment"], default=str)[:80]
         raise BadAnswerError("bad_sentiment", f"sentiment is {shown}, not -1, 0 or 1", answer)
@@ -175,11 +180,11 @@ def _whole_objects(text: str) -> Iterator[Any]:
         at = text.find("{", end)
 
 
-def _sentiment(value: Any) -> Sentiment | None:
+def _sentiment(value: Any, tones: Mapping[str, Sentiment]) -> Sentiment | None:
     if isinstance(value, str):
         word = value.strip().lower()
-        if word in TONE_WORDS:
-            return TONE_WORDS[word]
+        if word in tones:
+            return tones[word]
         try:
             value = float(word)
         except ValueError:

@@ -20,6 +20,7 @@ from chatflow.options import (
     cloud_of,
     from_flags,
     is_local,
+    is_one_process,
 )
 
 if TYPE_CHECKING:
@@ -180,11 +181,12 @@ def execute(
 
     beam_flags = beam_options(flags)
     inputs = check_input(options.input)
-    planned = plan(options, cloud_of(beam_flags), replay, drafts)
+    local = is_local(beam_flags)
+    planned = plan(options, cloud_of(beam_flags), is_one_process(beam_flags), replay, drafts)
     console = Console(stderr=True)
     pipeline = beam.Pipeline(options=beam_flags)
     build(pipeline, planned)
-    if is_local(beam_flags):
+    if local:
         prepare_model(planned, console)
     removed = prepare_output(options.output, inputs)
     if removed:

@@ -37,12 +37,18 @@ class Plan:
 
 
 def plan(
-    options: Options, cloud: Cloud = NO_CLOUD, replay: bool = False, drafts: bool = True
+    options: Options,
+    cloud: Cloud = NO_CLOUD,
+    one_process: bool = False,
+    replay: bool = False,
+    drafts: bool = True,
 ) -> Plan:
     """Reads and checks model and prompts.
 
     Args:
       cloud: project and location of a remote model whose name does not say them.
+      one_process: the pipeline runs in this process alone, so that one copy of the
+        weights needs no server process to be shared.
 
     Raises:
       UsageError: an unknown model, or a prompt folder with a mistake.
@@ -53,6 +59,7 @@ def plan(
         kind=options.model_kind,
         dtype=options.dtype,
         max_batch_size=options.max_batch_size,
+        large_model=not one_process,
         remote=RemoteSettings(
             cloud.project,
             cloud.location,

@@ -190,11 +190,12 @@ class AnalysisPrompt(Prompt):
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        return (
-            ("json",)
-            if self.model.writes_json and "json" in self.template.blocks
-            else ("tone", "summary")
-        )
+        """`json` for a model that writes JSON, or where the template asks in no other way."""
+        blocks = self.template.blocks
+        asks_in_parts = {"tone", "summary"} <= blocks
+        if "json" in blocks and (self.model.writes_json or not asks_in_parts):
+            return ("json",)
+        return ("tone", "summary")
 
     def check_settings(self) -> None:
         where = self.template.where
@@ -244,15 +245,15 @@ class AnalysisPrompt(Prompt):
                 values=tuple(int(value) for value in self.tones.values()),
                 bias=tuple(bias[word] for word in self.tones),
             )
-        return Part(
-            field="summary" if block == "summary" else None,
-            prompt=text,
-            shared=self._shared_length(block, text),
-            lead=lead,
-            tail=tail,
-            max_tokens=settings["answer_tokens"],
-            stop=tuple(settings.get("stop", ("\n",))) if block == "summary" else (),
-        )
+        common: dict[str, Any] = {
+            "prompt": text,
+            "shared": self._shared_length(block, text),
+            "max_tokens": settings["answer_tokens"],
+        }
+        if block == "json":  # a flat object is complete with its first brace
+            return Part(field=None, stop=("}",), tail="}", **common)
+        stop = tuple(settings.get("stop", ("\n",)))
+        return Part(field="summary", lead=lead, tail=tail, stop=stop, **common)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,11 @@ def test_answers_that_are_refused_keep_the_raw_answer(answer, reason):
     assert (caught.value.reason, caught.value.answer) == (reason, answer)
 
 
+def test_the_templates_own_tone_words_are_taken():
+    answer = '{"sentiment": "Wütend", "summary": "x"}'
+    assert parse_analysis(answer, 512, {"Wütend": Sentiment.ANGRY}).sentiment is Sentiment.ANGRY
+
+
 def test_a_long_summary_is_cut_at_a_word_and_says_so():
     parsed = parse_analysis(json.dumps({"sentiment": 0, "summary": "word " * 200}), 512)
     assert len(parsed.summary) <= 512

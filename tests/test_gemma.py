@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import chat
 
@@ -73,10 +74,43 @@ def test_the_models_json_is_built_by_code(gemma):
     assert 0 < answer.answer_tokens <= 40
 
 
-def test_greedy_text_is_that_of_the_reference_implementation(gemma):
-    """llama.cpp gives this text from the GGUF file, greedily."""
-    (found,) = gemma.engine.generate("", ["The capital of France is"], 8)
-    assert found.text.startswith(" the capital of")
+def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
+    """An answer ends with its object, however many tokens there would still be."""
+    shots = "".join(
+        f'Chat: {text}\nJSON: {{"sentiment": {tone}, "summary": "{summary}"}}\n\n'
+        for text, tone, summary in (
+            ("My bag is lost!", -1, "The bag is lost."),
+            ("What time do you open?", 0, "Asks for the hours."),
+            ("I love it, thank you!", 1, "Loves it."),
+        )
+    )
+    for name, text in load_folder("base")["apology"].sources:
+        (tmp_path / name).write_text(text)
+    (tmp_path / "analysis.jinja").write_text(
+        '{% set tones = {"angry": -1, "neutral": 0, "happy": 1} %}\n'
+        "{% set summary_characters = 512 %}{% set summary_grounding = 0 %}\n"
+        "{% set answer_tokens = 64 %}\n{% block json %}"
+        + shots
+        + "Chat: {{ messages[0].text }}\nJSON:{% endblock %}\n"
+    )
+    prompt = AnalysisPrompt(load_folder(str(tmp_path))["analysis"], ModelSpec())
+    question = prompt.question(CHATS[2], "c")
+    (answer,) = gemma.answer([question.request])
+    assert set(json.loads(answer.text)) == {"sentiment", "summary"}
+    assert answer.answer_tokens < 64
+
+
+def test_greedy_text_is_that_of_plain_forward_passes(gemma):
+    """Of the whole text each time, without the cache."""
+    engine, ids = gemma.engine, [2, *gemma.engine.encode("The capital of France is")]
+    (found,) = engine.generate("The capital", [" of France is"], 6)
+    for _ in range(6):
+        tokens = np.zeros((1, 16), np.int32)
+        tokens[0, : len(ids)] = ids
+        mask = np.arange(16)[None] < len(ids)
+        logits = engine.model({"token_ids": tokens, "padding_mask": mask})
+        ids.append(int(np.asarray(logits)[0, len(ids) - 1].argmax()))
+    assert found.text == engine.decode_text(ids[-6:])
 
 
 def test_the_conversion_is_done_once_and_a_broken_copy_is_made_again(gemma, tmp_path, monkeypatch):
