@@ -59,7 +59,8 @@ def parse_analysis(
     fields = {str(key).strip().lower(): item for key, item in value.items()}
     if "sentiment" not in fields:
         raise BadAnswerError("no_sentiment", "the answer has no field sentiment", answer)
-    sentiment = _sentiment(fields["sentiment"], {**TONE_WORDS, **{word.lower(): tone for word, tone in tones.items()}}
+    words = {**TONE_WORDS, **{word.lower(): tone for word, tone in tones.items()}}
+    sentiment = _sentiment(fields["sentiment"], words)
     if sentiment is None:
         shown = json.dumps(fields["sentiment"], default=str)[:80]
         raise BadAnswerError("bad_sentiment", f"sentiment is {shown}, not -1, 0 or 1", answer)
