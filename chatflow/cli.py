@@ -20,10 +20,11 @@ from chatflow.options import (
     cloud_of,
     from_flags,
     is_local,
-    is_one_process,
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from chatflow.pipeline import Plan
     from chatflow.report import Summary
 
@@ -181,12 +182,11 @@ def execute(
 
     beam_flags = beam_options(flags)
     inputs = check_input(options.input)
-    local = is_local(beam_flags)
-    planned = plan(options, cloud_of(beam_flags), is_one_process(beam_flags), replay, drafts)
+    planned = plan(options, cloud_of(beam_flags), replay, drafts)
     console = Console(stderr=True)
     pipeline = beam.Pipeline(options=beam_flags)
     build(pipeline, planned)
-    if local:
+    if is_local(beam_flags):
         prepare_model(planned, console)
     removed = prepare_output(options.output, inputs)
     if removed:
@@ -197,8 +197,6 @@ def execute(
         with report.progress(console):
             result = pipeline.run()
             result.wait_until_finish()
-    except KeyboardInterrupt:
-        raise
     except Exception as error:
         logging.getLogger(__name__).debug("the pipeline failed", exc_info=error)
         last = str(error).strip().splitlines()[-1:] or [""]
@@ -208,16 +206,18 @@ def execute(
             file=sys.stderr,
         )
         raise SystemExit(FAILED) from None
+    finally:
+        planned.model.forget()
     return report.Summary.of(result, time.monotonic() - started, options.output)
 
 
-def prepare_model(planned: Plan, console: object) -> None:
+def prepare_model(planned: Plan, console: Console) -> None:
     """Makes the embedded model now, with progress, if it is asked for and not there yet."""
-    if not planned.model.is_embedded:
+    if not planned.spec.is_embedded:
         return
     from chatflow.models import embedded
 
     try:
-        embedded.ensure(lambda text: print(f"{embedded.NAME}: {text}", file=sys.stderr))
+        embedded.ensure(lambda text: console.print(f"{embedded.NAME}: {text}", highlight=False))
     except embedded.EmbeddedModelError as error:
         raise UsageError(f"--model={embedded.NAME}: {error}") from None

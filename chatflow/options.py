@@ -205,11 +205,3 @@ def is_local(options: Any) -> bool:
     from apache_beam.options.pipeline_options import StandardOptions
 
     return bool(options.view_as(StandardOptions).runner == LOCAL_RUNNER)
-
-
-def is_one_process(options: Any) -> bool:
-    """Whether the pipeline runs in this process alone."""
-    from apache_beam.options.pipeline_options import DirectOptions
-
-    mode = options.view_as(DirectOptions).direct_running_mode
-    return is_local(options) and mode != "multi_processing"

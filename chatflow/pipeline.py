@@ -9,7 +9,7 @@ import apache_beam as beam
 from chatflow.analysis import AnalyseChats
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
-from chatflow.models import ModelSpec
+from chatflow.models import Model, ModelSpec
 from chatflow.models.requests import RemoteSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
@@ -29,7 +29,8 @@ class Plan:
     """
 
     options: Options
-    model: ModelSpec
+    spec: ModelSpec
+    model: Model
     analysis_prompt: AnalysisPrompt
     draft_prompt: DraftPrompt
     replay: bool = False
@@ -39,7 +40,6 @@ class Plan:
 def plan(
     options: Options,
     cloud: Cloud = NO_CLOUD,
-    one_process: bool = False,
     replay: bool = False,
     drafts: bool = True,
 ) -> Plan:
@@ -47,19 +47,16 @@ def plan(
 
     Args:
       cloud: project and location of a remote model whose name does not say them.
-      one_process: the pipeline runs in this process alone, so that one copy of the
-        weights needs no server process to be shared.
 
     Raises:
       UsageError: an unknown model, or a prompt folder with a mistake.
     """
-    model = ModelSpec(
+    spec = ModelSpec(
         name=options.model,
         inference=options.inference,
         kind=options.model_kind,
         dtype=options.dtype,
         max_batch_size=options.max_batch_size,
-        large_model=not one_process,
         remote=RemoteSettings(
             cloud.project,
             cloud.location,
@@ -68,12 +65,13 @@ def plan(
             options.max_in_flight,
         ),
     )
-    templates = load_folder(options.prompts or ("instruct" if model.instruct else "base"))
+    templates = load_folder(options.prompts or ("instruct" if spec.instruct else "base"))
     return Plan(
         options,
-        model,
-        AnalysisPrompt(templates["analysis"], model, options.max_prompt_tokens),
-        DraftPrompt(templates["apology"], model, options.max_prompt_tokens),
+        spec,
+        spec.model(),
+        AnalysisPrompt(templates["analysis"], spec, options.max_prompt_tokens),
+        DraftPrompt(templates["apology"], spec, options.max_prompt_tokens),
         replay,
         drafts,
     )
@@ -81,7 +79,7 @@ def plan(
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     """Chats in; analyses, apology drafts and dead letters out."""
-    options, model = plan.options, plan.model.model()
+    options, model = plan.options, plan.model
 
     lines = pipeline | "ReadLines" >> ReadLines(options.input)
     if plan.replay:

@@ -71,9 +71,7 @@ class Prompt:
                 except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
                     raise UsageError(self.template.error_at(error)) from None
                 if number == 0 and not text:
-                    raise UsageError(
-                        f"{self.template.folder}/{self.template.name}: block {block} is empty"
-                    )
+                    raise UsageError(f"{self.template.where}: block {block} is empty")
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -162,7 +160,8 @@ class Prompt:
         analysis: Analysis | None,
     ) -> str:
         view: dict[str, Any] = {
-            "chat": _data_view(chat),
+            # Without its messages: those that do not fit the budget must not come in this way.
+            "chat": {k: _data_view(v) for k, v in dict(chat).items() if k != "messages"},
             "messages": [_data_view(message) for message in messages],
             "user_id": as_data(user_id),
         }
@@ -173,7 +172,7 @@ class Prompt:
 
 def _data_view(value: Any) -> Any:
     """A record with every string of it made safe, as dictionaries that a template reads."""
-    if isinstance(value, (Chat, Message, Analysis)):
+    if isinstance(value, (Message, Analysis)):
         return _data_view(dict(value))
     if isinstance(value, str):
         return as_data(value)

@@ -12,8 +12,8 @@ A block `summary_start` or `draft_start` at the end of these begins the answer, 
 `In short, {% block summary_start %}{{ user_id }} wants{% endblock %}`. What stands in
 `summary_end` or `draft_end` is put behind what the model wrote.
 
-A block sees `chat`, `messages` (those kept), `user_id`, and, in `apology.jinja`,
-`analysis`; and the template's own constants.
+A block sees `messages` (those that fit the budget), `chat` (without its messages), `user_id`,
+and, in `apology.jinja`, `analysis`; and the template's own constants.
 """
 
 from __future__ import annotations

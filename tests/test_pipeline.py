@@ -8,11 +8,17 @@ from pathlib import Path
 
 import apache_beam as beam
 import pytest
+from apache_beam.testing.util import assert_that, equal_to
 from conftest import as_line, chat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chatflow.analysis import AnalyseChats
 from chatflow.cli import execute, main
+from chatflow.drafts import DraftApologies
+from chatflow.models import Model
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
 
@@ -266,6 +272,60 @@ def test_the_models_answers_are_asked_for_once(tmp_path, lines, script):
     source = lines(*(chat("late!", chat_id=str(i)) for i in range(20)))
     run(source, tmp_path / "out", script({**ANGRY, "times": 20}, APOLOGY))
     assert len(read(tmp_path / "out", "analyses")) == 20
+
+
+def test_another_runner_gives_the_same_records(tmp_path, lines, script):
+    """No stage knows the runner."""
+    source = lines(*(chat("late!", chat_id=str(i)) for i in range(5)), b"rubbish")
+    model, ids = script(ANGRY, APOLOGY), []
+    for number, runner in enumerate(
+        (
+            "DirectRunner",
+            "apache_beam.runners.direct.direct_runner.BundleBasedDirectRunner",
+        )
+    ):
+        output = tmp_path / str(number)
+        options = Options(input=source, output=str(output), model=model)
+        assert execute(options, [f"--runner={runner}"]).lost == 0
+        ids.append(
+            (
+                {a["analysis_id"] for a in read(output, "analyses")},
+                {d["draft_id"] for d in read(output, "drafts")},
+                {letter["payload"] for letter in read(output, "dead_letters")},
+            )
+        )
+    assert ids[0] == ids[1]
+    assert [len(kind) for kind in ids[0]] == [5, 5, 1]
+
+
+class CountedHandler(ScriptedModelHandler):
+    """Notes each load of the model in a file."""
+
+    def __init__(self, path: str):
+        LanguageModelHandler.__init__(self, "counted", max_batch_size=2, large_model=True)
+        self.function, self.path = answer_any, path
+
+    def load_model(self):
+        with open(self.path, "a") as file:
+            file.write("loaded\n")
+        return super().load_model()
+
+
+def answer_any(request):
+    return json.dumps(ANGRY["answer"]) if request.task == "analysis" else APOLOGY["answer"]
+
+
+def test_one_copy_of_the_weights_serves_both_steps(tmp_path, analysis_prompt, draft_prompt):
+    model = Model(CountedHandler(str(tmp_path / "loads")))
+    flags = beam_options(["--direct_num_workers=3", "--direct_running_mode=multi_threading"])
+    with beam.Pipeline(options=flags) as pipeline:
+        chats = pipeline | beam.Create([chat("late!", chat_id=str(i)) for i in range(20)])
+        analysed = chats | AnalyseChats(model, analysis_prompt)
+        drafted = analysed.analysed | DraftApologies(model, draft_prompt)
+        assert_that(drafted.drafts | beam.combiners.Count.Globally(), equal_to([20]))
+    assert (tmp_path / "loads").read_text() == "loaded\n"
+    model.forget()
+    assert not list(Path(tempfile.gettempdir()).glob(f"{model.identifier}*"))
 
 
 # The command line.

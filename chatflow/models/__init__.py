@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import uuid
+from pathlib import Path
 from typing import Any
 
 from chatflow.models import embedded
@@ -25,6 +27,11 @@ class Model:
 
     handler: Any
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
+
+    def forget(self) -> None:
+        """Removes the small files by which Beam finds a shared copy on this machine."""
+        for path in Path(tempfile.gettempdir()).glob(f"{self.identifier}*"):
+            path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +55,6 @@ class ModelSpec:
     kind: str = "auto"
     dtype: str = "auto"
     max_batch_size: int = 16
-    large_model: bool = True
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
 
     def __post_init__(self) -> None:
@@ -106,6 +112,4 @@ class ModelSpec:
             return VertexModelHandler(self.name, self.remote, 4 * self.remote.max_in_flight)
         from chatflow.models.gemma import GemmaModelHandler
 
-        return GemmaModelHandler(
-            self.name, self.dtype, self.instruct, self.max_batch_size, self.large_model
-        )
+        return GemmaModelHandler(self.name, self.dtype, self.instruct, self.max_batch_size)

@@ -216,7 +216,7 @@ class GemmaModel:
 
 
 class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
-    """Gemma 1, 2 or 3 on the worker.
+    """Gemma 1, 2 or 3 on the worker: one copy of the weights for all its processes and steps.
 
     Args:
       preset: `gemma3-270m` (embedded), a name of keras_hub's, a local folder, or a
@@ -224,7 +224,6 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
       dtype: `float32`, `bfloat16` or `auto`.
       instruct: whether prompts are wrapped in the turns of Gemma's chat template;
         None: as the preset's name says.
-      large_model: one copy of the weights for all processes of a worker.
     """
 
     def __init__(
@@ -233,9 +232,8 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         dtype: str = "auto",
         instruct: bool | None = None,
         max_batch_size: int = 16,
-        large_model: bool = True,
     ):
-        super().__init__(preset, max_batch_size, large_model)
+        super().__init__(preset, max_batch_size, large_model=True)
         self.preset = preset
         self.dtype = dtype
         self.instruct = is_instruct(preset) if instruct is None else instruct
