@@ -143,8 +143,20 @@ def grounding(summary: str, chat: Chat, user_id: str) -> float:
     return sum(word in known for word in words) / len(words) if len(set(words)) > 1 else 0.0
 
 
+_NO_WORD = re.compile(r"\S*[@/\d]\S*")
+
+
 def extract(chat: Chat, user_id: str, limit: int) -> str:
-    """The user's own words: the message that says the most, whole or shortened."""
+    """The user's own words: the first message that says something, whole or shortened.
+
+    That is one of at least three content words, for people mostly begin with their
+    concern; where there is none, it is the message with the most. Numbers, addresses
+    and links do not count.
+    """
+
+    def says(text: str) -> int:
+        return len(set(content_words(_NO_WORD.sub(" ", text))))
+
     own = [" ".join(m.text.split()) for m in chat.messages if m.user_id == user_id]
-    telling = max(own, key=lambda text: len(set(content_words(text))))
+    telling = next((text for text in own if says(text) >= 3), None) or max(own, key=says)
     return f"“{shorten(telling, limit - 2)}”"

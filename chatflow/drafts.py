@@ -72,8 +72,14 @@ def to_draft(answered: Answered, prompt: DraftPrompt) -> Draft:
     """
     question, answer = answered
     assert question.analysis is not None  # set by DraftApologies.ask
-    limit = prompt.template.settings["draft_characters"]
-    parsed = parse_draft(answer.text, question.request.parts[0], question.chat, limit)
+    settings = prompt.template.settings
+    parsed = parse_draft(
+        answer.text,
+        question.request.parts[0],
+        question.chat,
+        settings["draft_characters"],
+        settings.get("refused_phrases", ()),
+    )
     return Draft(
         draft_id=question.request.id,
         analysis_id=question.analysis.analysis_id,

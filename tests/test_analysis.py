@@ -160,8 +160,18 @@ def test_a_summary_that_is_not_grounded_is_replaced_by_the_users_own_words(analy
     assert (kept.summary, kept.summary_source) == ("The parcel is late.", "model")
 
 
-def test_the_extract_is_the_message_that_says_the_most():
-    talk = chat("hi", "hello", "my parcel number five arrived broken", "oh", "ok")
-    assert extract(talk, "c", 512) == "“my parcel number five arrived broken”"
-    assert extract(chat("😡😡😡"), "c", 512) == "“😡😡😡”"
+@pytest.mark.parametrize(
+    ("own", "taken"),
+    [
+        (["hi", "my parcel arrived broken", "my parcel number five arrived very broken"], 1),
+        (["hi there", "7730214, mia@example.com, https://example.com/a/b/c", "my internet"], 2),
+        (["😡😡😡"], 0),
+    ],
+)
+def test_the_extract_is_the_first_message_that_says_something(own, taken):
+    talk = chat(*[text for mine in own for text in (mine, "all right then")])
+    assert extract(talk, "c", 512) == f"“{own[taken]}”"
+
+
+def test_the_extract_keeps_its_limit():
     assert len(extract(chat("word " * 500), "c", 512)) <= 512

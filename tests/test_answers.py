@@ -152,6 +152,18 @@ def test_drafts_that_are_refused(answer, reason):
     assert (caught.value.reason, caught.value.answer) == (reason, answer)
 
 
+@pytest.mark.parametrize(
+    ("phrase", "refused"), [("your fault", True), ("THE PARCEL", True), ("late parce", False)]
+)
+def test_a_draft_with_a_refused_phrase_is_refused(phrase, refused):
+    text = "We are sorry about the parcel, it was your fault, a late parcel."
+    if refused:
+        with pytest.raises(BadAnswerError, match=phrase):
+            parse_draft(text, ASKED, CHAT, 600, [phrase])
+    else:
+        assert parse_draft(text, ASKED, CHAT, 600, [phrase]).text == text
+
+
 def test_a_long_draft_ends_at_a_sentence_and_says_so():
     parsed = parse_draft(DRAFT, ASKED, CHAT, 40)
     assert parsed == ("We are sorry about the late parcel.", ("draft_cut",))
