@@ -199,7 +199,7 @@ class GemmaModel:
                     finish_reason = "length"
                     value += "…"
                 if part.tail:
-                    value = value.rstrip(".… ") + part.tail
+                    value = value.rstrip(" ,.!?…") + part.tail
             if part.field:
                 fields[part.field] = value
             else:
