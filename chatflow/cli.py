@@ -48,9 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"unexpected argument {rest[0]!r}; see chatflow {parsed.command} --help"
             )
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-        logging.getLogger().setLevel(logging.DEBUG if parsed.debug else logging.ERROR)
-        logging.getLogger("chatflow").setLevel(logging.DEBUG if parsed.debug else logging.WARNING)
+        logging.basicConfig(
+            level=logging.DEBUG if parsed.debug else logging.INFO,
+            format="%(levelname)s %(name)s: %(message)s",
+        )
         code: int = parsed.run(parsed, rest)
         return code
     except UsageError as error:
@@ -181,12 +182,15 @@ def execute(
     from chatflow.sources import check_input
 
     beam_flags = beam_options(flags)
+    local = is_local(beam_flags)
+    if local:
+        quieten()
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags), replay, drafts)
     console = Console(stderr=True)
     pipeline = beam.Pipeline(options=beam_flags)
     build(pipeline, planned)
-    if is_local(beam_flags):
+    if local:
         prepare_model(planned, console)
     removed = prepare_output(options.output, inputs)
     if removed:
@@ -198,6 +202,8 @@ def execute(
             result = pipeline.run()
             result.wait_until_finish()
     except Exception as error:
+        if "KeyboardInterrupt" in str(error):  # as Beam's local runner passes it on
+            raise KeyboardInterrupt from None
         logging.getLogger(__name__).debug("the pipeline failed", exc_info=error)
         last = str(error).strip().splitlines()[-1:] or [""]
         print(
@@ -209,6 +215,16 @@ def execute(
     finally:
         planned.model.forget()
     return report.Summary.of(result, time.monotonic() - started, options.output)
+
+
+def quieten() -> None:
+    """Leaves Beam's logs out: a local run shows its progress, and its failure as one line.
+
+    A run elsewhere logs what its runner says, e.g. where to watch the job.
+    """
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger().setLevel(logging.CRITICAL)
+        logging.getLogger("chatflow").setLevel(logging.WARNING)
 
 
 def prepare_model(planned: Plan, console: Console) -> None:

@@ -32,7 +32,6 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
-from chatflow.chat_text import as_data
 from chatflow.errors import UsageError
 
 
@@ -61,12 +60,11 @@ class Template:
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        environment.filters["as_data"] = as_data
         try:
             tree = environment.parse(dict(self.sources)[self.name], self.name)
             constants = _constants(tree)
-            for source in dict(self.sources).values():
-                environment.parse(source)
+            for name, source in self.sources:
+                environment.parse(source, name)
             return environment.get_template(self.name), constants, _blocks(tree)
         except jinja2.TemplateSyntaxError as error:
             where = f"{self.folder}/{error.name or self.name}:{error.lineno}"

@@ -3,6 +3,9 @@
 import collections
 import glob
 import json
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -431,3 +434,19 @@ def test_a_pipeline_that_fails_says_why_and_exits_with_1(tmp_path, lines, script
         main(["run", "--input", lines(chat("x")), *flags])
     assert caught.value.code == 1
     assert "the pipeline failed" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_a_run_with_130(tmp_path, lines, script):
+    """The signal comes while the model is answering."""
+    model = script({"stall_seconds": 60, "answer": "x"})
+    flags = ["--output", f"{tmp_path}/out", "--model", model, "--max_batch_size=1"]
+    code = "import sys; from chatflow.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "run", "--input", lines(chat("x")), *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "analyses 0 of 1" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "chatflow: interrupted\n"
+    assert process.returncode == 130

@@ -153,6 +153,16 @@ def test_a_template_with_a_mistake_fails_at_launch_with_file_and_line(tmp_path, 
     assert path in str(caught.value)
 
 
+def test_a_mistake_in_an_included_template_is_said_with_its_name(tmp_path):
+    path = folder(tmp_path, SETTINGS + "{% block json %}{% include 'more.jinja' %}{% endblock %}")
+    (tmp_path / "more.jinja").write_text("fine\n{{ broken }\n")
+    with pytest.raises(UsageError, match=r"more\.jinja:2: "):
+        AnalysisPrompt(load_folder(path)["analysis"], SCRIPTED)
+    (tmp_path / "more.jinja").write_text("fine\nfine\n{{ nobody }}\n")
+    with pytest.raises(UsageError, match=r"more\.jinja:3: 'nobody' is undefined"):
+        AnalysisPrompt(load_folder(path)["analysis"], SCRIPTED)
+
+
 def test_a_folder_without_templates_says_which_is_missing(tmp_path):
     with pytest.raises(UsageError, match=r"--prompts: .* has no analysis\.jinja"):
         load_folder(str(tmp_path))
