@@ -188,7 +188,10 @@ def execute(
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags), replay, drafts)
     console = Console(stderr=True)
-    pipeline = beam.Pipeline(options=beam_flags)
+    try:
+        pipeline = beam.Pipeline(options=beam_flags)
+    except ValueError as error:  # Beam's own check of its flags
+        raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
     build(pipeline, planned)
     if local:
         prepare_model(planned, console)

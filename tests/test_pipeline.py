@@ -400,14 +400,25 @@ def test_beam_options_are_passed_through(tmp_path, lines, script):
         (["run", "--input=IN", "--output=OUT", "--max_batch_size=many"], "--max_batch_size"),
         (["run", "--input=IN", "--output=OUT", "--prompts=EMPTY"], "has no analysis.jinja"),
         (["run", "--input=IN", "--output=OUT", "--promts=x"], "did you mean --prompts?"),
+        (["run", "--input=IN", "--output=OUT", "--model=SCRIPT", "--runner=DataflowRunner"],
+         "Missing required option: project"),
+        (["run", "--input=IN", "--output=OUT", "--model=SCRIPT", "--runner=NoRunner"], "NoRunner"),
         (["run", "--input=IN", "--output=OUT", "more"], "unexpected argument 'more'"),
         (["evaluate", "/none.jsonl"], "cannot be read"),
         (["evaluate", "IN"], "has no chat with a label"),
     ],
-)
-def test_a_mistake_is_one_clear_line_and_exit_code_2(tmp_path, lines, capsys, arguments, says):
+)  # fmt: skip
+def test_a_mistake_is_one_clear_line_and_exit_code_2(
+    tmp_path, lines, script, capsys, arguments, says
+):
     (tmp_path / "empty").mkdir()
-    places = {"IN": lines(chat("x")), "EMPTY": f"{tmp_path}/empty", "OUT": f"{tmp_path}/out"}
+    model = script(ANGRY, APOLOGY)
+    places = {
+        "IN": lines(chat("x")),
+        "SCRIPT": model,
+        "EMPTY": f"{tmp_path}/empty",
+        "OUT": f"{tmp_path}/out",
+    }
     for name, path in places.items():
         arguments = [argument.replace(name, path) for argument in arguments]
     assert main(arguments) == 2
