@@ -40,9 +40,6 @@ class AnalyseChats(beam.PTransform):
     model: Model
     prompt: AnalysisPrompt
 
-    def __post_init__(self) -> None:
-        super().__init__()
-
     def expand(self, chats: beam.PCollection[Chat]) -> Analysed:
         users = chats | "EachUser" >> beam.FlatMap(each_user)
         asked = users | "RenderPrompt" >> DeadLettered("prompt", self.ask, Question)

@@ -39,9 +39,6 @@ class AskModel(beam.PTransform):
     model: Model
     stage: str
 
-    def __post_init__(self) -> None:
-        super().__init__()
-
     def expand(self, questions: beam.PCollection[Question]) -> Outcome:
         results = (
             questions

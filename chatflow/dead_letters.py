@@ -43,9 +43,6 @@ class DeadLettered(beam.PTransform, Generic[InputT, OutputT]):
     function: Callable[[InputT], Iterable[OutputT]]
     output_type: Any = Any
 
-    def __post_init__(self) -> None:
-        super().__init__()
-
     def expand(self, elements: beam.PCollection) -> Outcome:
         outputs = elements | "Try" >> beam.ParDo(
             _DeadLetteredDoFn(self.stage, self.function)
@@ -145,9 +142,6 @@ class Replayed(NamedTuple):
 @dataclasses.dataclass
 class OpenDeadLetters(beam.PTransform):
     """Lines of dead letters to what they held."""
-
-    def __post_init__(self) -> None:
-        super().__init__()
 
     def expand(self, lines: beam.PCollection) -> Replayed:
         letters, failed = lines | "OpenLetter" >> DeadLettered("replay", open_letter)

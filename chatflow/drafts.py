@@ -39,9 +39,6 @@ class DraftApologies(beam.PTransform):
     model: Model
     prompt: DraftPrompt
 
-    def __post_init__(self) -> None:
-        super().__init__()
-
     def expand(self, analysed: beam.PCollection[AnalysedChat]) -> Drafted:
         angry = analysed | "OnlyAngry" >> beam.Filter(is_angry)
         asked = angry | "RenderPrompt" >> DeadLettered("draft_prompt", self.ask, Question)

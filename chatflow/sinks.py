@@ -29,9 +29,6 @@ class WriteRecords(beam.PTransform):
     folder: str
     kind: str
 
-    def __post_init__(self) -> None:
-        super().__init__()
-
     def expand(self, records: beam.PCollection[Record]) -> Any:
         return (
             records

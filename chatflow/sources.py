@@ -33,9 +33,6 @@ class ReadLines(beam.PTransform):
 
     pattern: str
 
-    def __post_init__(self) -> None:
-        super().__init__()
-
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[bytes]:
         lines = begin | "ReadLines" >> beam.io.ReadFromText(
             input_pattern(self.pattern), coder=BytesCoder(), validate=False
@@ -53,9 +50,6 @@ class ParseChats(beam.PTransform):
     """
 
     max_line_bytes: int
-
-    def __post_init__(self) -> None:
-        super().__init__()
 
     def expand(self, lines: beam.PCollection[bytes]) -> Chats:
         parsed = lines | "ParseChat" >> DeadLettered("read", self.parse, Chat)
