@@ -1,14 +1,41 @@
 """chatflow: event-driven chat analytics on Apache Beam.
 
-Build your own pipeline from the stages:
-
-    from chatflow.analysis import AnalyseChats      # chats -> analyses
-    from chatflow.drafts import DraftApologies      # angry analyses -> apology drafts
-    from chatflow.sources import ReadLines, ParseChats
-    from chatflow.sinks import WriteRecords
-    from chatflow.dead_letters import DeadLettered  # a function as a step that loses nothing
-
-or run the whole with `chatflow run`; `chatflow.pipeline` shows how it is put together.
+`chatflow run` runs the whole pipeline; `chatflow.pipeline` shows how it is put together.
+For a pipeline of your own, everything listed here is imported from `chatflow` itself, and
+loaded when it is first used.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    # The records.
+    "chatflow.records": ("Message", "Chat", "Analysis", "Draft", "DeadLetter", "Sentiment"),
+    # The stages, in the order in which a chat passes them.
+    "chatflow.sources": ("ReadLines", "ParseChats"),
+    "chatflow.analysis": ("AnalyseChats",),
+    "chatflow.drafts": ("DraftApologies",),
+    "chatflow.sinks": ("WriteRecords",),
+    "chatflow.dead_letters": ("DeadLettered", "OpenDeadLetters"),
+    # What they are given.
+    "chatflow.templates": ("load_folder",),
+    "chatflow.prompts": ("AnalysisPrompt", "DraftPrompt"),
+    "chatflow.models": ("Model", "ModelSpec"),
+    "chatflow.models.handlers": ("LanguageModelHandler",),
+    "chatflow.models.requests": ("Request", "Answer", "Failure"),
+    "chatflow.models.scripted": ("ScriptedModelHandler",),
+    "chatflow.errors": ("UsageError", "ElementError"),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'chatflow' has no attribute {name!r}")

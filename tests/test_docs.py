@@ -1,12 +1,16 @@
 """What the README and the package promise is there. Run as a script, it writes the README."""
 
+import json
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from chatflow.options import Options, markdown_table
+import pytest
+
+import chatflow
+from chatflow.options import LOCAL_RUNNER, Options, markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -17,6 +21,23 @@ def test_the_readmes_options_are_those_of_the_code():
     written = TABLE.search(README.read_text())
     assert written is not None
     assert written[2] == markdown_table() + "\n", "run `make docs`"
+
+
+def test_the_readmes_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = code.replace("beam.Pipeline()", f"beam.Pipeline(runner={LOCAL_RUNNER!r})")
+    (tmp_path / "example.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "example.py")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["summary"] == "All is well."
+
+
+def test_the_public_names_are_there():
+    for name in chatflow.__all__:
+        assert getattr(chatflow, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = chatflow.nothing
 
 
 def test_every_option_has_help_and_every_help_is_a_sentence():
