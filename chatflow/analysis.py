@@ -10,7 +10,7 @@ from typing import NamedTuple
 import apache_beam as beam
 
 from chatflow import metrics
-from chatflow.answers import parse_analysis, repeats_itself, shorten
+from chatflow.answers import copies_template, parse_analysis, repeats_itself, shorten
 from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
 from chatflow.models import Model
@@ -83,7 +83,11 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
     parsed = parse_analysis(answer.text, settings["summary_characters"], prompt.tones)
     summary, source = parsed.summary, "model"
     needed = settings["summary_grounding"]
-    if needed and (grounding(summary, chat, question.user_id) < needed or repeats_itself(summary)):
+    if (
+        (needed and grounding(summary, chat, question.user_id) < needed)
+        or repeats_itself(summary)
+        or any(copies_template(summary, part.prompt, chat) for part in question.request.parts)
+    ):
         summary, source = extract(chat, question.user_id, settings["summary_characters"]), "extract"
     return Analysis.model_validate(
         {

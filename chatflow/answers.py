@@ -100,12 +100,7 @@ def parse_draft(
         raise BadAnswerError("empty_draft", "the draft has no words", answer)
     if CONTROL_TOKEN.search(text):
         raise BadAnswerError("control_tokens", "the draft holds control tokens", answer)
-    template = asked.prompt
-    for message in chat.messages:
-        template = template.replace(as_data(message.text), "\n")
-    runs, known = word_runs(written), set(word_runs(template))
-    copied = sum(run in known for run in runs)
-    if copied * 2 > len(runs) or _words(written) in _words(asked.prompt):
+    if copies_template(written, asked.prompt, chat) or _words(written) in _words(asked.prompt):
         raise BadAnswerError("repeats_prompt", "the draft says its prompt again", answer)
     if repeats_itself(written):
         raise BadAnswerError("repeats_itself", "the draft says the same again and again", answer)
@@ -125,6 +120,18 @@ def shorten(text: str, limit: int) -> str:
     start = text[: limit - 1]
     at_word = start.rsplit(" ", 1)[0] if " " in start else start
     return at_word.rstrip(" ,;:") + "…"
+
+
+def copies_template(text: str, prompt: str, chat: Chat) -> bool:
+    """Whether most of a text stands in its prompt's instructions and examples.
+
+    Words that it takes from the chat itself are no copy.
+    """
+    template = prompt
+    for message in chat.messages:
+        template = template.replace(as_data(message.text), "\n")
+    runs, known = word_runs(text), set(word_runs(template))
+    return sum(run in known for run in runs) * 2 > len(runs)
 
 
 def repeats_itself(text: str) -> bool:
