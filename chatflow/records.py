@@ -134,8 +134,8 @@ class DeadLetter(Record):
     """An element that could not be handled, with all that is needed to try it again.
 
     Attributes:
-      stage: where it failed: `read`, `prompt`, `model`, `answer`, each for
-        analyses, and `draft_prompt`, `draft_model`, `draft_answer`.
+      stage: where it failed: `read`; `prompt`, `model` or `answer` of an analysis;
+        `draft_prompt`, `draft_model` or `draft_answer`; `replay`, of a letter itself.
       reason: a short code, e.g. `not_json`.
       payload: the element as it came; base64 of its bytes where these are not UTF-8.
       answer: the model's raw answer, where there is one.

@@ -27,8 +27,8 @@ TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "gre
 class Summary:
     """The counts of a run, from Beam's metrics.
 
-    `lost` is what entered a stage and left it neither as a result nor as a dead letter.
-    It is 0, or chatflow has a bug.
+    `lost` is what entered a stage and left it neither as a result nor as a dead letter, or
+    left it twice. It is 0, or chatflow has a bug.
     """
 
     counts: dict[str, int]
@@ -77,16 +77,13 @@ class Summary:
 
     @property
     def lost(self) -> int:
+        read = self.get("lines_read") - self.get("chats_read") - self.dead_lettered("read")
+        analysed = self.get("asked") - self.get("analysed")
+        drafted = self.get("drafts_asked") - self.get("drafted")
         return (
-            self.get("lines_read")
-            - self.get("chats_read")
-            - self.dead_lettered("read")
-            + self.get("asked")
-            - self.get("analysed")
-            - self.dead_lettered("prompt", "model", "answer")
-            + self.get("drafts_asked")
-            - self.get("drafted")
-            - self.dead_lettered("draft_prompt", "draft_model", "draft_answer")
+            abs(read)
+            + abs(analysed - self.dead_lettered("prompt", "model", "answer"))
+            + abs(drafted - self.dead_lettered("draft_prompt", "draft_model", "draft_answer"))
         )
 
     def to_dict(self) -> dict[str, Any]:
