@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.metrics.metricbase import MetricName
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -25,14 +24,14 @@ TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "gre
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The counts of a run, from Beam's metrics.
+    """The counts and distributions of a run, from Beam's metrics.
 
     `lost` is what entered a stage and left it neither as a result nor as a dead letter, or
     left it twice. It is 0, or chatflow has a bug.
     """
 
     counts: dict[str, int]
-    latency_ms: dict[str, float]
+    distributions: dict[str, dict[str, float]]
     seconds: float
     output: str
 
@@ -45,20 +44,19 @@ class Summary:
             if metric.key.metric.namespace == metrics.NAMESPACE:
                 name = metric.key.metric.name
                 counts[name] = counts.get(name, 0) + int(metric.result)
-        latency: dict[str, float] = {}
-        values = [
-            metric.result
-            for metric in found["distributions"]
-            if metric.key.metric == _LATENCY and metric.result.count
-        ]
-        if values:
-            total = sum(value.count for value in values)
-            latency = {
-                "min": min(value.min for value in values),
-                "mean": round(sum(value.sum for value in values) / total, 1),
-                "max": max(value.max for value in values),
+        values: dict[str, list[Any]] = {}
+        for metric in found["distributions"]:
+            if metric.key.metric.namespace == metrics.NAMESPACE and metric.result.count:
+                values.setdefault(metric.key.metric.name, []).append(metric.result)
+        distributions = {
+            name: {
+                "min": min(part.min for part in parts),
+                "mean": round(sum(part.sum for part in parts) / sum(p.count for p in parts), 1),
+                "max": max(part.max for part in parts),
             }
-        return cls(counts, latency, seconds, output)
+            for name, parts in values.items()
+        }
+        return cls(counts, distributions, seconds, output)
 
     def get(self, name: str) -> int:
         return self.counts.get(name, 0)
@@ -112,7 +110,7 @@ class Summary:
             "repaired": self.under("repaired"),
             "prompt_tokens": self.get("prompt_tokens"),
             "answer_tokens": self.get("answer_tokens"),
-            "latency_ms": self.latency_ms,
+            **{name: self.distributions.get(name, {}) for name in DISTRIBUTIONS},
             "seconds": round(self.seconds, 2),
             "chats_per_second": round(self.get("chats_read") / max(self.seconds, 1e-9), 3),
             "files": {kind: result_files(self.output, kind) for kind in KINDS},
@@ -122,7 +120,12 @@ class Summary:
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
-_LATENCY = MetricName(metrics.NAMESPACE, "latency_ms")
+DISTRIBUTIONS = {
+    "latency_ms": ("time to answer", " ms"),
+    "prompt_tokens_per_answer": ("tokens of a prompt", ""),
+    "answer_tokens_per_answer": ("tokens of an answer", ""),
+}
+"""The distributions that a summary shows, with their titles and units."""
 
 
 def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:
@@ -193,10 +196,10 @@ def counts_table(summary: Summary) -> Table:
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
         "lost": f"{values['lost']:,}",
     }
-    if summary.latency_ms:
-        rows["time to answer"] = "{min:,.0f} to {max:,.0f} ms, mean {mean:,.0f} ms".format(
-            **summary.latency_ms
-        )
+    for name, (title, unit) in DISTRIBUTIONS.items():
+        if name in summary.distributions:
+            spread = summary.distributions[name]
+            rows[title] = "{min:,.0f} to {max:,.0f}, mean {mean:,.0f}".format(**spread) + unit
     for kind, files in values["files"].items():
         rows[f"{kind.replace('_', ' ')} in"] = "\n".join(files)
     for name, text in rows.items():

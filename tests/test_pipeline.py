@@ -60,6 +60,9 @@ def test_chats_in_analyses_and_drafts_out(tmp_path, lines, script):
     assert counts["lost"] == counts["dead_letters"] == 0
     assert counts["prompt_tokens"] > 0
     assert counts["latency_ms"]["max"] >= 0
+    assert counts["prompt_tokens_per_answer"]["max"] <= counts["prompt_tokens"]
+    spread = counts["answer_tokens_per_answer"]
+    assert spread["min"] <= spread["mean"] <= spread["max"]
 
 
 def test_the_same_chats_twice_give_the_same_ids(tmp_path, lines, script):
