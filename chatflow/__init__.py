@@ -14,9 +14,18 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     # The records.
-    "chatflow.records": ("Message", "Chat", "Analysis", "Draft", "DeadLetter", "Sentiment"),
+    "chatflow.records": (
+        "Message",
+        "Event",
+        "Chat",
+        "Analysis",
+        "Draft",
+        "DeadLetter",
+        "Sentiment",
+    ),
     # The stages, in the order in which a chat passes them.
-    "chatflow.sources": ("ReadLines", "ParseChats"),
+    "chatflow.sources": ("ReadArrivals", "ParseArrivals"),
+    "chatflow.conversations": ("AssembleChats", "Rules"),
     "chatflow.analysis": ("AnalyseChats",),
     "chatflow.drafts": ("DraftApologies",),
     "chatflow.sinks": ("WriteRecords",),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatflow.errors import UsageError
 from chatflow.options import (
@@ -139,20 +140,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    options = from_flags(parsed, required=("input", "output"))
-    summary = execute(options, rest, replay=parsed.replay)
+    options = from_flags(parsed, required=("input",))
+    show(execute(options, rest, replay=parsed.replay), options)
+    return 0
+
+
+def show(summary: Summary, options: Options) -> None:
+    """Prints what came out of a run: tables, or one line of JSON."""
     if options.summary == "json":
         print(summary.to_json())
-    else:
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        from chatflow.report import counts_table, results_table
+    from chatflow.report import counts_table, results_table
 
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        if options.show:
-            console.print(results_table(options.output, options.show))
-        console.print(counts_table(summary))
-    return 0
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.show and any(map(summary.files, summary.destinations)):
+        console.print(results_table(summary, options.show))
+    console.print(counts_table(summary))
 
 
 def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -173,37 +178,17 @@ def execute(
       UsageError: before anything runs.
       SystemExit: with code 1, when the pipeline fails.
     """
-    import apache_beam as beam
     from rich.console import Console
 
     from chatflow import report
-    from chatflow.pipeline import build, plan
-    from chatflow.sinks import prepare_output
-    from chatflow.sources import check_input
 
-    beam_flags = beam_options(flags)
-    local = is_local(beam_flags)
-    if local:
-        quieten()
-    inputs = check_input(options.input)
-    planned = plan(options, cloud_of(beam_flags), replay, drafts)
     console = Console(stderr=True)
-    try:
-        pipeline = beam.Pipeline(options=beam_flags)
-    except ValueError as error:  # Beam's own check of its flags
-        raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
-    build(pipeline, planned)
-    if local:
-        prepare_model(planned, console)
-    removed = prepare_output(options.output, inputs)
-    if removed:
-        console.print(f"replacing {removed} result files of an earlier run in {options.output}")
-
+    planned, pipeline = prepare(options, flags, console, replay, drafts)
     started = time.monotonic()
     try:
         with report.progress(console):
             result = pipeline.run()
-            result.wait_until_finish()
+            finish(result, console)
     except Exception as error:
         if "KeyboardInterrupt" in str(error):  # as Beam's local runner passes it on
             raise KeyboardInterrupt from None
@@ -217,7 +202,61 @@ def execute(
         raise SystemExit(FAILED) from None
     finally:
         planned.model.forget()
-    return report.Summary.of(result, time.monotonic() - started, options.output)
+    return report.Summary.of(result, time.monotonic() - started, planned.destinations)
+
+
+def prepare(
+    options: Options,
+    flags: Sequence[str],
+    console: Console,
+    replay: bool = False,
+    drafts: bool = True,
+) -> tuple[Plan, Any]:
+    """Checks everything that can be checked before a pipeline runs, and builds it.
+
+    Raises:
+      UsageError: a wrong flag, file or setting.
+    """
+    import apache_beam as beam
+
+    from chatflow.pipeline import build, plan
+    from chatflow.sinks import prepare_output
+    from chatflow.sources import check_input, is_stream
+
+    beam_flags = beam_options(flags, is_stream(options.input))
+    local = is_local(beam_flags)
+    if local:
+        quieten()
+    inputs = check_input(options.input)
+    planned = plan(options, cloud_of(beam_flags), replay, drafts)
+    try:
+        pipeline = beam.Pipeline(options=beam_flags)
+    except ValueError as error:  # Beam's own check of its flags
+        raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
+    build(pipeline, planned)
+    if local:
+        prepare_model(planned, console)
+    destinations = [uri for uris in planned.destinations.values() for uri in uris]
+    removed = prepare_output(destinations, inputs, planned.streaming)
+    if removed:
+        console.print(f"replacing {removed} result files of an earlier run")
+    return planned, pipeline
+
+
+def finish(result: Any, console: Console) -> None:
+    """Waits for a pipeline; drains a stream at the first Ctrl-C or SIGTERM."""
+    if not hasattr(result, "drain"):
+        result.wait_until_finish()
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result.wait_until_finish()
+    except KeyboardInterrupt:
+        console.print("draining: what was read is finished; Ctrl-C again stops at once")
+        result.drain()
+        result.wait_until_finish()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quieten() -> None:

@@ -14,7 +14,17 @@ import apache_beam as beam
 from chatflow import metrics
 from chatflow.errors import BadInputError, ElementError
 from chatflow.prompts import Question
-from chatflow.records import AnalysedChat, Analysis, Chat, DeadLetter, load_object, now, validate
+from chatflow.records import (
+    AnalysedChat,
+    Analysis,
+    Arrival,
+    Chat,
+    DeadLetter,
+    Event,
+    load_object,
+    now,
+    validate,
+)
 
 InputT = TypeVar("InputT")
 OutputT = TypeVar("OutputT")
@@ -76,40 +86,47 @@ def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
         reason, answer = f"internal_{type(error).__name__}", None
         _log.exception("%s: unexpected error; the element is dead-lettered", stage, exc_info=error)
     metrics.count(f"dead_letters/{stage}/{reason}")
-    payload, encoding, chat_id = payload_of(element)
     return DeadLetter(
         stage=stage,
         reason=reason,
         error=str(error)[:2000] or reason,
-        payload=payload,
-        payload_encoding=encoding,
-        chat_id=chat_id,
         answer=answer,
         failed_at=now(),
+        **payload_of(element),
     )
 
 
 @functools.singledispatch
-def payload_of(element: Any) -> tuple[str, Any, str | None]:
-    """(payload, encoding, chat id) of an element, so that `replay` can send it in again."""
+def payload_of(element: Any) -> dict[str, Any]:
+    """The fields of a `DeadLetter` that hold the element, so that `replay` can send it again."""
     raise TypeError(f"no payload is known for {type(element).__name__}")
 
 
 @payload_of.register
-def _line_payload(line: bytes) -> tuple[str, Any, str | None]:
+def _line_payload(line: bytes) -> dict[str, Any]:
     try:
-        return line.decode(), "utf-8", _chat_id_in(line)
+        return {"payload": line.decode(), "chat_id": _chat_id_in(line)}
     except UnicodeDecodeError:
-        return base64.b64encode(line).decode(), "base64", None
+        return {"payload": base64.b64encode(line).decode(), "payload_encoding": "base64"}
 
 
 @payload_of.register
-def _chat_payload(chat: Chat) -> tuple[str, Any, str | None]:
-    return chat.to_json(), "utf-8", chat.chat_id
+def _arrival_payload(arrival: Arrival) -> dict[str, Any]:
+    return {**payload_of(arrival.line), "attributes": dict(arrival.attributes) or None}
 
 
 @payload_of.register
-def _question_payload(question: Question) -> tuple[str, Any, str | None]:
+def _chat_payload(chat: Chat) -> dict[str, Any]:
+    return {"payload": chat.to_json(), "chat_id": chat.chat_id}
+
+
+@payload_of.register
+def _event_payload(event: Event) -> dict[str, Any]:
+    return {"payload": event.to_line(), "chat_id": event.chat_id}
+
+
+@payload_of.register
+def _question_payload(question: Question) -> dict[str, Any]:
     """One user of the chat failed, so it is this user who is asked for again."""
     if question.analysis is not None:
         return payload_of(AnalysedChat(question.chat, question.analysis))
@@ -117,9 +134,9 @@ def _question_payload(question: Question) -> tuple[str, Any, str | None]:
 
 
 @payload_of.register(tuple)
-def _pair_payload(pair: tuple[Any, ...]) -> tuple[str, Any, str | None]:
+def _pair_payload(pair: tuple[Any, ...]) -> dict[str, Any]:
     if isinstance(pair, AnalysedChat):
-        return pair.to_json(), "utf-8", pair.chat.chat_id
+        return {"payload": pair.to_json(), "chat_id": pair.chat.chat_id}
     return payload_of(pair[0])  # (question, answer) and (chat, user) alike
 
 
@@ -132,29 +149,33 @@ def _chat_id_in(line: bytes) -> str | None:
 
 
 class Replayed(NamedTuple):
-    """What dead letters held: lines to read again, and analyses that still want a draft."""
+    """What dead letters held: arrivals to read again, analyses that still want a draft."""
 
-    lines: beam.PCollection
+    arrivals: beam.PCollection
     analysed: beam.PCollection
     dead_letters: beam.PCollection
 
 
 @dataclasses.dataclass
 class OpenDeadLetters(beam.PTransform):
-    """Lines of dead letters to what they held."""
+    """Dead letters, as they arrive, to what they held."""
 
-    def expand(self, lines: beam.PCollection) -> Replayed:
-        letters, failed = lines | "OpenLetter" >> DeadLettered("replay", open_letter)
+    def expand(self, arrivals: beam.PCollection) -> Replayed:
+        letters, failed = arrivals | "OpenLetter" >> DeadLettered("replay", open_letter)
         held, undrafted = letters | "ByStage" >> beam.Partition(_is_for_drafts, 2)
         analysed, unread = undrafted | "OpenAnalysis" >> DeadLettered(
             "replay", open_analysis, AnalysedChat
         )
-        again = held | "Payload" >> beam.Map(DeadLetter.payload_bytes).with_output_types(bytes)
+        again = held | "Payload" >> beam.Map(held_arrival).with_output_types(Arrival)
         return Replayed(again, analysed, (failed, unread) | beam.Flatten())
 
 
-def open_letter(line: bytes) -> Iterable[DeadLetter]:
-    yield validate(DeadLetter, load_object(line))
+def open_letter(arrival: Arrival) -> Iterable[DeadLetter]:
+    yield validate(DeadLetter, load_object(arrival.line))
+
+
+def held_arrival(letter: DeadLetter) -> Arrival:
+    return Arrival(letter.payload_bytes(), letter.attributes or {})
 
 
 def open_analysis(letter: DeadLetter) -> Iterable[AnalysedChat]:
@@ -167,5 +188,5 @@ def _is_for_drafts(letter: DeadLetter, _: int) -> int:
 
 
 @payload_of.register
-def _letter_payload(letter: DeadLetter) -> tuple[str, Any, str | None]:
-    return letter.to_json(), "utf-8", letter.chat_id
+def _letter_payload(letter: DeadLetter) -> dict[str, Any]:
+    return {"payload": letter.to_json(), "chat_id": letter.chat_id}

@@ -14,7 +14,7 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import BadInputError, UsageError
-from chatflow.records import Analysis, Sentiment, load_object, parse_chat
+from chatflow.records import Analysis, Sentiment, load_object, read_chat
 
 CLASSES = tuple(Sentiment)  # angry, neutral, happy
 
@@ -112,7 +112,8 @@ def read_labels(path: str) -> dict[tuple[str, str], Label]:
         if not line.strip():
             continue
         try:
-            value, chat = load_object(line), parse_chat(line).chat
+            value = load_object(line)
+            chat = read_chat(value).chat
             if "sentiment" not in value:
                 continue
             label = Label(Sentiment(value["sentiment"]), str(value.get("source", "")).split("-")[0])
@@ -163,14 +164,13 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     from chatflow.options import from_flags
     from chatflow.pipeline import plan
     from chatflow.report import read_records
-    from chatflow.sinks import result_files
 
     labels = read_labels(parsed.labelled)
     with tempfile.TemporaryDirectory(prefix="chatflow-evaluate-") as scratch:
         parsed.input, parsed.output = parsed.labelled, parsed.output or scratch
         options = from_flags(parsed)
         summary = execute(options, flags, drafts=False)
-        files = result_files(options.output, "analyses")
+        files = summary.files("analyses")
         analyses = {(a.chat_id, a.user_id): a for a in read_records(Analysis, files)}
         counts = summary.to_dict()
     pairs = {

@@ -18,12 +18,15 @@ from chatflow.errors import UsageError
 DEFAULT_MODEL = "gemma3-270m"
 
 
-def _flag(default: Any, help: str, group: str, choices: Sequence[str] = (), least: int = 0) -> Any:
+def _flag(
+    default: Any, help: str, group: str, choices: Sequence[str] = (), least: float = 0
+) -> Any:
     metadata = {"help": help, "group": group, "choices": tuple(choices), "least": least}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_DATA, _MODEL, _REMOTE, _RUN = "data", "model and prompts", "remote models", "running"
+_DATA, _CHATS, _MODEL = "data", "messages to chats", "model and prompts"
+_REMOTE, _RUN = "remote models", "running"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +34,44 @@ class Options:
     """The flags of `chatflow run`; a field is a flag of the same name."""
 
     input: str = _flag(
-        "", "Chats to read: a glob of JSON Lines files or a folder, local or gs://.", _DATA
-    )
+        "", "Chats and messages to read: globs of JSON Lines files or folders, local or gs://; or "
+        "Pub/Sub: projects/P/subscriptions/S or projects/P/topics/T. Several are divided by "
+        "commas.", _DATA,
+    )  # fmt: skip
     output: str = _flag(
-        "", "Folder for analyses*.jsonl, drafts*.jsonl and dead_letters*.jsonl; "
-        "those of an earlier run in it are replaced.", _DATA,
+        "", "Folder for analyses*.jsonl, drafts*.jsonl and dead_letters*.jsonl. Those of an "
+        "earlier run in it are replaced; a stream adds to them.", _DATA,
+    )  # fmt: skip
+    analyses: str = _flag(
+        "", "Where analyses go instead: file prefixes and Pub/Sub topics (projects/P/topics/T), "
+        "divided by commas.", _DATA,
+    )  # fmt: skip
+    drafts: str = _flag("", "Where drafts go instead.", _DATA)
+    dead_letters: str = _flag("", "Where dead letters go instead.", _DATA)
+    id_label: str = _flag(
+        "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "
+        "(Dataflow does; everywhere, messages are told apart by their message_id).", _DATA,
     )  # fmt: skip
     max_line_bytes: int = _flag(
         16_000_000, "A longer input line becomes a dead letter.", _DATA, least=1
     )
+    quiet_seconds: float = _flag(
+        60.0, "A chat that comes as single messages is analysed when nothing was said in it for "
+        "so long (event time), and when it is closed.", _CHATS, least=0.001,
+    )  # fmt: skip
+    every_messages: int = _flag(
+        20, "While it goes on, it is analysed each time after so many messages; 0: never.",
+        _CHATS, least=0,
+    )  # fmt: skip
+    max_messages: int = _flag(
+        500, "Newest messages of a chat that are kept; older ones are dropped, and counted.",
+        _CHATS, least=1,
+    )  # fmt: skip
+    retention_hours: float = _flag(
+        24.0, "A chat is forgotten so long after its last message; a message whose sent_at is "
+        "further than this before its publication is dated by its publication.",
+        _CHATS, least=0.001,
+    )  # fmt: skip
     inference: str = _flag(
         "on_worker", "Where the model runs.", _MODEL, choices=("on_worker", "remote")
     )
@@ -68,6 +100,14 @@ class Options:
         "says so.", _MODEL, least=64,
     )  # fmt: skip
     max_batch_size: int = _flag(16, "Most requests in one batch to the model.", _MODEL, least=1)
+    max_batch_duration_secs: float = _flag(
+        0.2, "In streams, how long a request waits for others to fill its batch; 0: only those "
+        "of its bundle.", _MODEL, least=0,
+    )  # fmt: skip
+    batch_buckets: str = _flag(
+        "", "In streams, lengths of prompts in tokens, e.g. 256,512, between which requests are "
+        "batched apart; default: together.", _MODEL,
+    )  # fmt: skip
     max_in_flight: int = _flag(
         16, "Most calls at once to a remote model, by worker process.", _REMOTE, least=1
     )
@@ -93,6 +133,23 @@ class Options:
                 raise UsageError(
                     f"--{field.name}={value}: must be at least {field.metadata['least']}"
                 )
+        if self.quiet_seconds >= self.retention_hours * 3600:
+            raise UsageError(
+                f"--quiet_seconds={self.quiet_seconds}: must be less than "
+                f"--retention_hours={self.retention_hours} ({self.retention_hours * 3600:.0f} s)"
+            )
+        _ = self.bucket_boundaries
+
+    @property
+    def bucket_boundaries(self) -> tuple[int, ...]:
+        """`batch_buckets` as numbers, in order."""
+        try:
+            numbers = sorted({int(number) for number in self.batch_buckets.split(",") if number})
+        except ValueError:
+            numbers = [0]
+        if any(number < 1 for number in numbers):
+            raise UsageError(f"--batch_buckets={self.batch_buckets}: must be numbers, e.g. 256,512")
+        return tuple(numbers)
 
     @classmethod
     def defaults(cls) -> dict[str, dict[str, Any]]:
@@ -152,8 +209,11 @@ def from_flags(parsed: argparse.Namespace, required: Sequence[str] = ()) -> Opti
     return Options(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
 
 
-def beam_options(flags: Sequence[str]) -> Any:
+def beam_options(flags: Sequence[str], streaming: bool = False) -> Any:
     """Beam's `PipelineOptions` of the flags that are not chatflow's.
+
+    Args:
+      streaming: the input never ends.
 
     Raises:
       UsageError: a flag that Beam does not know either.
@@ -171,9 +231,10 @@ def beam_options(flags: Sequence[str]) -> Any:
         raise UsageError(f"unknown flag {unknown[0]}{hint}")
     options = PipelineOptions(list(flags))
     standard = options.view_as(StandardOptions)
+    standard.streaming = standard.streaming or streaming
     if standard.runner in (None, "DirectRunner"):
         # Beam's DirectRunner first tries to fetch another runner from the network.
-        standard.runner = LOCAL_RUNNER
+        standard.runner = LOCAL_STREAM_RUNNER if standard.streaming else LOCAL_RUNNER
     return options
 
 
@@ -199,9 +260,10 @@ def cloud_of(options: Any) -> Cloud:
 
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+LOCAL_STREAM_RUNNER = "chatflow.local_runner.LocalStreamRunner"
 
 
 def is_local(options: Any) -> bool:
     from apache_beam.options.pipeline_options import StandardOptions
 
-    return bool(options.view_as(StandardOptions).runner == LOCAL_RUNNER)
+    return options.view_as(StandardOptions).runner in (LOCAL_RUNNER, LOCAL_STREAM_RUNNER)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from datetime import timedelta
 
 import apache_beam as beam
 
 from chatflow.analysis import AnalyseChats
+from chatflow.conversations import AssembleChats, Rules
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
 from chatflow.models import Model, ModelSpec
-from chatflow.models.requests import RemoteSettings
+from chatflow.models.requests import Batching, RemoteSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Analysis
-from chatflow.sinks import WriteRecords
-from chatflow.sources import ParseChats, ReadLines
+from chatflow.sinks import KINDS, WriteRecords, split_destinations
+from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
 from chatflow.templates import load_folder
 
 
@@ -24,6 +27,9 @@ class Plan:
     """What a pipeline is built from; all of it checked before anything runs.
 
     Attributes:
+      rules: when a chat that comes as messages is analysed.
+      destinations: by kind of record, the URIs that it is written to.
+      streaming: the input never ends.
       replay: the input holds dead letters, which are tried again.
       drafts: apologies are drafted; without, analyses alone are made.
     """
@@ -33,8 +39,14 @@ class Plan:
     model: Model
     analysis_prompt: AnalysisPrompt
     draft_prompt: DraftPrompt
+    rules: Rules
+    destinations: Mapping[str, tuple[str, ...]]
+    streaming: bool = False
     replay: bool = False
     drafts: bool = True
+
+    def write(self, kind: str) -> WriteRecords:
+        return WriteRecords(self.destinations[kind], self.streaming)
 
 
 def plan(
@@ -43,20 +55,25 @@ def plan(
     replay: bool = False,
     drafts: bool = True,
 ) -> Plan:
-    """Reads and checks model and prompts.
+    """Reads and checks sources, destinations, model and prompts.
 
     Args:
       cloud: project and location of a remote model whose name does not say them.
 
     Raises:
-      UsageError: an unknown model, or a prompt folder with a mistake.
+      UsageError: an unknown model, source or destination, or a prompt folder with a mistake.
     """
+    streaming = is_stream(options.input)
     spec = ModelSpec(
         name=options.model,
         inference=options.inference,
         kind=options.model_kind,
         dtype=options.dtype,
-        max_batch_size=options.max_batch_size,
+        batching=Batching(
+            options.max_batch_size,
+            (options.max_batch_duration_secs or None) if streaming else None,
+            options.bucket_boundaries if streaming else (),
+        ),
         remote=RemoteSettings(
             cloud.project,
             cloud.location,
@@ -65,6 +82,12 @@ def plan(
             options.max_in_flight,
         ),
     )
+    rules = Rules(
+        timedelta(seconds=options.quiet_seconds),
+        options.every_messages,
+        options.max_messages,
+        timedelta(hours=options.retention_hours),
+    )
     templates = load_folder(options.prompts or ("instruct" if spec.instruct else "base"))
     return Plan(
         options,
@@ -72,26 +95,32 @@ def plan(
         spec.model(),
         AnalysisPrompt(templates["analysis"], spec, options.max_prompt_tokens),
         DraftPrompt(templates["apology"], spec, options.max_prompt_tokens),
+        rules,
+        {k: split_destinations(k, getattr(options, k), options.output) for k in KINDS},
+        streaming,
         replay,
         drafts,
     )
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
-    """Chats in; analyses, apology drafts and dead letters out."""
-    options, model = plan.options, plan.model
+    """Chats and messages in; analyses, apology drafts and dead letters out."""
+    options, model, rules = plan.options, plan.model, plan.rules
 
-    lines = pipeline | "ReadLines" >> ReadLines(options.input)
+    inputs = split_inputs(options.input)
+    arrivals = pipeline | "ReadArrivals" >> ReadArrivals(inputs, options.id_label)
     if plan.replay:
-        opened = lines | "OpenDeadLetters" >> OpenDeadLetters()
-        lines = opened.lines
+        opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters()
+        arrivals = opened.arrivals
 
-    read = lines | "ParseChats" >> ParseChats(options.max_line_bytes)
-    analysed = read.chats | "AnalyseChats" >> AnalyseChats(model, plan.analysis_prompt)
-    dead_letters = [read.dead_letters, analysed.dead_letters]
+    read = arrivals | "ParseArrivals" >> ParseArrivals(options.max_line_bytes, rules.retention)
+    assembled = read.events | "AssembleChats" >> AssembleChats(rules)
+    chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
+    analysed = chats | "AnalyseChats" >> AnalyseChats(model, plan.analysis_prompt)
+    dead_letters = [read.dead_letters, assembled.dead_letters, analysed.dead_letters]
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
-    analyses | "WriteAnalyses" >> WriteRecords(options.output, "analyses")
+    analyses | "WriteAnalyses" >> plan.write("analyses")
 
     if plan.drafts:
         to_draft = analysed.analysed
@@ -100,10 +129,10 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
             dead_letters.append(opened.dead_letters)
         drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.draft_prompt)
         dead_letters.append(drafted.dead_letters)
-        drafted.drafts | "WriteDrafts" >> WriteRecords(options.output, "drafts")
+        drafted.drafts | "WriteDrafts" >> plan.write("drafts")
 
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()
-    all_dead_letters | "WriteDeadLetters" >> WriteRecords(options.output, "dead_letters")
+    all_dead_letters | "WriteDeadLetters" >> plan.write("dead_letters")
 
 
 def take_analysis(analysed: AnalysedChat) -> Analysis:

@@ -7,15 +7,24 @@ strings (integers are accepted); times are RFC 3339 in UTC.
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 
 from chatflow.errors import BadInputError
 
@@ -35,14 +44,20 @@ def _id(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
 def _rfc3339(value: datetime) -> str:
-    if value.tzinfo is None:
-        value = value.replace(tzinfo=UTC)
-    return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return _utc(value).isoformat().replace("+00:00", "Z")
 
 
 Id = Annotated[str, BeforeValidator(_id), Field(min_length=1, max_length=1024)]
-Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used="json")]
+Time = Annotated[
+    datetime,
+    AfterValidator(_utc),
+    PlainSerializer(_rfc3339, return_type=str, when_used="json"),
+]
 Role = Literal["customer", "agent", "bot"]
 
 
@@ -57,7 +72,10 @@ class Record(BaseModel):
 
 
 class Message(Record):
-    """One message of a chat. `role` says who wrote it, where that is known."""
+    """One message of a chat. `role` says who wrote it, where that is known.
+
+    On its own, as an event of a stream, it also has the `chat_id`; see `Event`.
+    """
 
     user_id: Id
     text: str
@@ -84,6 +102,40 @@ class Chat(Record):
         if customers or any(m.role for m in self.messages):
             return tuple(dict.fromkeys(customers))
         return (self.messages[0].user_id,)
+
+
+class Arrival(NamedTuple):
+    """A line of JSON as it arrived, and what its source knows of it.
+
+    Attributes:
+      attributes, message_id, published_at: of the Pub/Sub message; empty for files.
+    """
+
+    line: bytes
+    attributes: Mapping[str, str] = {}
+    message_id: str | None = None
+    published_at: datetime | None = None
+
+
+class Event(Record):
+    """Something that happened in a chat: a message, or its end.
+
+    Attributes:
+      message: None where the event is the end of the chat (`"event": "closed"`).
+      at: event time; None where neither the event nor its source knows one.
+    """
+
+    chat_id: Id
+    message: Message | None = None
+    at: Time | None = None
+
+    def to_line(self) -> str:
+        """The event as it is on the wire."""
+        if self.message is not None:
+            wire = {"chat_id": self.chat_id, **self.message.model_dump(mode="json")}
+        else:
+            wire = {"chat_id": self.chat_id, "event": "closed", "sent_at": self.at}
+        return pydantic_core.to_json(wire, exclude_none=True).decode()
 
 
 class Analysis(Record):
@@ -134,10 +186,13 @@ class DeadLetter(Record):
     """An element that could not be handled, with all that is needed to try it again.
 
     Attributes:
-      stage: where it failed: `read`; `prompt`, `model` or `answer` of an analysis;
-        `draft_prompt`, `draft_model` or `draft_answer`; `replay`, of a letter itself.
+      stage: where it failed: `read`; `assemble`, of messages to a chat; `prompt`, `model`
+        or `answer` of an analysis; `draft_prompt`, `draft_model` or `draft_answer`;
+        `replay`, of a letter itself.
       reason: a short code, e.g. `not_json`.
-      payload: the element as it came; base64 of its bytes where these are not UTF-8.
+      payload: the element as it came; base64 of its bytes where these are not UTF-8 (or
+        of these compressed, `gzip`, where it would be too large for Pub/Sub).
+      attributes: those of the Pub/Sub message that it came as.
       answer: the model's raw answer, where there is one.
     """
 
@@ -145,15 +200,17 @@ class DeadLetter(Record):
     reason: str
     error: str
     payload: str
-    payload_encoding: Literal["utf-8", "base64"] = "utf-8"
+    payload_encoding: Literal["utf-8", "base64", "gzip"] = "utf-8"
+    attributes: dict[str, str] | None = None
     chat_id: str | None = None
     answer: str | None = None
     failed_at: Time
 
     def payload_bytes(self) -> bytes:
-        if self.payload_encoding == "base64":
-            return base64.b64decode(self.payload)
-        return self.payload.encode()
+        if self.payload_encoding == "utf-8":
+            return self.payload.encode()
+        raw = base64.b64decode(self.payload)
+        return gzip.decompress(raw) if self.payload_encoding == "gzip" else raw
 
 
 class AnalysedChat(NamedTuple):
@@ -164,14 +221,6 @@ class AnalysedChat(NamedTuple):
 
     def to_json(self) -> str:
         return f'{{"chat":{self.chat.to_json()},"analysis":{self.analysis.to_json()}}}'
-
-
-class Reading(NamedTuple):
-    """A chat as it was read, and what was left out of it."""
-
-    chat: Chat
-    empty_messages: int
-    duplicate_messages: int
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -215,24 +264,39 @@ def validate(kind: type[RecordT], value: Any) -> RecordT:
         raise BadInputError("wrong_shape", "; ".join(problems)) from None
 
 
-def parse_chat(line: bytes) -> Reading:
-    """Reads a chat; leaves out messages without text and repeated message ids.
+class Reading(NamedTuple):
+    """A chat as it was read, and how many messages were left out of it."""
+
+    chat: Chat
+    empty_messages: int
+    duplicate_messages: int
+
+
+def read_chat(value: dict[str, Any]) -> Reading:
+    """A chat from its JSON; leaves out messages without text and repeated message ids.
 
     Raises:
-      BadInputError: as `parse_record`; also `no_messages`, `no_text`, `no_customer`.
+      BadInputError: `wrong_shape`, `no_messages`, or as `check_chat`.
     """
-    value = load_object(line)
-    if "messages" not in value:
-        raise BadInputError("no_messages", "the object has no field 'messages', so it is no chat")
     chat = validate(Chat, value)
     if not chat.messages:
         raise BadInputError("no_messages", f"chat {chat.chat_id} has an empty list of messages")
     with_text = [m for m in chat.messages if m.text.strip()]
     kept = tuple(_first_of_each_id(with_text))
-    if not kept:
+    empty = len(chat.messages) - len(with_text)
+    chat = check_chat(chat.model_copy(update={"messages": kept}))
+    return Reading(chat, empty, len(with_text) - len(kept))
+
+
+def check_chat(chat: Chat) -> Chat:
+    """The chat, where there is a user in it to ask about.
+
+    Raises:
+      BadInputError: `no_text` or `no_customer`.
+    """
+    if not chat.messages:
         raise BadInputError("no_text", f"chat {chat.chat_id} has no message with text")
-    chat = chat.model_copy(update={"messages": kept})
-    users, authors = chat.users(), {m.user_id for m in kept}
+    users, authors = chat.users(), {m.user_id for m in chat.messages}
     if not users:
         raise BadInputError("no_customer", f"chat {chat.chat_id} has no message of a customer")
     if not authors.issuperset(users):
@@ -240,8 +304,7 @@ def parse_chat(line: bytes) -> Reading:
         raise BadInputError(
             "no_customer", f"chat {chat.chat_id} asks for user {missing}, who wrote nothing in it"
         )
-    empty = len(value["messages"]) - len(with_text)
-    return Reading(chat, empty, len(with_text) - len(kept))
+    return chat
 
 
 def _first_of_each_id(messages: Iterable[Message]) -> Iterable[Message]:

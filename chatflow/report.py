@@ -7,7 +7,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from chatflow import metrics
 from chatflow.records import Analysis, Draft, Record, parse_record
-from chatflow.sinks import KINDS, result_files
+from chatflow.sinks import file_prefixes, result_files
 
 TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "green")}
 
@@ -33,11 +33,11 @@ class Summary:
     counts: dict[str, int]
     distributions: dict[str, dict[str, float]]
     seconds: float
-    output: str
+    destinations: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, result: Any, seconds: float, output: str) -> Summary:
-        """From a Beam `PipelineResult`."""
+    def of(cls, result: Any, seconds: float, destinations: Mapping[str, Sequence[str]]) -> Summary:
+        """From a Beam `PipelineResult`, and where it wrote each kind of record."""
         found = result.metrics().query()
         counts: dict[str, int] = {}
         for metric in found["counters"]:
@@ -56,7 +56,7 @@ class Summary:
             }
             for name, parts in values.items()
         }
-        return cls(counts, distributions, seconds, output)
+        return cls(counts, distributions, seconds, destinations)
 
     def get(self, name: str) -> int:
         return self.counts.get(name, 0)
@@ -75,11 +75,15 @@ class Summary:
 
     @property
     def lost(self) -> int:
-        read = self.get("lines_read") - self.get("chats_read") - self.dead_lettered("read")
+        kinds = ("chats_read", "messages_read", "closes_read", "empty_events")
+        read = self.get("lines_read") - sum(map(self.get, kinds)) - self.dead_lettered("read")
+        gone = ("messages_joined", "duplicate_events", "too_late_events")
+        assembled = self.get("messages_read") - sum(map(self.get, gone))
         analysed = self.get("asked") - self.get("analysed")
         drafted = self.get("drafts_asked") - self.get("drafted")
         return (
             abs(read)
+            + abs(assembled)
             + abs(analysed - self.dead_lettered("prompt", "model", "answer"))
             + abs(drafted - self.dead_lettered("draft_prompt", "draft_model", "draft_answer"))
         )
@@ -90,6 +94,8 @@ class Summary:
         return {
             "lines_read": self.get("lines_read"),
             "chats_read": self.get("chats_read"),
+            "messages_read": self.get("messages_read"),
+            "chats_assembled": self.get("chats_assembled"),
             "asked": self.get("asked"),
             "analysed": self.get("analysed"),
             "sentiment": {name: tones.get(name, 0) for name, _ in TONE_STYLES.values()},
@@ -99,28 +105,43 @@ class Summary:
             "dead_letters_by_reason": letters,
             "lost": self.lost,
             "reduced": {
-                name: self.get(name)
-                for name in (
-                    "empty_messages",
-                    "duplicate_messages",
-                    "dropped_messages",
-                    "cut_messages",
-                )
+                "empty_messages": self.get("empty_messages") + self.get("empty_events"),
+                "duplicate_messages": self.get("duplicate_messages") + self.get("duplicate_events"),
+                **{name: self.get(name) for name in _REDUCED},
             },
             "repaired": self.under("repaired"),
             "prompt_tokens": self.get("prompt_tokens"),
             "answer_tokens": self.get("answer_tokens"),
             **{name: self.distributions.get(name, {}) for name in DISTRIBUTIONS},
             "seconds": round(self.seconds, 2),
-            "chats_per_second": round(self.get("chats_read") / max(self.seconds, 1e-9), 3),
-            "files": {kind: result_files(self.output, kind) for kind in KINDS},
+            "chats_per_second": round(
+                (self.get("chats_read") + self.get("chats_assembled")) / max(self.seconds, 1e-9), 3
+            ),
+            "files": {kind: self.files(kind) for kind in self.destinations},
+            "topics": {
+                kind: [uri for uri in uris if uri not in file_prefixes(uris)]
+                for kind, uris in self.destinations.items()
+            },
         }
+
+    def files(self, kind: str) -> list[str]:
+        prefixes = file_prefixes(self.destinations[kind])
+        return [path for prefix in prefixes for path in result_files(prefix)]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
+_REDUCED = (
+    "forgotten_messages",
+    "too_late_events",
+    "clock_skewed_messages",
+    "dropped_messages",
+    "cut_messages",
+)
+
 DISTRIBUTIONS = {
+    "batch_size": ("requests in a batch", ""),
     "latency_ms": ("time to answer", " ms"),
     "prompt_tokens_per_answer": ("tokens of a prompt", ""),
     "answer_tokens_per_answer": ("tokens of an answer", ""),
@@ -135,13 +156,12 @@ def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:
                 yield parse_record(kind, line)
 
 
-def results_table(output: str, most: int) -> Table:
-    """Chat, user, sentiment, summary and draft of up to `most` analyses of a folder."""
+def results_table(summary: Summary, most: int) -> Table:
+    """Chat, user, sentiment, summary and draft of up to `most` analyses in files."""
     drafts = {
-        draft.analysis_id: draft.text
-        for draft in read_records(Draft, result_files(output, "drafts"))
+        draft.analysis_id: draft.text for draft in read_records(Draft, summary.files("drafts"))
     }
-    analyses = list(read_records(Analysis, result_files(output, "analyses")))
+    analyses = list(read_records(Analysis, summary.files("analyses")))
     analyses.sort(key=lambda a: (a.sentiment, a.chat_id, a.user_id))
     table = Table(title="Analyses", show_lines=True, expand=True)
     table.add_column("chat", overflow="fold", max_width=18)
@@ -170,6 +190,10 @@ def plain(text: str) -> str:
     return escape("".join(c for c in text if c.isprintable() or c == "\n"))
 
 
+def _few(files: list[str]) -> list[str]:
+    return files if len(files) <= 5 else [*files[:4], f"and {len(files) - 4} more files"]
+
+
 _SOURCES = {"model": "by the model", "extract": "the user's own words"}
 
 
@@ -184,7 +208,9 @@ def counts_table(summary: Summary) -> Table:
 
     letters = values["dead_letters_by_reason"]
     rows = {
-        "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats",
+        "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats"
+        f" and {values['messages_read']:,} messages",
+        "assembled": f"{values['chats_assembled']:,} chats and revisions of messages",
         "analysed": f"{values['analysed']:,} of {values['asked']:,} users asked about: "
         + listed(values["sentiment"]),
         "summaries": listed({_SOURCES[k]: v for k, v in values["summaries"].items()}),
@@ -201,7 +227,7 @@ def counts_table(summary: Summary) -> Table:
             spread = summary.distributions[name]
             rows[title] = "{min:,.0f} to {max:,.0f}, mean {mean:,.0f}".format(**spread) + unit
     for kind, files in values["files"].items():
-        rows[f"{kind.replace('_', ' ')} in"] = "\n".join(files)
+        rows[f"{kind.replace('_', ' ')} in"] = "\n".join(_few(files) + values["topics"][kind])
     for name, text in rows.items():
         table.add_row(name, plain(text))
     return table

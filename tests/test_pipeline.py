@@ -21,6 +21,7 @@ from chatflow.cli import execute, main
 from chatflow.drafts import DraftApologies
 from chatflow.models import Model
 from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.requests import Batching
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
@@ -226,14 +227,10 @@ def test_every_line_is_accounted_for_exactly_once(mix, batch):
 # The graph.
 
 
-@pytest.fixture
-def steps(tmp_path, lines, script):
+def step_names(**options):
     """The full names of all steps of the pipeline, in order."""
-    options = Options(
-        input=lines(chat("x")), output=str(tmp_path / "out"), model=script(ANGRY, APOLOGY)
-    )
     pipeline = beam.Pipeline(options=beam_options([]))
-    build(pipeline, plan(options))
+    build(pipeline, plan(Options(**options)))
     names: list[str] = []
 
     class Visitor(beam.pipeline.PipelineVisitor):
@@ -247,20 +244,55 @@ def steps(tmp_path, lines, script):
     return list(dict.fromkeys(filter(None, names)))
 
 
+@pytest.fixture
+def steps(tmp_path, lines, script):
+    return step_names(
+        input=lines(chat("x")), output=str(tmp_path / "out"), model=script(ANGRY, APOLOGY)
+    )
+
+
+STEPS = """
+    ReadArrivals {read} ReadArrivals/Flatten
+    ParseArrivals ParseArrivals/Parse ParseArrivals/ByKind
+    AssembleChats AssembleChats/ByChat AssembleChats/Assemble AssembleChats/CheckChat
+    AllChats
+    AnalyseChats AnalyseChats/EachUser AnalyseChats/RenderPrompt AnalyseChats/AskModel
+    AnalyseChats/ParseAnswer AnalyseChats/Flatten
+    TakeAnalysis WriteAnalyses WriteAnalyses/Write
+    DraftApologies DraftApologies/OnlyAngry DraftApologies/RenderPrompt
+    DraftApologies/AskModel DraftApologies/ParseAnswer DraftApologies/Flatten
+    WriteDrafts WriteDrafts/Write
+    AllDeadLetters WriteDeadLetters WriteDeadLetters/Write
+"""
+
+
 def test_step_names_are_stable(steps):
     """A streaming job is updated in place only where its step names stay as they are."""
-    expected = """
-        ReadLines ReadLines/ReadLines ReadLines/DropBlank
-        ParseChats ParseChats/ParseChat
-        AnalyseChats AnalyseChats/EachUser AnalyseChats/RenderPrompt AnalyseChats/AskModel
-        AnalyseChats/ParseAnswer AnalyseChats/Flatten
-        TakeAnalysis WriteAnalyses WriteAnalyses/ToJson WriteAnalyses/WriteFiles
-        DraftApologies DraftApologies/OnlyAngry DraftApologies/RenderPrompt
-        DraftApologies/AskModel DraftApologies/ParseAnswer DraftApologies/Flatten
-        WriteDrafts WriteDrafts/ToJson WriteDrafts/WriteFiles
-        AllDeadLetters WriteDeadLetters WriteDeadLetters/ToJson WriteDeadLetters/WriteFiles
-    """
+    expected = STEPS.format(read="ReadArrivals/ReadLines")
     assert [name for name in steps if name.count("/") <= 1] == expected.split()
+    assert "WriteAnalyses/Write/WriteFiles" in steps
+
+
+def test_step_names_of_a_stream_are_stable(script):
+    """Batch and stream differ in source and sinks; steps with state have these names."""
+    steps = step_names(
+        input="projects/my-project/subscriptions/events",
+        analyses="projects/my-project/topics/analyses,/tmp/analyses",
+        drafts="projects/my-project/topics/drafts",
+        dead_letters="projects/my-project/topics/dead",
+        model=script(ANGRY, APOLOGY),
+    )
+    expected = STEPS.format(read="ReadArrivals/ReadMessages").replace(
+        "WriteAnalyses/Write", "WriteAnalyses/Write WriteAnalyses/Write1"
+    )
+    assert [name for name in steps if name.count("/") <= 1] == expected.split()
+    for name in (
+        "AssembleChats/Assemble",
+        "WriteAnalyses/Write/Publish",
+        "WriteAnalyses/Write1/Gather",
+        "AnalyseChats/AskModel/RunInference/BatchElements",
+    ):
+        assert name in steps
 
 
 @pytest.mark.parametrize("stage", ["AnalyseChats", "DraftApologies"])
@@ -308,7 +340,7 @@ class CountedHandler(ScriptedModelHandler):
     """Notes each load of the model in a file."""
 
     def __init__(self, path: str):
-        LanguageModelHandler.__init__(self, "counted", max_batch_size=2, large_model=True)
+        LanguageModelHandler.__init__(self, "counted", batching=Batching(2), large_model=True)
         self.function, self.path = answer_any, path
 
     def load_model(self):
@@ -391,7 +423,7 @@ def test_beam_options_are_passed_through(tmp_path, lines, script):
         ([], "COMMAND"),
         (["walk"], "walk"),
         (["run"], "--input is missing"),
-        (["run", "--input=IN"], "--output is missing"),
+        (["run", "--input=IN", "--model=SCRIPT"], "--output is missing"),
         (["run", "--input=/none/*.jsonl", "--output=OUT"], "no file matches '/none/*.jsonl'"),
         (["run", "--input=EMPTY", "--output=OUT"], "looked for *.jsonl in the folder"),
         (["run", "--input=IN", "--output=/proc/none"], "--output: '/proc/none' cannot be written"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chatflow.models import embedded
-from chatflow.models.requests import RemoteSettings
+from chatflow.models.requests import ONE_BUNDLE, Batching, RemoteSettings
 
 SCRIPTED = "scripted:"
 
@@ -44,6 +44,7 @@ class ModelSpec:
         `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
       kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
+      batching: how requests are put together for one call.
       remote: where the service is; unused on the worker.
 
     Raises:
@@ -54,7 +55,7 @@ class ModelSpec:
     inference: str = "on_worker"
     kind: str = "auto"
     dtype: str = "auto"
-    max_batch_size: int = 16
+    batching: Batching = ONE_BUNDLE
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
 
     def __post_init__(self) -> None:
@@ -104,12 +105,11 @@ class ModelSpec:
             from chatflow.models.scripted import ScriptedModelHandler, load_script
 
             script = load_script(self.name.removeprefix(SCRIPTED))
-            return ScriptedModelHandler(script, max_batch_size=self.max_batch_size)
+            return ScriptedModelHandler(script, batching=self.batching)
         if self.inference == "remote":
             from chatflow.models.vertex import VertexModelHandler
 
-            # A batch ends with its slowest call, so it is wider than what is in flight.
-            return VertexModelHandler(self.name, self.remote, 4 * self.remote.max_in_flight)
+            return VertexModelHandler(self.name, self.remote, self.batching)
         from chatflow.models.gemma import GemmaModelHandler
 
-        return GemmaModelHandler(self.name, self.dtype, self.instruct, self.max_batch_size)
+        return GemmaModelHandler(self.name, self.dtype, self.instruct, self.batching)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from chatflow.errors import UsageError
 from chatflow.models import embedded
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.requests import Answer, Failure, Part, Request
+from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, Part, Request
 
 if TYPE_CHECKING:
     from chatflow.models.engine import Continuation, Score
@@ -231,9 +231,9 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         preset: str = embedded.NAME,
         dtype: str = "auto",
         instruct: bool | None = None,
-        max_batch_size: int = 16,
+        batching: Batching = ONE_BUNDLE,
     ):
-        super().__init__(preset, max_batch_size, large_model=True)
+        super().__init__(preset, batching, large_model=True)
         self.preset = preset
         self.dtype = dtype
         self.instruct = is_instruct(preset) if instruct is None else instruct

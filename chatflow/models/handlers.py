@@ -11,10 +11,20 @@ from typing import Any, Generic, Protocol, TypeVar
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from chatflow import metrics
+from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
-from chatflow.models.requests import Answer, Failure, Request
+from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, Request
 
 _log = logging.getLogger(__name__)
+
+
+def prompt_length(element: Request | tuple[Any, Request]) -> int:
+    """Tokens of the longest prompt of a request that no other shares, as estimated.
+
+    Beam gives a `KeyedModelHandler`'s elements with their keys.
+    """
+    request = element[1] if isinstance(element, tuple) else element
+    return max(estimate_tokens(part.prompt[part.shared :]) for part in request.parts)
 
 
 class LanguageModel(Protocol):
@@ -38,11 +48,20 @@ class LanguageModelHandler(
 
     Attributes:
       name: of the model, as results and their ids have it.
+
+    Args:
+      batching: how requests are put together.
+      large_model: one copy of the model serves all processes of a worker.
     """
 
-    def __init__(self, name: str, max_batch_size: int = 16, large_model: bool = False):
+    def __init__(self, name: str, batching: Batching = ONE_BUNDLE, large_model: bool = False):
         super().__init__(
-            min_batch_size=max_batch_size, max_batch_size=max_batch_size, large_model=large_model
+            min_batch_size=batching.size,
+            max_batch_size=batching.size,
+            max_batch_duration_secs=batching.seconds,
+            batch_length_fn=prompt_length if batching.buckets else None,
+            batch_bucket_boundaries=list(batching.buckets) or None,
+            large_model=large_model,
         )
         self.name = name
 
@@ -62,6 +81,7 @@ class LanguageModelHandler(
         inferences = ask(model, batch)
         for request in batch:
             metrics.count(f"answered/{request.task}")
+        metrics.observe("batch_size", len(batch))
         return [
             PredictionResult(request, inference, model_id=self.name)
             for request, inference in zip(batch, inferences, strict=True)

@@ -85,6 +85,25 @@ class Failure:
     answer: str | None = None
 
 
+class Batching(NamedTuple):
+    """How requests are put together for one call of a model.
+
+    Attributes:
+      size: most requests in a batch.
+      seconds: in streams, whose bundles are small, how long a request waits for others,
+        of other bundles, too; None: a batch holds requests of one bundle only.
+      buckets: lengths in tokens between which requests are batched apart, so that
+        short ones are not padded to long ones. Only where they wait for others.
+    """
+
+    size: int = 16
+    seconds: float | None = None
+    buckets: tuple[int, ...] = ()
+
+
+ONE_BUNDLE = Batching()
+
+
 class RemoteSettings(NamedTuple):
     """Where a service is, and how it is called.
 

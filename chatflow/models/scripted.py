@@ -28,7 +28,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import ElementError, UsageError
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.requests import Answer, Failure, Request
+from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, Request
 
 _FIELDS = frozenset(
     ("task", "chat_id", "user_id", "match", "answer", "error", "crash", "stall_seconds", "times")
@@ -125,9 +125,12 @@ class ScriptedModelHandler(LanguageModelHandler[ScriptedModel]):
     """
 
     def __init__(
-        self, function: Callable[[Request], str], name: str = "scripted", max_batch_size: int = 16
+        self,
+        function: Callable[[Request], str],
+        name: str = "scripted",
+        batching: Batching = ONE_BUNDLE,
     ):
-        super().__init__(name, max_batch_size)
+        super().__init__(name, batching)
         self.function = function
 
     def load_model(self) -> ScriptedModel:

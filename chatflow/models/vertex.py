@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from chatflow.errors import ModelError, UsageError
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.requests import Answer, Failure, RemoteSettings, Request
+from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, RemoteSettings, Request
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
 
@@ -259,8 +259,9 @@ class VertexModelHandler(LanguageModelHandler[RemoteModel]):
       model: `gemini-…` or `projects/P/locations/L/endpoints/E`.
     """
 
-    def __init__(self, model: str, settings: RemoteSettings, max_batch_size: int = 64):
-        super().__init__(model, max_batch_size)
+    def __init__(self, model: str, settings: RemoteSettings, batching: Batching = ONE_BUNDLE):
+        # A batch ends with its slowest call, so it is wider than what is in flight.
+        super().__init__(model, batching._replace(size=4 * settings.max_in_flight))
         self.settings = settings
 
     def load_model(self) -> RemoteModel:

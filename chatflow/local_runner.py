@@ -1,0 +1,319 @@
+"""LocalStreamRunner: a stream on this machine, in this process, without any service.
+
+Beam's own way is its BundleBasedDirectRunner. It stands still while it waits for
+Pub/Sub (up to 30 seconds), acknowledges messages before they are handled, fails when
+Pub/Sub cannot be reached, slows down with each key that it has seen, and cannot be
+drained. This is the same runner with these things mended; all else is Beam's. It keeps
+its state in memory: for state that outlives a crash, run on Dataflow or Flink.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import queue
+import re
+import threading
+import time
+import uuid
+from typing import Any
+
+from apache_beam import pvalue
+from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.runners.direct import direct_runner
+from apache_beam.runners.direct.bundle_factory import BundleFactory
+from apache_beam.runners.direct.clock import RealClock
+from apache_beam.runners.direct.consumer_tracking_pipeline_visitor import (
+    ConsumerTrackingPipelineVisitor,
+)
+from apache_beam.runners.direct.evaluation_context import EvaluationContext
+from apache_beam.runners.direct.executor import (
+    Executor,
+    TransformExecutor,
+    _ExecutorServiceParallelExecutor,
+)
+from apache_beam.runners.direct.transform_evaluator import (
+    TransformEvaluatorRegistry,
+    _TransformEvaluator,
+)
+from apache_beam.runners.direct.util import TransformResult
+from apache_beam.runners.runner import PipelineState
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
+
+_log = logging.getLogger(__name__)
+
+BUNDLE = 1000
+"""The most messages in one bundle; while one is handled, the next fills up."""
+
+_LAG = 0.1  # seconds that the watermark is behind the clock: messages overtake each other
+
+
+class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
+    """Runs a pipeline that reads from Pub/Sub until it is drained or fails."""
+
+    def run_pipeline(self, pipeline: Any, options: Any) -> LocalStreamResult:
+        """As `BundleBasedDirectRunner` does it, with the parts below in place of Beam's."""
+        pipeline.replace_all(direct_runner._get_transform_overrides(options))
+        graph = ConsumerTrackingPipelineVisitor()
+        pipeline.visit(graph)
+        self.consumer_tracking_visitor = graph
+        context = _Context(
+            options,
+            BundleFactory(stacked=False),
+            graph.root_transforms,
+            graph.value_to_consumers,
+            graph.step_names,
+            graph.views,
+            RealClock(),
+        )
+        readers = _Readers()
+        executor = Executor.__new__(Executor)
+        executor._executor = _PatientExecutor(
+            graph.value_to_consumers, _Registry(context, readers), context
+        )
+        executor.start(graph.root_transforms)
+        return LocalStreamResult(executor, context, readers)
+
+
+class LocalStreamResult(direct_runner.DirectPipelineResult):
+    """A running stream.
+
+    `wait_until_finish` returns after `drain`, when all that was read has been handled,
+    or raises what made the pipeline fail.
+    """
+
+    def __init__(self, executor: Any, context: Any, readers: _Readers):
+        super().__init__(executor, context)
+        self._readers = readers
+
+    def drain(self) -> None:
+        """Reads no more, and ends all chats that are open."""
+        self._readers.draining.set()
+
+    def wait_until_finish(self, duration: Any = None) -> str:
+        try:
+            state: str = super().wait_until_finish(duration)
+        except KeyboardInterrupt:
+            self._state = PipelineState.RUNNING  # the caller may drain it now
+            raise
+        except BaseException:
+            self._readers.close()
+            raise
+        self._readers.close()
+        return state
+
+
+class _Readers:
+    """The sources of a run."""
+
+    def __init__(self) -> None:
+        self.draining = threading.Event()
+        self._by_path: dict[str, _Reader] = {}
+
+    def of(self, source: Any) -> _Reader:
+        path = source.full_subscription or source.full_topic
+        if path not in self._by_path:
+            self._by_path[path] = _Reader(path)
+        return self._by_path[path]
+
+    def close(self) -> None:
+        for reader in self._by_path.values():
+            reader.close()
+
+
+class _Reader:
+    """Messages of a subscription, or of a topic from now on, pulled in the background."""
+
+    def __init__(self, path: str):
+        import google.cloud.pubsub_v1 as pubsub_v1
+
+        self._client = pubsub_v1.SubscriberClient()
+        self._flow = pubsub_v1.types.FlowControl(max_messages=2 * BUNDLE)
+        self._topic = path if "/topics/" in path else None
+        self._path = path
+        if self._topic:
+            project = re.sub("/topics/.*", "", path)
+            self._path = f"{project}/subscriptions/chatflow-{uuid.uuid4().hex}"
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._handled: list[Any] = []
+        self._pulling: Any = None
+        self._pause, self._not_before = 0.5, 0.0
+        self.watermark = Timestamp.of(0)
+
+    def read(self, wait: float) -> list[Any]:
+        """Up to a bundle of messages; waits a little for the first.
+
+        The runner reads on when all that follows from the last bundle has been handled,
+        so only then it is acknowledged.
+        """
+        for message in self._handled:
+            message.ack()
+        self._handled = []
+        self._keep_pulling()
+        with contextlib.suppress(queue.Empty):
+            self._handled.append(self._arrived.get(timeout=wait))
+            while len(self._handled) < BUNDLE:
+                self._handled.append(self._arrived.get_nowait())
+        now = time.time()
+        if len(self._handled) == BUNDLE:  # there are more, perhaps as old as these
+            now = min(message.publish_time.timestamp() for message in self._handled)
+        self.watermark = max(self.watermark, Timestamp.of(now - _LAG))
+        return self._handled
+
+    def _keep_pulling(self) -> None:
+        """Starts to pull, or starts again where the stream broke for good."""
+        if self._pulling is not None:
+            if not self._pulling.done():
+                return
+            _log.warning("%s: %s; trying again", self._path, self._pulling.exception())
+            self._pulling = None
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, 10)
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            if self._topic:
+                with contextlib.suppress(_already_exists()):
+                    self._client.create_subscription(name=self._path, topic=self._topic, timeout=5)
+            self._pulling = self._client.subscribe(
+                self._path, callback=self._arrived.put, flow_control=self._flow
+            )
+        except Exception as error:  # of the client, or of the network below it
+            _log.warning("%s cannot be read, trying again: %s", self._path, error)
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, 10)
+
+    def close(self) -> None:
+        """Gives back what was not read, and removes the subscription if it was made here."""
+        for message in self._handled:
+            message.ack()
+        if self._pulling is not None:
+            self._pulling.cancel()
+            with contextlib.suppress(Exception):
+                self._pulling.result(timeout=10)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._arrived.get_nowait().nack()
+        if self._topic:
+            with contextlib.suppress(Exception):
+                self._client.delete_subscription(subscription=self._path, timeout=5)
+        self._client.close()
+
+
+def _already_exists() -> type[Exception]:
+    from google.api_core.exceptions import AlreadyExists
+
+    return AlreadyExists
+
+
+class _ReadEvaluator(_TransformEvaluator):
+    """What the runner calls when it has nothing else to do: reads the next bundle."""
+
+    readers: _Readers
+
+    def start_bundle(self) -> None:
+        self.reader = self.readers.of(self._applied_ptransform.transform._source)
+
+    def process_element(self, element: Any) -> None:
+        pass
+
+    def finish_bundle(self) -> TransformResult:
+        # Before the last read: what it gives is then all there is.
+        draining = self.readers.draining.is_set()
+        messages = self.reader.read(wait=0.0 if draining else 0.05)
+        if draining and not messages:
+            return TransformResult(self, [], [], None, {None: MAX_TIMESTAMP})
+        bundle = self._evaluation_context.create_bundle(next(iter(self._outputs)))
+        for message in messages:
+            element = PubsubMessage(
+                message.data, dict(message.attributes), message.message_id,
+                message.publish_time, message.ordering_key,
+            )  # fmt: skip
+            at = Timestamp.from_utc_datetime(message.publish_time)
+            bundle.output(GlobalWindows.windowed_value(element, timestamp=at))
+        begin = pvalue.PBegin(self._applied_ptransform.transform.pipeline)
+        again = self._evaluation_context.create_bundle(begin)
+        return TransformResult(self, [bundle], [again], None, {None: self.reader.watermark})
+
+
+class _Registry(TransformEvaluatorRegistry):
+    def __init__(self, context: Any, readers: _Readers):
+        super().__init__(context)
+        evaluator = type("_ReadEvaluator", (_ReadEvaluator,), {"readers": readers})
+        self._evaluators[direct_runner._DirectReadFromPubSub] = evaluator
+
+
+class _Context(EvaluationContext):
+    """Forgets keys that have no state left, and fires each timer once."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._firing: dict[Any, set[Any]] = collections.defaultdict(set)
+
+    def handle_result(self, completed_bundle: Any, completed_timers: Any, result: Any) -> Any:
+        committed = super().handle_result(completed_bundle, completed_timers, result)
+        states = self._transform_keyed_states[result.transform]
+        for key in result.partial_keyed_state:
+            state = states[key]
+            if not (any(state.timers.values()) or any(state.state.values()) or state.global_state):
+                del states[key]
+        self._firing[result.transform].difference_update(map(_identity, completed_timers))
+        return committed
+
+    def extract_all_timers(self) -> tuple[list[Any], bool]:
+        """Beam gives a timer again as long as what it fires waits for its turn."""
+        extracted, has_realtime_timer = super().extract_all_timers()
+        fired = []
+        for transform, timers in extracted:
+            firing = self._firing[transform]
+            new = [timer for timer in timers if _identity(timer) not in firing]
+            again = [timer for timer in timers if _identity(timer) in firing]
+            self._watermark_manager.get_watermarks(transform).update_timers(again)
+            firing.update(map(_identity, new))
+            if new:
+                fired.append((transform, new))
+        return fired, has_realtime_timer
+
+
+def _identity(timer: Any) -> tuple[Any, ...]:
+    return (
+        timer.encoded_key, timer.window, timer.name, timer.time_domain, timer.timestamp,
+        timer.dynamic_timer_tag,
+    )  # fmt: skip
+
+
+class _PatientExecutor(_ExecutorServiceParallelExecutor):
+    """Tries a bundle that fails again and again, as streaming runners do, ever more slowly."""
+
+    def schedule_consumption(
+        self, consumer: Any, committed_bundle: Any, fired_timers: Any, on_complete: Any
+    ) -> None:
+        services = self.transform_executor_services
+        serial = self.transform_evaluator_registry.should_execute_serially(consumer)
+        service = services.serial(consumer) if serial else services.parallel()
+        work = _PatientTransformExecutor(
+            self.transform_evaluator_registry,
+            self.evaluation_context,
+            committed_bundle,
+            fired_timers,
+            consumer,
+            on_complete,
+            service,
+        )
+        service.schedule(work)
+
+
+class _PatientTransformExecutor(TransformExecutor):
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._max_retries_per_bundle = 12  # within two minutes
+
+    def attempt_call(self, *args: Any) -> Any:
+        try:
+            return super().attempt_call(*args)
+        except Exception:
+            if self._retry_count + 1 < self._max_retries_per_bundle:
+                time.sleep(min(0.1 * 2**self._retry_count, 30))
+            raise
