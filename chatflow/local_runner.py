@@ -39,7 +39,9 @@ from apache_beam.runners.direct.transform_evaluator import (
 )
 from apache_beam.runners.direct.util import TransformResult
 from apache_beam.runners.runner import PipelineState
+from apache_beam.runners.worker import statesampler
 from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils import counters
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
 
 _log = logging.getLogger(__name__)
@@ -309,6 +311,12 @@ class _PatientTransformExecutor(TransformExecutor):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._max_retries_per_bundle = 12  # within two minutes
+
+    def call(self, state_sampler: Any) -> None:
+        """Counts for itself: a sampler that is used again counts for the first bundle only."""
+        own = statesampler.StateSampler("", counters.CounterFactory())
+        statesampler.set_current_tracker(own)
+        super().call(own)
 
     def attempt_call(self, *args: Any) -> Any:
         try:

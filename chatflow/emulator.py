@@ -1,0 +1,125 @@
+"""The Pub/Sub emulator: Google's own, started and stopped with what needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from chatflow.errors import UsageError
+
+HOST_VARIABLE = "PUBSUB_EMULATOR_HOST"
+INSTALL = (
+    "install the Google Cloud CLI with its component pubsub-emulator and a Java runtime "
+    "(https://cloud.google.com/pubsub/docs/emulator), or start one elsewhere and set "
+    f"{HOST_VARIABLE}"
+)
+
+
+class Emulator:
+    """A Pub/Sub emulator in a process of its own, on a free port of this machine.
+
+    Attributes:
+      host: `127.0.0.1:PORT`, what `PUBSUB_EMULATOR_HOST` is set to.
+    """
+
+    def __init__(self, port: int = 0):
+        self.host = f"127.0.0.1:{port or _free_port()}"
+        self._process: Any = None
+
+    def start(self, seconds: float = 60) -> None:
+        """Starts it, and waits until it answers.
+
+        Raises:
+          UsageError: it is not installed, or does not start; with what it said.
+        """
+        gcloud = shutil.which("gcloud")
+        if gcloud is None:
+            raise UsageError(f"the Pub/Sub emulator is missing: {INSTALL}")
+        command = [
+            gcloud, "beta", "emulators", "pubsub", "start", f"--host-port={self.host}",
+            "--project=chatflow-local", "--quiet", f"--data-dir={tempfile.mkdtemp()}",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for chatflow, which drains first
+        )
+        said: list[str] = []
+        started = threading.Event()
+
+        def listen() -> None:
+            for line in self._process.stdout:
+                if not started.is_set():
+                    said.append(line.strip())
+                    if "Server started" in line:
+                        started.set()
+            started.set()  # it is gone
+
+        threading.Thread(target=listen, daemon=True).start()
+        if not started.wait(seconds) or "Server started" not in said[-1:][0]:
+            self.stop()
+            last = next((line for line in reversed(said) if line), "nothing")
+            raise UsageError(f"the Pub/Sub emulator did not start; it said: {last}. {INSTALL}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            # gcloud starts Java as a child; both are in this session.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@contextlib.contextmanager
+def emulator() -> Iterator[str]:
+    """The emulator that `PUBSUB_EMULATOR_HOST` names, or one of our own meanwhile; its host."""
+    if host := os.environ.get(HOST_VARIABLE):
+        yield host
+        return
+    own = Emulator()
+    own.start()
+    os.environ[HOST_VARIABLE] = own.host
+    try:
+        yield own.host
+    finally:
+        del os.environ[HOST_VARIABLE]
+        own.stop()
+
+
+def make_topics(topics: Iterable[str]) -> None:
+    """Makes topics, each with a subscription of the same name, where they are missing."""
+    import google.cloud.pubsub_v1 as pubsub_v1
+    from google.api_core.exceptions import AlreadyExists
+
+    with pubsub_v1.PublisherClient() as publisher, pubsub_v1.SubscriberClient() as subscriber:
+        for topic in topics:
+            with contextlib.suppress(AlreadyExists):
+                publisher.create_topic(name=topic)
+            with contextlib.suppress(AlreadyExists):
+                subscriber.create_subscription(
+                    name=subscription_of(topic),
+                    topic=topic,
+                    ack_deadline_seconds=60,
+                )
+
+
+def subscription_of(topic: str) -> str:
+    return topic.replace("/topics/", "/subscriptions/")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
