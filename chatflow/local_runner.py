@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import heapq
+import itertools
 import logging
 import queue
 import re
@@ -19,14 +21,18 @@ import time
 import uuid
 from typing import Any
 
-from apache_beam import pvalue
+from apache_beam import ParDo, TimeDomain, pvalue
+from apache_beam.coders import registry
+from apache_beam.internal import pickler
 from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.runners.common import DoFnRunner, DoFnState, Receiver
 from apache_beam.runners.direct import direct_runner
 from apache_beam.runners.direct.bundle_factory import BundleFactory
 from apache_beam.runners.direct.clock import RealClock
 from apache_beam.runners.direct.consumer_tracking_pipeline_visitor import (
     ConsumerTrackingPipelineVisitor,
 )
+from apache_beam.runners.direct.direct_userstate import DirectUserStateContext
 from apache_beam.runners.direct.evaluation_context import EvaluationContext
 from apache_beam.runners.direct.executor import (
     Executor,
@@ -35,11 +41,14 @@ from apache_beam.runners.direct.executor import (
 )
 from apache_beam.runners.direct.transform_evaluator import (
     TransformEvaluatorRegistry,
+    _ParDoEvaluator,
+    _TaggedReceivers,
     _TransformEvaluator,
 )
-from apache_beam.runners.direct.util import TransformResult
+from apache_beam.runners.direct.util import TimerFiring, TransformResult
 from apache_beam.runners.runner import PipelineState
 from apache_beam.runners.worker import statesampler
+from apache_beam.transforms.userstate import is_stateful_dofn
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils import counters
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
@@ -49,7 +58,7 @@ _log = logging.getLogger(__name__)
 BUNDLE = 1000
 """The most messages in one bundle; while one is handled, the next fills up."""
 
-_LAG = 0.1  # seconds that the watermark is behind the clock: messages overtake each other
+_LAG = 0.5  # seconds that the watermark is behind the clock, for messages overtake each other
 
 
 class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
@@ -241,45 +250,163 @@ class _ReadEvaluator(_TransformEvaluator):
 
 
 class _Registry(TransformEvaluatorRegistry):
+    """Puts the evaluators of this module in place of Beam's."""
+
     def __init__(self, context: Any, readers: _Readers):
         super().__init__(context)
-        evaluator = type("_ReadEvaluator", (_ReadEvaluator,), {"readers": readers})
-        self._evaluators[direct_runner._DirectReadFromPubSub] = evaluator
+        self._serial: dict[Any, bool] = {}
+        reads = type("_ReadEvaluator", (_ReadEvaluator,), {"readers": readers})
+        self._evaluators[direct_runner._DirectReadFromPubSub] = reads
+        self.steps: dict[Any, _Step] = {}
+        runs = type("_StepEvaluator", (_StepEvaluator,), {"steps": self.steps})
+        self._evaluators[ParDo] = runs
+
+    def should_execute_serially(self, transform: Any) -> bool:
+        if transform not in self._serial:
+            self._serial[transform] = super().should_execute_serially(transform)
+        return self._serial[transform]
+
+
+class _Forward(Receiver):
+    """Passes elements on to the bundle that is being made."""
+
+    bundle: Any = None
+
+    def receive(self, element: Any) -> None:
+        self.bundle.output(element)
+
+
+class _Step:
+    """A DoFn that is set up once, and runs many bundles."""
+
+    def __init__(self, evaluator: _ParDoEvaluator):
+        applied = evaluator._applied_ptransform
+        transform = applied.transform
+        dofn = pickler.roundtrip(transform.dofn)
+        self.timers: dict[str, Any] = {}
+        self.key_coder = self.state = None
+        if is_stateful_dofn(dofn):
+            hint = applied.inputs[0].element_type
+            coder = registry.get_coder(hint)
+            self.key_coder = coder.key_coder() if hint != Any else coder
+            self.state = DirectUserStateContext(evaluator._step_context, dofn, self.key_coder)
+            self.timers = {f"user/{timer.name}": timer for timer in self.state.all_timer_specs}
+        self.receivers = _TaggedReceivers(evaluator._evaluation_context)
+        for tag in applied.outputs:
+            self.receivers[tag] = _Forward()
+        self.runner = DoFnRunner(
+            dofn,
+            getattr(transform, "args", []),
+            getattr(transform, "kwargs", {}),
+            [],
+            applied.inputs[0].windowing,
+            tagged_receivers=self.receivers,
+            step_name=applied.full_label,
+            state=DoFnState(counters.CounterFactory()),
+            user_state_context=self.state,
+        )
+        self.runner.setup()
+
+
+class _StepEvaluator(_ParDoEvaluator):
+    """Runs a bundle on a DoFn that stays; Beam's sets one up for each bundle."""
+
+    steps: dict[Any, _Step]
+
+    def start_bundle(self) -> None:
+        if self._side_inputs:
+            self.step = None
+            super().start_bundle()
+            return
+        applied = self._applied_ptransform
+        # Taken out meanwhile: after a failure the next bundle starts with a fresh one.
+        self.step = step = self.steps.pop(applied, None) or _Step(self)
+        self.bundles = []
+        for tag, receiver in step.receivers.items():
+            output = pvalue.PCollection(None, tag=tag)
+            output.producer = applied
+            receiver.bundle = self._evaluation_context.create_bundle(output)
+            receiver.bundle.tag = tag
+            self.bundles.append(receiver.bundle)
+        if step.state is not None:
+            step.state.step_context = self._step_context
+        self.user_timer_map, self.key_coder, self.runner = step.timers, step.key_coder, step.runner
+        step.runner.start()
+
+    def finish_bundle(self) -> TransformResult:
+        step = self.step
+        if step is None:
+            return super().finish_bundle()
+        step.runner.finish()
+        if step.state is not None:
+            step.state.commit()
+            step.state.reset()
+        self.steps[self._applied_ptransform] = step
+        return TransformResult(self, self.bundles, [], None, None)
 
 
 class _Context(EvaluationContext):
-    """Forgets keys that have no state left, and fires each timer once."""
+    """Forgets keys that have no state left, and knows the next timers without a search."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self._timers: dict[Any, dict[str, list[Any]]] = collections.defaultdict(
+            lambda: {TimeDomain.WATERMARK: [], TimeDomain.REAL_TIME: []}
+        )
         self._firing: dict[Any, set[Any]] = collections.defaultdict(set)
 
     def handle_result(self, completed_bundle: Any, completed_timers: Any, result: Any) -> Any:
         committed = super().handle_result(completed_bundle, completed_timers, result)
-        states = self._transform_keyed_states[result.transform]
+        transform = result.transform
+        states, queues = self._transform_keyed_states[transform], self._timers[transform]
+        firing = self._firing[transform]
+        firing.difference_update(map(_identity, completed_timers))
         for key in result.partial_keyed_state:
             state = states[key]
             if not (any(state.timers.values()) or any(state.state.values()) or state.global_state):
                 del states[key]
-        self._firing[result.transform].difference_update(map(_identity, completed_timers))
+            for window, timers in state.timers.items():
+                for (name, domain, tag), at in timers.items():
+                    timer = (key, window, name, domain, at, tag)
+                    if timer not in firing:
+                        heapq.heappush(queues[domain], (at, next(_number), timer))
         return committed
 
     def extract_all_timers(self) -> tuple[list[Any], bool]:
-        """Beam gives a timer again as long as what it fires waits for its turn."""
-        extracted, has_realtime_timer = super().extract_all_timers()
-        fired = []
-        for transform, timers in extracted:
-            firing = self._firing[transform]
-            new = [timer for timer in timers if _identity(timer) not in firing]
-            again = [timer for timer in timers if _identity(timer) in firing]
-            self._watermark_manager.get_watermarks(transform).update_timers(again)
-            firing.update(map(_identity, new))
-            if new:
-                fired.append((transform, new))
-        return fired, has_realtime_timer
+        fired, any_real_time = [], False
+        for transform, queues in self._timers.items():
+            watermarks = self._watermark_manager.get_watermarks(transform)
+            until = {
+                TimeDomain.WATERMARK: watermarks.input_watermark,
+                TimeDomain.REAL_TIME: Timestamp.of(watermarks.synchronized_processing_output_time),
+            }
+            due = []
+            for domain, waiting in queues.items():
+                while waiting and waiting[0][0] <= until[domain]:
+                    timer = heapq.heappop(waiting)[2]
+                    if timer not in self._firing[transform] and self._is_set(transform, timer):
+                        due.append(timer)
+                        self._firing[transform].add(timer)
+            any_real_time = any_real_time or bool(queues[TimeDomain.REAL_TIME])
+            if due:
+                due.sort(key=lambda timer: timer[4])
+                firings = [TimerFiring(*timer) for timer in due]
+                watermarks._fired_timers.update(firings)
+                fired.append((transform, firings))
+        return fired, any_real_time
+
+    def _is_set(self, transform: Any, timer: tuple[Any, ...]) -> bool:
+        """Whether the timer was not cleared or set anew since."""
+        key, window, name, domain, at, tag = timer
+        state = self._transform_keyed_states[transform].get(key)
+        timers = state.timers.get(window, {}) if state else {}
+        return bool(timers.get((name, domain, tag)) == at)
 
 
-def _identity(timer: Any) -> tuple[Any, ...]:
+_number = itertools.count()  # orders timers of the same time
+
+
+def _identity(timer: TimerFiring) -> tuple[Any, ...]:
     return (
         timer.encoded_key, timer.window, timer.name, timer.time_domain, timer.timestamp,
         timer.dynamic_timer_tag,
