@@ -7,7 +7,7 @@ OUT    ?= out/demo
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint evaluate docs lock clean
+.PHONY: help setup demo stream test lint evaluate docs lock clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(VENV)/.done: requirements.lock pyproject.toml
 
 demo: setup ## Analyse the sample chats with the embedded Gemma, and show the results
 	$(BIN)/chatflow run --input samples/chats.jsonl --output $(OUT)
+
+stream: setup ## Run the event-driven system with live messages, on the Pub/Sub emulator
+	$(BIN)/chatflow stream --chats samples/chats.jsonl
 
 test: setup ## Run all tests
 	$(BIN)/pytest

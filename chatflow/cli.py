@@ -1,4 +1,4 @@
-"""The command line: `chatflow run | replay | evaluate`."""
+"""The command line: `chatflow run | stream | publish | tail | replay | evaluate`."""
 
 from __future__ import annotations
 
@@ -79,12 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"chatflow {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, help: str, description: str, epilog: str | None = _BEAM
+    ) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
             name,
             help=help,
             description=textwrap.dedent(description).strip(),
-            epilog=_BEAM,
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -93,17 +95,81 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command(
         "run",
-        "analyse chats in files",
+        "analyse chats of files or of Pub/Sub",
         """
         Analyses chats: one JSON object a line in, analyses, drafts and dead letters out.
 
           chatflow run --input 'chats/*.jsonl' --output results
+          chatflow run --input projects/P/subscriptions/events --output results
 
         A chat: {"chat_id": "7", "messages": [{"user_id": "1", "role": "customer", "text": "…"}]}
+        A message of one: {"chat_id": "7", "user_id": "1", "role": "customer", "text": "…"}
+        Its end: {"chat_id": "7", "event": "closed"}
         """,
     )
     add_flags(run)
     run.set_defaults(run=_run, replay=False)
+
+    stream = command(
+        "stream",
+        "the whole event-driven system on this machine, with a live view",
+        """
+        Starts the Pub/Sub emulator (or uses the one at PUBSUB_EMULATOR_HOST), runs the
+        pipeline on it, replays chats as live messages, and shows what comes out. Ctrl-C
+        drains the pipeline and stops everything that was started.
+
+          chatflow stream --rate 5
+        """,
+    )
+    stream.add_argument(
+        "--chats", default="samples/chats.jsonl", help="chats to replay (default: %(default)s)"
+    )
+    stream.add_argument(
+        "--rate", type=float, default=5.0, help="messages a second (default: %(default)s)"
+    )
+    stream.add_argument(
+        "--stop_when_done", action="store_true", help="end when all chats were replayed"
+    )
+    add_flags(stream, leave_out=("input", "id_label"))
+    stream.set_defaults(run=_stream)
+
+    publish = command(
+        "publish",
+        "send chats or messages of a file to a Pub/Sub topic",
+        """
+        Publishes each line of a file, or of several (a glob), as a message.
+
+          chatflow publish chats.jsonl --topic projects/P/topics/events --rate 10 --as_messages
+        """,
+        epilog=None,
+    )
+    publish.add_argument("file", metavar="FILE", help="JSON Lines: chats, messages, anything")
+    publish.add_argument("--topic", required=True, help="projects/PROJECT/topics/NAME")
+    publish.add_argument(
+        "--rate", type=float, default=0.0, help="messages a second (default: as fast as it goes)"
+    )
+    publish.add_argument(
+        "--as_messages",
+        action="store_true",
+        help="send each chat as if it happened now: its single messages, then its end",
+    )
+    publish.add_argument("--summary", choices=("table", "json"), default="table")
+    publish.set_defaults(run=_publish)
+
+    tail = command(
+        "tail",
+        "print results from Pub/Sub as they come",
+        """
+        Prints the analyses, drafts and dead letters of topics (from now on) or subscriptions.
+
+          chatflow tail projects/P/topics/analyses projects/P/topics/drafts
+        """,
+        epilog=None,
+    )
+    tail.add_argument("paths", nargs="+", metavar="PATH", help="topics or subscriptions")
+    tail.add_argument("--json", action="store_true", help="print records as lines of JSON")
+    tail.add_argument("--count", type=int, default=0, help="end after so many records")
+    tail.set_defaults(run=_tail)
 
     replay = command(
         "replay",
@@ -158,6 +224,24 @@ def show(summary: Summary, options: Options) -> None:
     if options.show and any(map(summary.files, summary.destinations)):
         console.print(results_table(summary, options.show))
     console.print(counts_table(summary))
+
+
+def _stream(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    from chatflow.stream import stream
+
+    return stream(parsed, rest)
+
+
+def _publish(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    from chatflow.publish import publish
+
+    return publish(parsed, rest)
+
+
+def _tail(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    from chatflow.tail import tail
+
+    return tail(parsed, rest)
 
 
 def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:

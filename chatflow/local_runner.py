@@ -9,7 +9,6 @@ its state in memory: for state that outlives a crash, run on Dataflow or Flink.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import heapq
 import itertools
@@ -19,7 +18,7 @@ import re
 import threading
 import time
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 from apache_beam import ParDo, TimeDomain, pvalue
 from apache_beam.coders import registry
@@ -58,7 +57,7 @@ _log = logging.getLogger(__name__)
 BUNDLE = 1000
 """The most messages in one bundle; while one is handled, the next fills up."""
 
-_LAG = 0.5  # seconds that the watermark is behind the clock, for messages overtake each other
+_LAG = 0.2  # seconds that the watermark is behind the clock, for messages overtake each other
 
 
 class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
@@ -167,10 +166,10 @@ class _Reader:
             self._handled.append(self._arrived.get(timeout=wait))
             while len(self._handled) < BUNDLE:
                 self._handled.append(self._arrived.get_nowait())
-        now = time.time()
-        if len(self._handled) == BUNDLE:  # there are more, perhaps as old as these
-            now = min(message.publish_time.timestamp() for message in self._handled)
-        self.watermark = max(self.watermark, Timestamp.of(now - _LAG))
+        # More may come that is as old as these; when nothing comes, there is no more.
+        published = (message.publish_time.timestamp() for message in self._handled)
+        oldest = min(published, default=time.time())
+        self.watermark = max(self.watermark, Timestamp.of(oldest - _LAG))
         return self._handled
 
     def _keep_pulling(self) -> None:
@@ -345,72 +344,112 @@ class _StepEvaluator(_ParDoEvaluator):
         return TransformResult(self, self.bundles, [], None, None)
 
 
+class _Timer(NamedTuple):
+    """A timer that is set; the fields of a `TimerFiring`."""
+
+    encoded_key: bytes
+    window: Any
+    name: str
+    time_domain: str
+    timestamp: Timestamp
+    dynamic_timer_tag: str
+
+
+class _Timers:
+    """The timers of a step, soonest first."""
+
+    def __init__(self, states: dict[bytes, Any]):
+        self.states = states
+        self.firing: set[_Timer] = set()
+        self._known: set[_Timer] = set()
+        self._waiting: dict[str, list[tuple[Timestamp, int, _Timer]]] = {
+            TimeDomain.WATERMARK: [],
+            TimeDomain.REAL_TIME: [],
+        }
+        self._number = itertools.count()  # orders those of the same time
+
+    def note(self, key: bytes) -> None:
+        """Takes up what a bundle set for a key."""
+        for window, timers in self.states[key].timers.items():
+            for (name, domain, tag), at in timers.items():
+                timer = _Timer(key, window, name, domain, at, tag)
+                if timer not in self._known and timer not in self.firing:
+                    self._known.add(timer)
+                    heapq.heappush(self._waiting[domain], (at, next(self._number), timer))
+
+    def due(self, watermark: Timestamp, clock: float) -> list[_Timer]:
+        """Takes out the timers that are to fire now."""
+        due = []
+        for domain, until in (
+            (TimeDomain.WATERMARK, watermark),
+            (TimeDomain.REAL_TIME, Timestamp.of(clock)),
+        ):
+            while (timer := self.next(domain)) and timer.timestamp <= until:
+                self._drop_next(domain)
+                due.append(timer)
+        self.firing.update(due)
+        return sorted(due, key=lambda timer: timer.timestamp)
+
+    def next(self, domain: str) -> _Timer | None:
+        """The soonest timer that was neither cleared nor set anew."""
+        while waiting := self._waiting[domain]:
+            timer = waiting[0][2]
+            state = self.states.get(timer.encoded_key)
+            timers = state.timers.get(timer.window, {}) if state else {}
+            if timers.get((timer.name, domain, timer.dynamic_timer_tag)) == timer.timestamp:
+                return timer
+            self._drop_next(domain)
+        return None
+
+    def _drop_next(self, domain: str) -> None:
+        self._known.discard(heapq.heappop(self._waiting[domain])[2])
+
+    def hold(self) -> Timestamp:
+        """How far event time may go on behind the step: to what its next timer may emit."""
+        times = [t.timestamp for t in self.firing if t.time_domain == TimeDomain.WATERMARK]
+        if soonest := self.next(TimeDomain.WATERMARK):
+            times.append(soonest.timestamp)
+        return min(times, default=MAX_TIMESTAMP)
+
+
 class _Context(EvaluationContext):
-    """Forgets keys that have no state left, and knows the next timers without a search."""
+    """Knows the next timers without a search, and forgets keys that have no state left.
+
+    A timer holds the watermark of what follows, as in Beam's model. Without that, what
+    timers emit while the stream is drained would be dropped as late.
+    """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._timers: dict[Any, dict[str, list[Any]]] = collections.defaultdict(
-            lambda: {TimeDomain.WATERMARK: [], TimeDomain.REAL_TIME: []}
-        )
-        self._firing: dict[Any, set[Any]] = collections.defaultdict(set)
+        self._timers: dict[Any, _Timers] = {}
 
     def handle_result(self, completed_bundle: Any, completed_timers: Any, result: Any) -> Any:
+        states = self._transform_keyed_states[result.transform]
+        if isinstance(result.transform.transform, ParDo) and result.partial_keyed_state:
+            timers = self._timers.setdefault(result.transform, _Timers(states))
+            timers.firing.difference_update(_Timer(**vars(timer)) for timer in completed_timers)
+            states.update(result.partial_keyed_state)
+            for key in result.partial_keyed_state:
+                timers.note(key)
+            result.keyed_watermark_holds[None] = timers.hold()
         committed = super().handle_result(completed_bundle, completed_timers, result)
-        transform = result.transform
-        states, queues = self._transform_keyed_states[transform], self._timers[transform]
-        firing = self._firing[transform]
-        firing.difference_update(map(_identity, completed_timers))
         for key in result.partial_keyed_state:
             state = states[key]
             if not (any(state.timers.values()) or any(state.state.values()) or state.global_state):
                 del states[key]
-            for window, timers in state.timers.items():
-                for (name, domain, tag), at in timers.items():
-                    timer = (key, window, name, domain, at, tag)
-                    if timer not in firing:
-                        heapq.heappush(queues[domain], (at, next(_number), timer))
         return committed
 
     def extract_all_timers(self) -> tuple[list[Any], bool]:
         fired, any_real_time = [], False
-        for transform, queues in self._timers.items():
+        for transform, timers in self._timers.items():
             watermarks = self._watermark_manager.get_watermarks(transform)
-            until = {
-                TimeDomain.WATERMARK: watermarks.input_watermark,
-                TimeDomain.REAL_TIME: Timestamp.of(watermarks.synchronized_processing_output_time),
-            }
-            due = []
-            for domain, waiting in queues.items():
-                while waiting and waiting[0][0] <= until[domain]:
-                    timer = heapq.heappop(waiting)[2]
-                    if timer not in self._firing[transform] and self._is_set(transform, timer):
-                        due.append(timer)
-                        self._firing[transform].add(timer)
-            any_real_time = any_real_time or bool(queues[TimeDomain.REAL_TIME])
-            if due:
-                due.sort(key=lambda timer: timer[4])
+            clock = watermarks.synchronized_processing_output_time
+            if due := timers.due(watermarks.input_watermark, clock):
                 firings = [TimerFiring(*timer) for timer in due]
                 watermarks._fired_timers.update(firings)
                 fired.append((transform, firings))
+            any_real_time = any_real_time or timers.next(TimeDomain.REAL_TIME) is not None
         return fired, any_real_time
-
-    def _is_set(self, transform: Any, timer: tuple[Any, ...]) -> bool:
-        """Whether the timer was not cleared or set anew since."""
-        key, window, name, domain, at, tag = timer
-        state = self._transform_keyed_states[transform].get(key)
-        timers = state.timers.get(window, {}) if state else {}
-        return bool(timers.get((name, domain, tag)) == at)
-
-
-_number = itertools.count()  # orders timers of the same time
-
-
-def _identity(timer: TimerFiring) -> tuple[Any, ...]:
-    return (
-        timer.encoded_key, timer.window, timer.name, timer.time_domain, timer.timestamp,
-        timer.dynamic_timer_tag,
-    )  # fmt: skip
 
 
 class _PatientExecutor(_ExecutorServiceParallelExecutor):

@@ -190,19 +190,22 @@ def _with_attributes(value: dict[str, Any], attributes: Mapping[str, str]) -> di
 def event_time(sent_at: datetime | None, arrival: Arrival, retention: timedelta) -> datetime | None:
     """When an event was: `sent_at`, as far as it can be.
 
-    Nothing is sent after it was published, and nothing is published later than
-    `retention` after it was sent: then the clock was wrong, and the time of publication
-    stands in, as it does for an event that has no time. In files, which know no time of
-    publication, `sent_at` is taken as it is.
+    Nothing is sent after it was published (by more than a second, for clocks differ), and
+    nothing is published later than `retention` after it was sent: then the clock was
+    wrong, and the time of publication stands in, as it does where there is no time. In
+    files, which know no time of publication, `sent_at` is taken as it is.
     """
     published = arrival.published_at
     if published is None:
         return sent_at
-    if sent_at is not None and published - retention <= sent_at <= published:
+    if sent_at is not None and published - retention <= sent_at <= published + _CLOCKS_DIFFER:
         return sent_at
     if sent_at is not None:
         metrics.count("clock_skewed_messages")
     return published
+
+
+_CLOCKS_DIFFER = timedelta(seconds=1)
 
 
 def split_inputs(inputs: str) -> tuple[str, ...]:

@@ -1,0 +1,277 @@
+"""`chatflow stream`: the whole event-driven system on this machine, with a live view."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from chatflow.errors import BadInputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from chatflow.records import Analysis, Draft
+
+PROJECT = "chatflow-local"
+EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS = (
+    f"projects/{PROJECT}/topics/{name}" for name in ("events", "analyses", "drafts", "dead-letters")
+)
+
+
+class Board:
+    """What is shown: counts, latencies and the newest results. Written by many threads."""
+
+    def __init__(self, newest: int = 8):
+        self.published, self.total = 0, 0
+        self.sentiments: collections.Counter[str] = collections.Counter()
+        self.dead_letters: collections.Counter[str] = collections.Counter()
+        self.analyses: collections.deque[Analysis] = collections.deque(maxlen=newest)
+        self.drafts: collections.deque[Draft] = collections.deque(maxlen=max(newest // 2, 1))
+        self.drafted = 0
+        self.latencies: collections.deque[float] = collections.deque(maxlen=1000)
+        self.note = ""
+        self._sent: dict[tuple[str, int], float] = {}
+        self._seen: set[str] = set()
+        self._lock = threading.Lock()
+
+    def sent(self, chat_id: str, revision: int, at: float) -> None:
+        with self._lock:
+            self._sent[chat_id, revision] = at
+
+    def arrived(self, data: bytes) -> None:
+        """Takes a result; one that comes twice counts once."""
+        from chatflow.records import Analysis, DeadLetter, Draft
+        from chatflow.sinks import record_id
+        from chatflow.tail import open_record
+
+        try:
+            record = open_record(data)
+        except BadInputError:
+            return
+        with self._lock:
+            if record_id(record) in self._seen:
+                return
+            self._seen.add(record_id(record))
+            if isinstance(record, Analysis):
+                self.sentiments[record.sentiment.name.lower()] += 1
+                self.analyses.append(record)
+                sent = self._sent.pop((record.chat_id, record.revision), None)
+                if sent is not None:
+                    self.latencies.append(time.time() - sent)
+            elif isinstance(record, Draft):
+                self.drafted += 1
+                self.drafts.append(record)
+            elif isinstance(record, DeadLetter):
+                self.dead_letters[f"{record.stage}/{record.reason}"] += 1
+
+    def percentiles(self) -> tuple[float, float] | None:
+        """p50 and p95 of the seconds from a chat's last message to its analysis."""
+        with self._lock:
+            values = sorted(self.latencies)
+        if not values:
+            return None
+        cuts = statistics.quantiles([values[0], *values], n=100, method="inclusive")
+        return cuts[49], cuts[94]
+
+    def counts(self) -> dict[str, str]:
+        """What is counted, by its title."""
+        from chatflow import metrics
+
+        now = metrics.local_counts()
+        tones = ", ".join(f"{name} {count}" for name, count in sorted(self.sentiments.items()))
+        letters = ", ".join(f"{name} {count}" for name, count in self.dead_letters.items())
+        waiting = now.get("asked", 0) - now.get("answered/analysis", 0)
+        latency = self.percentiles()
+        return {
+            "messages": f"{self.published} of {self.total} published, "
+            f"{now.get('lines_read', 0)} read",
+            "analyses": f"{sum(self.sentiments.values())}" + (f" ({tones})" if tones else ""),
+            "at the model": f"{max(waiting, 0)} chats",
+            "drafts": str(self.drafted),
+            "dead letters": f"{self.dead_letters.total()}" + (f" ({letters})" if letters else ""),
+            "last message to analysis": "p50 {:.1f} s, p95 {:.1f} s".format(*latency)
+            if latency
+            else "-",
+        }
+
+    def render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+
+        from chatflow.report import TONE_STYLES, plain
+
+        counts = Table.grid(padding=(0, 2))
+        for title, text in self.counts().items():
+            counts.add_row(f"[bold]{title}[/]", plain(text))
+        analyses = Table(title="Newest analyses", expand=True)
+        analyses.add_column("chat", max_width=20, no_wrap=True)
+        analyses.add_column("sentiment", width=9)
+        analyses.add_column("summary", ratio=1, no_wrap=True)
+        drafts = Table(title="Newest drafts, for review", expand=True)
+        drafts.add_column("chat", max_width=20, no_wrap=True)
+        drafts.add_column("text", ratio=1)
+        with self._lock:
+            for analysis in reversed(self.analyses):
+                word, style = TONE_STYLES[int(analysis.sentiment)]
+                analyses.add_row(
+                    plain(analysis.chat_id), f"[{style}]{word}[/]", plain(analysis.summary)
+                )
+            for draft in reversed(self.drafts):
+                drafts.add_row(plain(draft.chat_id), plain(" ".join(draft.text.split())))
+        return Group(counts, analyses, drafts, self.note)
+
+
+@dataclasses.dataclass
+class Run:
+    """A pipeline that runs in the background of this process.
+
+    Attributes:
+      error: what made it fail; None while it runs, and where it ended well.
+    """
+
+    result: Any
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.ended = threading.Event()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        try:
+            self.result.wait_until_finish()
+        except BaseException as error:
+            self.error = error
+        self.ended.set()
+
+
+def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+    """The command; see `chatflow stream --help`."""
+    from rich.console import Console
+
+    from chatflow import cli, publish
+    from chatflow.emulator import emulator, make_topics, subscription_of
+    from chatflow.options import from_flags
+    from chatflow.report import Summary
+    from chatflow.tail import follow
+
+    if parsed.rate <= 0:
+        raise UsageError(f"--rate={parsed.rate}: must be more than 0")
+    chats, others = publish.chats_of(publish.read_lines(parsed.chats))
+    if others or not chats:
+        raise UsageError(f"--chats={parsed.chats}: {len(others)} lines are no chats")
+    parsed.input = subscription_of(EVENTS)
+    for kind, topic in (("analyses", ANALYSES), ("drafts", DRAFTS), ("dead_letters", DEAD_LETTERS)):
+        own = getattr(parsed, kind) or (f"{parsed.output}/{kind}" if parsed.output else "")
+        setattr(parsed, kind, ",".join(filter(None, (topic, own))))
+    options = from_flags(parsed)
+    console = Console(stderr=not sys.stdout.isatty())
+    board = Board()
+    board.total = sum(len(chat.messages) + 1 for chat in chats)
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        console.print("starting the Pub/Sub emulator")
+        host = stack.enter_context(emulator())
+        make_topics((EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS))
+        planned, pipeline = cli.prepare(options, flags, console)
+        stack.callback(planned.model.forget)
+        stack.enter_context(follow((ANALYSES, DRAFTS, DEAD_LETTERS), board.arrived))
+        console.print(
+            f"Pub/Sub is at PUBSUB_EMULATOR_HOST={host}; from another terminal, send to\n"
+            f"  {EVENTS}\nand read what comes out of\n  {ANALYSES}\n  {DRAFTS}\n  {DEAD_LETTERS}",
+            highlight=False,
+        )
+        run = Run(pipeline.run())
+        replay = publish.Replay(chats, sent=board.sent)
+        stop = threading.Event()
+        sender = threading.Thread(
+            target=_send, args=(replay, parsed.rate, board, stop), daemon=True
+        )
+        sender.start()
+        board.note = "Ctrl-C drains and stops"
+        try:
+            with show(board, console):
+                while not run.ended.wait(0.2):
+                    if parsed.stop_when_done and not sender.is_alive():
+                        break
+        except KeyboardInterrupt:
+            pass
+        stop.set()
+        sender.join()
+        if run.error is None and not run.ended.is_set():
+            board.note = "draining: what was read is finished; Ctrl-C again stops at once"
+            run.result.drain()
+            with show(board, console):
+                run.ended.wait()
+                _settle(board)
+        if run.error is not None:
+            raise SystemExit(f"chatflow: the pipeline failed: {run.error}")
+        console.print(board.render() if console.is_terminal else "")
+    summary = Summary.of(run.result, time.monotonic() - started, planned.destinations)
+    cli.show(summary, options)
+    return 0
+
+
+def _send(replay: Any, rate: float, board: Board, stop: threading.Event) -> None:
+    from chatflow import publish
+
+    def published(count: int) -> None:
+        board.published = count
+
+    try:
+        publish.send(replay, EVENTS, rate, published, stop.wait)
+    except UsageError as error:
+        board.note = str(error)
+
+
+def _settle(board: Board) -> None:
+    """Waits until the last results are through Pub/Sub, too."""
+    from chatflow import metrics
+
+    give_up = time.monotonic() + 10
+    while time.monotonic() < give_up:
+        now = metrics.local_counts()
+        letters = sum(count for name, count in now.items() if name.startswith("dead_letters/"))
+        written = now.get("analysed", 0) + now.get("drafted", 0) + letters
+        arrived = board.sentiments.total() + board.drafted + board.dead_letters.total()
+        if arrived >= written:
+            return
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def show(board: Board, console: Console) -> Any:
+    """Shows the board while the block runs: a picture in a terminal, else lines."""
+    if console.is_terminal:
+        from rich.live import Live
+
+        with Live(get_renderable=board.render, console=console, refresh_per_second=4):
+            yield
+        return
+    done = threading.Event()
+
+    def lines() -> None:
+        last = ""
+        while not done.wait(5):
+            text = "; ".join(f"{title}: {value}" for title, value in board.counts().items())
+            if text != last:
+                console.print(text, highlight=False, markup=False, soft_wrap=True)
+                last = text
+
+    thread = threading.Thread(target=lines, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
