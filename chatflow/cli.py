@@ -118,14 +118,14 @@ def _parser() -> argparse.ArgumentParser:
         pipeline on it, replays chats as live messages, and shows what comes out. Ctrl-C
         drains the pipeline and stops everything that was started.
 
-          chatflow stream --rate 5
+          chatflow stream --rate 2
         """,
     )
     stream.add_argument(
         "--chats", default="samples/chats.jsonl", help="chats to replay (default: %(default)s)"
     )
     stream.add_argument(
-        "--rate", type=float, default=5.0, help="messages a second (default: %(default)s)"
+        "--rate", type=float, default=1.0, help="messages a second (default: %(default)s)"
     )
     stream.add_argument(
         "--stop_when_done", action="store_true", help="end when all chats were replayed"

@@ -18,10 +18,11 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from apache_beam import ParDo, TimeDomain, pvalue
-from apache_beam.coders import registry
+from apache_beam.coders import registry as coders
 from apache_beam.internal import pickler
 from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.runners.common import DoFnRunner, DoFnState, Receiver
@@ -79,10 +80,10 @@ class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
             RealClock(),
         )
         readers = _Readers()
+        registry = _Registry(context, readers)
+        registry.set_up(itertools.chain(*graph.value_to_consumers.values()))
         executor = Executor.__new__(Executor)
-        executor._executor = _PatientExecutor(
-            graph.value_to_consumers, _Registry(context, readers), context
-        )
+        executor._executor = _PatientExecutor(graph.value_to_consumers, registry, context)
         executor.start(graph.root_transforms)
         return LocalStreamResult(executor, context, readers)
 
@@ -260,6 +261,15 @@ class _Registry(TransformEvaluatorRegistry):
         runs = type("_StepEvaluator", (_StepEvaluator,), {"steps": self.steps})
         self._evaluators[ParDo] = runs
 
+    def set_up(self, steps: Iterable[Any]) -> None:
+        """Sets up all DoFns, models among them, before anything is read."""
+        for step in steps:
+            nothing = self._evaluation_context.create_empty_committed_bundle(step.inputs[0])
+            if isinstance(step.transform, ParDo) and not step.side_inputs:
+                evaluator = self.get_evaluator(step, nothing, [])
+                if isinstance(evaluator, _StepEvaluator):
+                    self.steps[step] = _Step(evaluator)
+
     def should_execute_serially(self, transform: Any) -> bool:
         if transform not in self._serial:
             self._serial[transform] = super().should_execute_serially(transform)
@@ -286,7 +296,7 @@ class _Step:
         self.key_coder = self.state = None
         if is_stateful_dofn(dofn):
             hint = applied.inputs[0].element_type
-            coder = registry.get_coder(hint)
+            coder = coders.get_coder(hint)
             self.key_coder = coder.key_coder() if hint != Any else coder
             self.state = DirectUserStateContext(evaluator._step_context, dofn, self.key_coder)
             self.timers = {f"user/{timer.name}": timer for timer in self.state.all_timer_specs}

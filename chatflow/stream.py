@@ -73,6 +73,12 @@ class Board:
             elif isinstance(record, DeadLetter):
                 self.dead_letters[f"{record.stage}/{record.reason}"] += 1
 
+    def all_read(self) -> bool:
+        """Whether the pipeline has read what was published so far."""
+        from chatflow import metrics
+
+        return metrics.local_counts().get("lines_read", 0) >= self.published
+
     def percentiles(self) -> tuple[float, float] | None:
         """p50 and p95 of the seconds from a chat's last message to its analysis."""
         with self._lock:
@@ -191,6 +197,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             f"  {EVENTS}\nand read what comes out of\n  {ANALYSES}\n  {DRAFTS}\n  {DEAD_LETTERS}",
             highlight=False,
         )
+        console.print(f"loading {options.model}", highlight=False)
         run = Run(pipeline.run())
         replay = publish.Replay(chats, sent=board.sent)
         stop = threading.Event()
@@ -202,7 +209,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         try:
             with show(board, console):
                 while not run.ended.wait(0.2):
-                    if parsed.stop_when_done and not sender.is_alive():
+                    if parsed.stop_when_done and not sender.is_alive() and board.all_read():
                         break
         except KeyboardInterrupt:
             pass

@@ -39,19 +39,19 @@ def run_stage(
     stage: beam.PTransform, elements: Iterable[Any], outputs: Iterable[str]
 ) -> dict[str, list[Any]]:
     """Runs one stage on elements; its named outputs as lists."""
-    _KEPT.clear()
+    KEPT.clear()
     with TestPipeline(runner=LOCAL_RUNNER) as pipeline:
         result = pipeline | beam.Create(list(elements)) | "Stage" >> stage
         for name in outputs:
             assert_that(getattr(result, name), functools.partial(keep, name), label=f"Keep{name}")
-    return dict(_KEPT)
+    return dict(KEPT)
 
 
-_KEPT: dict[str, list[Any]] = {}
+KEPT: dict[str, list[Any]] = {}
 
 
 def keep(name: str, actual: list[Any]) -> None:
-    _KEPT[name] = actual
+    KEPT[name] = actual
 
 
 def scripted(answer: Callable[[Request], str] | Mapping[str, Any]) -> Model:
