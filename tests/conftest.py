@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import google.cloud.pubsub_v1 as pubsub_v1
 import pytest
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
+from rich.console import Console
 
+from chatflow.cli import prepare
+from chatflow.emulator import HOST_VARIABLE, INSTALL, emulator, make_topics, subscription_of
 from chatflow.models import Model, ModelSpec
 from chatflow.models.requests import Request
 from chatflow.models.scripted import ScriptedModelHandler
-from chatflow.options import LOCAL_RUNNER
+from chatflow.options import LOCAL_RUNNER, Options, beam_options
+from chatflow.pipeline import build
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import Chat, Message
+from chatflow.report import Summary
+from chatflow.sinks import KINDS, publisher
+from chatflow.stream import Run
 from chatflow.templates import load_folder
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "chats.jsonl"
@@ -123,3 +137,119 @@ def gemma() -> Any:
     from chatflow.models.gemma import GemmaModelHandler
 
     return GemmaModelHandler().load_model()
+
+
+class Inbox:
+    """Results of Pub/Sub subscriptions as they come; a record that came twice is there once."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+        self._analyses: dict[str, dict[str, Any]] = {}
+        self._drafts: dict[str, dict[str, Any]] = {}
+        self.dead_letters: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+
+    def take(self, message: Any) -> None:
+        value = json.loads(message.data)
+        with self._changed:
+            self.messages.append(message)
+            if "draft_id" in value:
+                self._drafts[value["draft_id"]] = value
+            elif "analysis_id" in value:
+                self._analyses[value["analysis_id"]] = value
+            else:
+                self.dead_letters.append(value)
+            self._changed.notify_all()
+        message.ack()
+
+    @property
+    def analyses(self) -> list[dict[str, Any]]:
+        return list(self._analyses.values())
+
+    @property
+    def drafts(self) -> list[dict[str, Any]]:
+        return list(self._drafts.values())
+
+    def wait(self, until: Callable[[Inbox], bool], seconds: float = 60) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: until(self), seconds), (
+                f"after {seconds} s: {len(self.analyses)} analyses, {len(self.drafts)} drafts, "
+                f"{len(self.dead_letters)} dead letters"
+            )
+
+
+class PubSub:
+    """Topics of their own for one test, on the real emulator."""
+
+    def __init__(self, host: str, project: str = ""):
+        self.host = host
+        self.project = project or f"test-{uuid.uuid4().hex[:12]}"
+        self.publisher = publisher()
+        self.subscriber = pubsub_v1.SubscriberClient()
+        make_topics(self.topic(name) for name in ("events", *KINDS))
+
+    def topic(self, name: str) -> str:
+        return f"projects/{self.project}/topics/{name}"
+
+    def subscription(self, name: str) -> str:
+        return subscription_of(self.topic(name))
+
+    def options(self, **fields: Any) -> Options:
+        topics = {kind: self.topic(kind) for kind in KINDS}
+        return Options(**{"input": self.subscription("events"), **topics, **fields})
+
+    def send(self, *lines: Any, **attributes: str) -> None:
+        sent = [
+            self.publisher.publish(self.topic("events"), as_line(line), **attributes)
+            for line in lines
+        ]
+        for future in sent:
+            future.result(timeout=60)
+
+    @contextlib.contextmanager
+    def inbox(self, *kinds: str) -> Iterator[Inbox]:
+        inbox = Inbox()
+        pulling = [
+            self.subscriber.subscribe(self.subscription(kind), callback=inbox.take)
+            for kind in kinds or KINDS
+        ]
+        try:
+            yield inbox
+        finally:
+            for future in pulling:
+                future.cancel()
+                future.result(timeout=30)
+
+    @contextlib.contextmanager
+    def pipeline(self, options: Options, model: Model | None = None, **flags: Any) -> Iterator[Run]:
+        """The pipeline, running; drained at the end. Its `summary` is there then."""
+        console = Console(file=io.StringIO())
+        planned, pipeline = prepare(options, [], console, **flags)
+        if model is not None:
+            planned = dataclasses.replace(planned, model=model)
+            pipeline = beam.Pipeline(options=beam_options([], streaming=True))
+            build(pipeline, planned)
+        run = Run(pipeline.run())
+        try:
+            yield run
+        finally:
+            run.result.drain()
+            assert run.ended.wait(120), "the pipeline was not drained"
+            assert run.error is None, run.error
+            run.summary = Summary.of(run.result, 1, planned.destinations)
+
+
+@pytest.fixture(scope="session")
+def emulator_host() -> Iterator[str]:
+    if HOST_VARIABLE in os.environ:
+        yield os.environ[HOST_VARIABLE]
+        return
+    if shutil.which("gcloud") is None:
+        required("the Pub/Sub emulator", INSTALL)
+    with emulator() as host:
+        yield host
+
+
+@pytest.fixture
+def pubsub(emulator_host: str) -> PubSub:
+    return PubSub(emulator_host)

@@ -1,0 +1,352 @@
+"""The event-driven pipeline on the real Pub/Sub emulator: events in, records out."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from conftest import PubSub, chat, scripted
+from test_pipeline import ANGRY, APOLOGY, read
+
+from chatflow.cli import main
+from chatflow.emulator import HOST_VARIABLE, Emulator
+from chatflow.errors import ModelError
+from chatflow.records import now
+
+CODE = re.compile(r"\bm\d+x\d+\b")
+
+
+def echo(request):
+    """A model whose summary names the messages that it was shown."""
+    if request.task == "apology":
+        return "We are sorry about all of that."
+    codes = sorted(set(CODE.findall(request.parts[0].prompt)))
+    return json.dumps({"sentiment": -1, "summary": " ".join(codes)})
+
+
+def last_revisions(inbox):
+    """By chat, the summary of the analysis with the greatest revision."""
+    newest = {}
+    for analysis in inbox.analyses:
+        known = newest.get(analysis["chat_id"])
+        if known is None or analysis["revision"] > known["revision"]:
+            newest[analysis["chat_id"]] = analysis
+    return {chat_id: analysis["summary"] for chat_id, analysis in newest.items()}
+
+
+def message(text, chat_id="7", **fields):
+    return {"chat_id": chat_id, "user_id": "c", "role": "customer", "text": text, **fields}
+
+
+def closed(chat_id="7"):
+    return {"chat_id": chat_id, "event": "closed"}
+
+
+MALFORMED = (
+    "no JSON {number}",
+    '["{number}"]',
+    '{{"chat_id": "x{number}"}}',
+    '{{"chat_id": "x{number}", "event": "exploded"}}',
+    '{{"chat_id": "", "user_id": "u", "text": "{number}"}}',
+)
+
+
+def test_500_chats_shuffled_repeated_late_and_malformed(pubsub):
+    """Each chat's last revision holds exactly its messages; what is malformed is a letter."""
+    chance = random.Random(4)
+    began = now() - timedelta(minutes=10)
+    events, expected = [], {}
+    for number in range(500):
+        codes = [f"m{number}x{n}" for n in range(chance.randint(2, 8))]
+        expected[str(number)] = " ".join(sorted(codes))
+        for n, code in enumerate(codes):
+            sent = (began + timedelta(seconds=10 * n)).isoformat()
+            events.append(message(code, str(number), message_id=code, sent_at=sent))
+        events.append(closed(str(number)))
+    total = len(events)
+    late = chance.sample([e for e in events if "text" in e], total // 20)
+    on_time = [event for event in events if event not in late]
+    bad = [chance.choice(MALFORMED).format(number=n) for n in range(total // 50)]
+    repeated = chance.sample(on_time, total // 10)
+    first = on_time + repeated + bad
+    chance.shuffle(first)
+
+    with pubsub.inbox() as inbox:
+        with pubsub.pipeline(pubsub.options(model="scripted:/dev/null"), scripted(echo)) as run:
+            pubsub.send(*first)
+            on_time_chats = {event["chat_id"] for event in on_time if "text" in event}
+            inbox.wait(lambda inbox: on_time_chats <= {a["chat_id"] for a in inbox.analyses})
+            pubsub.send(*late)
+            inbox.wait(lambda inbox: last_revisions(inbox) == expected)
+        inbox.wait(lambda inbox: len(inbox.dead_letters) >= len(bad))
+        unknown = [x for x in inbox.dead_letters if x["reason"] == "unknown_chat"]
+        letters = [x for x in inbox.dead_letters if x["reason"] != "unknown_chat"]
+        assert sorted(letter["payload"] for letter in letters) == sorted(bad)
+        # A chat all of whose messages were late was closed before one of them was known.
+        assert {x["chat_id"] for x in unknown} == set(expected) - on_time_chats
+        assert last_revisions(inbox) == expected
+        assert len(inbox.drafts) == len(inbox.analyses)
+    counts = run.summary.to_dict()
+    assert counts["lost"] == 0
+    assert counts["lines_read"] >= len(first) + len(late)
+    again = sum("text" in event for event in repeated)
+    assert counts["reduced"]["duplicate_messages"] >= again > 200
+
+
+def test_results_can_be_filtered_and_come_in_order(pubsub):
+    with pubsub.inbox() as inbox:
+        with pubsub.pipeline(pubsub.options(model="scripted:/dev/null"), scripted(echo)):
+            pubsub.send(message("m1x1"), closed())
+            inbox.wait(lambda inbox: len(inbox.drafts) == 1)
+            pubsub.send(message("m1x2"), b"rubbish", closed())
+            inbox.wait(lambda inbox: len(inbox.drafts) == 2 and len(inbox.dead_letters) == 1)
+        kinds = {}
+        for found in inbox.messages:
+            kinds.setdefault(found.attributes["kind"], []).append(found)
+    one, two = kinds["Analysis"]
+    assert dict(one.attributes) == {
+        "kind": "Analysis", "id": json.loads(one.data)["analysis_id"], "chat_id": "7",
+        "user_id": "c", "sentiment": "-1", "revision": str(json.loads(one.data)["revision"]),
+    }  # fmt: skip
+    assert int(one.attributes["revision"]) < int(two.attributes["revision"])
+    assert {found.ordering_key for found in kinds["Analysis"] + kinds["Draft"]} == {"7"}
+    assert kinds["Draft"][0].attributes["id"] == json.loads(kinds["Draft"][0].data)["draft_id"]
+    (dead,) = kinds["DeadLetter"]
+    assert (dead.attributes["stage"], dead.attributes["reason"]) == ("read", "not_json")
+
+
+def test_attributes_and_publish_time_stand_in_for_fields(pubsub):
+    days_ahead = (now() + timedelta(days=3)).isoformat()
+    options = pubsub.options(model="scripted:/dev/null")
+    with pubsub.inbox() as inbox, pubsub.pipeline(options, scripted(echo)) as run:
+        pubsub.send({"text": "m1x1"}, chat_id="by attribute", user_id="c", tenant="a")
+        pubsub.send(message("m2x1", "skewed", sent_at=days_ahead))
+        pubsub.send(closed("by attribute"), closed("skewed"))
+        inbox.wait(lambda inbox: len(inbox.drafts) == 2)
+    revisions = {a["chat_id"]: a["revision"] for a in inbox.analyses}
+    assert set(revisions) == {"by attribute", "skewed"}
+    assert all(abs(r / 1000 - time.time()) < 60 for r in revisions.values())
+    assert run.summary.get("clock_skewed_messages") == 1
+
+
+def test_whole_chats_come_over_pubsub_too(pubsub, script):
+    with pubsub.inbox() as inbox, pubsub.pipeline(pubsub.options(model=script(ANGRY, APOLOGY))):
+        pubsub.send(chat("late!", chat_id="whole"))
+        inbox.wait(lambda inbox: len(inbox.drafts) == 1)
+    assert inbox.analyses[0]["chat_id"] == "whole"
+
+
+def test_a_topic_is_read_from_now_on(pubsub, script):
+    options = pubsub.options(input=pubsub.topic("events"), model=script(ANGRY, APOLOGY))
+    with pubsub.inbox() as inbox, pubsub.pipeline(options):
+
+        def say_it_until_heard():
+            while not inbox.analyses:
+                pubsub.send(chat("late!", chat_id="now"))
+                threading.Event().wait(0.2)
+
+        threading.Thread(target=say_it_until_heard, daemon=True).start()
+        inbox.wait(lambda inbox: len(inbox.drafts) == 1)
+
+
+def test_draining_finishes_chats_that_are_open_and_writes_files(pubsub, script, tmp_path):
+    topics_and_files = {
+        kind: f"{pubsub.topic(kind)},{tmp_path}/{kind}"
+        for kind in ("analyses", "drafts", "dead_letters")
+    }
+    options = pubsub.options(model=script(ANGRY, APOLOGY), **topics_and_files)
+    with pubsub.inbox() as inbox:
+        with pubsub.pipeline(options) as run:
+            pubsub.send(*(message("late!", str(number)) for number in range(30)), b"rubbish")
+            inbox.wait(lambda inbox: inbox.dead_letters)
+        inbox.wait(lambda inbox: len(inbox.drafts) == 30)
+    analyses, drafts = read(tmp_path, "analyses"), read(tmp_path, "drafts")
+    assert len({a["chat_id"] for a in analyses}) == len(analyses) == len(drafts) == 30
+    assert [letter["payload"] for letter in read(tmp_path, "dead_letters")] == ["rubbish"]
+    assert not list(tmp_path.glob("*.part"))
+    assert run.summary.to_dict()["lost"] == 0
+
+
+def test_the_model_failing_for_a_while_loses_nothing(pubsub):
+    """What fails meanwhile is in the dead-letter topic, and is replayed from there."""
+    HEALTHY.clear()
+    options = pubsub.options(model="scripted:/dev/null")
+    with pubsub.inbox("analyses", "drafts") as inbox:
+        with pubsub.pipeline(options, scripted(failing_model)):
+            pubsub.send(*(message(f"m{n}x1", str(n)) for n in range(20)))
+            pubsub.send(*(closed(str(n)) for n in range(20)))
+        assert inbox.analyses == []
+        HEALTHY.set()
+        again = pubsub.options(
+            input=pubsub.subscription("dead_letters"), model="scripted:/dev/null"
+        )
+        with pubsub.pipeline(again, scripted(failing_model), replay=True):
+            inbox.wait(lambda inbox: len(inbox.drafts) == 20)
+    assert last_revisions(inbox) == {str(n): f"m{n}x1" for n in range(20)}
+
+
+HEALTHY = threading.Event()
+
+
+def failing_model(request):
+    if not HEALTHY.is_set():
+        raise ModelError("overloaded", "the model is away")
+    return echo(request)
+
+
+def test_the_emulator_restarted_in_the_middle(monkeypatch):
+    """It forgets its topics. The pipeline goes on as soon as they are there again."""
+    own = Emulator()
+    try:
+        own.start()
+    except Exception as error:
+        pytest.fail(str(error))
+    port = int(own.host.split(":")[1])
+    monkeypatch.setenv(HOST_VARIABLE, own.host)
+    try:
+        before = PubSub(own.host)
+        options = before.options(model="scripted:/dev/null", quiet_seconds=1)
+        with before.pipeline(options, scripted(echo)) as run:
+            with before.inbox() as inbox:
+                before.send(*(message(f"m{n}x1", str(n)) for n in range(10)))
+                inbox.wait(lambda inbox: len(inbox.drafts) == 10)
+            own.stop()
+            own = Emulator(port)
+            own.start()
+            after = PubSub(own.host, before.project)
+            with after.inbox() as inbox:
+                after.send(*(message(f"m{n}x2", str(n)) for n in range(10)))
+                inbox.wait(lambda inbox: len(inbox.drafts) >= 10, 90)
+        # The second messages follow the first ones, which the pipeline still knows.
+        assert last_revisions(inbox) == {str(n): f"m{n}x1 m{n}x2" for n in range(10)}
+        assert run.summary.to_dict()["lost"] == 0
+    finally:
+        own.stop()
+
+
+# The commands.
+
+
+def command(*arguments, **options):
+    code = "import sys; from chatflow.cli import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def test_run_publish_and_tail_from_the_command_line(pubsub, script, lines, tmp_path, capsys):
+    source = lines(chat("late again!", "sorry", chat_id="a<b"), chat("thanks", chat_id="2"), "bad")
+    topics = [f"--{kind}={pubsub.topic(kind)}" for kind in ("analyses", "drafts", "dead_letters")]
+    model = script(ANGRY, APOLOGY)
+    with command(
+        "run", f"--input={pubsub.subscription('events')}", *topics, "--model", model,
+        "--summary=json",
+    ) as run, command(
+        "tail", "--json", "--count=5", *map(pubsub.subscription, ("analyses", "drafts")),
+        pubsub.subscription("dead_letters"),
+    ) as tail:  # fmt: skip
+        assert main(["publish", source, "--topic", pubsub.topic("events"), "--as_messages",
+                     "--rate=50", "--summary=json"]) == 0  # fmt: skip
+        assert json.loads(capsys.readouterr().out)["published"] == 6
+        records = [json.loads(line) for line in tail.stdout]
+        assert tail.wait(60) == 0
+        run.send_signal(signal.SIGINT)
+        counts = json.loads(run.stdout.read().splitlines()[-1])
+        assert run.wait(60) == 0
+    assert sorted(r["chat_id"] for r in records if "summary" in r) == ["2", "a<b"]
+    assert sum("draft_id" in r for r in records) == 2
+    assert [r["reason"] for r in records if "failed_at" in r] == ["not_json"]
+    assert (counts["messages_read"], counts["chats_assembled"], counts["lost"]) == (3, 2, 0)
+
+
+def test_tail_prints_lines_for_people(pubsub, script, capsys):
+    with pubsub.pipeline(pubsub.options(model=script(ANGRY, APOLOGY))):
+        pubsub.send(chat("late!", chat_id="\x1b[1mx"), b"rubbish")
+        paths = [pubsub.subscription(k) for k in ("analyses", "drafts", "dead_letters")]
+        assert main(["tail", "--count=3", *paths]) == 0
+    printed = capsys.readouterr().out
+    assert "angry   [1mx c: The parcel is late." in printed
+    assert "draft   [1mx c: We are sorry" in printed
+    assert "dead    - read/not_json" in printed
+    assert "\x1b" not in printed
+
+
+def test_publish_sends_lines_as_they_are(pubsub, lines):
+    source = lines(chat("x", chat_id="c"), "rubbish", message("hi", "m"))
+    assert main(["publish", source, "--topic", pubsub.topic("events")]) == 0
+    pulled = pubsub.subscriber.pull(
+        subscription=pubsub.subscription("events"), max_messages=10, timeout=30
+    )
+    found = {m.message.data: m.message.ordering_key for m in pulled.received_messages}
+    assert found == dict(zip(Path(source).read_bytes().splitlines(), ["c", "", "m"], strict=True))
+
+
+def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
+    """With an emulator of its own, as a newcomer runs it; then Ctrl-C."""
+    source = lines(*(chat("late!", "sorry", chat_id=str(n)) for n in range(10)))
+    environment = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
+    with command(
+        "stream", "--chats", source, "--rate=100", "--model", script(ANGRY, APOLOGY),
+        "--summary=json", f"--output={tmp_path}/out", env=environment,
+    ) as process:  # fmt: skip
+        host = None
+        for line in process.stdout if process.stdout else ():
+            host = host or re.search(r"PUBSUB_EMULATOR_HOST=([\d.]+):(\d+)", line)
+            if "analyses: 10" in line:
+                break
+        else:
+            pytest.fail(process.stderr.read())
+        process.send_signal(signal.SIGINT)
+        counts = json.loads(process.stdout.read().splitlines()[-1])
+        assert process.wait(60) == 0
+    assert (counts["messages_read"], counts["chats_assembled"]) == (20, 10)
+    assert counts["lost"] == 0
+    assert len(read(tmp_path / "out", "drafts")) == 10
+    with socket.socket() as client:
+        assert client.connect_ex((host[1], int(host[2]))) != 0, "the emulator still runs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--input=projects/p/subscription/x", "--output=x"], "no file matches"),
+        (["run", "--input=pubsub://x", "--output=x"], "is no Pub/Sub path"),
+        (["run", "--input=projects/p/topics/", "--output=x"], "is no Pub/Sub path"),
+        (["run", "--input=projects/proj/topics/x,a.jsonl", "--output=x"], "run them apart"),
+        (["run", "--input=IN", "--model=SCRIPT", "--analyses=redis://x", "--output=x"],
+         "nothing writes to 'redis://x'"),
+        (["run", "--input=IN", "--model=SCRIPT", "--analyses=projects/p/topic/x",
+          "--drafts=y", "--dead_letters=projects/p/topics"], "is no topic"),
+        (["run", "--input=IN", "--model=SCRIPT", "--analyses=x"], "--drafts"),
+        (["run", "--input=IN", "--quiet_seconds=7200", "--retention_hours=1"], "less than"),
+        (["run", "--input=IN", "--quiet_seconds=0"], "--quiet_seconds=0.0: must be at least"),
+        (["run", "--input=IN", "--batch_buckets=a,b"], "--batch_buckets=a,b"),
+        (["publish", "/none", "--topic=projects/p/topics/x"], "no file matches '/none'"),
+        (["publish", "IN", "--topic=x"], "--topic=x: must be projects/PROJECT/topics/NAME"),
+        (["publish", "IN"], "--topic"),
+        (["publish", "IN", "--topic=projects/p/topics/x", "--rate=-1"], "--rate=-1"),
+        (["publish", "IN", "--topic=projects/p/topics/x", "--speed=1"], "unknown flag --speed=1"),
+        (["tail", "x"], "'x': must be projects/PROJECT/topics/NAME"),
+        (["stream", "--chats=/none"], "no file matches '/none'"),
+        (["stream", "--rate=0"], "--rate=0.0: must be more than 0"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_clear_line(lines, script, capsys, arguments, says):
+    places = {"IN": lines(chat("x")), "SCRIPT": script(ANGRY)}
+    for name, path in places.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("chatflow: ")
+    assert error.count("\n") == 1
