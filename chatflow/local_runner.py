@@ -9,15 +9,10 @@ its state in memory: for state that outlives a crash, run on Dataflow or Flink.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
-import logging
-import queue
-import re
 import threading
 import time
-import uuid
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -53,7 +48,7 @@ from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils import counters
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
 
-_log = logging.getLogger(__name__)
+from chatflow.pulling import Puller
 
 BUNDLE = 1000
 """The most messages in one bundle; while one is handled, the next fills up."""
@@ -135,22 +130,11 @@ class _Readers:
 
 
 class _Reader:
-    """Messages of a subscription, or of a topic from now on, pulled in the background."""
+    """The messages of a source, a bundle at a time."""
 
     def __init__(self, path: str):
-        import google.cloud.pubsub_v1 as pubsub_v1
-
-        self._client = pubsub_v1.SubscriberClient()
-        self._flow = pubsub_v1.types.FlowControl(max_messages=2 * BUNDLE)
-        self._topic = path if "/topics/" in path else None
-        self._path = path
-        if self._topic:
-            project = re.sub("/topics/.*", "", path)
-            self._path = f"{project}/subscriptions/chatflow-{uuid.uuid4().hex}"
-        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._puller = Puller(path, BUNDLE).start()
         self._handled: list[Any] = []
-        self._pulling: Any = None
-        self._pause, self._not_before = 0.5, 0.0
         self.watermark = Timestamp.of(0)
 
     def read(self, wait: float) -> list[Any]:
@@ -159,64 +143,22 @@ class _Reader:
         The runner reads on when all that follows from the last bundle has been handled,
         so only then it is acknowledged.
         """
-        for message in self._handled:
-            message.ack()
-        self._handled = []
-        self._keep_pulling()
-        with contextlib.suppress(queue.Empty):
-            self._handled.append(self._arrived.get(timeout=wait))
-            while len(self._handled) < BUNDLE:
-                self._handled.append(self._arrived.get_nowait())
+        self._acknowledge()
+        self._handled = self._puller.take(BUNDLE, wait)
+        messages = [received.message for received in self._handled]
         # More may come that is as old as these; when nothing comes, there is no more.
-        published = (message.publish_time.timestamp() for message in self._handled)
-        oldest = min(published, default=time.time())
+        oldest = min((m.publish_time.timestamp() for m in messages), default=time.time())
         self.watermark = max(self.watermark, Timestamp.of(oldest - _LAG))
-        return self._handled
+        return messages
 
-    def _keep_pulling(self) -> None:
-        """Starts to pull, or starts again where the stream broke for good."""
-        if self._pulling is not None:
-            if not self._pulling.done():
-                return
-            _log.warning("%s: %s; trying again", self._path, self._pulling.exception())
-            self._pulling = None
-            self._not_before = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, 10)
-        if time.monotonic() < self._not_before:
-            return
-        try:
-            if self._topic:
-                with contextlib.suppress(_already_exists()):
-                    self._client.create_subscription(name=self._path, topic=self._topic, timeout=5)
-            self._pulling = self._client.subscribe(
-                self._path, callback=self._arrived.put, flow_control=self._flow
-            )
-        except Exception as error:  # of the client, or of the network below it
-            _log.warning("%s cannot be read, trying again: %s", self._path, error)
-            self._not_before = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, 10)
+    def _acknowledge(self) -> None:
+        if self._handled:
+            self._puller.acknowledge(self._handled)
+        self._handled = []
 
     def close(self) -> None:
-        """Gives back what was not read, and removes the subscription if it was made here."""
-        for message in self._handled:
-            message.ack()
-        if self._pulling is not None:
-            self._pulling.cancel()
-            with contextlib.suppress(Exception):
-                self._pulling.result(timeout=10)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._arrived.get_nowait().nack()
-        if self._topic:
-            with contextlib.suppress(Exception):
-                self._client.delete_subscription(subscription=self._path, timeout=5)
-        self._client.close()
-
-
-def _already_exists() -> type[Exception]:
-    from google.api_core.exceptions import AlreadyExists
-
-    return AlreadyExists
+        self._acknowledge()
+        self._puller.close()
 
 
 class _ReadEvaluator(_TransformEvaluator):

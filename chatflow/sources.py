@@ -87,7 +87,9 @@ def to_arrival(message: PubsubMessage, timestamp: Any = beam.DoFn.TimestampParam
         for name, value in (message.attributes or {}).items()
         if not name.startswith("googclient_")
     }
-    return Arrival(message.data or b"", attributes, message.message_id or None, published)
+    # The time, too: the emulator begins anew with its ids when it is restarted.
+    own_id = f"{message.message_id}-{published:%Y%m%dT%H%M%S.%f}" if message.message_id else None
+    return Arrival(message.data or b"", attributes, own_id, published)
 
 
 class Parsed(NamedTuple):

@@ -47,14 +47,18 @@ class Board:
         with self._lock:
             self._sent[chat_id, revision] = at
 
-    def arrived(self, data: bytes) -> None:
-        """Takes a result; one that comes twice counts once."""
+    def take(self, messages: Sequence[Any]) -> None:
+        for message in messages:
+            self.arrived(message)
+
+    def arrived(self, message: Any) -> None:
+        """Takes a `PubsubMessage` with a result; one that comes twice counts once."""
         from chatflow.records import Analysis, DeadLetter, Draft
         from chatflow.sinks import record_id
         from chatflow.tail import open_record
 
         try:
-            record = open_record(data)
+            record = open_record(message.data)
         except BadInputError:
             return
         with self._lock:
@@ -66,7 +70,7 @@ class Board:
                 self.analyses.append(record)
                 sent = self._sent.pop((record.chat_id, record.revision), None)
                 if sent is not None:
-                    self.latencies.append(time.time() - sent)
+                    self.latencies.append(message.publish_time.timestamp() - sent)
             elif isinstance(record, Draft):
                 self.drafted += 1
                 self.drafts.append(record)
@@ -78,6 +82,15 @@ class Board:
         from chatflow import metrics
 
         return metrics.local_counts().get("lines_read", 0) >= self.published
+
+    def all_arrived(self) -> bool:
+        """Whether all results that the pipeline has written are here."""
+        from chatflow import metrics
+
+        now = metrics.local_counts()
+        letters = sum(count for name, count in now.items() if name.startswith("dead_letters/"))
+        written = now.get("analysed", 0) + now.get("drafted", 0) + letters
+        return self.sentiments.total() + self.drafted + self.dead_letters.total() >= written
 
     def percentiles(self) -> tuple[float, float] | None:
         """p50 and p95 of the seconds from a chat's last message to its analysis."""
@@ -193,7 +206,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         make_topics((EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS))
         planned, pipeline = cli.prepare(options, flags, console)
         stack.callback(planned.model.forget)
-        stack.enter_context(follow((ANALYSES, DRAFTS, DEAD_LETTERS), board.arrived))
+        results = stack.enter_context(follow((ANALYSES, DRAFTS, DEAD_LETTERS)))
         console.print(
             f"Pub/Sub is at PUBSUB_EMULATOR_HOST={host}; from another terminal, send to\n"
             f"  {EVENTS}\nand read what comes out of\n  {ANALYSES}\n  {DRAFTS}\n  {DEAD_LETTERS}",
@@ -210,7 +223,8 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         board.note = "Ctrl-C drains and stops"
         try:
             with show(board, console):
-                while not run.ended.wait(0.2):
+                while not run.ended.is_set():
+                    board.take(results())
                     if parsed.stop_when_done and not sender.is_alive() and board.all_read():
                         break
         except KeyboardInterrupt:
@@ -221,8 +235,11 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             board.note = "draining: what was read is finished; Ctrl-C again stops at once"
             run.result.drain()
             with show(board, console):
-                run.ended.wait()
-                _settle(board)
+                while not run.ended.is_set():
+                    board.take(results())
+                give_up = time.monotonic() + 10  # for what is still on its way here
+                while not board.all_arrived() and time.monotonic() < give_up:
+                    board.take(results())
         if run.error is not None:
             raise SystemExit(f"chatflow: the pipeline failed: {run.error}")
         console.print(board.render() if console.is_terminal else "")
@@ -241,21 +258,6 @@ def _send(replay: Any, rate: float, board: Board, stop: threading.Event) -> None
         publish.send(replay, EVENTS, rate, published, stop.wait)
     except UsageError as error:
         board.note = str(error)
-
-
-def _settle(board: Board) -> None:
-    """Waits until the last results are through Pub/Sub, too."""
-    from chatflow import metrics
-
-    give_up = time.monotonic() + 10
-    while time.monotonic() < give_up:
-        now = metrics.local_counts()
-        letters = sum(count for name, count in now.items() if name.startswith("dead_letters/"))
-        written = now.get("analysed", 0) + now.get("drafted", 0) + letters
-        arrived = board.sentiments.total() + board.drafted + board.dead_letters.total()
-        if arrived >= written:
-            return
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager

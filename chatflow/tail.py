@@ -4,58 +4,49 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import queue
-import re
-import uuid
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from chatflow.errors import BadInputError, UsageError
+from chatflow.pulling import Puller
 from chatflow.records import Analysis, DeadLetter, Draft, Record, load_object, validate
 from chatflow.sources import PUBSUB_INPUT
 
 
 @contextlib.contextmanager
-def follow(paths: Sequence[str], arrived: Callable[[bytes], None]) -> Iterator[list[Any]]:
-    """Calls a function with each message of subscriptions and topics, from another thread.
+def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
+    """A function that gives what has arrived at subscriptions and topics, as `PubsubMessage`s.
 
     A topic is read from now on, by a subscription that is removed at the end.
 
     Raises:
       UsageError: a path cannot be read.
     """
-    import google.cloud.pubsub_v1 as pubsub_v1
-    from google.api_core.exceptions import GoogleAPICallError, RetryError
+    from google.api_core.exceptions import GoogleAPIError
 
-    def take(message: Any) -> None:
-        arrived(message.data)
-        message.ack()
+    pullers = [Puller(path) for path in paths]
 
-    made: list[str] = []
-    pulling: list[Any] = []
-    with pubsub_v1.SubscriberClient() as client:
-        try:
-            for path in paths:
-                subscription = path
-                if "/topics/" in path:
-                    project = re.sub("/topics/.*", "", path)
-                    subscription = f"{project}/subscriptions/chatflow-tail-{uuid.uuid4().hex}"
-                    client.create_subscription(name=subscription, topic=path, timeout=10)
-                    made.append(subscription)
-                else:
-                    client.get_subscription(subscription=path, timeout=10)
-                pulling.append(client.subscribe(subscription, callback=take))
-            yield pulling
-        except (GoogleAPICallError, RetryError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from None
-        finally:
-            for future in pulling:
-                future.cancel()
-                with contextlib.suppress(Exception):
-                    future.result(timeout=10)
-            for subscription in made:
-                with contextlib.suppress(Exception):
-                    client.delete_subscription(subscription=subscription, timeout=5)
+    def arrived() -> list[Any]:
+        received = [(puller, puller.take(100, 0)) for puller in pullers]
+        for puller, messages in received:
+            if messages:
+                puller.acknowledge(messages)
+        if not any(messages for _, messages in received):
+            time.sleep(0.05)
+        return [m.message for _, messages in received for m in messages]
+
+    try:
+        for puller in pullers:
+            try:
+                puller.check()
+            except GoogleAPIError as error:
+                raise UsageError(f"{puller.path} cannot be read: {error}") from None
+            puller.start()
+        yield arrived
+    finally:
+        for puller in pullers:
+            puller.close()
 
 
 def open_record(data: bytes) -> Record:
@@ -104,23 +95,20 @@ def tail(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             )
         paths.append(matched[1])
     console = Console(highlight=False, soft_wrap=True)
-    arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     shown = 0
-    with follow(paths, arrived.put) as pulling:
+    with follow(paths) as arrived:
         while not parsed.count or shown < parsed.count:
-            try:
-                data = arrived.get(timeout=1)
-            except queue.Empty:
-                for path, future in zip(paths, pulling, strict=True):
-                    if future.done():
-                        raise UsageError(f"{path} broke off: {future.exception()}") from None
-                continue
-            if parsed.json:
-                print(data.decode(), flush=True)
-            else:
-                try:
-                    console.print(one_line(open_record(data)))
-                except BadInputError as error:
-                    console.print(f"no record of chatflow: {error}", markup=False)
-            shown += 1
+            for message in arrived():
+                if parsed.json:
+                    print(message.data.decode(), flush=True)
+                else:
+                    console.print(said(message.data))
+                shown += 1
     return 0
+
+
+def said(data: bytes) -> str:
+    try:
+        return one_line(open_record(data))
+    except BadInputError as error:
+        return f"no record of chatflow: {error}"

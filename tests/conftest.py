@@ -35,6 +35,7 @@ from chatflow.records import Chat, Message
 from chatflow.report import Summary
 from chatflow.sinks import KINDS, publisher
 from chatflow.stream import Run
+from chatflow.tail import follow
 from chatflow.templates import load_folder
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "chats.jsonl"
@@ -160,7 +161,6 @@ class Inbox:
             else:
                 self.dead_letters.append(value)
             self._changed.notify_all()
-        message.ack()
 
     @property
     def analyses(self) -> list[dict[str, Any]]:
@@ -207,18 +207,23 @@ class PubSub:
             future.result(timeout=60)
 
     @contextlib.contextmanager
-    def inbox(self, *kinds: str) -> Iterator[Inbox]:
-        inbox = Inbox()
-        pulling = [
-            self.subscriber.subscribe(self.subscription(kind), callback=inbox.take)
-            for kind in kinds or KINDS
-        ]
-        try:
-            yield inbox
-        finally:
-            for future in pulling:
-                future.cancel()
-                future.result(timeout=30)
+    def inbox(self) -> Iterator[Inbox]:
+        """Gets all results from now on; the topics' own subscriptions keep theirs."""
+        inbox, done = Inbox(), threading.Event()
+        with follow([self.topic(kind) for kind in KINDS]) as arrived:
+
+            def attend() -> None:
+                while not done.is_set():
+                    for message in arrived():
+                        inbox.take(message)
+
+            thread = threading.Thread(target=attend)
+            thread.start()
+            try:
+                yield inbox
+            finally:
+                done.set()
+                thread.join()
 
     @contextlib.contextmanager
     def pipeline(self, options: Options, model: Model | None = None, **flags: Any) -> Iterator[Run]:

@@ -1,0 +1,169 @@
+"""Puller: messages of Pub/Sub in the background, through outages.
+
+Google's streaming pull may hang for good when its connection breaks (seen with
+google-cloud-pubsub 2.x when the emulator is restarted: "Re-opening stream from gRPC
+callback" is its last word). Plain pulls, one after the other, have no such state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import re
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+_LEASE_SECONDS = 60
+_PULL_SECONDS = 20.0
+
+
+class Puller:
+    """Pulls a subscription, or a topic from now on, until it is closed.
+
+    Whatever fails is tried again, ever more slowly (up to 10 seconds apart); a topic's
+    subscription is made again if it is gone.
+
+    Args:
+      path: `projects/P/subscriptions/S` or `projects/P/topics/T`.
+      most: messages in one pull, and half of those that wait to be taken.
+
+    Attributes:
+      error: what the last pull failed with; None where it did not.
+    """
+
+    def __init__(self, path: str, most: int = 1000):
+        import google.cloud.pubsub_v1 as pubsub_v1
+
+        self.path = self._subscription = path
+        self._topic = path if "/topics/" in path else None
+        if self._topic:
+            project = re.sub("/topics/.*", "", path)
+            self._subscription = f"{project}/subscriptions/chatflow-{uuid.uuid4().hex}"
+        self._client = pubsub_v1.SubscriberClient()
+        self._most = most
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._leased: set[str] = set()
+        self._closed = threading.Event()
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._pull, daemon=True)
+
+    def start(self) -> Puller:
+        """Begins to pull; whoever needs to know that it works, calls `check` before."""
+        self._thread.start()
+        threading.Thread(target=self._extend, daemon=True).start()
+        return self
+
+    def check(self) -> None:
+        """Makes sure that there is something to pull.
+
+        Raises:
+          google.api_core.exceptions.GoogleAPIError: there is not, or it cannot be reached.
+        """
+        if self._topic:
+            self._make_subscription()
+        else:
+            self._client.get_subscription(subscription=self._subscription, timeout=10)
+
+    def take(self, most: int, wait: float) -> list[Any]:
+        """Up to so many messages (`ReceivedMessage`); waits some seconds for the first."""
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            taken.append(self._arrived.get(timeout=wait) if wait else self._arrived.get_nowait())
+            while len(taken) < most:
+                taken.append(self._arrived.get_nowait())
+        return taken
+
+    def acknowledge(self, messages: Sequence[Any]) -> None:
+        """Says that messages were handled; where that fails, they come once more."""
+        ids = [message.ack_id for message in messages]
+        try:
+            for start in range(0, len(ids), 1000):
+                self._client.acknowledge(
+                    subscription=self._subscription, ack_ids=ids[start : start + 1000], timeout=10
+                )
+        except Exception as error:
+            _log.warning("%s: %d messages will come again: %s", self.path, len(ids), error)
+        self._leased.difference_update(ids)
+
+    def close(self) -> None:
+        """Ends; messages that were not acknowledged go to others, soon."""
+        self._closed.set()
+        with contextlib.suppress(Exception):
+            if leased := list(self._leased)[:1000]:
+                self._client.modify_ack_deadline(
+                    subscription=self._subscription,
+                    ack_ids=leased,
+                    ack_deadline_seconds=0,
+                    timeout=5,
+                )
+        with contextlib.suppress(Exception):
+            if self._topic:
+                self._client.delete_subscription(subscription=self._subscription, timeout=5)
+        self._client.close()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _make_subscription(self) -> None:
+        from google.api_core.exceptions import AlreadyExists
+
+        with contextlib.suppress(AlreadyExists):
+            self._client.create_subscription(name=self._subscription, topic=self._topic, timeout=10)
+
+    def _pull(self) -> None:
+        from google.api_core.exceptions import DeadlineExceeded, NotFound
+
+        pause = 0.5
+        missing = self._topic is not None
+        while not self._closed.is_set():
+            if self._arrived.qsize() > self._most:
+                self._closed.wait(0.05)
+                continue
+            try:
+                if missing:
+                    self._make_subscription()
+                    missing = False
+                response = self._client.pull(
+                    subscription=self._subscription,
+                    max_messages=self._most,
+                    timeout=_PULL_SECONDS,
+                    retry=None,
+                )
+            except DeadlineExceeded:
+                pass  # nothing came
+            except Exception as error:
+                if self._closed.is_set():
+                    return
+                missing = self._topic is not None and isinstance(error, NotFound)
+                _log.warning("%s cannot be read, trying again: %s", self.path, error)
+                self.error = error
+                self._closed.wait(pause)
+                pause = min(2 * pause, 10)
+                continue
+            else:
+                for message in response.received_messages:
+                    self._leased.add(message.ack_id)
+                    self._arrived.put(message)
+            self.error, pause = None, 0.5
+
+    def _extend(self) -> None:
+        """Keeps messages that wait, or are being handled, from being sent again."""
+        while not self._closed.wait(_LEASE_SECONDS / 6):
+            leased = list(self._leased.copy())
+            started = time.monotonic()
+            try:
+                for start in range(0, len(leased), 1000):
+                    self._client.modify_ack_deadline(
+                        subscription=self._subscription,
+                        ack_ids=leased[start : start + 1000],
+                        ack_deadline_seconds=_LEASE_SECONDS,
+                        timeout=10,
+                    )
+            except Exception as error:
+                seconds = time.monotonic() - started
+                _log.debug("%s: no lease after %.1f s: %s", self.path, seconds, error)
