@@ -16,6 +16,10 @@ from chatflow.models import Model
 from chatflow.models.requests import Answer, Failure
 from chatflow.prompts import Question
 
+RESHUFFLE_KEYS = 1024
+"""Random keys of a reshuffle: more than a step has threads, and not a new one for each
+element of a stream, for runners keep a little of each key that they have seen."""
+
 
 class Answered(NamedTuple):
     question: Question
@@ -42,13 +46,13 @@ class AskModel(beam.PTransform):
     def expand(self, questions: beam.PCollection[Question]) -> Outcome:
         results = (
             questions
-            | "BeforeModel" >> beam.Reshuffle()
+            | "BeforeModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
             | "WithKey" >> beam.Map(_keyed)
             | "RunInference"
             >> RunInference(
                 KeyedModelHandler(self.model.handler), model_identifier=self.model.identifier
             )
-            | "AfterModel" >> beam.Reshuffle()
+            | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
         )
         outcome: Outcome = results | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)
         return outcome

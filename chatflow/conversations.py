@@ -227,7 +227,7 @@ def advance(
         if history or dropped or end.at > upto:
             continue  # it is an end of what was there, or still among the later events
         if end.at + quiet <= upto:
-            revisions.append(Event(chat_id=chat_id, at=_time(end.at)))
+            revisions.append(Event(chat_id=chat_id, at=_time(end.at) if end.at else None))
         else:
             ends.append(end)
             wake = min(wake or end.at + quiet, end.at + quiet)

@@ -116,16 +116,16 @@ class _Readers:
 
     def __init__(self) -> None:
         self.draining = threading.Event()
-        self._by_path: dict[str, _Reader] = {}
+        self.by_path: dict[str, _Reader] = {}
 
     def of(self, source: Any) -> _Reader:
         path = source.full_subscription or source.full_topic
-        if path not in self._by_path:
-            self._by_path[path] = _Reader(path)
-        return self._by_path[path]
+        if path not in self.by_path:
+            self.by_path[path] = _Reader(path)
+        return self.by_path[path]
 
     def close(self) -> None:
-        for reader in self._by_path.values():
+        for reader in self.by_path.values():
             reader.close()
 
 
@@ -387,7 +387,8 @@ class _Context(EvaluationContext):
         committed = super().handle_result(completed_bundle, completed_timers, result)
         for key in result.partial_keyed_state:
             state = states[key]
-            if not (any(state.timers.values()) or any(state.state.values()) or state.global_state):
+            kept = any(any(tags.values()) for tags in state.state.values())
+            if not (kept or any(state.timers.values()) or state.global_state):
                 del states[key]
         return committed
 

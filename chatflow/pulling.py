@@ -20,7 +20,7 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 60
-_PULL_SECONDS = 20.0
+_PULL_SECONDS = 1.0  # short, so that a pull ends by itself and not by a broken connection
 
 
 class Puller:
@@ -92,8 +92,14 @@ class Puller:
         self._leased.difference_update(ids)
 
     def close(self) -> None:
-        """Ends; messages that were not acknowledged go to others, soon."""
+        """Ends; messages that were not acknowledged go to others at once.
+
+        It waits for the last pull: what a service has answered to a client that is gone
+        stays leased until its time is over.
+        """
         self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5 * _PULL_SECONDS)
         with contextlib.suppress(Exception):
             if leased := list(self._leased)[:1000]:
                 self._client.modify_ack_deadline(
@@ -106,8 +112,6 @@ class Puller:
             if self._topic:
                 self._client.delete_subscription(subscription=self._subscription, timeout=5)
         self._client.close()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
 
     def _make_subscription(self) -> None:
         from google.api_core.exceptions import AlreadyExists

@@ -66,6 +66,39 @@ def test_chats_in_analyses_and_drafts_out(tmp_path, lines, script):
     assert spread["min"] <= spread["mean"] <= spread["max"]
 
 
+def test_messages_in_files_are_assembled_to_chats(tmp_path, lines, script):
+    """In any order, twice, beside whole chats; as in a stream."""
+    talk = [
+        {"chat_id": c, "user_id": "u", "role": "customer", "text": f"late {n}",
+         "message_id": f"{c}{n}", "sent_at": f"2026-03-01T10:00:0{n}Z"}
+        for n in (2, 0, 1) for c in "ab"
+    ]  # fmt: skip
+    ends = [{"chat_id": "a", "event": "closed"}, {"chat_id": "nobody", "event": "closed"}]
+    source = lines(*talk, talk[0], chat("late", chat_id="whole"), *ends)
+    counts = run(source, tmp_path / "out", script(ANGRY, APOLOGY))
+    found = {a["chat_id"]: a["revision"] for a in read(tmp_path / "out", "analyses")}
+    at = 1772359202000
+    assert found == {"a": at + 3, "b": at + 3, "whole": 0}
+    (letter,) = read(tmp_path / "out", "dead_letters")
+    assert (letter["stage"], letter["reason"]) == ("assemble", "unknown_chat")
+    assert json.loads(letter["payload"]) == ends[1]
+    assert (counts["messages_read"], counts["chats_assembled"], counts["lost"]) == (7, 2, 0)
+    assert counts["reduced"]["duplicate_messages"] == 1
+
+
+def test_100_000_messages_of_one_chat(tmp_path, lines, script):
+    source = lines(
+        *(b'{"chat_id":"7","user_id":"u","text":"late %d"}' % n for n in range(100_000)),
+        {"chat_id": "8", "user_id": "u", "text": "late"},
+    )
+    model = script(ANGRY, APOLOGY)
+    counts = run(source, tmp_path / "out", model, every_messages=0, max_messages=50)
+    found = {a["chat_id"]: a["revision"] for a in read(tmp_path / "out", "analyses")}
+    assert found == {"7": 100_000, "8": 1}
+    assert counts["reduced"]["forgotten_messages"] == 100_000 - 50
+    assert counts["lost"] == 0
+
+
 def test_the_same_chats_twice_give_the_same_ids(tmp_path, lines, script):
     source, model = lines(chat("late!", chat_id="1")), script(ANGRY, APOLOGY)
     ids = []
@@ -179,11 +212,19 @@ SCRIPT = [
 ]
 
 
+def behaving(chat_id, behaviour, whole):
+    """A line that makes the model behave so: a whole chat, or a message of one."""
+    text = f"behave {behaviour}"
+    if whole:
+        return chat(text, chat_id=chat_id)
+    return {"chat_id": chat_id, "user_id": "c", "role": "customer", "text": text}
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.one_of(
-            st.sampled_from(sorted(BEHAVIOURS)),
+            st.tuples(st.sampled_from(sorted(BEHAVIOURS)), st.booleans()),
             st.binary(min_size=1, max_size=20).filter(
                 lambda raw: raw.strip() and b"\n" not in raw and b"\r" not in raw
             ),
@@ -195,7 +236,7 @@ SCRIPT = [
 def test_every_line_is_accounted_for_exactly_once(mix, batch):
     with tempfile.TemporaryDirectory() as folder:
         source = [
-            as_line(chat(f"behave {item}", chat_id=f"{number}")) if isinstance(item, str) else item
+            item if isinstance(item, bytes) else as_line(behaving(str(number), *item))
             for number, item in enumerate(mix)
         ]
         Path(folder, "in.jsonl").write_bytes(b"".join(line + b"\n" for line in source))
@@ -216,7 +257,7 @@ def test_every_line_is_accounted_for_exactly_once(mix, batch):
 
     ids = collections.Counter(item["chat_id"] for item in analyses)
     ids.update(letter["chat_id"] for letter in unanalysed if letter.get("chat_id"))
-    expected = {str(n): 1 for n, item in enumerate(mix) if isinstance(item, str)}
+    expected = {str(n): 1 for n, item in enumerate(mix) if not isinstance(item, bytes)}
     assert ids == expected
 
     angry = collections.Counter(a["chat_id"] for a in analyses if a["sentiment"] == -1)
@@ -334,6 +375,23 @@ def test_another_runner_gives_the_same_records(tmp_path, lines, script):
         )
     assert ids[0] == ids[1]
     assert [len(kind) for kind in ids[0]] == [5, 5, 1]
+
+
+def test_the_job_service_with_workers_in_other_processes(tmp_path, lines, script):
+    """All is pickled and sent to them; they share nothing with this process."""
+    talk = ({"chat_id": str(n), "user_id": "u", "text": "late!"} for n in range(5))
+    source = lines(*talk, chat("late!", chat_id="whole"), b"rubbish")
+    options = Options(input=source, output=str(tmp_path / "out"), model=script(ANGRY, APOLOGY))
+    flags = [
+        "--runner=PortableRunner",
+        "--job_endpoint=embed",
+        "--environment_type=beam:env:harness_subprocess_python:v1",
+        f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
+    ]
+    counts = execute(options, flags).to_dict()
+    assert (counts["lines_read"], counts["chats_assembled"], counts["lost"]) == (7, 5, 0)
+    assert len(read(tmp_path / "out", "drafts")) == 6
+    assert [x["payload"] for x in read(tmp_path / "out", "dead_letters")] == ["rubbish"]
 
 
 class CountedHandler(ScriptedModelHandler):

@@ -12,15 +12,19 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
+import apache_beam as beam
 import pytest
 from conftest import PubSub, chat, scripted
 from test_pipeline import ANGRY, APOLOGY, read
 
-from chatflow.cli import main
+from chatflow.cli import execute, main
 from chatflow.emulator import HOST_VARIABLE, Emulator
 from chatflow.errors import ModelError
+from chatflow.options import beam_options
 from chatflow.records import now
+from chatflow.sources import ReadMessages
 
 CODE = re.compile(r"\bm\d+x\d+\b")
 
@@ -232,6 +236,116 @@ def test_the_emulator_restarted_in_the_middle(monkeypatch):
         assert run.summary.to_dict()["lost"] == 0
     finally:
         own.stop()
+
+
+# Batches, and the local runner.
+
+
+def test_requests_of_small_bundles_are_batched_together(pubsub, script):
+    """One chat after the other, each in a bundle of its own: the model is asked in batches."""
+    model = script(ANGRY, APOLOGY)
+    sizes = {}
+    for wait in (0.0, 2.0):
+        options = pubsub.options(model=model, max_batch_duration_secs=wait)
+        with pubsub.inbox() as inbox, pubsub.pipeline(options) as run:
+            for number in range(8):
+                pubsub.send(chat("late!", chat_id=f"{wait}-{number}"))
+                threading.Event().wait(0.1)  # a pause between chats, as people make
+            inbox.wait(lambda inbox: len(inbox.drafts) == 8)
+        sizes[wait] = run.summary.to_dict()["batch_size"]["mean"]
+    assert sizes[0.0] < 3
+    assert sizes[2.0] > 5
+
+
+def test_requests_of_different_lengths_are_batched_apart(pubsub, script):
+    options = pubsub.options(
+        model=script(ANGRY, APOLOGY), max_batch_duration_secs=0.5, batch_buckets="300"
+    )
+    with pubsub.inbox() as inbox, pubsub.pipeline(options) as run:
+        for number in range(4):
+            pubsub.send(chat("late!", chat_id=f"short-{number}"))
+            pubsub.send(chat("late! " * 300, chat_id=f"long-{number}"))
+        inbox.wait(lambda inbox: len(inbox.drafts) == 8)
+    assert run.summary.to_dict()["batch_size"]["max"] == 4
+
+
+class Fragile(beam.DoFn):
+    """Fails at its first bundle, after it has seen an element."""
+
+    failed: ClassVar[list[int]] = []
+
+    def process(self, element):
+        yield element
+        if not Fragile.failed:
+            Fragile.failed.append(1)
+            raise OSError("the disk is full")
+
+
+def test_a_bundle_that_fails_is_done_again_and_nothing_twice(pubsub):
+    Fragile.failed.clear()
+    SEEN.clear()
+    options = beam_options([], streaming=True)
+    pipeline = beam.Pipeline(options=options)
+    read = pipeline | ReadMessages(pubsub.subscription("events"))
+    _ = read | beam.ParDo(Fragile()) | beam.Map(see)
+    result = pipeline.run()
+    pubsub.send(b"1", b"2", b"3")
+    assert all(SAW.acquire(timeout=60) for _ in range(3))
+    result.drain()
+    assert result.wait_until_finish() == "DONE"
+    assert sorted(SEEN) == [b"1", b"2", b"3"]
+    assert Fragile.failed == [1]
+
+
+SEEN: list[bytes] = []
+SAW = threading.Semaphore(0)
+
+
+def see(element):
+    SEEN.append(element.line)
+    SAW.release()
+
+
+def test_messages_are_acknowledged_after_they_were_handled(pubsub):
+    """What a pipeline had read when it was killed comes again."""
+    HOLD.clear()
+    pipeline = beam.Pipeline(options=beam_options([], streaming=True))
+    _ = pipeline | ReadMessages(pubsub.subscription("events")) | beam.Map(hold)
+    result = pipeline.run()
+    pubsub.send(b"precious")
+    assert HOLDING.wait(30)
+    result._readers.by_path[pubsub.subscription("events")]._puller.close()  # as if it were gone
+    again = pubsub.subscriber.pull(
+        subscription=pubsub.subscription("events"), max_messages=1, timeout=30
+    )
+    assert [m.message.data for m in again.received_messages] == [b"precious"]
+    HOLD.set()
+    result.drain()
+    result.wait_until_finish()
+
+
+HOLD, HOLDING = threading.Event(), threading.Event()
+
+
+def hold(element):
+    HOLDING.set()
+    HOLD.wait(30)
+    return element
+
+
+def test_a_publisher_of_other_processes(pubsub, script, lines):
+    """Files in, topics out, on workers of the job service."""
+    source = lines(*(chat("late!", chat_id=str(n)) for n in range(5)))
+    options = pubsub.options(input=source, model=script(ANGRY, APOLOGY))
+    flags = [
+        "--runner=PortableRunner",
+        "--job_endpoint=embed",
+        "--environment_type=beam:env:harness_subprocess_python:v1",
+        f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
+    ]
+    with pubsub.inbox() as inbox:
+        assert execute(options, flags).lost == 0
+        inbox.wait(lambda inbox: len(inbox.drafts) == 5)
 
 
 # The commands.
