@@ -25,7 +25,7 @@ _PUBLIC = {
     ),
     # The stages, in the order in which a chat passes them.
     "chatflow.sources": ("ReadArrivals", "ParseArrivals"),
-    "chatflow.conversations": ("AssembleChats", "Rules"),
+    "chatflow.conversations": ("AssembleChats",),
     "chatflow.analysis": ("AnalyseChats",),
     "chatflow.drafts": ("DraftApologies",),
     "chatflow.sinks": ("WriteRecords",),
@@ -33,6 +33,7 @@ _PUBLIC = {
     # What they are given.
     "chatflow.templates": ("load_folder",),
     "chatflow.prompts": ("AnalysisPrompt", "DraftPrompt"),
+    "chatflow.revisions": ("Rules",),
     "chatflow.models": ("Model", "ModelSpec"),
     "chatflow.models.handlers": ("LanguageModelHandler",),
     "chatflow.models.requests": ("Request", "Answer", "Failure"),

@@ -9,7 +9,7 @@ from datetime import timedelta
 import apache_beam as beam
 
 from chatflow.analysis import AnalyseChats
-from chatflow.conversations import AssembleChats, Rules
+from chatflow.conversations import AssembleChats
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
 from chatflow.models import Model, ModelSpec
@@ -17,6 +17,7 @@ from chatflow.models.requests import Batching, RemoteSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Analysis
+from chatflow.revisions import Rules
 from chatflow.sinks import KINDS, WriteRecords, split_destinations
 from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
 from chatflow.templates import load_folder

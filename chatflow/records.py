@@ -131,11 +131,12 @@ class Event(Record):
 
     def to_line(self) -> str:
         """The event as it is on the wire."""
+        wire: dict[str, Any] = {"chat_id": self.chat_id}
         if self.message is not None:
-            wire = {"chat_id": self.chat_id, **self.message.model_dump(mode="json")}
+            wire |= self.message.model_dump(mode="json", exclude_none=True)
         else:
-            wire = {"chat_id": self.chat_id, "event": "closed", "sent_at": self.at}
-        return pydantic_core.to_json(wire, exclude_none=True).decode()
+            wire |= {"event": "closed"} | ({"sent_at": self.at} if self.at else {})
+        return pydantic_core.to_json(wire).decode()
 
 
 class Analysis(Record):
