@@ -2,9 +2,10 @@
 
 Beam's own way is its BundleBasedDirectRunner. It stands still while it waits for
 Pub/Sub (up to 30 seconds), acknowledges messages before they are handled, fails when
-Pub/Sub cannot be reached, slows down with each key that it has seen, and cannot be
-drained. This is the same runner with these things mended; all else is Beam's. It keeps
-its state in memory: for state that outlives a crash, run on Dataflow or Flink.
+Pub/Sub cannot be reached, sets each DoFn up for each bundle, slows down with each key
+that it has seen, counts metrics of first bundles only, and cannot be drained. This is
+the same runner with these things mended; all else is Beam's. It keeps its state in
+memory: for state that outlives a crash, run on Dataflow or Flink.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import sys
@@ -17,7 +18,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.records import Arrival, Chat, Event, Message, Reading, now
-from chatflow.sinks import PUBSUB_TOPIC, publisher, wait_published
+from chatflow.sinks import PUBSUB_TOPIC, ordering_key, publisher, wait_published
 from chatflow.sources import input_pattern, parse_arrival
 
 GIVE_UP_SECONDS = 60.0
@@ -27,7 +28,7 @@ class Line(NamedTuple):
     """What is published as one message.
 
     Attributes:
-      chat_id: its ordering key; empty where the line has none.
+      chat_id: by which it is ordered; empty where the line has none.
     """
 
     data: bytes
@@ -172,7 +173,7 @@ def send(
                 settle()
                 if stopped(max(started + count / rate - time.monotonic(), 0)):
                     break
-            message = {"data": line.data, "ordering_key": line.chat_id}
+            message = {"data": line.data, "ordering_key": ordering_key(line.chat_id)}
             waiting.append((message, client.publish(topic, **message)))
             if len(waiting) >= 1000:
                 settle()
@@ -202,8 +203,7 @@ def publish(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     total = len(raw)
     if parsed.as_messages:
         chats, others = chats_of(raw)
-        lines = [*as_they_are(others)]
-        lines = (*lines, *()) if not chats else _chain(lines, Replay(chats))
+        lines = itertools.chain(as_they_are(others), Replay(chats))
         total = len(others) + sum(len(chat.messages) + 1 for chat in chats)
     console = Console(stderr=True)
     started = time.monotonic()
@@ -219,8 +219,3 @@ def publish(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     else:
         print(f"published {count} messages to {topic[1]} in {seconds} s", file=sys.stderr)
     return 0
-
-
-def _chain(*parts: Iterable[Line]) -> Iterator[Line]:
-    for part in parts:
-        yield from part

@@ -212,10 +212,13 @@ def to_message(record: Record) -> dict[str, Any]:
     attributes = {name: str(value) for name, value in fields.items() if value is not None}
     if isinstance(record, Analysis):
         attributes["sentiment"] = str(int(record.sentiment))
-    chat_id = getattr(record, "chat_id", None) or ""
-    key = chat_id if len(chat_id.encode()) <= _ATTRIBUTE_BYTES else _digest(chat_id)
     short = {k: v for k, v in attributes.items() if len(v.encode()) <= _ATTRIBUTE_BYTES}
-    return {"data": data, "ordering_key": key, **short}
+    return {"data": data, "ordering_key": ordering_key(attributes.get("chat_id", "")), **short}
+
+
+def ordering_key(chat_id: str) -> str:
+    """The chat's id, or a hash of it where Pub/Sub would not take it."""
+    return chat_id if len(chat_id.encode()) <= _ATTRIBUTE_BYTES else _digest(chat_id)
 
 
 _ATTRIBUTES = ("chat_id", "user_id", "revision", "stage", "reason")

@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +23,8 @@ from apache_beam.testing.util import assert_that
 from rich.console import Console
 
 from chatflow.cli import prepare
-from chatflow.emulator import HOST_VARIABLE, INSTALL, emulator, make_topics, subscription_of
+from chatflow.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
+from chatflow.errors import UsageError
 from chatflow.models import Model, ModelSpec
 from chatflow.models.requests import Request
 from chatflow.models.scripted import ScriptedModelHandler
@@ -244,15 +244,25 @@ class PubSub:
             run.summary = Summary.of(run.result, 1, planned.destinations)
 
 
+def start_emulator(port: int = 0) -> Emulator:
+    started = Emulator(port)
+    try:
+        started.start()
+    except UsageError as error:
+        required("the Pub/Sub emulator", str(error))
+    return started
+
+
 @pytest.fixture(scope="session")
 def emulator_host() -> Iterator[str]:
     if HOST_VARIABLE in os.environ:
         yield os.environ[HOST_VARIABLE]
         return
-    if shutil.which("gcloud") is None:
-        required("the Pub/Sub emulator", INSTALL)
-    with emulator() as host:
-        yield host
+    own = start_emulator()
+    os.environ[HOST_VARIABLE] = own.host
+    yield own.host
+    del os.environ[HOST_VARIABLE]
+    own.stop()
 
 
 @pytest.fixture

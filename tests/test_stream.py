@@ -16,13 +16,14 @@ from typing import ClassVar
 
 import apache_beam as beam
 import pytest
-from conftest import PubSub, chat, scripted
+from conftest import PubSub, chat, scripted, start_emulator
 from test_pipeline import ANGRY, APOLOGY, read
 
 from chatflow.cli import execute, main
-from chatflow.emulator import HOST_VARIABLE, Emulator
+from chatflow.emulator import HOST_VARIABLE
 from chatflow.errors import ModelError
 from chatflow.options import beam_options
+from chatflow.publish import Line, send
 from chatflow.records import now
 from chatflow.sources import ReadMessages
 
@@ -210,11 +211,7 @@ def failing_model(request):
 
 def test_the_emulator_restarted_in_the_middle(monkeypatch):
     """It forgets its topics. The pipeline goes on as soon as they are there again."""
-    own = Emulator()
-    try:
-        own.start()
-    except Exception as error:
-        pytest.fail(str(error))
+    own = start_emulator()
     port = int(own.host.split(":")[1])
     monkeypatch.setenv(HOST_VARIABLE, own.host)
     try:
@@ -225,8 +222,7 @@ def test_the_emulator_restarted_in_the_middle(monkeypatch):
                 before.send(*(message(f"m{n}x1", str(n)) for n in range(10)))
                 inbox.wait(lambda inbox: len(inbox.drafts) == 10)
             own.stop()
-            own = Emulator(port)
-            own.start()
+            own = start_emulator(port)
             after = PubSub(own.host, before.project)
             with after.inbox() as inbox:
                 after.send(*(message(f"m{n}x2", str(n)) for n in range(10)))
@@ -248,9 +244,9 @@ def test_requests_of_small_bundles_are_batched_together(pubsub, script):
     for wait in (0.0, 2.0):
         options = pubsub.options(model=model, max_batch_duration_secs=wait)
         with pubsub.inbox() as inbox, pubsub.pipeline(options) as run:
-            for number in range(8):
-                pubsub.send(chat("late!", chat_id=f"{wait}-{number}"))
-                threading.Event().wait(0.1)  # a pause between chats, as people make
+            chats = (chat("late!", chat_id=f"{wait}-{number}") for number in range(8))
+            lines = (Line(one.to_json().encode(), one.chat_id) for one in chats)
+            send(lines, pubsub.topic("events"), rate=8)
             inbox.wait(lambda inbox: len(inbox.drafts) == 8)
         sizes[wait] = run.summary.to_dict()["batch_size"]["mean"]
     assert sizes[0.0] < 3
@@ -408,6 +404,7 @@ def test_publish_sends_lines_as_they_are(pubsub, lines):
 
 def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
     """With an emulator of its own, as a newcomer runs it; then Ctrl-C."""
+    start_emulator().stop()  # it can be started here
     source = lines(*(chat("late!", "sorry", chat_id=str(n)) for n in range(10)))
     environment = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
     with command(
