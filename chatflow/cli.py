@@ -304,8 +304,8 @@ def prepare(
     import apache_beam as beam
 
     from chatflow.pipeline import build, plan
-    from chatflow.sinks import prepare_output
-    from chatflow.sources import check_input, is_stream
+    from chatflow.sinks import check_topics, prepare_output
+    from chatflow.sources import check_input, check_messages, is_stream
 
     beam_flags = beam_options(flags, is_stream(options.input))
     local = is_local(beam_flags)
@@ -318,9 +318,11 @@ def prepare(
     except ValueError as error:  # Beam's own check of its flags
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
     build(pipeline, planned)
-    if local:
-        prepare_model(planned, console)
     destinations = [uri for uris in planned.destinations.values() for uri in uris]
+    if local:
+        check_messages(options.input)
+        check_topics(destinations)
+        prepare_model(planned, console)
     removed = prepare_output(destinations, inputs, planned.streaming)
     if removed:
         console.print(f"replacing {removed} result files of an earlier run")

@@ -7,6 +7,11 @@ class UsageError(Exception):
     """A wrong flag, file or setting; the command line shows it as one line, exit code 2."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, for a message of one line."""
+    return " ".join(str(error).split())[:300]
+
+
 class ElementError(Exception):
     """An element cannot be handled; it becomes a dead letter.
 

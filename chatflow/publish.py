@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import BadInputError, UsageError
+from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.records import Arrival, Chat, Event, Message, Reading, now
 from chatflow.sinks import PUBSUB_TOPIC, ordering_key, publisher, wait_published
 from chatflow.sources import input_pattern, parse_arrival
@@ -181,7 +181,7 @@ def send(
             published(count)
         settle()
     except Exception as error:
-        raise UsageError(f"--topic: {topic} cannot be published to: {error}") from None
+        raise UsageError(f"--topic: {topic} cannot be published to: {one_line(error)}") from None
     finally:
         client.stop()
     return count

@@ -68,7 +68,7 @@ class Puller:
         if self._topic:
             self._make_subscription()
         else:
-            self._client.get_subscription(subscription=self._subscription, timeout=10)
+            self._client.get_subscription(subscription=self._subscription, timeout=10, retry=None)
 
     def take(self, most: int, wait: float) -> list[Any]:
         """Up to so many messages (`ReceivedMessage`); waits some seconds for the first."""

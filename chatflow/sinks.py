@@ -17,7 +17,7 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow import metrics
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 from chatflow.records import Analysis, DeadLetter, Draft, Record
 
 KINDS = ("analyses", "drafts", "dead_letters")
@@ -161,6 +161,9 @@ class _PublishDoFn(beam.DoFn):
         message = to_message(record)
         self.waiting.append((message, self.publisher.publish(self.topic, **message)))
 
+    def teardown(self) -> None:
+        self.publisher.stop()
+
     def finish_bundle(self) -> None:
         give_up = time.monotonic() + PUBLISH_SECONDS
         for message, future in self.waiting:
@@ -281,6 +284,24 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
 
 def file_prefixes(destinations: Iterable[str]) -> list[str]:
     return [uri for uri in destinations if not PUBSUB_TOPIC.fullmatch(uri)]
+
+
+def check_topics(destinations: Iterable[str]) -> None:
+    """Makes sure that there are the topics to publish to.
+
+    Raises:
+      UsageError: one does not exist, or is out of reach.
+    """
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    topics = [found[1] for uri in destinations if (found := PUBSUB_TOPIC.fullmatch(uri))]
+    for topic in topics:
+        try:
+            with publisher() as client:
+                client.get_topic(topic=topic, timeout=10, retry=None)
+        except (GoogleAPIError, GoogleAuthError) as error:
+            raise UsageError(f"{topic} cannot be published to: {one_line(error)}") from None
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")

@@ -16,7 +16,8 @@ from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub
 
 from chatflow import metrics
 from chatflow.dead_letters import DeadLettered
-from chatflow.errors import BadInputError, UsageError
+from chatflow.errors import BadInputError, UsageError, one_line
+from chatflow.pulling import Puller
 from chatflow.records import Arrival, Chat, Event, Reading, load_object, read_chat, validate
 
 PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topics)/[^/]+)")
@@ -250,6 +251,26 @@ def check_input(inputs: str) -> list[str]:
     """
     sources = [] if is_stream(inputs) else split_inputs(inputs)
     return [path for pattern in sources for path in _files(pattern)]
+
+
+def check_messages(inputs: str) -> None:
+    """Makes sure that Pub/Sub can be read from here.
+
+    Raises:
+      UsageError: a subscription or topic does not exist, or is out of reach.
+    """
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    for path in filter(None, map(PUBSUB_INPUT.fullmatch, split_inputs(inputs))):
+        try:
+            puller = Puller(path[1])
+            try:
+                puller.check()
+            finally:
+                puller.close()
+        except (GoogleAPIError, GoogleAuthError) as error:
+            raise UsageError(f"--input: {path[1]} cannot be read: {one_line(error)}") from None
 
 
 def _files(pattern: str) -> list[str]:

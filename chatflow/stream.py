@@ -211,6 +211,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             f"Pub/Sub is at PUBSUB_EMULATOR_HOST={host}; from another terminal, send to\n"
             f"  {EVENTS}\nand read what comes out of\n  {ANALYSES}\n  {DRAFTS}\n  {DEAD_LETTERS}",
             highlight=False,
+            soft_wrap=True,
         )
         console.print(f"loading {options.model}", highlight=False)
         run = Run(pipeline.run())
@@ -242,7 +243,9 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
                     board.take(results())
         if run.error is not None:
             raise SystemExit(f"chatflow: the pipeline failed: {run.error}")
-        console.print(board.render() if console.is_terminal else "")
+        board.note = ""
+        if console.is_terminal:
+            console.print(board.render())
     summary = Summary.of(run.result, time.monotonic() - started, planned.destinations)
     cli.show(summary, options)
     return 0
@@ -266,7 +269,9 @@ def show(board: Board, console: Console) -> Any:
     if console.is_terminal:
         from rich.live import Live
 
-        with Live(get_renderable=board.render, console=console, refresh_per_second=4):
+        with Live(
+            get_renderable=board.render, console=console, refresh_per_second=4, transient=True
+        ):
             yield
         return
     done = threading.Event()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from chatflow.errors import BadInputError, UsageError
+from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.pulling import Puller
 from chatflow.records import Analysis, DeadLetter, Draft, Record, load_object, validate
 from chatflow.sources import PUBSUB_INPUT
@@ -41,7 +41,7 @@ def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
             try:
                 puller.check()
             except GoogleAPIError as error:
-                raise UsageError(f"{puller.path} cannot be read: {error}") from None
+                raise UsageError(f"{puller.path} cannot be read: {one_line(error)}") from None
             puller.start()
         yield arrived
     finally:
@@ -64,7 +64,7 @@ def open_record(data: bytes) -> Record:
     return validate(kind, value)
 
 
-def one_line(record: Record) -> str:
+def for_people(record: Record) -> str:
     """A record for a person, with rich's markup."""
     from chatflow.report import TONE_STYLES, plain
 
@@ -109,6 +109,6 @@ def tail(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def said(data: bytes) -> str:
     try:
-        return one_line(open_record(data))
+        return for_people(open_record(data))
     except BadInputError as error:
         return f"no record of chatflow: {error}"

@@ -25,7 +25,7 @@ from chatflow.errors import ModelError
 from chatflow.options import beam_options
 from chatflow.publish import Line, send
 from chatflow.records import now
-from chatflow.sources import ReadMessages
+from chatflow.sources import ReadArrivals, ReadMessages
 
 CODE = re.compile(r"\bm\d+x\d+\b")
 
@@ -390,6 +390,48 @@ def test_tail_prints_lines_for_people(pubsub, script, capsys):
     assert "draft   [1mx c: We are sorry" in printed
     assert "dead    - read/not_json" in printed
     assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--input=SUBSCRIPTIONS/none", "--output=OUT", "--model=SCRIPT"],
+         "--input: projects/PROJECT/subscriptions/none cannot be read: 404"),
+        (["run", "--input=SUBSCRIPTIONS/events", "--output=OUT", "--model=SCRIPT",
+          "--analyses=TOPICS/none"], "topics/none cannot be published to: 404"),
+        (["tail", "TOPICS/none"], "topics/none cannot be read: 404"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_a_clear_line_at_launch(
+    pubsub, script, tmp_path, capsys, arguments, says
+):
+    places = {
+        "SUBSCRIPTIONS": f"projects/{pubsub.project}/subscriptions",
+        "TOPICS": f"projects/{pubsub.project}/topics",
+        "SCRIPT": script(ANGRY),
+        "OUT": str(tmp_path),
+    }
+    for name, path in places.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says.replace("PROJECT", pubsub.project) in error
+    assert error.count("\n") == 1
+
+
+def test_the_id_label_goes_to_the_runner():
+    """Dataflow leaves out repeated ones by it; here, the message ids do."""
+    pipeline = beam.Pipeline(options=beam_options([], streaming=True))
+    _ = pipeline | ReadArrivals(["projects/my-project/topics/x"], id_label="event_id")
+    labels = []
+
+    class Visitor(beam.pipeline.PipelineVisitor):
+        def enter_composite_transform(self, node):
+            if isinstance(node.transform, beam.io.ReadFromPubSub):
+                labels.append(node.transform._source.id_label)
+
+    pipeline.visit(Visitor())
+    assert labels == ["event_id"]
 
 
 def test_publish_sends_lines_as_they_are(pubsub, lines):
