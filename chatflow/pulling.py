@@ -157,7 +157,7 @@ class Puller:
 
     def _extend(self) -> None:
         """Keeps messages that wait, or are being handled, from being sent again."""
-        while not self._closed.wait(_LEASE_SECONDS / 6):
+        while not self._closed.wait(5):  # a new subscription gives 10 seconds
             leased = list(self._leased.copy())
             started = time.monotonic()
             try:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
@@ -237,15 +237,40 @@ def counts_table(summary: Summary) -> Table:
 def progress(console: Console) -> Iterator[None]:
     """Shows the counts of this process while a run goes on in it."""
     metrics.reset_local_counts()
+    started = time.monotonic()
+
+    def text() -> str:
+        counts = ", ".join(
+            f"{what} {count}" + (f" of {total}" if total != count else "")
+            for what, count, total in _state()
+        )
+        return f"[{time.monotonic() - started:5.0f} s] {counts}"
+
+    with in_background(_bars, console) if console.is_terminal else lines(console, text):
+        yield
+
+
+@contextlib.contextmanager
+def in_background(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Runs a function in a thread, with an event that tells it when to end."""
     done = threading.Event()
-    show = _bars if console.is_terminal else _lines
-    thread = threading.Thread(target=show, args=(console, done), daemon=True)
+    thread = threading.Thread(target=show, args=(*arguments, done), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+
+
+def lines(console: Console, text: Callable[[], str], every: float = 5.0) -> Any:
+    """Prints a line every so often, for logs; a context, which ends it."""
+
+    def show(done: threading.Event) -> None:
+        while not done.wait(every):
+            console.print(text(), highlight=False, markup=False, soft_wrap=True)
+
+    return in_background(show)
 
 
 def _state() -> list[tuple[str, int, int]]:
@@ -273,15 +298,3 @@ def _bars(console: Console, done: threading.Event) -> None:
         while not done.wait(0.2):
             for what, count, total in _state():
                 bars.update(tasks[what], completed=count, total=total or None)
-
-
-def _lines(console: Console, done: threading.Event, every: float = 5.0) -> None:
-    started, shown = time.monotonic(), ""
-    while not done.wait(every):
-        text = ", ".join(
-            f"{what} {count}" + (f" of {total}" if total != count else "")
-            for what, count, total in _state()
-        )
-        if text != shown:
-            console.print(f"[{time.monotonic() - started:5.0f} s] {text}", markup=False)
-            shown = text

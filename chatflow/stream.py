@@ -122,6 +122,9 @@ class Board:
             else "-",
         }
 
+    def text(self) -> str:
+        return "; ".join(f"{title}: {value}" for title, value in self.counts().items())
+
     def render(self) -> RenderableType:
         from rich.console import Group
         from rich.table import Table
@@ -178,7 +181,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     """The command; see `chatflow stream --help`."""
     from rich.console import Console
 
-    from chatflow import cli, publish
+    from chatflow import cli, metrics, publish
     from chatflow.emulator import emulator, make_topics, subscription_of
     from chatflow.options import from_flags
     from chatflow.report import Summary
@@ -197,6 +200,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     console = Console(stderr=not sys.stdout.isatty())
     board = Board()
     board.total = sum(len(chat.messages) + 1 for chat in chats)
+    metrics.reset_local_counts()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
@@ -263,31 +267,12 @@ def _send(replay: Any, rate: float, board: Board, stop: threading.Event) -> None
         board.note = str(error)
 
 
-@contextlib.contextmanager
 def show(board: Board, console: Console) -> Any:
     """Shows the board while the block runs: a picture in a terminal, else lines."""
-    if console.is_terminal:
-        from rich.live import Live
+    if not console.is_terminal:
+        from chatflow.report import lines
 
-        with Live(
-            get_renderable=board.render, console=console, refresh_per_second=4, transient=True
-        ):
-            yield
-        return
-    done = threading.Event()
+        return lines(console, board.text)
+    from rich.live import Live
 
-    def lines() -> None:
-        last = ""
-        while not done.wait(5):
-            text = "; ".join(f"{title}: {value}" for title, value in board.counts().items())
-            if text != last:
-                console.print(text, highlight=False, markup=False, soft_wrap=True)
-                last = text
-
-    thread = threading.Thread(target=lines, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return Live(get_renderable=board.render, console=console, refresh_per_second=4, transient=True)
