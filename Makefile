@@ -7,7 +7,7 @@ OUT    ?= out/demo
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo stream test lint evaluate docs lock clean
+.PHONY: help setup demo stream test lint evaluate bench docs lock clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ lint: setup ## Check style and types
 
 evaluate: setup ## Measure the sentiment on the labelled sample chats
 	$(BIN)/chatflow evaluate samples/chats.jsonl
+
+bench: setup ## Measure the stream: events a second, latency, Beam's runner beside ours
+	$(BIN)/python bench/stream.py
 
 docs: setup ## Write the README's table of options anew
 	$(BIN)/python tests/test_docs.py
