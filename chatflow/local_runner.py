@@ -147,9 +147,11 @@ class _Reader:
         self._acknowledge()
         self._handled = self._puller.take(BUNDLE, wait)
         messages = [received.message for received in self._handled]
-        # More may come that is as old as these; when nothing comes, there is no more.
+        # More may come that is as old as these. When nothing comes, there is no more, or
+        # the service is away, and event time stands still.
         oldest = min((m.publish_time.timestamp() for m in messages), default=time.time())
-        self.watermark = max(self.watermark, Timestamp.of(oldest - _LAG))
+        if messages or self._puller.error is None:
+            self.watermark = max(self.watermark, Timestamp.of(oldest - _LAG))
         return messages
 
     def _acknowledge(self) -> None:

@@ -99,8 +99,9 @@ class AppendFiles(beam.PTransform):
         )
 
     def write(self, _: Any, lines: Sequence[str]) -> str:
-        content = "".join(sorted(lines)).encode()
-        newest = max(re.findall(r'"\w+ed_at":"([^"]+)"', lines[-1]), default="")
+        text = "".join(sorted(lines))
+        content = text.encode()
+        newest = max(_MADE_AT.findall(text), default="")
         moment = re.sub(r"[-:]|\.\d+", "", newest)
         name = f"{self.prefix}-{moment}-{hashlib.sha256(content).hexdigest()[:12]}.jsonl"
         # Written under another name, so that nobody reads half a file.
@@ -112,6 +113,9 @@ class AppendFiles(beam.PTransform):
         else:
             FileSystems.rename([scratch], [name])
         return name
+
+
+_MADE_AT = re.compile(r'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
 
 
 def to_line(record: Record) -> tuple[str, str]:
