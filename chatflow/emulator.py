@@ -43,9 +43,10 @@ class Emulator:
         gcloud = shutil.which("gcloud")
         if gcloud is None:
             raise UsageError(f"the Pub/Sub emulator is missing: {INSTALL}")
+        self._data = tempfile.mkdtemp(prefix="chatflow-pubsub-")
         command = [
             gcloud, "beta", "emulators", "pubsub", "start", f"--host-port={self.host}",
-            "--project=chatflow-local", "--quiet", f"--data-dir={tempfile.mkdtemp()}",
+            "--project=chatflow-local", "--quiet", f"--data-dir={self._data}",
         ]  # fmt: skip
         self._process = subprocess.Popen(
             command,
@@ -67,7 +68,7 @@ class Emulator:
             started.set()  # it is gone
 
         threading.Thread(target=listen, daemon=True).start()
-        if not started.wait(seconds) or "Server started" not in said[-1:][0]:
+        if not started.wait(seconds) or not said or "Server started" not in said[-1]:
             self.stop()
             last = next((line for line in reversed(said) if line), "nothing")
             raise UsageError(f"the Pub/Sub emulator did not start; it said: {last}. {INSTALL}")
@@ -79,6 +80,7 @@ class Emulator:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+            shutil.rmtree(self._data, ignore_errors=True)
 
 
 @contextlib.contextmanager
