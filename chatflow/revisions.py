@@ -143,6 +143,10 @@ class _Walk:
     def pending(self) -> int:
         return self.dropped + len(self.history) - self.analysed
 
+    @property
+    def _surplus(self) -> int:
+        return len(self.history) - self.rules.max_messages
+
     def begin(self, past: list[Kept]) -> None:
         """Takes up what was walked before, and what has come to it late."""
         self.history = [event for event in past if event.message]
@@ -166,6 +170,7 @@ class _Walk:
             if self.pending:  # no customer ever wrote
                 self._revise()
             metrics.count("chats_forgotten")
+            metrics.count("forgotten_messages", max(self._surplus, 0))
             self.history, self.ends, self.dropped, self.analysed = [], [], 0, 0
             self.dropped_until = NEW.dropped_until
         return True
@@ -187,7 +192,7 @@ class _Walk:
         self.history = [event for event in self.history if event.at <= self.upto]
         kept_ends = self._unknown_ends()
         pending = self.pending
-        if (surplus := len(self.history) - self.rules.max_messages) > 0:
+        if (surplus := self._surplus) > 0:
             self.dropped += surplus
             self.dropped_until = self.history[surplus - 1][:2]
             self.history = self.history[surplus:]
