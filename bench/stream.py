@@ -5,7 +5,7 @@ The model is scripted, so what is measured is all but the model. All parts in on
     python bench/stream.py                # events a second, latency; Beam's runner beside ours
     python bench/stream.py --soak 600     # ten minutes at a steady rate, with memory
     python bench/stream.py --profile      # where the time of the bounded run goes
-    python bench/stream.py --waits 0,0.2,1 --model gemma3-270m   # batches of the real model
+    python bench/stream.py --waits 0,0.2,1 --model gemma3-270m --rate 1  # the real model
 
 Needs the Pub/Sub emulator, as `chatflow stream` does. `--json` prints the figures as a
 line of JSON.
@@ -192,14 +192,15 @@ def live(
         seconds = time.monotonic() - started
         sender.join()
         counts = pipeline.stop() if warmed else {}
+    events = sum(len(chat.messages) + 1 for chat in talk)
     values = sorted(seen.values()) or [float("nan")]
     cuts = statistics.quantiles([values[0], *values], n=100, method="inclusive")
     return {
-        "events": (MESSAGES + 1) * len(talk),
+        "events": events,
         "analysed": len(seen),
         "of": len(talk),
         "seconds": seconds,
-        "events_per_second": (MESSAGES + 1) * len(seen) / seconds,
+        "events_per_second": events / seconds,
         "p50": cuts[49],
         "p95": cuts[94],
         "worst": values[-1],
@@ -217,7 +218,7 @@ def bench() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--chats", type=int, default=2000, help="of the bounded run")
+    parser.add_argument("--chats", type=int, default=2000, help="of the bounded run, or replayed")
     parser.add_argument("--rate", type=float, default=50, help="events a second, live")
     parser.add_argument("--soak", type=float, default=0, help="seconds at the rate")
     parser.add_argument("--profile", action="store_true")
@@ -237,7 +238,7 @@ def bench() -> None:
             with emulator():
                 for wait in options.waits.split(","):
                     figures[f"wait {wait} s"] = live(
-                        f"wait-{wait}".replace(".", "-"), samples(), options.rate, 900,
+                        f"wait-{wait}".replace(".", "-"), samples()[: options.chats], options.rate, 900,
                         f"--model={options.model or model}", f"--max_batch_duration_secs={wait}",
                     )  # fmt: skip
         elif options.soak:
