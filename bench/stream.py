@@ -236,9 +236,10 @@ def bench() -> None:
             figures["bounded"] = bounded(folder, model, options.chats, profile=True)
         elif options.waits:
             with emulator():
+                talk = samples()[: options.chats]
                 for wait in options.waits.split(","):
                     figures[f"wait {wait} s"] = live(
-                        f"wait-{wait}".replace(".", "-"), samples()[: options.chats], options.rate, 900,
+                        f"wait-{wait}".replace(".", "-"), talk, options.rate, 900,
                         f"--model={options.model or model}", f"--max_batch_duration_secs={wait}",
                     )  # fmt: skip
         elif options.soak:
