@@ -20,7 +20,6 @@ import json
 import os
 import pstats
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from chatflow import publish
 from chatflow.cli import main
 from chatflow.emulator import emulator, make_topics, subscription_of
 from chatflow.records import Chat, Message
+from chatflow.stream import percentiles
 from chatflow.tail import follow
 
 BEAM = "apache_beam.runners.direct.direct_runner.BundleBasedDirectRunner"
@@ -194,15 +194,15 @@ def live(
         counts = pipeline.stop() if warmed else {}
     events = sum(len(chat.messages) + 1 for chat in talk)
     values = sorted(seen.values()) or [float("nan")]
-    cuts = statistics.quantiles([values[0], *values], n=100, method="inclusive")
+    p50, p95 = percentiles(values)
     return {
         "events": events,
         "analysed": len(seen),
         "of": len(talk),
         "seconds": seconds,
         "events_per_second": events / seconds,
-        "p50": cuts[49],
-        "p95": cuts[94],
+        "p50": p50,
+        "p95": p95,
         "worst": values[-1],
         "memory_mb": [round(mb) for _, mb in memory],
         "batch_size": counts.get("batch_size", {}),

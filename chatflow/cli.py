@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chatflow.errors import UsageError
@@ -334,13 +335,21 @@ def finish(result: Any, console: Console) -> None:
     if not hasattr(result, "drain"):
         result.wait_until_finish()
         return
+    with sigterm_interrupts():
+        try:
+            result.wait_until_finish()
+        except KeyboardInterrupt:
+            console.print("draining: what was read is finished; Ctrl-C again stops at once")
+            result.drain()
+            result.wait_until_finish()
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Meanwhile, SIGTERM does what Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        result.wait_until_finish()
-    except KeyboardInterrupt:
-        console.print("draining: what was read is finished; Ctrl-C again stops at once")
-        result.drain()
-        result.wait_until_finish()
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -153,29 +153,14 @@ class _AssembleDoFn(beam.DoFn):
         progress.write(after.encode())
 
     @on_timer(WAKE)
-    def wake(
-        self,
-        chat_id: Any = beam.DoFn.KeyParam,
-        at: Any = beam.DoFn.TimestampParam,
-        events: Any = beam.DoFn.StateParam(EVENTS),
-        progress: Any = beam.DoFn.StateParam(PROGRESS),
-        wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> Iterator[Chat | Event]:
-        yield from self._advance(chat_id, at, events, progress, wake)
-
     @on_timer(FORGET)
-    def forget(
+    def decide(
         self,
         chat_id: Any = beam.DoFn.KeyParam,
         at: Any = beam.DoFn.TimestampParam,
         events: Any = beam.DoFn.StateParam(EVENTS),
         progress: Any = beam.DoFn.StateParam(PROGRESS),
         wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> Iterator[Chat | Event]:
-        yield from self._advance(chat_id, at, events, progress, wake)
-
-    def _advance(
-        self, chat_id: str, at: Timestamp, events: Any, progress: Any, wake: Any
     ) -> Iterator[Chat | Event]:
         before = _Progress.decode(progress.read())
         kept = [Kept.decode(raw) for raw in events.read()]

@@ -183,10 +183,7 @@ class _ReadEvaluator(_TransformEvaluator):
             return TransformResult(self, [], [], None, {None: MAX_TIMESTAMP})
         bundle = self._evaluation_context.create_bundle(next(iter(self._outputs)))
         for message in messages:
-            element = PubsubMessage(
-                message.data, dict(message.attributes), message.message_id,
-                message.publish_time, message.ordering_key,
-            )  # fmt: skip
+            element = PubsubMessage._from_message(message)
             at = Timestamp.from_utc_datetime(message.publish_time)
             bundle.output(GlobalWindows.windowed_value(element, timestamp=at))
         begin = pvalue.PBegin(self._applied_ptransform.transform.pipeline)

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import BadInputError, UsageError, one_line
-from chatflow.records import Arrival, Chat, Event, Message, Reading, now
+from chatflow.records import Arrival, Chat, Event, Reading, now
 from chatflow.sinks import PUBSUB_TOPIC, ordering_key, publisher, wait_published
-from chatflow.sources import input_pattern, parse_arrival
+from chatflow.sources import files_of, parse_arrival
 
 GIVE_UP_SECONDS = 60.0
 
@@ -35,25 +35,22 @@ class Line(NamedTuple):
     chat_id: str
 
 
-def read_lines(pattern: str) -> list[bytes]:
+def read_lines(pattern: str, flag: str = "FILE") -> list[bytes]:
     """The lines of files that are not blank.
 
     Raises:
       UsageError: there are no files, or they cannot be read.
     """
+    paths = files_of(pattern, flag)
     try:
-        found = FileSystems.match([input_pattern(pattern)])[0].metadata_list
-        lines = [
+        return [
             line
-            for match in found
-            for line in FileSystems.open(match.path).read().splitlines()
+            for path in paths
+            for line in FileSystems.open(path).read().splitlines()
             if line.strip()
         ]
     except Exception as error:  # each filesystem has its own
-        raise UsageError(f"{pattern!r} cannot be read: {error}") from None
-    if not found:
-        raise UsageError(f"no file matches {pattern!r}")
-    return lines
+        raise UsageError(f"{flag}: {pattern!r} cannot be read: {error}") from None
 
 
 def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
@@ -90,13 +87,12 @@ class Replay:
     def __iter__(self) -> Iterator[Line]:
         chance = random.Random(self.seed)
         waiting = list(reversed(self.chats))
-        talking: list[tuple[Chat, Iterator[Line]]] = []
+        talking: list[Iterator[Line]] = []
         while waiting or talking:
             while waiting and len(talking) < self.at_once:
-                chat = waiting.pop()
-                talking.append((chat, self._messages(chat)))
+                talking.append(self._messages(waiting.pop()))
             speaker = chance.choice(talking)
-            line = next(speaker[1], None)
+            line = next(speaker, None)
             if line is None:
                 talking.remove(speaker)
             else:
@@ -107,9 +103,8 @@ class Replay:
         for number, message in enumerate(chat.messages, 1):
             at = now()
             at = at.replace(microsecond=at.microsecond // 1000 * 1000)
-            fresh = Message.model_validate(
-                {
-                    **message.model_dump(),
+            fresh = message.model_copy(
+                update={
                     "message_id": message.message_id or f"{chat.chat_id}-{number}",
                     "sent_at": at,
                     "attributes": {**chat.attributes, **message.attributes},
@@ -168,10 +163,10 @@ def send(
 
     try:
         for line in lines:
-            due = started + count / rate - time.monotonic() if rate else 0
-            if due > 0:
+            due = started + count / rate if rate else 0
+            if due > time.monotonic():
                 settle()
-                if stopped(max(started + count / rate - time.monotonic(), 0)):
+                if stopped(max(due - time.monotonic(), 0)):
                     break
             message = {"data": line.data, "ordering_key": ordering_key(line.chat_id)}
             waiting.append((message, client.publish(topic, **message)))

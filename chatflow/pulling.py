@@ -12,15 +12,37 @@ import logging
 import queue
 import re
 import threading
-import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from chatflow.errors import UsageError, one_line
 
 _log = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 60
 _PULL_SECONDS = 1.0  # short, so that a pull ends by itself and not by a broken connection
+
+
+def open_puller(path: str) -> Puller:
+    """A puller of something that is there; it does not pull yet.
+
+    Raises:
+      UsageError: it is not there, or cannot be reached.
+    """
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        puller = Puller(path)
+        try:
+            puller.check()
+        except BaseException:
+            puller.close()
+            raise
+    except (GoogleAPIError, GoogleAuthError) as error:
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from None
+    return puller
 
 
 class Puller:
@@ -83,10 +105,8 @@ class Puller:
         """Says that messages were handled; where that fails, they come once more."""
         ids = [message.ack_id for message in messages]
         try:
-            for start in range(0, len(ids), 1000):
-                self._client.acknowledge(
-                    subscription=self._subscription, ack_ids=ids[start : start + 1000], timeout=10
-                )
+            for some in _chunks(ids):
+                self._client.acknowledge(subscription=self._subscription, ack_ids=some, timeout=10)
         except Exception as error:
             _log.warning("%s: %d messages will come again: %s", self.path, len(ids), error)
         self._leased.difference_update(ids)
@@ -101,13 +121,7 @@ class Puller:
         if self._thread.is_alive():
             self._thread.join(timeout=5 * _PULL_SECONDS)
         with contextlib.suppress(Exception):
-            if leased := list(self._leased)[:1000]:
-                self._client.modify_ack_deadline(
-                    subscription=self._subscription,
-                    ack_ids=leased,
-                    ack_deadline_seconds=0,
-                    timeout=5,
-                )
+            self._lease(0)
         with contextlib.suppress(Exception):
             if self._topic:
                 self._client.delete_subscription(subscription=self._subscription, timeout=5)
@@ -158,16 +172,23 @@ class Puller:
     def _extend(self) -> None:
         """Keeps messages that wait, or are being handled, from being sent again."""
         while not self._closed.wait(5):  # a new subscription gives 10 seconds
-            leased = list(self._leased.copy())
-            started = time.monotonic()
             try:
-                for start in range(0, len(leased), 1000):
-                    self._client.modify_ack_deadline(
-                        subscription=self._subscription,
-                        ack_ids=leased[start : start + 1000],
-                        ack_deadline_seconds=_LEASE_SECONDS,
-                        timeout=10,
-                    )
+                self._lease(_LEASE_SECONDS)
             except Exception as error:
-                seconds = time.monotonic() - started
-                _log.debug("%s: no lease after %.1f s: %s", self.path, seconds, error)
+                _log.debug("%s: no lease: %s", self.path, error)
+
+    def _lease(self, seconds: int) -> None:
+        """Has all messages that are here come again only after so many seconds."""
+        for ids in _chunks(list(self._leased)):
+            self._client.modify_ack_deadline(
+                subscription=self._subscription,
+                ack_ids=ids,
+                ack_deadline_seconds=seconds,
+                timeout=10,
+            )
+
+
+def _chunks(ids: list[str]) -> Iterator[list[str]]:
+    """As many as one request takes."""
+    for start in range(0, len(ids), 1000):
+        yield ids[start : start + 1000]

@@ -23,7 +23,7 @@ from chatflow.records import Analysis, DeadLetter, Draft, Record
 KINDS = ("analyses", "drafts", "dead_letters")
 """Each kind of record has its destinations, and files of this name in the output folder."""
 
-PUBSUB_TOPIC = re.compile(r"(?:pubsub://)?(projects/([^/]+)/topics/([^/]+))")
+PUBSUB_TOPIC = re.compile(r"(?:pubsub://)?(projects/[^/]+/topics/[^/]+)")
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub
 
 from chatflow import metrics
 from chatflow.dead_letters import DeadLettered
-from chatflow.errors import BadInputError, UsageError, one_line
-from chatflow.pulling import Puller
+from chatflow.errors import BadInputError, UsageError
+from chatflow.pulling import open_puller
 from chatflow.records import Arrival, Chat, Event, Reading, load_object, read_chat, validate
 
 PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topics)/[^/]+)")
@@ -250,7 +250,7 @@ def check_input(inputs: str) -> list[str]:
       UsageError: a source has no files, or they cannot be listed.
     """
     sources = [] if is_stream(inputs) else split_inputs(inputs)
-    return [path for pattern in sources for path in _files(pattern)]
+    return [path for pattern in sources for path in files_of(pattern, "--input")]
 
 
 def check_messages(inputs: str) -> None:
@@ -259,26 +259,24 @@ def check_messages(inputs: str) -> None:
     Raises:
       UsageError: a subscription or topic does not exist, or is out of reach.
     """
-    from google.api_core.exceptions import GoogleAPIError
-    from google.auth.exceptions import GoogleAuthError
-
     for path in filter(None, map(PUBSUB_INPUT.fullmatch, split_inputs(inputs))):
         try:
-            puller = Puller(path[1])
-            try:
-                puller.check()
-            finally:
-                puller.close()
-        except (GoogleAPIError, GoogleAuthError) as error:
-            raise UsageError(f"--input: {path[1]} cannot be read: {one_line(error)}") from None
+            open_puller(path[1]).close()
+        except UsageError as error:
+            raise UsageError(f"--input: {error}") from None
 
 
-def _files(pattern: str) -> list[str]:
+def files_of(pattern: str, flag: str) -> list[str]:
+    """The files that a glob or a folder names.
+
+    Raises:
+      UsageError: there are none, or they cannot be listed; with the flag that names them.
+    """
     try:
         matches = FileSystems.match([input_pattern(pattern)])[0].metadata_list
     except Exception as error:  # each filesystem has its own
-        raise UsageError(f"--input: {pattern!r} cannot be listed: {error}") from None
+        raise UsageError(f"{flag}: {pattern!r} cannot be listed: {error}") from None
     if not matches:
         hint = " (looked for *.jsonl in the folder)" if input_pattern(pattern) != pattern else ""
-        raise UsageError(f"--input: no file matches {pattern!r}{hint}")
+        raise UsageError(f"{flag}: no file matches {pattern!r}{hint}")
     return [match.path for match in matches]

@@ -6,12 +6,11 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chatflow.errors import BadInputError, UsageError
@@ -25,6 +24,13 @@ PROJECT = "chatflow-local"
 EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS = (
     f"projects/{PROJECT}/topics/{name}" for name in ("events", "analyses", "drafts", "dead-letters")
 )
+
+
+def percentiles(values: Iterable[float]) -> tuple[float, float]:
+    """p50 and p95 of at least one value."""
+    in_order = sorted(values)
+    cuts = statistics.quantiles([in_order[0], *in_order], n=100, method="inclusive")
+    return cuts[49], cuts[94]
 
 
 class Board:
@@ -95,11 +101,7 @@ class Board:
     def percentiles(self) -> tuple[float, float] | None:
         """p50 and p95 of the seconds from a chat's last message to its analysis."""
         with self._lock:
-            values = sorted(self.latencies)
-        if not values:
-            return None
-        cuts = statistics.quantiles([values[0], *values], n=100, method="inclusive")
-        return cuts[49], cuts[94]
+            return percentiles(self.latencies) if self.latencies else None
 
     def counts(self) -> dict[str, str]:
         """What is counted, by its title."""
@@ -189,7 +191,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
     if parsed.rate <= 0:
         raise UsageError(f"--rate={parsed.rate}: must be more than 0")
-    chats, others = publish.chats_of(publish.read_lines(parsed.chats))
+    chats, others = publish.chats_of(publish.read_lines(parsed.chats, "--chats"))
     if others or not chats:
         raise UsageError(f"--chats={parsed.chats}: {len(others)} lines are no chats")
     parsed.input = subscription_of(EVENTS)
@@ -203,8 +205,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     metrics.reset_local_counts()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        stack.enter_context(cli.sigterm_interrupts())
         console.print("starting the Pub/Sub emulator")
         host = stack.enter_context(emulator())
         make_topics((EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS))

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from chatflow.errors import BadInputError, UsageError, one_line
-from chatflow.pulling import Puller
+from chatflow.errors import BadInputError, UsageError
+from chatflow.pulling import Puller, open_puller
 from chatflow.records import Analysis, DeadLetter, Draft, Record, load_object, validate
 from chatflow.sources import PUBSUB_INPUT
 
@@ -23,9 +23,7 @@ def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
     Raises:
       UsageError: a path cannot be read.
     """
-    from google.api_core.exceptions import GoogleAPIError
-
-    pullers = [Puller(path) for path in paths]
+    pullers: list[Puller] = []
 
     def arrived() -> list[Any]:
         received = [(puller, puller.take(100, 0)) for puller in pullers]
@@ -37,12 +35,8 @@ def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
         return [m.message for _, messages in received for m in messages]
 
     try:
-        for puller in pullers:
-            try:
-                puller.check()
-            except GoogleAPIError as error:
-                raise UsageError(f"{puller.path} cannot be read: {one_line(error)}") from None
-            puller.start()
+        for path in paths:
+            pullers.append(open_puller(path).start())
         yield arrived
     finally:
         for puller in pullers:

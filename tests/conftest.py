@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from rich.console import Console
 
-from chatflow.cli import prepare
+from chatflow.cli import main, prepare
 from chatflow.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
 from chatflow.errors import UsageError
 from chatflow.models import Model, ModelSpec
@@ -120,6 +121,32 @@ def as_line(value: Any) -> bytes:
     if isinstance(value, Chat):
         return value.to_json().encode()
     return (value if isinstance(value, str) else json.dumps(value)).encode()
+
+
+JOB_SERVICE = [
+    "--runner=PortableRunner",
+    "--job_endpoint=embed",
+    "--environment_type=beam:env:harness_subprocess_python:v1",
+    f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
+]
+"""Flags for Beam's job service with workers in other processes."""
+
+
+def mistake(
+    arguments: Iterable[str], places: Mapping[str, str], capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What the command line says to wrong arguments: one line, and exit code 2.
+
+    `places` stand in for their names in the arguments.
+    """
+    arguments = list(arguments)
+    for name, path in places.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("chatflow: ")
+    assert error.count("\n") == 1
+    return error
 
 
 def required(what: str, how: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
-from conftest import as_line, chat
+from conftest import JOB_SERVICE, as_line, chat, mistake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -382,13 +382,7 @@ def test_the_job_service_with_workers_in_other_processes(tmp_path, lines, script
     talk = ({"chat_id": str(n), "user_id": "u", "text": "late!"} for n in range(5))
     source = lines(*talk, chat("late!", chat_id="whole"), b"rubbish")
     options = Options(input=source, output=str(tmp_path / "out"), model=script(ANGRY, APOLOGY))
-    flags = [
-        "--runner=PortableRunner",
-        "--job_endpoint=embed",
-        "--environment_type=beam:env:harness_subprocess_python:v1",
-        f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
-    ]
-    counts = execute(options, flags).to_dict()
+    counts = execute(options, JOB_SERVICE).to_dict()
     assert (counts["lines_read"], counts["chats_assembled"], counts["lost"]) == (7, 5, 0)
     assert len(read(tmp_path / "out", "drafts")) == 6
     assert [x["payload"] for x in read(tmp_path / "out", "dead_letters")] == ["rubbish"]
@@ -512,13 +506,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
         "EMPTY": f"{tmp_path}/empty",
         "OUT": f"{tmp_path}/out",
     }
-    for name, path in places.items():
-        arguments = [argument.replace(name, path) for argument in arguments]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.startswith("chatflow: ")
-    assert error.count("\n") == 1
+    assert says in mistake(arguments, places, capsys)
 
 
 def test_an_output_that_holds_the_input_is_refused(tmp_path, lines, script, capsys):

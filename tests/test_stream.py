@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import apache_beam as beam
 import pytest
-from conftest import PubSub, chat, scripted, start_emulator
+from conftest import JOB_SERVICE, PubSub, chat, mistake, scripted, start_emulator
 from test_pipeline import ANGRY, APOLOGY, read
 
 from chatflow.cli import execute, main
@@ -333,14 +333,8 @@ def test_a_publisher_of_other_processes(pubsub, script, lines):
     """Files in, topics out, on workers of the job service."""
     source = lines(*(chat("late!", chat_id=str(n)) for n in range(5)))
     options = pubsub.options(input=source, model=script(ANGRY, APOLOGY))
-    flags = [
-        "--runner=PortableRunner",
-        "--job_endpoint=embed",
-        "--environment_type=beam:env:harness_subprocess_python:v1",
-        f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
-    ]
     with pubsub.inbox() as inbox:
-        assert execute(options, flags).lost == 0
+        assert execute(options, JOB_SERVICE).lost == 0
         inbox.wait(lambda inbox: len(inbox.drafts) == 5)
 
 
@@ -411,12 +405,7 @@ def test_what_is_not_there_is_a_clear_line_at_launch(
         "SCRIPT": script(ANGRY),
         "OUT": str(tmp_path),
     }
-    for name, path in places.items():
-        arguments = [argument.replace(name, path) for argument in arguments]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert says.replace("PROJECT", pubsub.project) in error
-    assert error.count("\n") == 1
+    assert says.replace("PROJECT", pubsub.project) in mistake(arguments, places, capsys)
 
 
 def test_the_id_label_goes_to_the_runner():
@@ -497,10 +486,4 @@ def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, t
 )  # fmt: skip
 def test_a_mistake_is_one_clear_line(lines, script, capsys, arguments, says):
     places = {"IN": lines(chat("x")), "SCRIPT": script(ANGRY)}
-    for name, path in places.items():
-        arguments = [argument.replace(name, path) for argument in arguments]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.startswith("chatflow: ")
-    assert error.count("\n") == 1
+    assert says in mistake(arguments, places, capsys)
