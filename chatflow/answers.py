@@ -26,6 +26,17 @@ TONE_WORDS: Mapping[str, Sentiment] = {
 """Words that models write where a number was asked for."""
 
 
+ANALYSIS_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "sentiment": {"type": "integer", "enum": [-1, 0, 1]},
+        "summary": {"type": "string"},
+    },
+    "required": ["sentiment", "summary"],
+}
+"""JSON schema of the answer where the model writes JSON."""
+
+
 class AnalysisAnswer(NamedTuple):
     sentiment: Sentiment
     summary: str

@@ -13,7 +13,7 @@ from chatflow.conversations import AssembleChats
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
 from chatflow.models import Model, ModelSpec
-from chatflow.models.requests import Batching, RemoteSettings
+from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Analysis
@@ -69,7 +69,7 @@ def plan(
         name=options.model,
         inference=options.inference,
         kind=options.model_kind,
-        dtype=options.dtype,
+        worker=WorkerSettings(options.dtype),
         batching=Batching(
             options.max_batch_size,
             (options.max_batch_duration_secs or None) if streaming else None,

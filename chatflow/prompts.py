@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from chatflow.answers import ANALYSIS_SCHEMA
 from chatflow.chat_text import as_data, estimate_tokens, keep_newest
 from chatflow.errors import BadInputError, UsageError
 from chatflow.models import ModelSpec
@@ -249,10 +250,17 @@ class AnalysisPrompt(Prompt):
             "shared": self._shared_length(block, text),
             "max_tokens": settings["answer_tokens"],
         }
-        if block == "json":  # a flat object is complete with its first brace
-            return Part(field=None, stop=("}",), tail="}", **common)
-        stop = tuple(settings.get("stop", ("\n",)))
-        return Part(field="summary", lead=lead, tail=tail, stop=stop, **common)
+        characters = settings["summary_characters"]
+        if block == "json":
+            return Part(field=None, schema=ANALYSIS_SCHEMA, characters=characters, **common)
+        return Part(
+            field="summary",
+            lead=lead,
+            tail=tail,
+            stop=tuple(settings.get("stop", ("\n",))),
+            characters=max(1, characters - len(lead) - len(tail) - 1),  # 1: an ellipsis
+            **common,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,14 +103,15 @@ def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
 def test_greedy_text_is_that_of_plain_forward_passes(gemma):
     """Of the whole text each time, without the cache."""
     engine, ids = gemma.engine, [2, *gemma.engine.encode("The capital of France is")]
-    (found,) = engine.generate("The capital", [" of France is"], 6)
+    row = Row("The capital", " of France is", text=Text(), max_tokens=6)
+    (found,) = engine.run([row])
     for _ in range(6):
         tokens = np.zeros((1, 16), np.int32)
         tokens[0, : len(ids)] = ids
         mask = np.arange(16)[None] < len(ids)
-        logits = engine.model({"token_ids": tokens, "padding_mask": mask})
+        logits = engine.forward.model({"token_ids": tokens, "padding_mask": mask})
         ids.append(int(np.asarray(logits)[0, len(ids) - 1].argmax()))
-    assert found.text == engine.decode_text(ids[-6:])
+    assert found.text == engine.tokenizer.detokenize(ids[-6:])
 
 
 def test_the_conversion_is_done_once_and_a_broken_copy_is_made_again(gemma, tmp_path, monkeypatch):
@@ -132,7 +133,7 @@ def test_the_tokenizer_is_gemmas(gemma):
     engine = gemma.engine
     text = "Hello world\n\nHow are you?  ok 🤬 123"
     ids = engine.encode(text)
-    assert engine.decode_text(ids) == text
+    assert engine.tokenizer.detokenize(ids) == text
     assert [engine.tokenizer.id_to_token(i) for i in ids[:3]] == ["Hello", "▁world", "\n\n"]
     bos = engine.tokenizer.start_token_id
     assert bos not in engine.encode("<bos>")

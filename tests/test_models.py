@@ -8,7 +8,7 @@ import pytest
 
 from chatflow.errors import ElementError, UsageError
 from chatflow.models import Model, ModelSpec
-from chatflow.models.gemma import is_instruct
+from chatflow.models.presets import is_instruct
 from chatflow.models.requests import Answer, Failure, Part, Request
 from chatflow.models.scripted import ScriptedModelHandler, load_script
 

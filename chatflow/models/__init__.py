@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from chatflow.models import embedded
-from chatflow.models.requests import ONE_BUNDLE, Batching, RemoteSettings
+from chatflow.models.requests import (
+    ONE_BUNDLE,
+    ONE_COPY,
+    Batching,
+    RemoteSettings,
+    WorkerSettings,
+)
 
 SCRIPTED = "scripted:"
 
@@ -45,6 +51,7 @@ class ModelSpec:
       inference: `on_worker` or `remote`.
       kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
       batching: how requests are put together for one call.
+      worker: how the weights are kept; unused remotely.
       remote: where the service is; unused on the worker.
 
     Raises:
@@ -54,8 +61,8 @@ class ModelSpec:
     name: str = embedded.NAME
     inference: str = "on_worker"
     kind: str = "auto"
-    dtype: str = "auto"
     batching: Batching = ONE_BUNDLE
+    worker: WorkerSettings = ONE_COPY
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
 
     def __post_init__(self) -> None:
@@ -66,9 +73,9 @@ class ModelSpec:
 
             vertex.check_name(self.name, self.remote)
             return
-        from chatflow.models import gemma
+        from chatflow.models.presets import check_preset
 
-        gemma.check_preset(self.name)
+        check_preset(self.name)
 
     @property
     def is_scripted(self) -> bool:
@@ -92,9 +99,9 @@ class ModelSpec:
     def instruct(self) -> bool:
         if self.kind != "auto":
             return self.kind == "instruct"
-        from chatflow.models import gemma
+        from chatflow.models.presets import is_instruct
 
-        return self.writes_json or gemma.is_instruct(self.name)
+        return self.writes_json or is_instruct(self.name)
 
     def model(self) -> Model:
         """The model as the stages take it; nothing is loaded yet."""
@@ -112,4 +119,4 @@ class ModelSpec:
             return VertexModelHandler(self.name, self.remote, self.batching)
         from chatflow.models.gemma import GemmaModelHandler
 
-        return GemmaModelHandler(self.name, self.dtype, self.instruct, self.batching)
+        return GemmaModelHandler(self.name, self.instruct, self.worker, self.batching)

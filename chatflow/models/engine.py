@@ -1,57 +1,127 @@
-"""Scoring and greedy decoding for keras_hub's Gemma models on JAX.
+"""Scoring and greedy decoding for keras_hub's Gemma models: prompts in, answers out.
 
 `keras_hub`'s own `generate` compiles for every shape, feeds long prompts token by
-token and runs the whole prompt each time. Here a prompt is a shared prefix, whose
-KV cache is computed once, and a suffix; suffixes are padded to a few lengths
-(buckets), and every row of a batch decodes at its own position.
+token and runs the whole prompt each time. Here
 
-The two compiled functions are `prefill` and `decode`. Rows are independent calls of
-keras_hub's `call_with_cache` under `jax.vmap`, so that the attention, the sliding
-windows and the soft caps of Gemma 1, 2 and 3 are keras_hub's, not copies of them.
-What stands behind a row's end in the cache is never attended to: the causal mask
-hides it, and decoding overwrites it.
+- the part of a prompt that its template shares is run once; its KV cache is kept;
+- the rest is run in blocks of rows of about the same length, so that little is padding;
+- all rows that write an answer, whatever their template, decode in one batch, which gets
+  smaller as rows finish;
+- a grammar masks tokens that would not fit the answer; see `chatflow.models.grammar`.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import keras
 import keras_hub
 import numpy as np
+import sentencepiece
 
+from chatflow.chat_text import CONTROL_TOKEN
 from chatflow.errors import ModelError
+from chatflow.models.forward import Cache, Forward, Rules, Writing
+from chatflow.models.grammar import DONE, ENDLESS, Text, Vocabulary, compile_texts
 
-SUFFIX_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens
-BATCH_BUCKETS = (1, 4, 16)  # rows
-BATCH_TOKENS = 8192  # rows times suffix; bounds the memory of attention scores
-PREFIXES_KEPT = 8
+TOTALS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
+          16384, 24576, 32768)  # fmt: skip
+"""Positions of a cache: prompt and answer."""
+STEPS = (64, 256, 1024, 4096)
+"""Tokens of an answer that one call decodes."""
+PREFIXES_KEPT = 16
+
+
+class Shape(NamedTuple):
+    """How much is run at once; few sizes, for each is compiled.
+
+    Attributes:
+      blocks: rows of one prefill.
+      batches: rows of one decoding batch.
+      chunk: tokens of a row that prefill feeds at once.
+      cache_bytes: of the caches of one batch, at most.
+    """
+
+    blocks: tuple[int, ...]
+    batches: tuple[int, ...]
+    chunk: int
+    cache_bytes: int
+
+    @classmethod
+    def of_device(cls, dtype: str) -> Shape:
+        """By measurement; see bench/README.md."""
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            # One row of bfloat16 is multiplied by a slow kernel of XLA's.
+            one = 1 if dtype == "float32" else 2
+            return cls((one, 8), (one, 8, 16, 32, 64), 32, 2 << 30)
+        memory = device.memory_stats() or {}
+        free = memory.get("bytes_limit", 8 << 30) - memory.get("bytes_in_use", 0)
+        return cls((1, 8, 64), (1, 8, 32, 64, 128), 128, free // 2)
 
 
 class PromptTooLongError(ModelError):
-    """A prompt is longer than the longest bucket."""
+    """A prompt and its answer are longer than the longest cache."""
 
 
-class Score(NamedTuple):
-    """Log-probability of each choice as the next text, in nats."""
+class Row(NamedTuple):
+    """What is asked of one row of a batch: a choice, a text, or a choice and then a text.
 
-    scores: tuple[float, ...]
+    Attributes:
+      prefix: the text that prompts of a template begin with.
+      suffix: the rest of the prompt.
+      lead: the start of the answer, which is given.
+      choices: scored as the next text; told apart by their first token.
+      bias: taken off their log-probabilities before the likeliest is taken.
+      between: text between the choice and the text.
+      text: what is written; None: nothing.
+      max_tokens, max_characters: of it.
+    """
+
+    prefix: str
+    suffix: str
+    lead: str = ""
+    choices: tuple[str, ...] = ()
+    bias: tuple[float, ...] = ()
+    between: str = ""
+    text: Text | None = None
+    max_tokens: int = 0
+    max_characters: int = ENDLESS
+
+
+@dataclasses.dataclass
+class Result:
+    """The answer of a row.
+
+    Attributes:
+      scores: log-probability of each choice, in nats.
+      choice: the number of the likeliest, less its bias.
+      text: what was written.
+      cut: the text reached a limit before it ended by itself.
+      tokens: those that were written, with the one that ended the text.
+      prompt_tokens: how many were read.
+    """
+
     prompt_tokens: int
-    answer_tokens: int = 0
+    scores: tuple[float, ...] = ()
+    choice: int = -1
+    text: str = ""
+    cut: bool = False
+    tokens: tuple[int, ...] = ()
 
 
-class Continuation(NamedTuple):
-    """A greedy continuation; `cut` where it reached the limit before it ended."""
+class _Prompt(NamedTuple):
+    """A row as tokens, and the positions that it needs."""
 
-    text: str
-    prompt_tokens: int
-    answer_tokens: int
-    cut: bool
+    number: int
+    row: Row
+    start: int
+    tokens: list[int]
+    total: int
 
 
 class Engine:
@@ -59,231 +129,309 @@ class Engine:
 
     Args:
       preset: a local folder, or any handle that keras_hub can load.
-      dtype: `float32` or `bfloat16`.
+      dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
       instruct: wrap each prompt in Gemma's chat template, as one turn of the user. The
         turn tokens are put in by id, so that no text can stand for them.
+      quantization: `int8`: of the weights, and of the activations while they are
+        multiplied, by Keras; empty: none.
+
+    Attributes:
+      counts: `prefill_tokens`, `decode_steps`, `decoded_tokens` so far.
 
     Raises:
       ValueError: the preset is not a Gemma 1, 2 or 3 text model.
     """
 
-    def __init__(self, preset: str, dtype: str = "float32", instruct: bool = False):
+    def __init__(
+        self,
+        preset: str,
+        dtype: str = "float32",
+        instruct: bool = False,
+        quantization: str = "",
+    ):
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
-        if isinstance(backbone, keras_hub.models.Gemma3Backbone):
-            causal_lm, self._position_axis = keras_hub.models.Gemma3CausalLM, 1
-        elif isinstance(backbone, keras_hub.models.GemmaBackbone):
-            causal_lm, self._position_axis = keras_hub.models.GemmaCausalLM, 3
-        else:
-            raise ValueError(f"{preset!r} is a {type(backbone).__name__}, not a Gemma model")
-        self.model = causal_lm(backbone=backbone, preprocessor=None)
+        if quantization:
+            backbone.quantize(quantization)
+        self.shape = Shape.of_device(dtype)
+        self.forward = Forward(backbone, self.shape.chunk)
         self.tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
-        self.weights = [variable.value for variable in self.model.variables]
-        self._prefixes: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
+        self.vocabulary = _vocabulary(self.tokenizer, backbone.vocabulary_size)
+        self.counts: collections.Counter[str] = collections.Counter()
         self._before, self._after = [self.tokenizer.start_token_id], []
         if instruct:
             start, end = map(self.tokenizer.token_to_id, ("<start_of_turn>", "<end_of_turn>"))
             self._before += [start, *self.encode("user\n")]
             self._after = [end, *self.encode("\n"), start, *self.encode("model\n")]
-
-    # Text and tokens.
+        self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
+        self._starts: dict[Text, int] = {}  # the state of the automaton in which each begins
+        self._rules: Rules
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without a start token."""
         return [int(i) for i in self.tokenizer(text)] if text else []
 
-    def decode_text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.detokenize(list(ids))) if len(ids) else ""
-
-    @functools.lru_cache(maxsize=16)  # noqa: B019 (an engine lives as long as its process)
-    def stop_mask(self, stop: tuple[str, ...]) -> jax.Array:
-        """True for each token that ends an answer: the end tokens, and those with a stop text."""
-        stops = [text.replace(" ", "▁") for text in stop]
-        mask = np.array(
-            [any(text in piece for text in stops) for piece in self.tokenizer.get_vocabulary()]
-        )
-        mask[self.tokenizer.end_token_id] = True
-        end_of_turn = self.tokenizer.token_to_id("<end_of_turn>")
-        if end_of_turn != self.tokenizer.token_to_id("<unk>"):
-            mask[end_of_turn] = True
-        return jnp.asarray(mask)  # [vocabulary]
-
-    # What a caller asks.
-
-    def score(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> list[Score]:
-        """Scores each choice as the next text: one forward pass, no decoding.
-
-        Args:
-          prefix: the text that all prompts begin with.
-          suffixes: the rest of each prompt.
-          choices: told apart by their first token.
+    def run(self, rows: Sequence[Row]) -> list[Result | PromptTooLongError]:
+        """Answers rows, in their order.
 
         Raises:
-          ValueError: two choices begin with the same token.
-          PromptTooLongError: a prompt does not fit.
+          ValueError: two choices begin with the same token, or the vocabulary cannot
+            write a text.
         """
-        first = [self.encode(choice)[0] for choice in choices]
-        if len(set(first)) < len(first):
-            raise ValueError(f"the choices {list(choices)} do not differ in their first token")
-        answers: dict[int, Score] = {}
-        for rows, logits, _, lengths in self._prefill(prefix, suffixes, 0):
-            log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))  # [batch, vocabulary]
-            chosen = np.asarray(log_probs[:, jnp.asarray(first)])  # [batch, choices]
-            for row, scores, length in zip(rows, chosen, lengths, strict=False):
-                answers[row] = Score(tuple(map(float, scores)), int(length))
-        return [answers[row] for row in range(len(suffixes))]
+        self._know(row.text for row in rows if row.text)
+        results: dict[int, Result | PromptTooLongError] = {}
+        prompts = []
+        for number, row in enumerate(rows):
+            try:
+                prompts.append(self._prompt(number, row))
+            except PromptTooLongError as error:
+                results[number] = error
+        writing = [prompt for prompt in prompts if prompt.row.text]
+        for block, total in self._blocks([prompt for prompt in prompts if not prompt.row.text]):
+            self._read(block, total, results)
+        for batch, total in self._batches(writing):
+            self._write(batch, total, results)
+        return [results[number] for number in range(len(rows))]
 
-    def generate(
-        self, prefix: str, suffixes: Sequence[str], max_tokens: int, stop: Sequence[str] = ()
-    ) -> list[Continuation]:
-        """Continues each prompt greedily, up to an end token or before a stop text.
+    def all_counts(self) -> collections.Counter[str]:
+        return self.counts + collections.Counter(compilations=self.forward.compilations)
 
-        Raises:
-          PromptTooLongError: a prompt does not fit.
-        """
-        answers: dict[int, Continuation] = {}
-        mask = self.stop_mask(tuple(stop))
-        for rows, logits, cache, lengths in self._prefill(prefix, suffixes, max_tokens):
-            tokens, counts, done, _ = self._decode(
-                self.weights, cache, logits, lengths, mask, max_tokens=max_tokens
-            )
-            batch = zip(rows, *map(np.asarray, (tokens, counts, done, lengths)), strict=False)
-            for row, ids, count, ended, length in batch:
-                whole = self.decode_text(ids[:count].tolist())
-                text = whole
-                for end in stop:
-                    text = text.split(end, 1)[0]
-                cut = not ended and text == whole
-                answers[row] = Continuation(text, int(length), int(count), cut)
-        return [answers[row] for row in range(len(suffixes))]
+    # From rows to blocks and batches.
 
-    # Batches, buckets and the shared prefix.
+    def _prompt(self, number: int, row: Row) -> _Prompt:
+        start = self._prefix(row.prefix)[1]
+        tokens = [*self.encode(row.suffix), *self._after, *self.encode(row.lead)]
+        room = 0
+        if row.choices:
+            first = [self.encode(choice)[0] for choice in row.choices]
+            if len(set(first)) < len(first):
+                raise ValueError(
+                    f"the choices {list(row.choices)} do not differ in their first token"
+                )
+        if row.text:
+            room = row.max_tokens
+            if row.choices:
+                longest = max(len(self.encode(choice + row.between)) for choice in row.choices)
+                room += longest + self.shape.chunk
+        # Prefill feeds whole chunks.
+        chunks = -(-len(tokens) // self.shape.chunk)
+        size = start + max(chunks * self.shape.chunk, len(tokens) + room)
+        return _Prompt(number, row, start, tokens, _bucket(size, TOTALS))
 
-    def _prefix(self, prefix: str) -> tuple[Any, int]:
-        """KV cache of a prefix, `[1, prefix]` at its position axis, and its tokens."""
+    def _blocks(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
+        """Prompts of one prefix, those of like length together."""
+        by_prefix: dict[str, list[_Prompt]] = collections.defaultdict(list)
+        for prompt in prompts:
+            by_prefix[prompt.row.prefix].append(prompt)
+        for some in by_prefix.values():
+            some.sort(key=lambda prompt: len(prompt.tokens))
+            yield from self._groups(some, self.shape.blocks)
+
+    def _batches(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
+        prompts.sort(key=lambda prompt: (prompt.total, prompt.number))
+        yield from self._groups(prompts, self.shape.batches)
+
+    def _groups(
+        self, prompts: list[_Prompt], sizes: tuple[int, ...]
+    ) -> Iterator[tuple[list[_Prompt], int]]:
+        """Cuts a list so that the caches of each part fit; longest first."""
+        prompts = list(prompts)
+        while prompts:
+            total = max(prompt.total for prompt in prompts)
+            fit = self.shape.cache_bytes // (total * self.forward.cache_bytes)
+            most = max([size for size in sizes if size <= fit], default=1)
+            yield prompts[-most:], total
+            del prompts[-most:]
+
+    # Prefill.
+
+    def _prefix(self, prefix: str) -> tuple[Cache, int]:
+        """KV cache of a prefix, one row, and how many tokens it has."""
         if prefix not in self._prefixes:
             ids = [*self._before, *self.encode(prefix)]
-            length = _bucket(len(ids), SUFFIX_BUCKETS)
-            padded = jnp.asarray([ids + [0] * (length - len(ids))])
-            _, cache = self._prefill_rows(
-                self.weights, None, padded, jnp.asarray([len(ids)]), start=0, total=length
-            )
-            cut = functools.partial(
-                jax.lax.slice_in_dim, start_index=0, limit_index=len(ids), axis=self._position_axis
-            )
-            self._prefixes[prefix] = jax.tree.map(cut, cache), len(ids)
+            chunk = self.shape.chunk
+            total = _bucket(-(-len(ids) // chunk) * chunk, TOTALS)
+            cache = self.forward.cache(None, rows=1, total=total)
+            _, cache = self._prefill(cache, [ids], [0], 1, total)
+            self._prefixes[prefix] = cache, len(ids)
             while len(self._prefixes) > PREFIXES_KEPT:
                 self._prefixes.popitem(last=False)
+        self._prefixes.move_to_end(prefix)
         return self._prefixes[prefix]
 
     def _prefill(
-        self, prefix: str, suffixes: Sequence[str], room: int
-    ) -> Iterator[tuple[list[int], jax.Array, Any, jax.Array]]:
-        """Runs suffixes in buckets; yields (row numbers, logits, cache, lengths).
+        self, cache: Cache, tokens: list[list[int]], starts: list[int], rows: int, total: int
+    ) -> tuple[jax.Array, Cache]:
+        padded = np.zeros((rows, total), np.int32)
+        lengths, positions = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        for at, (ids, start) in enumerate(zip(tokens, starts, strict=True)):
+            padded[at, : len(ids)] = ids
+            lengths[at], positions[at] = len(ids), start
+        self.counts["prefill_tokens"] += sum(map(len, tokens))
+        hidden, cache = self.forward.prefill(
+            self.forward.weights, cache, padded, positions, lengths
+        )
+        return hidden, cache
 
-        The arrays may have more rows than there are row numbers.
+    def _read(
+        self, block: list[_Prompt], total: int, results: dict[int, Any]
+    ) -> tuple[jax.Array, Cache, list[int]]:
+        """Runs the prompts of a block and scores their choices.
+
+        Returns:
+          The hidden state of each row's last token, the cache, and the rows' positions.
         """
-        cache, start = self._prefix(prefix)
-        encoded = [[*self.encode(suffix), *self._after] for suffix in suffixes]
-        order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-        while order:
-            width = _bucket(len(encoded[order[0]]), SUFFIX_BUCKETS)
-            fit = max(rows for rows in BATCH_BUCKETS if rows == 1 or rows * width <= BATCH_TOKENS)
-            rows, order = order[:fit], order[fit:]
-            height = _bucket(len(rows), BATCH_BUCKETS)
-            tokens = np.zeros((height, width), np.int32)
-            lengths = np.ones(height, np.int32)
-            for at, row in enumerate(rows):
-                tokens[at, : len(encoded[row])] = encoded[row]
-                lengths[at] = len(encoded[row])
-            logits, filled = self._prefill_rows(
-                self.weights, cache, tokens, lengths, start=start, total=start + width + room
-            )
-            yield rows, logits, filled, jnp.asarray(lengths) + start
+        size = _bucket(len(block), self.shape.blocks)
+        prefix, start = self._prefix(block[0].row.prefix)
+        cache = self.forward.cache(prefix, rows=size, total=total)
+        tokens = [prompt.tokens for prompt in block]
+        hidden, cache = self._prefill(cache, tokens, [start] * len(block), size, total)
+        positions = [start + len(ids) for ids in tokens]
+        for prompt, position in zip(block, positions, strict=True):
+            results[prompt.number] = Result(position)
+        self._score(block, hidden, results)
+        bridges = [
+            self.encode(prompt.row.choices[results[prompt.number].choice] + prompt.row.between)
+            if prompt.row.choices and prompt.row.text
+            else []
+            for prompt in block
+        ]
+        if any(bridges):
+            # A row without one is fed its last token again, which changes nothing.
+            again = [bridge or ids[-1:] for bridge, ids in zip(bridges, tokens, strict=True)]
+            starts = [
+                position if bridge else position - 1
+                for position, bridge in zip(positions, bridges, strict=True)
+            ]
+            hidden, cache = self._prefill(cache, again, starts, size, total)
+            positions = [at + len(ids) for at, ids in zip(starts, again, strict=True)]
+        return hidden, cache, positions
 
-    # The compiled functions.
+    def _score(self, block: list[_Prompt], hidden: jax.Array, results: dict[int, Any]) -> None:
+        for choices in {prompt.row.choices for prompt in block if prompt.row.choices}:
+            first = np.array([self.encode(choice)[0] for choice in choices], np.int32)
+            scores = np.asarray(self.forward.scores(self.forward.weights, hidden, first))
+            for prompt, found in zip(block, scores, strict=False):
+                if prompt.row.choices == choices:
+                    result = results[prompt.number]
+                    result.scores = tuple(map(float, found))
+                    result.choice = int(np.argmax(found - np.array(prompt.row.bias or 0.0)))
 
-    def _empty_cache(self, rows: int, total: int) -> Any:
-        backbone = self.model.backbone
-        heads, dim = backbone.num_key_value_heads, backbone.head_dim
-        if self._position_axis == 1:
-            layer = jnp.zeros((rows, total, heads, dim), backbone.compute_dtype)
-            return tuple((layer, layer) for _ in range(backbone.num_layers))
-        shape = (rows, backbone.num_layers, 2, total, heads, dim)
-        return jnp.zeros(shape, backbone.compute_dtype)
+    # Decode.
 
-    def _row(self, weights: Any, tokens: jax.Array, cache: Any, start: Any) -> tuple[Any, Any]:
-        """One row: tokens [n] at position `start` of its cache -> hidden [n, hidden], cache."""
-        with keras.StatelessScope(state_mapping=zip(self.model.variables, weights, strict=True)):
-            one = jax.tree.map(lambda x: x[None], cache)
-            _, hidden, filled = self.model.call_with_cache(tokens[None], one, start)
-        return hidden[0], jax.tree.map(lambda x: x[0], filled)
+    def _write(self, batch: list[_Prompt], total: int, results: dict[int, Any]) -> None:
+        """Runs the prompts of a batch and writes their answers."""
+        size = _bucket(len(batch), self.shape.batches)
+        cache = self.forward.cache(None, rows=size, total=total)
+        prompts: list[_Prompt] = []
+        hidden, positions = [], []
+        for block, block_total in self._blocks(batch):
+            states, filled, at = self._read(block, block_total, results)
+            places = np.full(states.shape[0], size, np.int32)  # outside: left out
+            places[: len(block)] = range(len(prompts), len(prompts) + len(block))
+            cache = self.forward.place(cache, filled, places)
+            prompts += block
+            positions += at
+            hidden.append(np.asarray(states[: len(block)]))
+        # Rows that only fill the batch are done from the start.
+        blank = size - len(prompts)
+        starts = [self._starts[prompt.row.text] for prompt in prompts if prompt.row.text]
+        writing = Writing(
+            jnp.zeros(size, jnp.int32),
+            *(
+                jnp.asarray(np.pad(np.array(values, np.int32), (0, blank)))
+                for values in (
+                    positions,
+                    starts,
+                    [prompt.row.max_characters for prompt in prompts],
+                    [prompt.row.max_tokens for prompt in prompts],
+                )
+            ),
+        )
+        states = jnp.asarray(np.pad(np.concatenate(hidden), ((0, blank), (0, 0))))
+        writing = self.forward.first(self.forward.weights, states, self._rules, writing)
+        written = [[int(token)] for token in writing.token[: len(prompts)]]
+        ended = self._decode(cache, writing, total, written)
+        for prompt, ids, by_itself in zip(prompts, written, ended, strict=True):
+            assert prompt.row.text
+            result = results[prompt.number]
+            spelled = b"".join(self.vocabulary.pieces[token] for token in ids)
+            result.text = prompt.row.text.read(spelled)
+            result.tokens = tuple(ids)
+            result.cut = not by_itself
 
-    def _logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
-        """hidden [batch, hidden] -> logits [batch, vocabulary]"""
-        with keras.StatelessScope(state_mapping=zip(self.model.variables, weights, strict=True)):
-            logits: jax.Array = self.model.backbone.token_embedding(hidden, reverse=True)
-            return logits
-
-    @functools.partial(jax.jit, static_argnames=("self", "start", "total"))
-    def _prefill_rows(
-        self, weights: Any, prefix: Any, tokens: Any, lengths: Any, *, start: int, total: int
-    ) -> tuple[jax.Array, Any]:
-        """tokens [batch, width], lengths [batch] -> logits of each last token, cache."""
-        cache = self._empty_cache(tokens.shape[0], total)
-        if prefix is not None:
-            cache = jax.tree.map(
-                lambda empty, known: jax.lax.dynamic_update_slice(
-                    empty,
-                    jnp.broadcast_to(known, (empty.shape[0], *known.shape[1:])),
-                    (0,) * empty.ndim,
-                ),
-                cache,
-                prefix,
-            )
-        run = jax.vmap(self._row, in_axes=(None, 0, 0, None))
-        hidden, cache = run(weights, tokens, cache, start)  # hidden [batch, width, hidden]
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self._logits(weights, last), cache
-
-    @functools.partial(jax.jit, static_argnames=("self", "max_tokens"), donate_argnames="cache")
     def _decode(
-        self,
-        weights: Any,
-        cache: Any,
-        logits: jax.Array,
-        lengths: jax.Array,
-        stop_mask: jax.Array,
-        *,
-        max_tokens: int,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-        """Greedy decoding on the device until every row has stopped.
+        self, cache: Cache, writing: Writing, total: int, written: list[list[int]]
+    ) -> list[bool]:
+        """Adds to what each row has written until all have ended.
 
-        Returns tokens [batch, max_tokens], how many of them are the answer [batch], and
-        whether the answer ended by itself [batch].
+        The batch gets smaller when so many have ended that a smaller one holds the rest.
+
+        Returns:
+          Whether each ended by itself.
         """
-        batch = logits.shape[0]
-        run = jax.vmap(self._row, in_axes=(None, 0, 0, 0))
+        ended = [False] * len(written)
+        rows = np.arange(len(written))  # which answer each row of the batch writes, or -1
+        while True:
+            now: Any = Writing._make(np.asarray(values)[: len(rows)] for values in writing)
+            for at in np.flatnonzero(~now.active & (rows >= 0)):
+                within = now.tokens[at] > 0 and now.characters[at] > 0
+                ended[rows[at]] = bool(now.state[at] == DONE and within)
+                rows[at] = -1
+            going = np.flatnonzero(rows >= 0)
+            if not len(going):
+                return ended
+            size = _bucket(len(going), self.shape.batches)
+            if size < len(writing.token):
+                places = np.full(len(writing.token), size, np.int32)
+                places[going] = range(len(going))
+                empty = self.forward.cache(None, rows=size, total=total)
+                cache = self.forward.place(empty, cache, places)
+                blank = size - len(going)
+                writing = Writing(*(jnp.pad(values[going], (0, blank)) for values in now))
+                rows = rows[going]
+            before = np.asarray(writing.tokens)
+            floor = max([rows for rows in self.shape.batches if rows < len(going)], default=0)
+            steps = _bucket(min(int(before.max()), STEPS[-1]), STEPS)
+            chosen, writing, cache = self.forward.decode(
+                self.forward.weights, cache, self._rules, writing, floor, steps=steps
+            )
+            counts = before - np.asarray(writing.tokens)
+            self.counts["decode_steps"] += int(counts.max())
+            self.counts["decoded_tokens"] += int(counts.sum())
+            for row, ids, count in zip(rows, np.asarray(chosen), counts, strict=False):
+                written[row] += ids[:count].tolist()  # nothing where the row is -1: its count is 0
 
-        def unfinished(state: Any) -> Any:
-            step, _, _, _, done, _ = state
-            return (step < max_tokens) & ~jnp.all(done)
+    def _know(self, texts: Iterable[Text]) -> None:
+        """Makes the automaton anew where it lacks a text."""
+        known = dict.fromkeys([*self._starts, *texts])
+        if len(known) > len(self._starts):
+            automaton = compile_texts(list(known), self.vocabulary)
+            self._starts = dict(zip(known, automaton.starts, strict=True))
+            self._rules = self.forward.rules(automaton)
 
-        def one_step(state: Any) -> Any:
-            step, cache, logits, answer, done, counts = state
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [batch]
-            stops = stop_mask[token]
-            answer = answer.at[:, step].set(token)
-            # A stop token may hold text before its end (".\n"), so it is kept and cut as text.
-            counts = counts + ~done
-            done = done | stops
-            hidden, cache = run(weights, token[:, None], cache, lengths + step)
-            return step + 1, cache, self._logits(weights, hidden[:, 0]), answer, done, counts
 
-        answer = jnp.zeros((batch, max_tokens), jnp.int32)
-        done, counts = jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
-        state = (jnp.int32(0), cache, logits, answer, done, counts)
-        _, cache, _, answer, done, counts = jax.lax.while_loop(unfinished, one_step, state)
-        return answer, counts, done, cache  # the cache, so that its memory can be donated
+def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+    """The bytes of each token; those that no text holds have none."""
+    pieces = []
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
+    for token in range(min(size, model.vocab_size())):
+        piece = model.id_to_piece(token)
+        if model.is_byte(token):
+            pieces.append(bytes([int(piece[3:-1], 16)]))
+        elif (
+            model.is_control(token)
+            or model.is_unknown(token)
+            or model.is_unused(token)
+            or CONTROL_TOKEN.fullmatch(piece)
+        ):
+            pieces.append(b"")
+        else:
+            pieces.append(piece.replace("▁", " ").encode())
+    pieces += [b""] * (size - len(pieces))
+    ends = {tokenizer.end_token_id, tokenizer.token_to_id("<end_of_turn>")}
+    return Vocabulary(tuple(pieces), tuple(ends - {model.unk_id()}))
 
 
 def _bucket(size: int, buckets: Sequence[int]) -> int:
@@ -291,5 +439,6 @@ def _bucket(size: int, buckets: Sequence[int]) -> int:
         if size <= bucket:
             return bucket
     raise PromptTooLongError(
-        "prompt_too_long", f"the prompt has {size:,} tokens; at most {buckets[-1]:,} are taken"
+        "prompt_too_long",
+        f"prompt and answer have {size:,} tokens; at most {buckets[-1]:,} are taken",
     )

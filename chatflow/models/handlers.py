@@ -5,15 +5,22 @@ from __future__ import annotations
 import abc
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from chatflow import metrics
 from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
-from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, Request
+from chatflow.models.requests import (
+    ONE_BUNDLE,
+    Answer,
+    Batching,
+    Failure,
+    Request,
+    WorkerSettings,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -27,11 +34,17 @@ def prompt_length(element: Request | tuple[Any, Request]) -> int:
     return max(estimate_tokens(part.prompt[part.shared :]) for part in request.parts)
 
 
-class LanguageModel(Protocol):
-    """A loaded model. Its one method takes and gives plain values, so that it can be
+class LanguageModel(abc.ABC):
+    """A loaded model. Its methods take and give plain values, so that they can be
     called from other processes."""
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]: ...
+    @abc.abstractmethod
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """One answer or failure for each request, in their order."""
+
+    def counts(self) -> dict[str, int]:
+        """What the model counted since it was last asked, by name, for Beam's metrics."""
+        return {}
 
 
 ModelT = TypeVar("ModelT", bound=LanguageModel)
@@ -51,17 +64,23 @@ class LanguageModelHandler(
 
     Args:
       batching: how requests are put together.
-      large_model: one copy of the model serves all processes of a worker.
+      settings: of a model that the worker holds; None: each process has its own.
     """
 
-    def __init__(self, name: str, batching: Batching = ONE_BUNDLE, large_model: bool = False):
+    def __init__(
+        self,
+        name: str,
+        batching: Batching = ONE_BUNDLE,
+        settings: WorkerSettings | None = None,
+    ):
         super().__init__(
             min_batch_size=batching.size,
             max_batch_size=batching.size,
             max_batch_duration_secs=batching.seconds,
             batch_length_fn=prompt_length if batching.buckets else None,
             batch_bucket_boundaries=list(batching.buckets) or None,
-            large_model=large_model,
+            large_model=settings is not None and settings.large_model,
+            model_copies=settings.model_copies if settings and settings.large_model else None,
         )
         self.name = name
 
@@ -78,7 +97,9 @@ class LanguageModelHandler(
         inference_args: dict[str, Any] | None = None,
     ) -> Iterable[PredictionResult]:
         """Answers a batch; see the class for what comes back."""
-        inferences = ask(model, batch)
+        inferences = ask(model.answer, batch)
+        for name, number in model.counts().items():
+            metrics.count(f"model/{name}", number)
         for request in batch:
             metrics.count(f"answered/{request.task}")
         metrics.observe("batch_size", len(batch))
@@ -88,18 +109,20 @@ class LanguageModelHandler(
         ]
 
 
-def ask(model: LanguageModel, batch: Sequence[Request]) -> list[Answer | Failure]:
+def ask(
+    answer: Callable[[Sequence[Request]], list[Answer | Failure]], batch: Sequence[Request]
+) -> list[Answer | Failure]:
     """The batch at once; where that fails, each request alone."""
     started = time.monotonic()
     try:
-        answers = model.answer(batch)
+        answers = answer(batch)
         if len(answers) != len(batch):
             raise RuntimeError(f"{len(batch)} requests, but {len(answers)} answers")
         return answers
     except Exception as error:
         if len(batch) > 1:
             _log.warning("a batch of %d failed, asking one by one: %s", len(batch), error)
-            return [answer for request in batch for answer in ask(model, [request])]
+            return [one for request in batch for one in ask(answer, [request])]
         seconds = time.monotonic() - started
         if isinstance(error, ElementError):
             return [Failure(error.reason, str(error), error.answer)]

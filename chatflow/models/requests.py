@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Part:
       tail: fixed text that ends the answer, in place of the model's last full stop.
       max_tokens: of the answer; unused where there are choices.
       stop: texts that end the answer and are not part of it.
+      characters: of the answer, at most, where the model can be held to it; 0: any.
+      schema: JSON schema of the answer, where the model writes JSON: a flat object of one
+        enumeration and one string.
       choices: if any, one of these is scored best, and nothing is generated.
       values: what each choice stands for in the JSON answer.
       bias: constants taken off the choices' log-probabilities, in nats.
@@ -31,6 +35,8 @@ class Part:
     tail: str = ""
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
+    characters: int = 0
+    schema: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     choices: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
     bias: tuple[float, ...] = ()
@@ -102,6 +108,28 @@ class Batching(NamedTuple):
 
 
 ONE_BUNDLE = Batching()
+
+
+class WorkerSettings(NamedTuple):
+    """How a model is kept on a worker.
+
+    Attributes:
+      dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on an accelerator.
+      quantization: `int8`, or empty: none.
+      large_model: one copy of the weights serves all processes of a worker; else each
+        process loads its own.
+      model_copies: copies of the weights by worker, each of which serves all processes.
+      merge_seconds: how long a request may wait for those of other callers.
+    """
+
+    dtype: str = "auto"
+    quantization: str = ""
+    large_model: bool = True
+    model_copies: int = 1
+    merge_seconds: float = 0.02
+
+
+ONE_COPY = WorkerSettings()
 
 
 class RemoteSettings(NamedTuple):

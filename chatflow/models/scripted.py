@@ -27,7 +27,7 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import ElementError, UsageError
-from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.handlers import LanguageModel, LanguageModelHandler
 from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, Request
 
 _FIELDS = frozenset(
@@ -92,7 +92,7 @@ def load_script(path: str) -> Script:
     return Script(tuple(rules))
 
 
-class ScriptedModel:
+class ScriptedModel(LanguageModel):
     """Answers each request with a function; an `ElementError` of it fails that one alone."""
 
     def __init__(self, name: str, function: Callable[[Request], str]):

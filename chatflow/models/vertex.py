@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from chatflow.errors import ModelError, UsageError
-from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.handlers import LanguageModel, LanguageModelHandler
 from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, RemoteSettings, Request
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
@@ -86,7 +86,7 @@ def _retry_after(error: Exception) -> float:
         return 0.0
 
 
-class RemoteModel:
+class RemoteModel(LanguageModel):
     """Answers each request with a call of its own; see `VertexModelHandler`."""
 
     def __init__(self, name: str, settings: RemoteSettings):
@@ -130,16 +130,6 @@ def finished(text: str | None, reason: str) -> str:
     return text
 
 
-ANALYSIS_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "sentiment": {"type": "integer", "enum": [-1, 0, 1]},
-        "summary": {"type": "string"},
-    },
-    "required": ["sentiment", "summary"],
-}
-
-
 class GeminiModel(RemoteModel):
     """A Gemini model on Vertex AI, through google-genai."""
 
@@ -169,11 +159,11 @@ class GeminiModel(RemoteModel):
     def call(self, request: Request) -> Answer:
         (part,) = request.parts
         form: dict[str, Any] = {}
-        if request.task == "analysis":
+        if part.schema:
             # As an OpenAPI schema an enum is of strings only, so this is JSON Schema.
             form = {
                 "response_mime_type": "application/json",
-                "response_json_schema": ANALYSIS_SCHEMA,
+                "response_json_schema": part.schema,
             }
         response = self._client.models.generate_content(
             model=self.name,

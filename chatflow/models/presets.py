@@ -1,0 +1,119 @@
+"""Names of Gemma models, and the folders that keras_hub loads them from."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from chatflow.errors import UsageError
+from chatflow.models import embedded
+
+
+def is_instruct(preset: str) -> bool:
+    """Whether a preset's name says that it was tuned to follow instructions.
+
+    >>> is_instruct("gemma3_instruct_1b"), is_instruct("hf://google/gemma-3-1b-it")
+    (True, True)
+    >>> is_instruct("gemma3-270m")
+    False
+    """
+    return re.search(r"(^|[-_/])(it|instruct)([-_/]|$)", preset.lower()) is not None
+
+
+def check_preset(preset: str) -> None:
+    """Checks what can be checked of a preset's name without loading it.
+
+    Raises:
+      UsageError: it is no name, folder or handle that can be loaded.
+    """
+    if preset == embedded.NAME or "://" in preset:
+        return
+    folder = Path(preset)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"--model: the folder {preset!r} has no config.json, so it is no preset"
+            )
+        return
+    known = _keras_presets()
+    if preset not in known:
+        near = difflib.get_close_matches(preset, sorted(known), n=5, cutoff=0.3)
+        raise UsageError(
+            f"--model: unknown model {preset!r}; give {embedded.NAME} (embedded), a folder, "
+            "hf://…, kaggle://…, gs://…, scripted:FILE, or one of keras_hub's Gemma presets, e.g. "
+            + ", ".join(near or ["gemma3_instruct_1b", "gemma2_instruct_2b_en"])
+        )
+
+
+def _keras_presets() -> set[str]:
+    use_jax()
+    from keras_hub.models import Gemma3Backbone, GemmaBackbone
+
+    return {*GemmaBackbone.presets, *Gemma3Backbone.presets}
+
+
+def use_jax(model_copies: int = 1) -> None:
+    """Chooses Keras's backend; must run before keras is first imported.
+
+    JAX takes most of a GPU's memory when it is first used; here each copy of a model
+    takes its share, unless the environment says otherwise. What is compiled is kept on disk.
+
+    Args:
+      model_copies: processes that share a GPU.
+
+    Raises:
+      UsageError: keras is loaded already, with another backend.
+    """
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / model_copies:.2f}")
+    import jax
+    import keras
+
+    config: Any = jax.config
+    config.update("jax_compilation_cache_dir", os.fspath(embedded.cache_root() / "xla"))
+    config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+    if keras.config.backend() != "jax":
+        raise UsageError(f"keras runs on {keras.config.backend()}; set KERAS_BACKEND=jax")
+
+
+def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> str:
+    """A name that keras_hub can load: the embedded model made, `gs://` copied to the cache."""
+    if preset == embedded.NAME:
+        return os.fspath(embedded.ensure(progress))
+    if preset.startswith(("kaggle://", "hf://")) or "://" not in preset:
+        return preset
+    return os.fspath(copied(preset, progress))
+
+
+def copied(url: str, progress: embedded.Progress) -> Path:
+    """A folder of any filesystem that Beam knows, in the local cache.
+
+    A file is copied under another name first, so that a broken copy is never used.
+    """
+    import fasteners
+    from apache_beam.io.filesystems import FileSystems
+
+    folder = embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", url)
+    folder.mkdir(parents=True, exist_ok=True)
+    with fasteners.InterProcessLock(f"{folder}.lock"):
+        base = url.rstrip("/") + "/"
+        files = FileSystems.match([base + "**"])[0].metadata_list
+        if not files:
+            raise UsageError(f"--model: no files in {url!r}")
+        for file in files:
+            target = folder / file.path[len(base) :]
+            if target.is_file() and target.stat().st_size == file.size_in_bytes:
+                continue
+            progress(f"copying {file.path} ({file.size_in_bytes / 1e6:,.0f} MB)")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(target.name + ".part")
+            source = FileSystems.open(file.path, compression_type="uncompressed")
+            with source, part.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 22)
+            part.replace(target)
+    return folder
