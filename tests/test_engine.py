@@ -8,8 +8,8 @@ import pytest
 from conftest import required
 
 from chatflow.models.gemma import GemmaModelHandler
-from chatflow.models.presets import use_jax
 from chatflow.models.grammar import Text
+from chatflow.models.presets import use_jax
 from chatflow.models.requests import Failure, Part, Request, WorkerSettings
 
 # chatflow.models.engine is imported when keras has its backend.
@@ -159,13 +159,13 @@ def request(prompt, chat_id="1"):
 
 
 def test_a_prompt_that_is_too_long_fails_alone(preset, monkeypatch):
-    monkeypatch.setattr("chatflow.models.engine.TOTALS", (32, 64))
+    monkeypatch.setattr("chatflow.models.engine.TOTALS", (128, 192))
     handler = GemmaModelHandler(preset)
     model = load(preset)
-    batch = [request("sorry"), request("angry " * 200), request("late")]
+    batch = [request("sorry"), request("angry " * 400), request("late")]
     one, two, three = (r.inference for r in handler.run_inference(batch, model))
     assert isinstance(two, Failure)
-    assert (two.reason, "at most 64" in two.error) == ("prompt_too_long", True)
+    assert (two.reason, "at most 192" in two.error) == ("prompt_too_long", True)
     assert one.text == model.answer([batch[0]])[0].text
     assert three.text == model.answer([batch[2]])[0].text
 

@@ -11,6 +11,7 @@ from chatflow.analysis import to_analysis
 from chatflow.asking import Answered
 from chatflow.drafts import to_draft
 from chatflow.models import ModelSpec, embedded
+from chatflow.models.grammar import Text
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Sentiment
 from chatflow.templates import load_folder
@@ -102,6 +103,8 @@ def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
 
 def test_greedy_text_is_that_of_plain_forward_passes(gemma):
     """Of the whole text each time, without the cache."""
+    from chatflow.models.engine import Row
+
     engine, ids = gemma.engine, [2, *gemma.engine.encode("The capital of France is")]
     row = Row("The capital", " of France is", text=Text(), max_tokens=6)
     (found,) = engine.run([row])

@@ -40,15 +40,13 @@ class Shape(NamedTuple):
     """How much is run at once; few sizes, for each is compiled.
 
     Attributes:
-      blocks: rows of one prefill.
+      chunks: by rows of one prefill, how many tokens of each it feeds at once.
       batches: rows of one decoding batch.
-      chunk: tokens of a row that prefill feeds at once.
       cache_bytes: of the caches of one batch, at most.
     """
 
-    blocks: tuple[int, ...]
+    chunks: dict[int, int]
     batches: tuple[int, ...]
-    chunk: int
     cache_bytes: int
 
     @classmethod
@@ -58,10 +56,20 @@ class Shape(NamedTuple):
         if device.platform == "cpu":
             # One row of bfloat16 is multiplied by a slow kernel of XLA's.
             one = 1 if dtype == "float32" else 2
-            return cls((one, 8), (one, 8, 16, 32, 64), 32, 2 << 30)
+            return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30)
         memory = device.memory_stats() or {}
         free = memory.get("bytes_limit", 8 << 30) - memory.get("bytes_in_use", 0)
-        return cls((1, 8, 64), (1, 8, 32, 64, 128), 128, free // 2)
+        return cls({1: 64, 8: 64, 64: 64}, (1, 8, 32, 64, 128), free // 2)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Rows of one prefill."""
+        return tuple(self.chunks)
+
+    def fed(self, tokens: int) -> int:
+        """Positions that so many tokens need while they are fed in whole chunks."""
+        chunk = max(self.chunks.values())
+        return -(-tokens // chunk) * chunk
 
 
 class PromptTooLongError(ModelError):
@@ -123,6 +131,11 @@ class _Prompt(NamedTuple):
     tokens: list[int]
     total: int
 
+    @property
+    def bridged(self) -> bool:
+        """A text follows a choice."""
+        return bool(self.row.choices and self.row.text)
+
 
 class Engine:
     """A Gemma model with its tokenizer, ready to score and to decode.
@@ -155,7 +168,7 @@ class Engine:
         if quantization:
             backbone.quantize(quantization)
         self.shape = Shape.of_device(dtype)
-        self.forward = Forward(backbone, self.shape.chunk)
+        self.forward = Forward(backbone)
         self.tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
         self.vocabulary = _vocabulary(self.tokenizer, backbone.vocabulary_size)
         self.counts: collections.Counter[str] = collections.Counter()
@@ -202,29 +215,25 @@ class Engine:
     def _prompt(self, number: int, row: Row) -> _Prompt:
         start = self._prefix(row.prefix)[1]
         tokens = [*self.encode(row.suffix), *self._after, *self.encode(row.lead)]
-        room = 0
+        room = row.max_tokens if row.text else 0
         if row.choices:
             first = [self.encode(choice)[0] for choice in row.choices]
             if len(set(first)) < len(first):
                 raise ValueError(
                     f"the choices {list(row.choices)} do not differ in their first token"
                 )
-        if row.text:
-            room = row.max_tokens
-            if row.choices:
+            if row.text:
                 longest = max(len(self.encode(choice + row.between)) for choice in row.choices)
-                room += longest + self.shape.chunk
-        # Prefill feeds whole chunks.
-        chunks = -(-len(tokens) // self.shape.chunk)
-        size = start + max(chunks * self.shape.chunk, len(tokens) + room)
+                room = max(room + longest, self.shape.fed(longest))
+        size = start + max(self.shape.fed(len(tokens)), len(tokens) + room)
         return _Prompt(number, row, start, tokens, _bucket(size, TOTALS))
 
     def _blocks(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
-        """Prompts of one prefix, those of like length together."""
-        by_prefix: dict[str, list[_Prompt]] = collections.defaultdict(list)
+        """Prompts of one prefix and one kind, those of like length together."""
+        groups: dict[tuple[str, bool], list[_Prompt]] = collections.defaultdict(list)
         for prompt in prompts:
-            by_prefix[prompt.row.prefix].append(prompt)
-        for some in by_prefix.values():
+            groups[prompt.row.prefix, prompt.bridged].append(prompt)
+        for some in groups.values():
             some.sort(key=lambda prompt: len(prompt.tokens))
             yield from self._groups(some, self.shape.blocks)
 
@@ -250,8 +259,7 @@ class Engine:
         """KV cache of a prefix, one row, and how many tokens it has."""
         if prefix not in self._prefixes:
             ids = [*self._before, *self.encode(prefix)]
-            chunk = self.shape.chunk
-            total = _bucket(-(-len(ids) // chunk) * chunk, TOTALS)
+            total = _bucket(self.shape.fed(len(ids)), TOTALS)
             cache = self.forward.cache(None, rows=1, total=total)
             _, cache = self._prefill(cache, [ids], [0], 1, total)
             self._prefixes[prefix] = cache, len(ids)
@@ -270,7 +278,7 @@ class Engine:
             lengths[at], positions[at] = len(ids), start
         self.counts["prefill_tokens"] += sum(map(len, tokens))
         hidden, cache = self.forward.prefill(
-            self.forward.weights, cache, padded, positions, lengths
+            self.forward.weights, cache, padded, positions, lengths, chunk=self.shape.chunks[rows]
         )
         return hidden, cache
 
@@ -291,21 +299,13 @@ class Engine:
         for prompt, position in zip(block, positions, strict=True):
             results[prompt.number] = Result(position)
         self._score(block, hidden, results)
-        bridges = [
-            self.encode(prompt.row.choices[results[prompt.number].choice] + prompt.row.between)
-            if prompt.row.choices and prompt.row.text
-            else []
-            for prompt in block
-        ]
-        if any(bridges):
-            # A row without one is fed its last token again, which changes nothing.
-            again = [bridge or ids[-1:] for bridge, ids in zip(bridges, tokens, strict=True)]
-            starts = [
-                position if bridge else position - 1
-                for position, bridge in zip(positions, bridges, strict=True)
+        if block[0].bridged:
+            bridges = [
+                self.encode(row.choices[results[number].choice] + row.between)
+                for number, row, *_ in block
             ]
-            hidden, cache = self._prefill(cache, again, starts, size, total)
-            positions = [at + len(ids) for at, ids in zip(starts, again, strict=True)]
+            hidden, cache = self._prefill(cache, bridges, positions, size, total)
+            positions = [at + len(ids) for at, ids in zip(positions, bridges, strict=True)]
         return hidden, cache, positions
 
     def _score(self, block: list[_Prompt], hidden: jax.Array, results: dict[int, Any]) -> None:

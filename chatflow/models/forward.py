@@ -26,6 +26,11 @@ Cache = Any
 """Keys and values: a tree of arrays `[rows, …, total, heads, head_dim]`."""
 
 
+_TURNED = ("query/kernel", "attention_output/kernel")
+"""Kernels that XLA multiplies with their first two axes exchanged: kept so, because on a
+CPU it would exchange them anew at each step, which takes a fifth of a step of one row."""
+
+
 class Rules(NamedTuple):
     """An `Automaton` on the device, padded so that its shapes are few."""
 
@@ -62,16 +67,16 @@ class Forward:
 
     Args:
       backbone: keras_hub's, of Gemma 1, 2 or 3, text only.
-      chunk: tokens of a row that are fed at once.
 
     Attributes:
+      weights: the values of the model's variables, which every function is given.
       compilations: how many functions were compiled so far.
 
     Raises:
       ValueError: the backbone is another model's.
     """
 
-    def __init__(self, backbone: Any, chunk: int):
+    def __init__(self, backbone: Any):
         if isinstance(backbone, keras_hub.models.Gemma3Backbone):
             causal_lm, self._position_axis = keras_hub.models.Gemma3CausalLM, 1
         elif isinstance(backbone, keras_hub.models.GemmaBackbone):
@@ -79,8 +84,14 @@ class Forward:
         else:
             raise ValueError(f"a {type(backbone).__name__} is not a Gemma model")
         self.model = causal_lm(backbone=backbone, preprocessor=None)
-        self.weights = [variable.value for variable in self.model.variables]
-        self.chunk = chunk
+        self._turned = [
+            variable.ndim == 3 and variable.path.endswith(_TURNED)
+            for variable in self.model.variables
+        ]
+        self.weights = [
+            jnp.transpose(variable.value, (1, 0, 2)) if turned else variable.value
+            for variable, turned in zip(self.model.variables, self._turned, strict=True)
+        ]
         self.compilations = 0
 
     @property
@@ -131,11 +142,13 @@ class Forward:
 
         return jax.tree.map(put, to, rows)
 
-    @functools.partial(jax.jit, static_argnames="self", donate_argnames="cache")
+    @functools.partial(jax.jit, static_argnames=("self", "chunk"), donate_argnames="cache")
     def prefill(
-        self, weights: Any, cache: Cache, tokens: Any, starts: Any, lengths: Any
+        self, weights: Any, cache: Cache, tokens: Any, starts: Any, lengths: Any, *, chunk: int
     ) -> tuple[jax.Array, Cache]:
         """Feeds each row its next tokens, a chunk of all rows at a time.
+
+        A cache needs room for the last chunk of its longest row as a whole.
 
         Args:
           tokens: `[rows, total]`, of which `lengths` are the rows' own.
@@ -150,19 +163,19 @@ class Forward:
 
         def feed(number: Any, state: Any) -> Any:
             last, cache = state
-            begin = number * self.chunk
-            part = jax.lax.dynamic_slice_in_dim(tokens, begin, self.chunk, axis=1)
+            begin = number * chunk
+            part = jax.lax.dynamic_slice_in_dim(tokens, begin, chunk, axis=1)
             hidden, cache = run(weights, part, cache, starts + begin)  # [rows, chunk, hidden]
             at = lengths - 1 - begin
-            ends_here = (at >= 0) & (at < self.chunk)
-            found = jnp.take_along_axis(
-                hidden, jnp.clip(at, 0, self.chunk - 1)[:, None, None], axis=1
-            )[:, 0]
+            ends_here = (at >= 0) & (at < chunk)
+            found = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[
+                :, 0
+            ]
             return jnp.where(ends_here[:, None], found, last), cache
 
         backbone = self.model.backbone
         last = jnp.zeros((tokens.shape[0], backbone.hidden_dim), backbone.compute_dtype)
-        chunks = (jnp.max(lengths) + self.chunk - 1) // self.chunk
+        chunks = (jnp.max(lengths) + chunk - 1) // chunk
         hidden, cache = jax.lax.fori_loop(0, chunks, feed, (last, cache))
         return hidden, cache
 
@@ -263,15 +276,23 @@ class Forward:
         shape = (rows, backbone.num_layers, 2, total, heads, dim)
         return jnp.zeros(shape, backbone.compute_dtype)
 
+    def _using(self, weights: Any) -> Any:
+        """The model's variables have these values."""
+        values = [
+            jnp.transpose(value, (1, 0, 2)) if turned else value
+            for value, turned in zip(weights, self._turned, strict=True)
+        ]
+        return keras.StatelessScope(state_mapping=zip(self.model.variables, values, strict=True))
+
     def _row(self, weights: Any, tokens: jax.Array, cache: Cache, start: Any) -> tuple[Any, Cache]:
         """One row: tokens [n] at position `start` of its cache -> hidden [n, hidden], cache."""
-        with keras.StatelessScope(state_mapping=zip(self.model.variables, weights, strict=True)):
+        with self._using(weights):
             one = jax.tree.map(lambda x: x[None], cache)
             _, hidden, filled = self.model.call_with_cache(tokens[None], one, start)
         return hidden[0], jax.tree.map(lambda x: x[0], filled)
 
     def _logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
         """hidden [rows, hidden] -> logits [rows, vocabulary]"""
-        with keras.StatelessScope(state_mapping=zip(self.model.variables, weights, strict=True)):
+        with self._using(weights):
             logits: jax.Array = self.model.backbone.token_embedding(hidden, reverse=True)
             return logits
