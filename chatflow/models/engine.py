@@ -13,12 +13,14 @@ token and runs the whole prompt each time. Here
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import keras
 import keras_hub
 import numpy as np
 import sentencepiece
@@ -164,7 +166,8 @@ class Engine:
     ):
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
+        with _without_initial_values():
+            backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
         if quantization:
             backbone.quantize(quantization)
         self.shape = Shape.of_device(dtype)
@@ -410,6 +413,18 @@ class Engine:
             automaton = compile_texts(list(known), self.vocabulary)
             self._starts = dict(zip(known, automaton.starts, strict=True))
             self._rules = self.forward.rules(automaton)
+
+
+@contextlib.contextmanager
+def _without_initial_values() -> Iterator[None]:
+    """Keras draws random weights before it reads those of the file; here they are zeros."""
+    initializer = keras.initializers.VarianceScaling
+    drawn = initializer.__call__
+    initializer.__call__ = lambda self, shape, dtype=None: jnp.zeros(shape, dtype)
+    try:
+        yield
+    finally:
+        initializer.__call__ = drawn
 
 
 def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
