@@ -44,14 +44,14 @@ class AskModel(beam.PTransform):
     stage: str
 
     def expand(self, questions: beam.PCollection[Question]) -> Outcome:
+        infer = RunInference(
+            KeyedModelHandler(self.model.handler), model_identifier=self.model.identifier
+        ).with_resource_hints(**self.model.hints)
         results = (
             questions
             | "BeforeModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
             | "WithKey" >> beam.Map(_keyed)
-            | "RunInference"
-            >> RunInference(
-                KeyedModelHandler(self.model.handler), model_identifier=self.model.identifier
-            )
+            | "RunInference" >> infer
             | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
         )
         outcome: Outcome = results | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)

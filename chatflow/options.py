@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 
 DEFAULT_MODEL = "gemma3-270m"
 
@@ -26,7 +26,7 @@ def _flag(
 
 
 _DATA, _CHATS, _MODEL = "data", "messages to chats", "model and prompts"
-_REMOTE, _RUN = "remote models", "running"
+_WORKER, _REMOTE, _RUN = "models on the workers", "remote models", "running"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,6 @@ class Options:
         "auto", "Whether the model continues text (base) or follows instructions (instruct); "
         "auto: by its name.", _MODEL, choices=("auto", "base", "instruct"),
     )  # fmt: skip
-    dtype: str = _flag(
-        "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else float32.",
-        _MODEL, choices=("auto", "float32", "bfloat16"),
-    )  # fmt: skip
     prompts: str = _flag(
         "", "Folder with analysis.jinja and apology.jinja; default: chatflow's own for the "
         "model's kind.", _MODEL,
@@ -99,7 +95,7 @@ class Options:
         1536, "Budget of one prompt; the oldest messages are left out first, and the record "
         "says so.", _MODEL, least=64,
     )  # fmt: skip
-    max_batch_size: int = _flag(16, "Most requests in one batch to the model.", _MODEL, least=1)
+    max_batch_size: int = _flag(32, "Most requests in one batch to the model.", _MODEL, least=1)
     max_batch_duration_secs: float = _flag(
         0.2, "In streams, how long a request waits for others to fill its batch; 0: only those "
         "of its bundle.", _MODEL, least=0,
@@ -107,6 +103,30 @@ class Options:
     batch_buckets: str = _flag(
         "", "In streams, lengths of prompts in tokens, e.g. 256,512, between which requests are "
         "batched apart; default: together.", _MODEL,
+    )  # fmt: skip
+    dtype: str = _flag(
+        "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else float32.",
+        _WORKER, choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+    quantization: str = _flag(
+        "none", "Weights of 8 bits, by Keras: a quarter of the memory of float32, answers that "
+        "differ a little.", _WORKER, choices=("none", "int8"),
+    )  # fmt: skip
+    large_model: str = _flag(
+        "true", "One copy of the weights serves all processes of a worker; false: each process "
+        "loads its own.", _WORKER, choices=("true", "false"),
+    )  # fmt: skip
+    model_copies: int = _flag(
+        1, "Copies of the weights by worker that take requests in turn; each gets its share of a "
+        "GPU's memory.", _WORKER, least=1,
+    )  # fmt: skip
+    accelerator: str = _flag(
+        "", "Resource hint of the inference steps, e.g. "
+        "type:nvidia-l4;count:1;install-nvidia-driver, for runners that choose machines by it.",
+        _WORKER,
+    )  # fmt: skip
+    min_ram: str = _flag(
+        "", "Resource hint of the inference steps, e.g. 16GB.", _WORKER
     )  # fmt: skip
     max_in_flight: int = _flag(
         16, "Most calls at once to a remote model, by worker process.", _REMOTE, least=1
@@ -138,7 +158,9 @@ class Options:
                 f"--quiet_seconds={self.quiet_seconds}: must be less than "
                 f"--retention_hours={self.retention_hours} ({self.retention_hours * 3600:.0f} s)"
             )
-        _ = self.bucket_boundaries
+        if self.model_copies > 1 and self.large_model == "false":
+            raise UsageError("--model_copies: only with --large_model=true, which counts them")
+        _ = self.bucket_boundaries, self.resource_hints
 
     @property
     def bucket_boundaries(self) -> tuple[int, ...]:
@@ -150,6 +172,20 @@ class Options:
         if any(number < 1 for number in numbers):
             raise UsageError(f"--batch_buckets={self.batch_buckets}: must be numbers, e.g. 256,512")
         return tuple(numbers)
+
+    @property
+    def resource_hints(self) -> dict[str, str]:
+        """Beam's resource hints of the inference steps."""
+        from apache_beam.transforms.resources import parse_resource_hints
+
+        hints = {"accelerator": self.accelerator, "min_ram": self.min_ram}
+        given = {name: value for name, value in hints.items() if value}
+        for name, value in given.items():
+            try:
+                parse_resource_hints({name: value})
+            except ValueError as error:
+                raise UsageError(f"--{name}={value}: {one_line(error)}") from None
+        return given
 
     @classmethod
     def defaults(cls) -> dict[str, dict[str, Any]]:

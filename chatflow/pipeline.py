@@ -69,7 +69,12 @@ def plan(
         name=options.model,
         inference=options.inference,
         kind=options.model_kind,
-        worker=WorkerSettings(options.dtype),
+        worker=WorkerSettings(
+            options.dtype,
+            options.quantization.removeprefix("none"),
+            options.large_model == "true",
+            options.model_copies,
+        ),
         batching=Batching(
             options.max_batch_size,
             (options.max_batch_duration_secs or None) if streaming else None,
@@ -90,12 +95,16 @@ def plan(
         timedelta(hours=options.retention_hours),
     )
     templates = load_folder(options.prompts or ("instruct" if spec.instruct else "base"))
+    analysis_prompt = AnalysisPrompt(templates["analysis"], spec, options.max_prompt_tokens)
+    draft_prompt = DraftPrompt(templates["apology"], spec, options.max_prompt_tokens)
+    # In a stream somebody waits for the first answers, so the model is readied as it loads.
+    expected = (analysis_prompt.probe, draft_prompt.probe) if streaming else ()
     return Plan(
         options,
         spec,
-        spec.model(),
-        AnalysisPrompt(templates["analysis"], spec, options.max_prompt_tokens),
-        DraftPrompt(templates["apology"], spec, options.max_prompt_tokens),
+        spec.model(expected, options.resource_hints),
+        analysis_prompt,
+        draft_prompt,
         rules,
         {k: split_destinations(k, getattr(options, k), options.output) for k in KINDS},
         streaming,

@@ -140,6 +140,11 @@ class Prompt:
         )
         return Question(chat, user_id, request, kept.dropped, kept.cut, analysis)
 
+    @property
+    def probe(self) -> Request:
+        """A request of a short chat, as they will come."""
+        return self.question(*_PROBES[0]).request
+
     def _beside(self, block: str, *values: Any) -> str:
         return self._render(block, *values) if block in self.template.blocks else ""
 

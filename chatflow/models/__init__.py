@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from chatflow.models import embedded
@@ -14,6 +16,7 @@ from chatflow.models.requests import (
     ONE_COPY,
     Batching,
     RemoteSettings,
+    Request,
     WorkerSettings,
 )
 
@@ -27,11 +30,13 @@ class Model:
     Attributes:
       handler: a Beam `ModelHandler` from `Request` to `PredictionResult`, whose
         inference is an `Answer` or a `Failure`.
+      hints: Beam's resource hints for the steps that ask it.
       identifier: what a worker's copy is known by; Beam keeps it machine-wide, so it is
         unique to a run.
     """
 
     handler: Any
+    hints: Mapping[str, str] = dataclasses.field(default_factory=dict)
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
     def forget(self) -> None:
@@ -103,11 +108,19 @@ class ModelSpec:
 
         return self.writes_json or is_instruct(self.name)
 
-    def model(self) -> Model:
-        """The model as the stages take it; nothing is loaded yet."""
-        return Model(self._handler())
+    def model(
+        self, expected: Sequence[Request] = (), hints: Mapping[str, str] = MappingProxyType({})
+    ) -> Model:
+        """The model as the stages take it; nothing is loaded yet.
 
-    def _handler(self) -> Any:
+        Args:
+          expected: requests of the kinds that will come; a model on the worker is made
+            ready for them when it is loaded.
+          hints: see `Model`.
+        """
+        return Model(self._handler(tuple(expected)), dict(hints))
+
+    def _handler(self, expected: tuple[Request, ...]) -> Any:
         if self.is_scripted:
             from chatflow.models.scripted import ScriptedModelHandler, load_script
 
@@ -119,4 +132,4 @@ class ModelSpec:
             return VertexModelHandler(self.name, self.remote, self.batching)
         from chatflow.models.gemma import GemmaModelHandler
 
-        return GemmaModelHandler(self.name, self.instruct, self.worker, self.batching)
+        return GemmaModelHandler(self.name, self.instruct, self.worker, self.batching, expected)

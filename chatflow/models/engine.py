@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -169,7 +170,10 @@ class Engine:
         with _without_initial_values():
             backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
         if quantization:
-            backbone.quantize(quantization)
+            with warnings.catch_warnings():
+                # Keras says of each layer without a kernel that it cannot be quantised.
+                warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
+                backbone.quantize(quantization)
         self.shape = Shape.of_device(dtype)
         self.forward = Forward(backbone)
         self.tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
@@ -183,6 +187,7 @@ class Engine:
         self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
         self._starts: dict[Text, int] = {}  # the state of the automaton in which each begins
         self._rules: Rules
+        self._longest = ENDLESS
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without a start token."""
@@ -209,6 +214,16 @@ class Engine:
         for batch, total in self._batches(writing):
             self._write(batch, total, results)
         return [results[number] for number in range(len(rows))]
+
+    def warm_up(self, rows: Sequence[Row], most: int) -> None:
+        """Runs rows alone, and each `most` times, with answers of a token or two."""
+        self._longest = 2
+        try:
+            self.run(rows)
+            for row in rows:
+                self.run([row] * most)
+        finally:
+            self._longest = ENDLESS
 
     def all_counts(self) -> collections.Counter[str]:
         return self.counts + collections.Counter(compilations=self.forward.compilations)
@@ -263,9 +278,10 @@ class Engine:
         if prefix not in self._prefixes:
             ids = [*self._before, *self.encode(prefix)]
             total = _bucket(self.shape.fed(len(ids)), TOTALS)
-            cache = self.forward.cache(None, rows=1, total=total)
-            _, cache = self._prefill(cache, [ids], [0], 1, total)
-            self._prefixes[prefix] = cache, len(ids)
+            rows = self.shape.blocks[0]
+            cache = self.forward.cache(None, rows=rows, total=total)
+            _, cache = self._prefill(cache, [ids], [0], rows, total)
+            self._prefixes[prefix] = jax.tree.map(lambda values: values[:1], cache), len(ids)
             while len(self._prefixes) > PREFIXES_KEPT:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(prefix)
@@ -348,7 +364,7 @@ class Engine:
                     positions,
                     starts,
                     [prompt.row.max_characters for prompt in prompts],
-                    [prompt.row.max_tokens for prompt in prompts],
+                    [min(prompt.row.max_tokens, self._longest) for prompt in prompts],
                 )
             ),
         )

@@ -54,6 +54,7 @@ class GemmaModel(LanguageModel):
         self.engine = Engine(
             local_preset(preset, _log.info), settings.dtype, instruct, settings.quantization
         )
+        self._most = most
         self._merged = Merger(self._ask, most, settings.merge_seconds)
         self._counted: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
@@ -61,6 +62,18 @@ class GemmaModel(LanguageModel):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return self._merged(requests)
+
+    def warm_up(self, requests: Sequence[Request]) -> None:
+        """Compiles what answers to such requests need, alone and in a full batch."""
+        started = time.monotonic()
+        rows = [_row(part) for request in requests for part in request.parts]
+        if rows:
+            self.engine.warm_up(rows, self._most)
+            _log.info(
+                "warmed up in %.1f s: %d compilations",
+                time.monotonic() - started,
+                self.engine.forward.compilations,
+            )
 
     def counts(self) -> dict[str, int]:
         with self._lock:
@@ -152,6 +165,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
       instruct: whether prompts are wrapped in the turns of Gemma's chat template;
         None: as the preset's name says.
       settings: how the weights are kept.
+      expected: requests for which the model is made ready when it is loaded.
     """
 
     def __init__(
@@ -160,12 +174,16 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         instruct: bool | None = None,
         settings: WorkerSettings = ONE_COPY,
         batching: Batching = ONE_BUNDLE,
+        expected: tuple[Request, ...] = (),
     ):
         super().__init__(preset, batching, settings)
         self.preset = preset
         self.settings = settings
         self.most = batching.size
+        self.expected = expected
         self.instruct = is_instruct(preset) if instruct is None else instruct
 
     def load_model(self) -> GemmaModel:
-        return GemmaModel(self.name, self.preset, self.settings, self.instruct, self.most)
+        model = GemmaModel(self.name, self.preset, self.settings, self.instruct, self.most)
+        model.warm_up(self.expected)
+        return model

@@ -159,7 +159,8 @@ def compile_texts(texts: Sequence[Text], vocabulary: Vocabulary) -> Automaton:
     both = np.concatenate([following, characters]).T  # [tokens, 2 * states]
     rows = np.ascontiguousarray(both).view(np.dtype((np.void, both.dtype.itemsize * both.shape[1])))
     _, firsts, classes = np.unique(rows.ravel(), return_index=True, return_inverse=True)
-    next_state, characters = following[:, firsts], characters[:, firsts]
+    next_state = following[:, firsts].astype(np.int32)
+    characters = characters[:, firsts].astype(np.int32)
     ends = may_end.copy()
     ends[DONE] = True
     tokens_to_end = _distances(next_state, np.ones_like(next_state), ends)
