@@ -8,6 +8,7 @@ import pytest
 
 from chatflow.errors import ElementError, UsageError
 from chatflow.models import Model, ModelSpec
+from chatflow.models.handlers import LanguageModel
 from chatflow.models.presets import is_instruct
 from chatflow.models.requests import Answer, Failure, Part, Request
 from chatflow.models.scripted import ScriptedModelHandler, load_script
@@ -74,7 +75,7 @@ def test_a_crash_of_a_batch_fails_those_alone_that_crash_it(tmp_path):
 
 
 def test_too_few_answers_are_never_paired_by_position():
-    class Short:
+    class Short(LanguageModel):
         def answer(self, batch):
             return [Answer(r.id, "m") for r in batch[:1]] if len(batch) > 1 else [Answer("x", "m")]
 

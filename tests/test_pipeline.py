@@ -21,7 +21,7 @@ from chatflow.cli import execute, main
 from chatflow.drafts import DraftApologies
 from chatflow.models import Model
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.requests import Batching
+from chatflow.models.requests import ONE_COPY, Batching
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
@@ -392,7 +392,7 @@ class CountedHandler(ScriptedModelHandler):
     """Notes each load of the model in a file."""
 
     def __init__(self, path: str):
-        LanguageModelHandler.__init__(self, "counted", batching=Batching(2), large_model=True)
+        LanguageModelHandler.__init__(self, "counted", Batching(2), ONE_COPY)
         self.function, self.path = answer_any, path
 
     def load_model(self):

@@ -7,6 +7,7 @@ import pytest
 from conftest import chat
 from fakes.vertex import ENDPOINT, FakeVertex
 
+from chatflow.answers import ANALYSIS_SCHEMA
 from chatflow.cli import main
 from chatflow.errors import UsageError
 from chatflow.models import ModelSpec, vertex
@@ -35,7 +36,9 @@ def fake(server, monkeypatch):
 
 
 def request(prompt="hello", task="analysis"):
-    return Request("id", task, "7", "c", (Part(field=None, prompt=prompt, max_tokens=9),))
+    schema = ANALYSIS_SCHEMA if task == "analysis" else None
+    part = Part(field=None, prompt=prompt, max_tokens=9, schema=schema)
+    return Request("id", task, "7", "c", (part,))
 
 
 def ask(fake, model, *requests, **settings):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import keras_hub
+import numpy as np
 
 from chatflow.models.grammar import DONE, Automaton
 
@@ -104,11 +105,16 @@ class Forward:
         states, classes = automaton.next_state.shape
         more = (-states % 64, -classes % 512)
         return Rules(
-            jnp.asarray(automaton.token_class),
-            jnp.pad(automaton.next_state, ((0, more[0]), (0, more[1])), constant_values=-1),
-            jnp.pad(automaton.characters, ((0, more[0]), (0, more[1]))),
-            jnp.pad(automaton.characters_to_end, (0, more[0])),
-            jnp.pad(automaton.tokens_to_end, (0, more[0])),
+            *map(
+                jnp.asarray,
+                (
+                    automaton.token_class,
+                    np.pad(automaton.next_state, ((0, more[0]), (0, more[1])), constant_values=-1),
+                    np.pad(automaton.characters, ((0, more[0]), (0, more[1]))),
+                    np.pad(automaton.characters_to_end, (0, more[0])),
+                    np.pad(automaton.tokens_to_end, (0, more[0])),
+                ),
+            )
         )
 
     @functools.partial(jax.jit, static_argnames=("self", "rows", "total"))

@@ -74,7 +74,8 @@ def use_jax(model_copies: int = 1) -> None:
     import keras
 
     config: Any = jax.config
-    config.update("jax_compilation_cache_dir", os.fspath(embedded.cache_root() / "xla"))
+    if not config.jax_compilation_cache_dir:
+        config.update("jax_compilation_cache_dir", os.fspath(embedded.cache_root() / "xla"))
     config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     if keras.config.backend() != "jax":

@@ -1,0 +1,252 @@
+"""One side of `bench/model.py`: loads a model, does the work of a file, prints figures as JSON.
+
+Each side runs in a process of its own; those of other libraries in an environment of their
+own, so that nothing of chatflow is imported here at the top.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+STARTED = time.perf_counter()
+END = 1  # Gemma's end token
+
+Ids = list[int]
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    value = function()
+    return time.perf_counter() - started, value
+
+
+def cut(items: Sequence[Any], size: int) -> list[list[Any]]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+class Side:
+    """A model by some library. What a library cannot do is not defined."""
+
+    compilations = 0
+
+    def __init__(self, work: dict[str, Any]):
+        self.work = work
+
+    def generate(self, prompts: list[Ids], tokens: int) -> list[Ids]:
+        """So many greedy tokens after each prompt, in one batch."""
+        raise NotImplementedError
+
+    def task(self, numbers: list[int]) -> list[str]:
+        """The answers to some of the chats, in one batch."""
+        raise NotImplementedError
+
+
+class Jax(Side):
+    def __init__(self, work: dict[str, Any]):
+        super().__init__(work)
+        os.environ["KERAS_BACKEND"] = "jax"
+        import jax
+
+        def count(name: str, *_: Any, **__: Any) -> None:
+            self.compilations += name == "/jax/core/compile/backend_compile_duration"
+
+        jax.monitoring.register_event_duration_secs_listener(count)
+
+
+class Keras(Jax):
+    """keras_hub's `generate`, greedy, padded to the longest prompt of a batch."""
+
+    def __init__(self, work: dict[str, Any]):
+        super().__init__(work)
+        import keras_hub
+
+        backbone = keras_hub.models.Backbone.from_preset(work["preset"], dtype=work["dtype"])
+        self.model = keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=None)
+        self.model.compile(sampler="greedy")
+        self.tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(work["preset"])
+
+    def generate(
+        self, prompts: list[Ids], tokens: int, length: int = 0, stop: Ids | None = None
+    ) -> list[Ids]:
+        import numpy as np
+
+        length = length or max(map(len, prompts)) + tokens
+        ids = np.zeros((len(prompts), length), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        mask = np.arange(length)[None] < np.array([len(p) for p in prompts])[:, None]
+        images = np.zeros((len(prompts), 0, 1, 1, 3))
+        given = {"token_ids": ids, "padding_mask": mask, "images": images}
+        out = np.asarray(self.model.generate(given, stop_token_ids=stop)["token_ids"])
+        return [
+            row[len(prompt) : len(prompt) + tokens].tolist()
+            for row, prompt in zip(out, prompts, strict=True)
+        ]
+
+    def task(self, numbers: list[int]) -> list[str]:
+        prompts = [self.work["json_prompts"][n] for n in numbers]
+        answers = self.generate(prompts, self.work["json_tokens"], stop=[END])
+        return [str(self.tokenizer.detokenize(ids)) for ids in answers]
+
+
+class Talks(Keras):
+    """The handler of the talks: one prompt at a time, `max_length=1024`."""
+
+    def task(self, numbers: list[int]) -> list[str]:
+        prompts = [self.work["json_prompts"][n] for n in numbers]
+        answers = [self.generate([p], 1024 - len(p), length=1024, stop=[END])[0] for p in prompts]
+        return [str(self.tokenizer.detokenize(ids)) for ids in answers]
+
+
+class Llama(Side):
+    """llama-cpp-python on the GGUF: its grammar, its cache of the longest known prefix."""
+
+    def __init__(self, work: dict[str, Any]):
+        super().__init__(work)
+        from llama_cpp import Llama, LlamaGrammar
+
+        self.model = Llama(work["gguf"], n_ctx=8192, n_threads=2, n_threads_batch=2, verbose=False)
+        self.grammar = LlamaGrammar.from_json_schema(json.dumps(work["schema"]), verbose=False)
+
+    def generate(self, prompts: list[Ids], tokens: int) -> list[Ids]:
+        (prompt,) = prompts
+        found = []
+        for token in self.model.generate(prompt, temp=0.0, reset=True):
+            found.append(token)
+            if len(found) == tokens:
+                return found
+        return found
+
+    def task(self, numbers: list[int]) -> list[str]:
+        return [
+            self.model.create_completion(
+                self.work["json_prompts"][n],
+                grammar=self.grammar,
+                temperature=0,
+                max_tokens=self.work["json_tokens"],
+            )["choices"][0]["text"]
+            for n in numbers
+        ]
+
+
+class Transformers(Side):
+    """transformers' `generate` on PyTorch, greedy, padded on the left."""
+
+    def __init__(self, work: dict[str, Any]):
+        super().__init__(work)
+        import torch
+        import transformers
+
+        self.torch = torch
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            work["preset"], dtype=getattr(torch, work["dtype"])
+        )
+
+    def generate(self, prompts: list[Ids], tokens: int, stop: int | None = None) -> list[Ids]:
+        longest = max(map(len, prompts))
+        ids = self.torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = self.torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        with self.torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=stop,
+            )
+        return [row[longest:].tolist() for row in out]
+
+    def task(self, numbers: list[int]) -> list[str]:
+        prompts = [self.work["json_prompts"][n] for n in numbers]
+        answers = self.generate(prompts, self.work["json_tokens"], END)
+        return ["".join(self.work["pieces"].get(str(i), "?") for i in ids) for ids in answers]
+
+
+class Ours(Jax):
+    """chatflow's engine and its own prompts."""
+
+    def __init__(self, work: dict[str, Any]):
+        super().__init__(work)
+        import pickle
+
+        from chatflow.models.gemma import GemmaModelHandler
+        from chatflow.models.requests import Batching, WorkerSettings
+
+        settings = WorkerSettings(work["dtype"], work["quantization"])
+        handler = GemmaModelHandler(work["model"], False, settings, Batching(64))
+        self.model = handler.load_model()
+        self.requests = pickle.loads(bytes.fromhex(work["requests"]))
+
+    def rows(self, prompts: list[Ids], tokens: int) -> list[Any]:
+        from chatflow.models.engine import Row
+        from chatflow.models.grammar import Text
+
+        texts = [self.work["texts"][self.work["prompts"].index(prompt)] for prompt in prompts]
+        return [Row("", text, text=Text(), max_tokens=tokens) for text in texts]
+
+    def generate(self, prompts: list[Ids], tokens: int) -> list[Ids]:
+        return [list(r.tokens) for r in self.model.engine.run(self.rows(prompts, tokens))]
+
+    def task(self, numbers: list[int]) -> list[str]:
+        return [answer.text for answer in self.model.answer([self.requests[n] for n in numbers])]
+
+
+SIDES = {
+    "talks": Talks,
+    "keras_hub": Keras,
+    "llama.cpp": Llama,
+    "transformers": Transformers,
+    "chatflow": Ours,
+}
+
+
+def measure(name: str, work: dict[str, Any]) -> dict[str, Any]:
+    side = SIDES[name](work)
+    figures: dict[str, Any] = {"side": name, "task": [], "engine": []}
+    side.task([0])
+    figures["seconds_to_first_answer"] = time.perf_counter() - STARTED
+    for size, count in work["task"][name]:
+        batches = cut(range(count), size)
+        side.task(batches[0])  # compiles
+        seconds, answers = timed(lambda batches=batches: [a for b in batches for a in side.task(b)])
+        figures["task"].append({"batch": size, "seconds_per_chat": seconds / count})
+        figures["answers"] = answers
+        print(f"{name}: task, batch {size}: {seconds / count:.2f} s/chat", file=sys.stderr)
+    for size, count in work["engine"][name]:
+        batches = cut(work["prompts"][:count], size)
+        tokens = work["tokens"]
+
+        def run(tokens: int, batches: list[list[Ids]] = batches) -> list[Ids]:
+            return [ids for batch in batches for ids in side.generate(batch, tokens)]
+
+        run(tokens)  # compiles
+        seconds, found = timed(functools.partial(run, tokens))
+        run(2)
+        short, _ = timed(functools.partial(run, 2))
+        figures["engine"].append(
+            {
+                "batch": size,
+                "tokens_per_second": tokens * count / seconds,
+                "ms_per_step": (seconds - short) / len(batches) / (tokens - 2) * 1000,
+            }
+        )
+        figures["tokens"] = found
+        print(f"{name}: engine, batch {size}: {tokens * count / seconds:.1f}/s", file=sys.stderr)
+    figures["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    figures["compilations"] = side.compilations
+    return figures
+
+
+if __name__ == "__main__":
+    with open(sys.argv[2]) as file:
+        given = json.load(file)
+    print(json.dumps(measure(sys.argv[1], given)))
