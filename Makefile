@@ -7,10 +7,10 @@ OUT    ?= out/demo
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo stream test lint evaluate bench docs lock clean
+.PHONY: help setup demo stream test lint evaluate bench bench-model docs lock clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.done ## Make .venv with all that is needed; the command is .venv/bin/chatflow
 
@@ -45,6 +45,9 @@ evaluate: setup ## Measure the sentiment on the labelled sample chats
 
 bench: setup ## Measure the stream: events a second, latency, Beam's runner beside ours
 	$(BIN)/python bench/stream.py
+
+bench-model: setup ## Measure the model on this machine, beside keras_hub, llama.cpp and others
+	$(BIN)/python bench/model.py
 
 docs: setup ## Write the README's table of options anew
 	$(BIN)/python tests/test_docs.py

@@ -35,7 +35,7 @@ _PUBLIC = {
     "chatflow.prompts": ("AnalysisPrompt", "DraftPrompt"),
     "chatflow.revisions": ("Rules",),
     "chatflow.models": ("Model", "ModelSpec"),
-    "chatflow.models.handlers": ("LanguageModelHandler",),
+    "chatflow.models.handlers": ("LanguageModel", "LanguageModelHandler"),
     "chatflow.models.requests": ("Request", "Answer", "Failure"),
     "chatflow.models.scripted": ("ScriptedModelHandler",),
     "chatflow.errors": ("UsageError", "ElementError"),

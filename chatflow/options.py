@@ -117,8 +117,7 @@ class Options:
         "loads its own.", _WORKER, choices=("true", "false"),
     )  # fmt: skip
     model_copies: int = _flag(
-        1, "Copies of the weights by worker that take requests in turn; each gets its share of a "
-        "GPU's memory.", _WORKER, least=1,
+        1, "Copies of the weights by worker, which take requests in turn.", _WORKER, least=1,
     )  # fmt: skip
     accelerator: str = _flag(
         "", "Resource hint of the inference steps, e.g. "

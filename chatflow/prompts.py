@@ -255,15 +255,15 @@ class AnalysisPrompt(Prompt):
             "shared": self._shared_length(block, text),
             "max_tokens": settings["answer_tokens"],
         }
-        characters = settings["summary_characters"]
+        characters = settings["summary_characters"] - 1  # room for an ellipsis
         if block == "json":
-            return Part(field=None, schema=ANALYSIS_SCHEMA, characters=characters, **common)
+            return Part(field=None, schema=ANALYSIS_SCHEMA, characters=max(1, characters), **common)
         return Part(
             field="summary",
             lead=lead,
             tail=tail,
             stop=tuple(settings.get("stop", ("\n",))),
-            characters=max(1, characters - len(lead) - len(tail) - 1),  # 1: an ellipsis
+            characters=max(1, characters - len(lead) - len(tail)),
             **common,
         )
 

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +118,16 @@ def test_greedy_text_is_that_of_plain_forward_passes(gemma):
         logits = engine.forward.model({"token_ids": tokens, "padding_mask": mask})
         ids.append(int(np.asarray(logits)[0, len(ids) - 1].argmax()))
     assert found.text == engine.tokenizer.detokenize(ids[-6:])
+
+
+def test_the_gpu_bench_runs_anywhere():
+    """With a tiny shape; on a GPU it measures those of Gemma 3 1B and 4B."""
+    script = Path(__file__).parent.parent / "bench" / "gpu.py"
+    command = [sys.executable, str(script), "--shapes=tiny", "--batches=1,4"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (shape,) = json.loads(out.splitlines()[-1])["shapes"]
+    assert [row["rows"] for row in shape["batches"]] == [1, 4]
+    assert all(row["chatflow_chats_per_second"] > 0 for row in shape["batches"])
 
 
 def test_the_conversion_is_done_once_and_a_broken_copy_is_made_again(gemma, tmp_path, monkeypatch):

@@ -314,6 +314,41 @@ def test_step_names_are_stable(steps):
     assert "WriteAnalyses/Write/WriteFiles" in steps
 
 
+def test_resource_hints_are_those_of_the_inference_steps_alone(tmp_path, lines, script):
+    """A machine with an accelerator is for the model, not for reading and writing."""
+    pipeline, hinted = beam.Pipeline(options=beam_options([])), {}
+    options = Options(
+        input=lines(chat("x")), output=str(tmp_path / "out"), model=script(ANGRY, APOLOGY),
+        accelerator="type:nvidia-l4;count:1;install-nvidia-driver", min_ram="16GB",
+    )  # fmt: skip
+    build(pipeline, plan(options))
+
+    class Visitor(beam.pipeline.PipelineVisitor):
+        def enter_composite_transform(self, node):
+            if node.transform and node.transform.get_resource_hints():
+                hinted[node.full_label] = node.transform.get_resource_hints()
+
+        visit_transform = enter_composite_transform
+
+    pipeline.visit(Visitor())
+    assert set(hinted) == {
+        "AnalyseChats/AskModel/RunInference", "DraftApologies/AskModel/RunInference",
+    }  # fmt: skip
+    hints = set(hinted["AnalyseChats/AskModel/RunInference"].values())
+    assert hints == {b"type:nvidia-l4;count:1;install-nvidia-driver", b"16000000000"}
+
+
+def test_copies_and_sharing_are_those_of_the_flags(tmp_path, lines):
+    def handler(**flags):
+        options = Options(input=lines(chat("x")), output=str(tmp_path / "out"), **flags)
+        return plan(options).model.handler
+
+    assert handler().share_model_across_processes()
+    assert handler(model_copies=3).model_copies() == 3
+    assert not handler(large_model="false").share_model_across_processes()
+    assert handler(quantization="int8", dtype="bfloat16").settings[:2] == ("bfloat16", "int8")
+
+
 def test_step_names_of_a_stream_are_stable(script):
     """Batch and stream differ in source and sinks; steps with state have these names."""
     steps = step_names(
@@ -491,6 +526,10 @@ def test_beam_options_are_passed_through(tmp_path, lines, script):
          "Missing required option: project"),
         (["run", "--input=IN", "--output=OUT", "--model=SCRIPT", "--runner=NoRunner"], "NoRunner"),
         (["run", "--input=IN", "--output=OUT", "more"], "unexpected argument 'more'"),
+        (["run", "--input=IN", "--output=OUT", "--min_ram=lots"], "--min_ram=lots"),
+        (["run", "--input=IN", "--output=OUT", "--model_copies=2", "--large_model=false"],
+         "--model_copies: only with --large_model=true"),
+        (["run", "--input=IN", "--output=OUT", "--quantization=int3"], "--quantization"),
         (["evaluate", "/none.jsonl"], "cannot be read"),
         (["evaluate", "IN"], "has no chat with a label"),
     ],

@@ -13,70 +13,20 @@ token and runs the whole prompt each time. Here
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import keras
-import keras_hub
 import numpy as np
 import sentencepiece
 
 from chatflow.chat_text import CONTROL_TOKEN
-from chatflow.errors import ModelError
 from chatflow.models.forward import Cache, Forward, Rules, Writing
 from chatflow.models.grammar import DONE, ENDLESS, Text, Vocabulary, compile_texts
+from chatflow.models.shapes import STEPS, TOTALS, PromptTooLongError, Shape, bucket
 
-TOTALS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
-          16384, 24576, 32768)  # fmt: skip
-"""Positions of a cache: prompt and answer."""
-STEPS = (64, 256, 1024, 4096)
-"""Tokens of an answer that one call decodes."""
 PREFIXES_KEPT = 16
-
-
-class Shape(NamedTuple):
-    """How much is run at once; few sizes, for each is compiled.
-
-    Attributes:
-      chunks: by rows of one prefill, how many tokens of each it feeds at once.
-      batches: rows of one decoding batch.
-      cache_bytes: of the caches of one batch, at most.
-    """
-
-    chunks: dict[int, int]
-    batches: tuple[int, ...]
-    cache_bytes: int
-
-    @classmethod
-    def of_device(cls, dtype: str) -> Shape:
-        """By measurement; see bench/README.md."""
-        device = jax.devices()[0]
-        if device.platform == "cpu":
-            # One row of bfloat16 is multiplied by a slow kernel of XLA's.
-            one = 1 if dtype == "float32" else 2
-            return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30)
-        memory = device.memory_stats() or {}
-        free = memory.get("bytes_limit", 8 << 30) - memory.get("bytes_in_use", 0)
-        return cls({1: 64, 8: 64, 64: 64}, (1, 8, 32, 64, 128), free // 2)
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Rows of one prefill."""
-        return tuple(self.chunks)
-
-    def fed(self, tokens: int) -> int:
-        """Positions that so many tokens need while they are fed in whole chunks."""
-        chunk = max(self.chunks.values())
-        return -(-tokens // chunk) * chunk
-
-
-class PromptTooLongError(ModelError):
-    """A prompt and its answer are longer than the longest cache."""
 
 
 class Row(NamedTuple):
@@ -144,40 +94,23 @@ class Engine:
     """A Gemma model with its tokenizer, ready to score and to decode.
 
     Args:
-      preset: a local folder, or any handle that keras_hub can load.
-      dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
+      backbone: keras_hub's, of a Gemma 1, 2 or 3 text model.
+      tokenizer: keras_hub's.
       instruct: wrap each prompt in Gemma's chat template, as one turn of the user. The
         turn tokens are put in by id, so that no text can stand for them.
-      quantization: `int8`: of the weights, and of the activations while they are
-        multiplied, by Keras; empty: none.
 
     Attributes:
       counts: `prefill_tokens`, `decode_steps`, `decoded_tokens` so far.
 
     Raises:
-      ValueError: the preset is not a Gemma 1, 2 or 3 text model.
+      ValueError: the backbone is another model's.
     """
 
-    def __init__(
-        self,
-        preset: str,
-        dtype: str = "float32",
-        instruct: bool = False,
-        quantization: str = "",
-    ):
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        with _without_initial_values():
-            backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
-        if quantization:
-            with warnings.catch_warnings():
-                # Keras says of each layer without a kernel that it cannot be quantised.
-                warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
-                backbone.quantize(quantization)
-        self.shape = Shape.of_device(dtype)
+    def __init__(self, backbone: Any, tokenizer: Any, instruct: bool = False):
+        self.shape = Shape.of_device(backbone.compute_dtype)
         self.forward = Forward(backbone)
-        self.tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
-        self.vocabulary = _vocabulary(self.tokenizer, backbone.vocabulary_size)
+        self.tokenizer = tokenizer
+        self.vocabulary = _vocabulary(tokenizer, backbone.vocabulary_size)
         self.counts: collections.Counter[str] = collections.Counter()
         self._before, self._after = [self.tokenizer.start_token_id], []
         if instruct:
@@ -248,7 +181,7 @@ class Engine:
                 longest = max(len(self.encode(choice + row.between)) for choice in row.choices)
                 room = max(room + longest, self.shape.fed(longest))
         size = start + max(self.shape.fed(len(tokens)), len(tokens) + room)
-        return _Prompt(number, row, start, tokens, _bucket(size, TOTALS))
+        return _Prompt(number, row, start, tokens, bucket(size, TOTALS))
 
     def _blocks(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
         """Prompts of one prefix and one kind, those of like length together."""
@@ -292,7 +225,7 @@ class Engine:
         """KV cache of a prefix, one row, and how many tokens it has."""
         if prefix not in self._prefixes:
             ids = [*self._before, *self.encode(prefix)]
-            total = _bucket(self.shape.fed(len(ids)), TOTALS)
+            total = bucket(self.shape.fed(len(ids)), TOTALS)
             rows = self.shape.blocks[0]
             cache = self.forward.cache(None, rows=rows, total=total)
             _, cache = self._prefill(cache, [ids], [0], rows, total)
@@ -326,7 +259,7 @@ class Engine:
         Returns:
           The hidden state of each row's last token, the cache, and the rows' positions.
         """
-        size = _bucket(len(block), self.shape.blocks)
+        size = bucket(len(block), self.shape.blocks)
         prefix, start = self._prefix(block[0].row.prefix)
         cache = self.forward.cache(prefix, rows=size, total=total)
         tokens = [prompt.tokens for prompt in block]
@@ -358,7 +291,7 @@ class Engine:
 
     def _write(self, batch: list[_Prompt], total: int, results: dict[int, Any]) -> None:
         """Runs the prompts of a batch and writes their answers."""
-        size = _bucket(len(batch), self.shape.batches)
+        size = bucket(len(batch), self.shape.batches)
         cache = self.forward.cache(None, rows=size, total=total)
         prompts: list[_Prompt] = []
         hidden, positions = [], []
@@ -416,7 +349,7 @@ class Engine:
             going = np.flatnonzero(rows >= 0)
             if not len(going):
                 return ended
-            size = _bucket(len(going), self.shape.batches)
+            size = bucket(len(going), self.shape.batches)
             if size < len(writing.token):
                 places = np.full(len(writing.token), size, np.int32)
                 places[going] = range(len(going))
@@ -427,7 +360,7 @@ class Engine:
                 rows = rows[going]
             before = np.asarray(writing.tokens)
             floor = max([rows for rows in self.shape.batches if rows < len(going)], default=0)
-            steps = _bucket(min(int(before.max()), STEPS[-1]), STEPS)
+            steps = bucket(min(int(before.max()), STEPS[-1]), STEPS)
             chosen, writing, cache = self.forward.decode(
                 self.forward.weights, cache, self._rules, writing, floor, steps=steps
             )
@@ -444,18 +377,6 @@ class Engine:
             automaton = compile_texts(list(known), self.vocabulary)
             self._starts = dict(zip(known, automaton.starts, strict=True))
             self._rules = self.forward.rules(automaton)
-
-
-@contextlib.contextmanager
-def _without_initial_values() -> Iterator[None]:
-    """Keras draws random weights before it reads those of the file; here they are zeros."""
-    initializer = keras.initializers.VarianceScaling
-    drawn = initializer.__call__
-    initializer.__call__ = lambda self, shape, dtype=None: jnp.zeros(shape, dtype)
-    try:
-        yield
-    finally:
-        initializer.__call__ = drawn
 
 
 def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
@@ -478,13 +399,3 @@ def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     pieces += [b""] * (size - len(pieces))
     ends = {tokenizer.end_token_id, tokenizer.token_to_id("<end_of_turn>")}
     return Vocabulary(tuple(pieces), tuple(ends - {model.unk_id()}))
-
-
-def _bucket(size: int, buckets: Sequence[int]) -> int:
-    for bucket in buckets:
-        if size <= bucket:
-            return bucket
-    raise PromptTooLongError(
-        "prompt_too_long",
-        f"prompt and answer have {size:,} tokens; at most {buckets[-1]:,} are taken",
-    )

@@ -47,18 +47,18 @@ class GemmaModel(LanguageModel):
 
     def __init__(self, name: str, preset: str, settings: WorkerSettings, instruct: bool, most: int):
         started = time.monotonic()
-        use_jax(settings.model_copies)
-        from chatflow.models.engine import Engine
+        use_jax(alone=settings.large_model and settings.model_copies == 1)
+        from chatflow.models.loading import load_engine
 
         self.name = name
-        self.engine = Engine(
+        self.engine = load_engine(
             local_preset(preset, _log.info), settings.dtype, instruct, settings.quantization
         )
         self._most = most
         self._merged = Merger(self._ask, most, settings.merge_seconds)
         self._counted: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
-        _log.info("loaded %s in %.1f s: %s", preset, time.monotonic() - started, self.engine)
+        _log.info("loaded %s in %.1f s", preset, time.monotonic() - started)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return self._merged(requests)

@@ -56,20 +56,21 @@ def _keras_presets() -> set[str]:
     return {*GemmaBackbone.presets, *Gemma3Backbone.presets}
 
 
-def use_jax(model_copies: int = 1) -> None:
+def use_jax(alone: bool = True) -> None:
     """Chooses Keras's backend; must run before keras is first imported.
 
-    JAX takes most of a GPU's memory when it is first used; here each copy of a model
-    takes its share, unless the environment says otherwise. What is compiled is kept on disk.
+    What is compiled is kept on disk.
 
     Args:
-      model_copies: processes that share a GPU.
+      alone: JAX may take a GPU's memory for itself when it is first used, as it does by
+        default; else it takes what it needs, and other processes of the worker find room.
+        The environment's word goes before both.
 
     Raises:
       UsageError: keras is loaded already, with another backend.
     """
     os.environ["KERAS_BACKEND"] = "jax"
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / model_copies:.2f}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", str(alone).lower())
     import jax
     import keras
 

@@ -1,0 +1,52 @@
+"""Weights and tokenizer of a preset, into an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import keras
+import keras_hub
+
+from chatflow.models.engine import Engine
+
+
+def load_engine(
+    preset: str, dtype: str = "auto", instruct: bool = False, quantization: str = ""
+) -> Engine:
+    """An engine with the weights and the tokenizer of a preset.
+
+    Args:
+      preset: a local folder, or any handle that keras_hub can load.
+      dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
+      quantization: `int8`: of the weights, and of the activations while they are
+        multiplied, by Keras; empty: none.
+
+    Raises:
+      ValueError: the preset is not a Gemma 1, 2 or 3 text model.
+    """
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with without_initial_values():
+        backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
+    if quantization:
+        with warnings.catch_warnings():
+            # Keras says of each layer without a kernel that it cannot be quantised.
+            warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
+            backbone.quantize(quantization)
+    return Engine(backbone, keras_hub.tokenizers.Tokenizer.from_preset(preset), instruct)
+
+
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Keras draws random weights before it reads those of the file; here they are zeros."""
+    initializer = keras.initializers.VarianceScaling
+    drawn = initializer.__call__
+    initializer.__call__ = lambda self, shape, dtype=None: jnp.zeros(shape, dtype)
+    try:
+        yield
+    finally:
+        initializer.__call__ = drawn

@@ -1,0 +1,71 @@
+"""The few sizes of all that is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from chatflow.errors import ModelError
+
+TOTALS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
+          16384, 24576, 32768)  # fmt: skip
+"""Positions of a cache: prompt and answer."""
+STEPS = (64, 256, 1024, 4096)
+"""Tokens of an answer that one call decodes."""
+
+
+class Shape(NamedTuple):
+    """How much is run at once; few sizes, for each is compiled.
+
+    Attributes:
+      chunks: by rows of one prefill, how many tokens of each it feeds at once.
+      batches: rows of one decoding batch.
+      cache_bytes: of the caches of one batch, at most.
+    """
+
+    chunks: dict[int, int]
+    batches: tuple[int, ...]
+    cache_bytes: int
+
+    @classmethod
+    def of_device(cls, dtype: str) -> Shape:
+        """By measurement; see bench/README.md."""
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            # One row of bfloat16 is multiplied by a slow kernel of XLA's.
+            one = 1 if dtype == "float32" else 2
+            return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30)
+        memory = device.memory_stats() or {}
+        free = memory.get("bytes_limit", 8 << 30) - memory.get("bytes_in_use", 0)
+        return cls({1: 64, 8: 64, 64: 64}, (1, 8, 32, 64, 128), free // 4)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Rows of one prefill."""
+        return tuple(self.chunks)
+
+    def fed(self, tokens: int) -> int:
+        """Positions that so many tokens need while they are fed in whole chunks."""
+        chunk = max(self.chunks.values())
+        return -(-tokens // chunk) * chunk
+
+
+class PromptTooLongError(ModelError):
+    """A prompt and its answer are longer than the longest cache."""
+
+
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """The first bucket, of rising ones, that is no smaller.
+
+    Raises:
+      PromptTooLongError: none is.
+    """
+    for one in buckets:
+        if size <= one:
+            return one
+    raise PromptTooLongError(
+        "prompt_too_long",
+        f"prompt and answer have {size:,} tokens; at most {buckets[-1]:,} are taken",
+    )
