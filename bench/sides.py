@@ -121,8 +121,8 @@ class Llama(Side):
         for token in self.model.generate(prompt, temp=0.0, reset=True):
             found.append(token)
             if len(found) == tokens:
-                return found
-        return found
+                break
+        return [found]
 
     def task(self, numbers: list[int]) -> list[str]:
         return [
