@@ -244,7 +244,7 @@ def test_a_lead_ends_the_prompt_and_begins_the_answer():
 def test_the_json_prompt_names_user_words_limit_and_form():
     templates = load_folder("instruct")
     text = AnalysisPrompt(templates["analysis"], SCRIPTED).question(chat("x"), "c").request.parts[0]
-    for said in ("user c", "angry = -1", "neutral = 0", "happy = 1", "512", "JSON"):
+    for said in ("user: c", "angry = -1", "neutral = 0", "happy = 1", "512", "JSON"):
         assert said in text.prompt
 
 
