@@ -234,12 +234,12 @@ def show(figures: dict[str, Any]) -> None:
     for side in sides:
         for row in side["engine"]:
             bound = figures["bound_ms"] / row["ms_per_step"]
-            ratio = row["tokens_per_second"] / theirs.get(row["batch"], float("nan"))
+            other = theirs.get(row["batch"])
             table.add_row(
                 side["side"],
                 str(row["batch"]),
                 f"{row['tokens_per_second']:.1f}",
-                f"{ratio:.2f}",
+                f"{row['tokens_per_second'] / other:.2f}" if other else "",
                 f"{row['ms_per_step']:.0f}",
                 f"{bound:.0%}" if side["side"] != "llama.cpp" else "(4-bit weights)",
             )
