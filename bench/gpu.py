@@ -25,7 +25,7 @@ use_jax()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import keras_hub  # noqa: E402
-import numpy as np  # noqa: E402
+from sides import keras_generate  # noqa: E402
 
 from chatflow.models.engine import Engine, Row  # noqa: E402
 from chatflow.models.grammar import Text  # noqa: E402
@@ -91,16 +91,7 @@ def measure(name: str, dtype: str, batches: list[int], tokens: int, answer: int)
     model.compile(sampler="greedy")
 
     def generate(rows: int, length: int) -> None:
-        ids = np.zeros((rows, length), np.int32)
-        ids[:, :tokens] = prompts[:rows]
-        model.generate(
-            {
-                "token_ids": ids,
-                "padding_mask": np.arange(length)[None] < np.full((rows, 1), tokens),
-                "images": np.zeros((rows, 0, 1, 1, 3)),
-            },
-            stop_token_ids=None,
-        )
+        keras_generate(model, prompts[:rows], length)
 
     def ours(rows: int, steps: int) -> None:
         engine.run([Row("", text, text=Text(), max_tokens=steps) for text in texts[:rows]])

@@ -268,7 +268,9 @@ def bench() -> None:
     )
     parser.add_argument("--sides", default=",".join(TASK), help="divided by commas")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--quantization", default="", choices=("", "int8"), help="of chatflow's")
+    parser.add_argument(
+        "--quantization", default="none", choices=("none", "int8"), help="of chatflow's"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

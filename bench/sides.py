@@ -60,6 +60,22 @@ class Jax(Side):
         jax.monitoring.register_event_duration_secs_listener(count)
 
 
+def keras_generate(
+    model: Any, prompts: Sequence[Ids], length: int, stop: Ids | None = None
+) -> list[Ids]:
+    """What a Gemma 3 of keras_hub writes behind each prompt, up to a length of both."""
+    import numpy as np
+
+    ids = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    mask = np.arange(length)[None] < np.array([len(p) for p in prompts])[:, None]
+    images = np.zeros((len(prompts), 0, 1, 1, 3))  # it asks for some, even if there are none
+    given = {"token_ids": ids, "padding_mask": mask, "images": images}
+    out = np.asarray(model.generate(given, stop_token_ids=stop)["token_ids"])
+    return [row[len(p) :].tolist() for row, p in zip(out, prompts, strict=True)]
+
+
 class Keras(Jax):
     """keras_hub's `generate`, greedy, padded to the longest prompt of a batch."""
 
@@ -75,20 +91,8 @@ class Keras(Jax):
     def generate(
         self, prompts: list[Ids], tokens: int, length: int = 0, stop: Ids | None = None
     ) -> list[Ids]:
-        import numpy as np
-
         length = length or max(map(len, prompts)) + tokens
-        ids = np.zeros((len(prompts), length), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        mask = np.arange(length)[None] < np.array([len(p) for p in prompts])[:, None]
-        images = np.zeros((len(prompts), 0, 1, 1, 3))
-        given = {"token_ids": ids, "padding_mask": mask, "images": images}
-        out = np.asarray(self.model.generate(given, stop_token_ids=stop)["token_ids"])
-        return [
-            row[len(prompt) : len(prompt) + tokens].tolist()
-            for row, prompt in zip(out, prompts, strict=True)
-        ]
+        return [ids[:tokens] for ids in keras_generate(self.model, prompts, length, stop)]
 
     def task(self, numbers: list[int]) -> list[str]:
         prompts = [self.work["json_prompts"][n] for n in numbers]

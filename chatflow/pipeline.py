@@ -71,7 +71,7 @@ def plan(
         kind=options.model_kind,
         worker=WorkerSettings(
             options.dtype,
-            options.quantization.removeprefix("none"),
+            options.quantization,
             options.large_model == "true",
             options.model_copies,
         ),

@@ -7,7 +7,6 @@ import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from chatflow.models import embedded
@@ -109,7 +108,7 @@ class ModelSpec:
         return self.writes_json or is_instruct(self.name)
 
     def model(
-        self, expected: Sequence[Request] = (), hints: Mapping[str, str] = MappingProxyType({})
+        self, expected: Sequence[Request] = (), hints: Mapping[str, str] | None = None
     ) -> Model:
         """The model as the stages take it; nothing is loaded yet.
 
@@ -118,7 +117,7 @@ class ModelSpec:
             ready for them when it is loaded.
           hints: see `Model`.
         """
-        return Model(self._handler(tuple(expected)), dict(hints))
+        return Model(self._handler(tuple(expected)), dict(hints or {}))
 
     def _handler(self, expected: tuple[Request, ...]) -> Any:
         if self.is_scripted:

@@ -138,6 +138,8 @@ class Engine:
             write a text.
         """
         self._know(row.text for row in rows if row.text)
+        for choices in {row.choices for row in rows}:
+            self._first_tokens(choices)
         results: dict[int, Result | PromptTooLongError] = {}
         prompts = []
         for number, row in enumerate(rows):
@@ -171,15 +173,9 @@ class Engine:
         start = self._prefix(row.prefix)[1]
         tokens = [*self.encode(row.suffix), *self._after, *self.encode(row.lead)]
         room = row.max_tokens if row.text else 0
-        if row.choices:
-            first = [self.encode(choice)[0] for choice in row.choices]
-            if len(set(first)) < len(first):
-                raise ValueError(
-                    f"the choices {list(row.choices)} do not differ in their first token"
-                )
-            if row.text:
-                longest = max(len(self.encode(choice + row.between)) for choice in row.choices)
-                room = max(room + longest, self.shape.fed(longest))
+        if row.choices and row.text:
+            longest = max(len(self.encode(choice + row.between)) for choice in row.choices)
+            room = max(room + longest, self.shape.fed(longest))
         size = start + max(self.shape.fed(len(tokens)), len(tokens) + room)
         return _Prompt(number, row, start, tokens, bucket(size, TOTALS))
 
@@ -279,13 +275,24 @@ class Engine:
 
     def _score(self, block: list[_Prompt], hidden: jax.Array, results: dict[int, Any]) -> None:
         for choices in {prompt.row.choices for prompt in block if prompt.row.choices}:
-            first = np.array([self.encode(choice)[0] for choice in choices], np.int32)
+            first = self._first_tokens(choices)
             scores = np.asarray(self.forward.scores(self.forward.weights, hidden, first))
             for prompt, found in zip(block, scores, strict=False):
                 if prompt.row.choices == choices:
                     result = results[prompt.number]
                     result.scores = tuple(map(float, found))
                     result.choice = int(np.argmax(found - np.array(prompt.row.bias or 0.0)))
+
+    def _first_tokens(self, choices: tuple[str, ...]) -> np.ndarray:
+        """By which choices are told apart.
+
+        Raises:
+          ValueError: two begin with the same.
+        """
+        first = np.array([self.encode(choice)[0] for choice in choices], np.int32)
+        if len(set(first.tolist())) < len(choices):
+            raise ValueError(f"the choices {list(choices)} do not differ in their first token")
+        return first
 
     # Decode.
 

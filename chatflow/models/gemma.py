@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import logging
 import threading
@@ -55,7 +56,7 @@ class GemmaModel(LanguageModel):
             local_preset(preset, _log.info), settings.dtype, instruct, settings.quantization
         )
         self._most = most
-        self._merged = Merger(self._ask, most, settings.merge_seconds)
+        self._merged = Merger(functools.partial(ask, self._run), most, settings.merge_seconds)
         self._counted: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         _log.info("loaded %s in %.1f s", preset, time.monotonic() - started)
@@ -81,9 +82,6 @@ class GemmaModel(LanguageModel):
             new = now - self._counted
             self._counted = now
         return dict(new)
-
-    def _ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        return ask(self._run, requests)
 
     def _run(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         """Answers in the order of the requests; all parts of all of them in one go."""

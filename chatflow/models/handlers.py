@@ -73,14 +73,15 @@ class LanguageModelHandler(
         batching: Batching = ONE_BUNDLE,
         settings: WorkerSettings | None = None,
     ):
+        shared = settings if settings and settings.large_model else None
         super().__init__(
             min_batch_size=batching.size,
             max_batch_size=batching.size,
             max_batch_duration_secs=batching.seconds,
             batch_length_fn=prompt_length if batching.buckets else None,
             batch_bucket_boundaries=list(batching.buckets) or None,
-            large_model=settings is not None and settings.large_model,
-            model_copies=settings.model_copies if settings and settings.large_model else None,
+            large_model=shared is not None,
+            model_copies=shared.model_copies if shared else None,
         )
         self.name = name
 

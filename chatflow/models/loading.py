@@ -15,7 +15,7 @@ from chatflow.models.engine import Engine
 
 
 def load_engine(
-    preset: str, dtype: str = "auto", instruct: bool = False, quantization: str = ""
+    preset: str, dtype: str = "auto", instruct: bool = False, quantization: str = "none"
 ) -> Engine:
     """An engine with the weights and the tokenizer of a preset.
 
@@ -23,7 +23,7 @@ def load_engine(
       preset: a local folder, or any handle that keras_hub can load.
       dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
       quantization: `int8`: of the weights, and of the activations while they are
-        multiplied, by Keras; empty: none.
+        multiplied, by Keras; or `none`.
 
     Raises:
       ValueError: the preset is not a Gemma 1, 2 or 3 text model.
@@ -32,7 +32,7 @@ def load_engine(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with without_initial_values():
         backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
-    if quantization:
+    if quantization != "none":
         with warnings.catch_warnings():
             # Keras says of each layer without a kernel that it cannot be quantised.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")

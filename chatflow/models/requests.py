@@ -115,7 +115,7 @@ class WorkerSettings(NamedTuple):
 
     Attributes:
       dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on an accelerator.
-      quantization: `int8`, or empty: none.
+      quantization: `int8` or `none`.
       large_model: one copy of the weights serves all processes of a worker; else each
         process loads its own.
       model_copies: copies of the weights by worker, each of which serves all processes.
@@ -123,7 +123,7 @@ class WorkerSettings(NamedTuple):
     """
 
     dtype: str = "auto"
-    quantization: str = ""
+    quantization: str = "none"
     large_model: bool = True
     model_copies: int = 1
     merge_seconds: float = 0.02
