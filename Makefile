@@ -7,10 +7,10 @@ OUT    ?= out/demo
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo stream test lint evaluate bench bench-model docs lock clean
+.PHONY: help setup demo demo-remote stream test lint evaluate bench bench-model bench-remote docs lock clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.done ## Make .venv with all that is needed; the command is .venv/bin/chatflow
 
@@ -28,6 +28,14 @@ $(VENV)/.done: requirements.lock pyproject.toml
 
 demo: setup ## Analyse the sample chats with the embedded Gemma, and show the results
 	$(BIN)/chatflow run --input samples/chats.jsonl --output $(OUT)
+
+# The stand-in refuses and breaks some calls, as real services do.
+demo-remote: setup ## The same with a remote model: Gemini's client against a stand-in on loopback
+	$(BIN)/python -m tests.fakes --latency lognormal:0.3,0.5 --retry_after 1 \
+	  --rates 429=0.1,503=0.02,reset=0.02,malformed=0.02,nonsense=0.05,safety=0.02 -- \
+	  $(BIN)/chatflow run --input samples/chats.jsonl --output out/demo-remote \
+	  --inference remote --model gemini-2.5-flash --project demo --location us-central1 \
+	  --api_endpoint {address}
 
 stream: setup ## Run the event-driven system with live messages, on the Pub/Sub emulator
 	$(BIN)/chatflow stream --chats samples/chats.jsonl
@@ -48,6 +56,9 @@ bench: setup ## Measure the stream: events a second, latency, Beam's runner besi
 
 bench-model: setup ## Measure the model on this machine, beside keras_hub, llama.cpp and others
 	$(BIN)/python bench/model.py
+
+bench-remote: setup ## Measure the remote path beside Beam's own handlers, on the stand-in
+	$(BIN)/python bench/remote.py
 
 docs: setup ## Write the README's table of options anew
 	$(BIN)/python tests/test_docs.py

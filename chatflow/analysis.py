@@ -10,9 +10,10 @@ from typing import NamedTuple
 import apache_beam as beam
 
 from chatflow import metrics
-from chatflow.answers import copies_template, parse_analysis, repeats_itself, shorten
+from chatflow.answers import copies_template, repeats_itself, shorten
 from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
+from chatflow.errors import BadAnswerError
 from chatflow.models import Model
 from chatflow.prompts import AnalysisPrompt, Question
 from chatflow.records import AnalysedChat, Analysis, Chat, now
@@ -76,11 +77,14 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
     """Parses the answer and checks that its summary is about this chat.
 
     Raises:
-      BadAnswerError: see `answers.parse_analysis`.
+      BadAnswerError: see `answers.parse_analysis`; with the model's finish reason.
     """
     question, answer = answered
     settings, chat = prompt.template.settings, question.chat
-    parsed = parse_analysis(answer.text, settings["summary_characters"], prompt.tones)
+    try:
+        parsed = prompt.read(answer.text)
+    except BadAnswerError as error:
+        raise error.explained(answer.circumstances) from None
     summary, source = parsed.summary, "model"
     needed = settings["summary_grounding"]
     if (
@@ -101,7 +105,7 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
             "tone_scores": dict(answer.tone_scores) or None,
             "dropped_messages": question.dropped_messages,
             "cut_messages": question.cut_messages,
-            "repairs": parsed.repairs,
+            "repairs": (*answer.repairs, *parsed.repairs),
             "model": answer.model,
             "prompt_version": prompt.version,
             "analysed_at": now(),

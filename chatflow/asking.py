@@ -70,10 +70,10 @@ def answered(result: tuple[Question, Any]) -> Iterable[Answered]:
     """
     question, prediction = result
     inference = prediction.inference
-    if isinstance(inference, Failure):
-        raise ModelError(inference.reason, inference.error, inference.answer)
     metrics.count("prompt_tokens", inference.prompt_tokens)
     metrics.count("answer_tokens", inference.answer_tokens)
+    if isinstance(inference, Failure):
+        raise ModelError(inference.reason, inference.error, inference.answer)
     metrics.observe("prompt_tokens_per_answer", inference.prompt_tokens)
     metrics.observe("answer_tokens_per_answer", inference.answer_tokens)
     metrics.observe("latency_ms", round(inference.seconds * 1000))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 from chatflow.options import (
     Options,
     Parser,
@@ -27,6 +27,7 @@ from chatflow.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from chatflow.models import ModelSpec
     from chatflow.pipeline import Plan
     from chatflow.report import Summary
 
@@ -287,7 +288,7 @@ def execute(
         raise SystemExit(FAILED) from None
     finally:
         planned.model.forget()
-    return report.Summary.of(result, time.monotonic() - started, planned.destinations)
+    return report.Summary.of(result, time.monotonic() - started, planned)
 
 
 def prepare(
@@ -313,7 +314,7 @@ def prepare(
     if local:
         quieten()
     inputs = check_input(options.input)
-    planned = plan(options, cloud_of(beam_flags), replay, drafts)
+    planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
     try:
         pipeline = beam.Pipeline(options=beam_flags)
     except ValueError as error:  # Beam's own check of its flags
@@ -324,6 +325,8 @@ def prepare(
         check_messages(options.input)
         check_topics(destinations)
         prepare_model(planned, console)
+    if planned.spec.is_remote and options.check_endpoint == "true":
+        check_model(planned.spec, local, console)
     removed = prepare_output(destinations, inputs, planned.streaming)
     if removed:
         console.print(f"replacing {removed} result files of an earlier run")
@@ -362,6 +365,35 @@ def quieten() -> None:
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger().setLevel(logging.CRITICAL)
         logging.getLogger("chatflow").setLevel(logging.WARNING)
+
+
+CHECK_SECONDS = 15.0
+
+
+def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
+    """Asks the service whether a remote model is there.
+
+    Where it cannot be reached, or this machine has no credentials for a job that runs
+    elsewhere, only a warning is printed: the workers may well reach it.
+
+    Raises:
+      UsageError: the service says that the model is not there, or not for us.
+    """
+    from chatflow.models.faults import Kind, classify
+    from chatflow.models.remote import shared_model
+
+    settings = spec.remote._replace(timeout=min(spec.remote.timeout, CHECK_SECONDS))
+    try:
+        model = shared_model(spec.name, settings)
+        console.print(model.check(), highlight=False)
+    except UsageError:
+        raise
+    except Exception as error:
+        fault = classify(error)
+        said = f"--model={spec.name}: {fault.reason}: {one_line(error)}"
+        if fault.kind is Kind.FATAL and (local or fault.reason != "credentials"):
+            raise UsageError(f"{said} (--check_endpoint=false does not ask)") from None
+        console.print(f"warning: not checked: {said}", highlight=False, markup=False)
 
 
 def prepare_model(planned: Plan, console: Console) -> None:

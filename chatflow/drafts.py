@@ -12,6 +12,7 @@ from chatflow import metrics
 from chatflow.answers import parse_draft
 from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
+from chatflow.errors import BadAnswerError
 from chatflow.models import Model
 from chatflow.prompts import DraftPrompt, Question
 from chatflow.records import AnalysedChat, Draft, Sentiment, now
@@ -65,18 +66,21 @@ def to_draft(answered: Answered, prompt: DraftPrompt) -> Draft:
     """Checks the text that the model wrote.
 
     Raises:
-      BadAnswerError: see `answers.parse_draft`.
+      BadAnswerError: see `answers.parse_draft`; with the model's finish reason.
     """
     question, answer = answered
     assert question.analysis is not None  # set by DraftApologies.ask
     settings = prompt.template.settings
-    parsed = parse_draft(
-        answer.text,
-        question.request.parts[0],
-        question.chat,
-        settings["draft_characters"],
-        settings.get("refused_phrases", ()),
-    )
+    try:
+        parsed = parse_draft(
+            answer.text,
+            question.request.parts[0],
+            question.chat,
+            settings["draft_characters"],
+            settings.get("refused_phrases", ()),
+        )
+    except BadAnswerError as error:
+        raise error.explained(answer.circumstances) from None
     return Draft(
         draft_id=question.request.id,
         analysis_id=question.analysis.analysis_id,

@@ -33,6 +33,10 @@ class BadInputError(ElementError):
 class BadAnswerError(ElementError):
     """The model's answer is not what was asked for."""
 
+    def explained(self, circumstances: str) -> BadAnswerError:
+        """The same with more to say, e.g. why the model ended."""
+        return BadAnswerError(self.reason, f"{self}{circumstances}", self.answer)
+
 
 class ModelError(ElementError):
     """The model gave no answer."""

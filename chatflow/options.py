@@ -7,6 +7,7 @@ that are not here are Beam's and go to the runner.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -127,15 +128,61 @@ class Options:
     min_ram: str = _flag(
         "", "Resource hint of the inference steps, e.g. 16GB.", _WORKER
     )  # fmt: skip
+    location: str = _flag(
+        "", "Location of a Gemini model, e.g. global; default: Beam's --region, or "
+        "GOOGLE_CLOUD_LOCATION.", _REMOTE,
+    )  # fmt: skip
+    api_endpoint: str = _flag(
+        "", "Address of the Vertex AI API instead of Google's; one with http:// is called "
+        "without credentials.", _REMOTE,
+    )  # fmt: skip
+    endpoint_override: str = _flag(
+        "", "Address at which an endpoint answers: of a Private Service Connect forwarding rule, "
+        "or any other. The endpoint is not looked up then.", _REMOTE,
+    )  # fmt: skip
+    check_endpoint: str = _flag(
+        "true", "At launch, ask whether the model is there, at no cost; where the service cannot "
+        "be reached from here, the job is started all the same.", _REMOTE,
+        choices=("true", "false"),
+    )  # fmt: skip
+    request_format: str = _flag(
+        "chat_completions", "What an endpoint is sent: instances of chat completions (Model "
+        "Garden's vLLM containers); the same as a raw prediction (containers with OpenAI's "
+        "route); or instances with a prompt.", _REMOTE,
+        choices=("chat_completions", "raw_predict", "prompt"),
+    )  # fmt: skip
+    response_format: str = _flag(
+        "response_format", "How an endpoint is told the JSON schema of its answer: as OpenAI, as "
+        "vLLM from 0.12 on, as vLLM before, or not at all.", _REMOTE,
+        choices=("response_format", "structured_outputs", "guided_json", "none"),
+    )  # fmt: skip
+    thinking: str = _flag(
+        "auto", "How much a Gemini model thinks before it answers, which is paid for: a level "
+        "(minimal, low, medium, high), a number of tokens (Gemini 2.5), none to leave it to the "
+        "model, or auto for as little as it takes.", _REMOTE,
+    )  # fmt: skip
     max_in_flight: int = _flag(
         16, "Most calls at once to a remote model, by worker process.", _REMOTE, least=1
     )
+    max_requests_per_second: float = _flag(
+        0.0, "Most calls a second to a remote model, by worker process; 0: as many as it takes.",
+        _REMOTE, least=0,
+    )  # fmt: skip
+    rate_limit_service: str = _flag(
+        "", "HOST:PORT of an Envoy rate limit service that all workers ask before each call "
+        "(domain chatflow, descriptor model).", _REMOTE,
+    )  # fmt: skip
     request_timeout: float = _flag(
-        60.0, "Seconds for one call to a remote model.", _REMOTE, least=1
-    )
-    api_endpoint: str = _flag(
-        "", "Address of the remote service instead of Google's; one with http:// is called "
-        "without credentials.", _REMOTE,
+        60.0, "Seconds for one call to a remote model, to the last byte of its answer.", _REMOTE,
+        least=0.1,
+    )  # fmt: skip
+    retry_seconds: float = _flag(
+        120.0, "What failed calls for one prompt, and the waiting after them, may take, before "
+        "it becomes a dead letter.", _REMOTE, least=0,
+    )  # fmt: skip
+    prices: str = _flag(
+        "", "TOML file with prices of models, for the estimated cost in the summary; default: "
+        "chatflow/prices.toml.", _REMOTE,
     )  # fmt: skip
     summary: str = _flag(
         "table", "What is printed at the end: a table of results and counts, or the counts as "
@@ -283,15 +330,19 @@ class Cloud(NamedTuple):
 NO_CLOUD = Cloud()
 
 
-def cloud_of(options: Any) -> Cloud:
-    """From Beam's --project and --region, else the environment, as Google's clients do."""
+def cloud_of(options: Any, chatflow: Options) -> Cloud:
+    """From flags, else the environment, else (where a model needs it) Google's credentials."""
     from apache_beam.options.pipeline_options import GoogleCloudOptions
 
-    google = options.view_as(GoogleCloudOptions)
-    return Cloud(
-        google.project or os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
-        google.region or os.environ.get("GOOGLE_CLOUD_LOCATION", ""),
-    )
+    given = options.view_as(GoogleCloudOptions)
+    project = given.project or os.environ.get("GOOGLE_CLOUD_PROJECT", "")
+    if not project and chatflow.inference == "remote" and chatflow.model.startswith("gemini-"):
+        import google.auth
+
+        with contextlib.suppress(google.auth.exceptions.GoogleAuthError):
+            project = google.auth.default()[1] or ""
+    location = chatflow.location or given.region or os.environ.get("GOOGLE_CLOUD_LOCATION", "")
+    return Cloud(project, location)
 
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"

@@ -15,6 +15,7 @@ from chatflow.drafts import DraftApologies
 from chatflow.models import Model, ModelSpec
 from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
+from chatflow.prices import Price, price_of
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Analysis
 from chatflow.revisions import Rules
@@ -33,6 +34,7 @@ class Plan:
       streaming: the input never ends.
       replay: the input holds dead letters, which are tried again.
       drafts: apologies are drafted; without, analyses alone are made.
+      price: what the model costs, where that is known.
     """
 
     options: Options
@@ -45,6 +47,7 @@ class Plan:
     streaming: bool = False
     replay: bool = False
     drafts: bool = True
+    price: Price | None = None
 
     def write(self, kind: str) -> WriteRecords:
         return WriteRecords(self.destinations[kind], self.streaming)
@@ -59,10 +62,12 @@ def plan(
     """Reads and checks sources, destinations, model and prompts.
 
     Args:
-      cloud: project and location of a remote model whose name does not say them.
+      cloud: project and location of a remote model whose name does not say them; carried to
+        the workers.
 
     Raises:
-      UsageError: an unknown model, source or destination, or a prompt folder with a mistake.
+      UsageError: an unknown model, source or destination, or a prompt folder or a table of
+        prices with a mistake.
     """
     streaming = is_stream(options.input)
     spec = ModelSpec(
@@ -84,8 +89,15 @@ def plan(
             cloud.project,
             cloud.location,
             options.api_endpoint,
+            options.endpoint_override,
             options.request_timeout,
             options.max_in_flight,
+            options.max_requests_per_second,
+            options.rate_limit_service,
+            options.retry_seconds,
+            options.request_format,
+            options.response_format,
+            options.thinking,
         ),
     )
     rules = Rules(
@@ -110,6 +122,7 @@ def plan(
         streaming,
         replay,
         drafts,
+        price_of(spec.name, options.prices),
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 
-from chatflow.answers import ANALYSIS_SCHEMA
+from chatflow.answers import ANALYSIS_SCHEMA, AnalysisAnswer, parse_analysis
 from chatflow.chat_text import as_data, estimate_tokens, keep_newest
 from chatflow.errors import BadInputError, UsageError
 from chatflow.models import ModelSpec
@@ -205,6 +205,8 @@ class AnalysisPrompt(Prompt):
     def check_settings(self) -> None:
         where = self.template.where
         missing = [block for block in self.block_names if block not in self.template.blocks]
+        if self.model.is_remote and "json" not in self.template.blocks:
+            missing = ["json, by which remote models are asked"]
         if missing:
             raise UsageError(f"{where}: has no block {' and no block '.join(missing)}")
         tones = self.template.setting("tones", dict)
@@ -232,6 +234,15 @@ class AnalysisPrompt(Prompt):
     def tones(self) -> dict[str, Sentiment]:
         return {word: Sentiment(value) for word, value in self.template.settings["tones"].items()}
 
+    @functools.cached_property
+    def read(self) -> Callable[[str], AnalysisAnswer]:
+        """Reads sentiment and summary of an answer; see `answers.parse_analysis`."""
+        return functools.partial(
+            parse_analysis,
+            summary_characters=self.template.settings["summary_characters"],
+            tones=self.tones,
+        )
+
     @property
     def tone_bias(self) -> dict[str, float] | None:
         """Constants taken off the scores of the tone words; None: not fitted for the model."""
@@ -257,7 +268,13 @@ class AnalysisPrompt(Prompt):
         }
         characters = settings["summary_characters"] - 1  # room for an ellipsis
         if block == "json":
-            return Part(field=None, schema=ANALYSIS_SCHEMA, characters=max(1, characters), **common)
+            return Part(
+                field=None,
+                schema=ANALYSIS_SCHEMA,
+                characters=max(1, characters),
+                check=self.read,
+                **common,
+            )
         return Part(
             field="summary",
             lead=lead,

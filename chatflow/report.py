@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apache_beam.io.filesystems import FileSystems
 from rich.console import Console
@@ -18,6 +18,10 @@ from rich.table import Table
 from chatflow import metrics
 from chatflow.records import Analysis, Draft, Record, parse_record
 from chatflow.sinks import file_prefixes, result_files
+
+if TYPE_CHECKING:
+    from chatflow.pipeline import Plan
+    from chatflow.prices import Price
 
 TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "green")}
 
@@ -34,10 +38,11 @@ class Summary:
     distributions: dict[str, dict[str, float]]
     seconds: float
     destinations: Mapping[str, Sequence[str]]
+    price: Price | None = None
 
     @classmethod
-    def of(cls, result: Any, seconds: float, destinations: Mapping[str, Sequence[str]]) -> Summary:
-        """From a Beam `PipelineResult`, and where it wrote each kind of record."""
+    def of(cls, result: Any, seconds: float, planned: Plan) -> Summary:
+        """From a Beam `PipelineResult`, and what was planned."""
         found = result.metrics().query()
         counts: dict[str, int] = {}
         for metric in found["counters"]:
@@ -56,7 +61,7 @@ class Summary:
             }
             for name, parts in values.items()
         }
-        return cls(counts, distributions, seconds, destinations)
+        return cls(counts, distributions, seconds, planned.destinations, planned.price)
 
     def get(self, name: str) -> int:
         return self.counts.get(name, 0)
@@ -88,6 +93,14 @@ class Summary:
             + abs(drafted - self.dead_lettered("draft_prompt", "draft_model", "draft_answer"))
         )
 
+    @property
+    def cost(self) -> float | None:
+        """US dollars, estimated; None where the price is not known."""
+        if self.price is None:
+            return None
+        tokens = self.get("prompt_tokens"), self.get("answer_tokens")
+        return round(self.price.of(*tokens, self.seconds), 6)
+
     def to_dict(self) -> dict[str, Any]:
         letters = self.under("dead_letters")
         tones = self.under("analysed")
@@ -112,6 +125,11 @@ class Summary:
             "repaired": self.under("repaired"),
             "prompt_tokens": self.get("prompt_tokens"),
             "answer_tokens": self.get("answer_tokens"),
+            "requests": self.get("model/requests"),
+            "retries": self.get("model/retries"),
+            "asked_again": self.get("model/asked_again"),
+            "faults": self.under("model/faults"),
+            "cost_usd": self.cost,
             **{name: self.distributions.get(name, {}) for name in DISTRIBUTIONS},
             "seconds": round(self.seconds, 2),
             "chats_per_second": round(
@@ -222,6 +240,12 @@ def counts_table(summary: Summary) -> Table:
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
         "lost": f"{values['lost']:,}",
     }
+    if values["requests"]:
+        again = {"made again": values["retries"], "with an answer sent back": values["asked_again"]}
+        faults = f"; faults: {listed(values['faults'])}" if values["faults"] else ""
+        rows["calls"] = f"{values['requests']:,}, of these {listed(again)}{faults}"
+    if summary.cost is not None:
+        rows["cost"] = f"about {summary.cost:,.4f} US dollars, by the table of --prices"
     for name, (title, unit) in DISTRIBUTIONS.items():
         if name in summary.distributions:
             spread = summary.distributions[name]

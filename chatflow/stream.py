@@ -251,7 +251,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         board.note = ""
         if console.is_terminal:
             console.print(board.render())
-    summary = Summary.of(run.result, time.monotonic() - started, planned.destinations)
+    summary = Summary.of(run.result, time.monotonic() - started, planned)
     cli.show(summary, options)
     return 0
 

@@ -268,7 +268,7 @@ class PubSub:
             run.result.drain()
             assert run.ended.wait(120), "the pipeline was not drained"
             assert run.error is None, run.error
-            run.summary = Summary.of(run.result, 1, planned.destinations)
+            run.summary = Summary.of(run.result, 1, planned)
 
 
 def start_emulator(port: int = 0) -> Emulator:

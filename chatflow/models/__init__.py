@@ -72,10 +72,10 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.is_scripted:
             return
-        if self.inference == "remote":
-            from chatflow.models import vertex
+        if self.is_remote:
+            from chatflow.models.remote import check_name
 
-            vertex.check_name(self.name, self.remote)
+            check_name(self.name, self.remote)
             return
         from chatflow.models.presets import check_preset
 
@@ -95,9 +95,13 @@ class ModelSpec:
         return self.inference == "on_worker" and self.name == embedded.NAME
 
     @property
+    def is_remote(self) -> bool:
+        return self.inference == "remote" and not self.is_scripted
+
+    @property
     def writes_json(self) -> bool:
         """The model writes the JSON answer itself."""
-        return self.is_scripted or self.inference == "remote"
+        return self.is_scripted or self.is_remote
 
     @property
     def instruct(self) -> bool:
@@ -125,10 +129,10 @@ class ModelSpec:
 
             script = load_script(self.name.removeprefix(SCRIPTED))
             return ScriptedModelHandler(script, batching=self.batching)
-        if self.inference == "remote":
-            from chatflow.models.vertex import VertexModelHandler
+        if self.is_remote:
+            from chatflow.models.remote import RemoteLanguageModelHandler
 
-            return VertexModelHandler(self.name, self.remote, self.batching)
+            return RemoteLanguageModelHandler(self.name, self.remote, self.batching)
         from chatflow.models.gemma import GemmaModelHandler
 
         return GemmaModelHandler(self.name, self.instruct, self.worker, self.batching, expected)

@@ -151,7 +151,7 @@ class Gate:
         """At the end of a round, adapts the limit to what became of its calls."""
         if self._started is None:
             self._started = now
-        if now - self._started < ROUND_SECONDS or 0 < self._refused and self._calls < ROUND_CALLS:
+        if now - self._started < ROUND_SECONDS or (self._refused > 0 and self._calls < ROUND_CALLS):
             return
         share = self._refused / self._calls
         before, self._before = self._before, None

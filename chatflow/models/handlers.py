@@ -51,7 +51,7 @@ ModelT = TypeVar("ModelT", bound=LanguageModel)
 
 
 class LanguageModelHandler(
-    ModelHandler[Request, PredictionResult, ModelT], Generic[ModelT], abc.ABC
+    abc.ABC, ModelHandler[Request, PredictionResult, ModelT], Generic[ModelT]
 ):
     """A Beam model handler for requests, used through `RunInference`.
 

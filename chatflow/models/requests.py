@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -26,6 +26,8 @@ class Part:
       choices: if any, one of these is scored best, and nothing is generated.
       values: what each choice stands for in the JSON answer.
       bias: constants taken off the choices' log-probabilities, in nats.
+      check: raises `BadAnswerError` where an answer is not what was asked for. A remote model
+        is then asked once more, with the error.
     """
 
     field: str | None
@@ -40,6 +42,7 @@ class Part:
     choices: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
     bias: tuple[float, ...] = ()
+    check: Callable[[str], object] | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,12 @@ class Answer:
 
     Attributes:
       model: who answered.
+      prompt_tokens, answer_tokens: what was read and written, in all calls for this answer;
+        what a model thinks before it answers is written, too.
       tone_scores: log-probability by tone word, where the tone was a scored choice.
       seconds: from asking to answer; of the whole batch, where there was one.
       finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
+      repairs: `asked_again`, where a first answer was of no use.
     """
 
     text: str
@@ -76,6 +82,13 @@ class Answer:
     seconds: float = 0.0
     finish_reason: str = "stop"
     tone_scores: tuple[tuple[str, float], ...] = ()
+    repairs: tuple[str, ...] = ()
+
+    @property
+    def circumstances(self) -> str:
+        """What explains an answer that is of no use, for an error message."""
+        again = "asked twice, " if self.repairs else ""
+        return f" ({again}finish reason {self.finish_reason})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +97,15 @@ class Failure:
 
     Attributes:
       reason: a short code for counting, e.g. `prompt_too_long`.
+      answer: what the model said all the same.
+      prompt_tokens, answer_tokens: paid for nevertheless.
     """
 
     reason: str
     error: str
     answer: str | None = None
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
 
 
 class Batching(NamedTuple):
@@ -133,18 +150,38 @@ ONE_COPY = WorkerSettings()
 
 
 class RemoteSettings(NamedTuple):
-    """Where a service is, and how it is called.
+    """Where a service is, and how it is called. Travels to the workers.
 
     Attributes:
       project, location: of a Gemini model; an endpoint's are in its name.
-      api_endpoint: an address instead of Google's, e.g. a private one. One that begins
-        with `http://` is called without credentials.
-      timeout: seconds for one call.
+      api_endpoint: an address instead of Google's. One that begins with `http://` is called
+        without credentials.
+      endpoint_override: the address at which an endpoint answers, e.g. that of a Private
+        Service Connect forwarding rule; the endpoint is not looked up then.
+      timeout: seconds for one call, to the last byte of its answer.
       max_in_flight: calls at once, by worker process.
+      max_per_second: calls a second, by worker process; 0: any number.
+      rate_limit_service: address of an Envoy rate limit service that a fleet shares.
+      retry_seconds: what failed calls of one request and the waiting after them may take.
+      request_format: `chat_completions`, `raw_predict` or `prompt`; see `vertex.body`.
+      response_format: how an endpoint is told the JSON schema of its answer; see
+        `vertex.schema_fields`.
+      thinking: of a Gemini model; see `gemini.thinking_of`.
     """
 
     project: str = ""
     location: str = ""
     api_endpoint: str = ""
+    endpoint_override: str = ""
     timeout: float = 60.0
     max_in_flight: int = 16
+    max_per_second: float = 0.0
+    rate_limit_service: str = ""
+    retry_seconds: float = 120.0
+    request_format: str = "chat_completions"
+    response_format: str = "response_format"
+    thinking: str = "auto"
+
+    @property
+    def without_credentials(self) -> bool:
+        return (self.endpoint_override or self.api_endpoint).startswith("http://")

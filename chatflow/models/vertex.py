@@ -1,259 +1,278 @@
-"""Models behind a service: one call a prompt, many in flight, an error value for each."""
+"""Text models on Vertex AI endpoints of every kind: public, dedicated and private."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
+import asyncio
 import json
-import random
+import os
 import re
-import time
-from collections.abc import Sequence
+import ssl
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from chatflow.errors import ModelError, UsageError
-from chatflow.models.handlers import LanguageModel, LanguageModelHandler
-from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, RemoteSettings, Request
+import aiohttp
+import certifi
+import google.auth
+import google.auth.transport.requests
+from google.auth.credentials import AnonymousCredentials
+
+from chatflow.errors import UsageError
+from chatflow.models.faults import Fault, HttpError, MalformedReplyError
+from chatflow.models.remote import Client, Reply, Turn, checked
+from chatflow.models.requests import Part, RemoteSettings
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
-
-ATTEMPTS = 5
-FIRST_PAUSE = 1.0  # seconds; doubled by each attempt, with full jitter
-LONGEST_PAUSE = 30.0
+SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 
 
-def check_name(name: str, settings: RemoteSettings) -> None:
-    """Checks a remote model's name; calls nothing.
+def schema_fields(schema: Mapping[str, Any] | None, spelling: str) -> dict[str, Any]:
+    """How a chat completion is told the JSON schema of its answer.
 
-    Raises:
-      UsageError: it is neither an endpoint nor a Gemini model with a project.
+    Args:
+      spelling: `response_format` (OpenAI's), `structured_outputs` (vLLM from 0.12 on),
+        `guided_json` (vLLM before), or `none`. Servers are said to ignore one that they do not
+        know, so answers are checked all the same.
     """
-    if ENDPOINT.fullmatch(name):
-        return
-    if not name.startswith("gemini-"):
-        raise UsageError(
-            f"--model={name}: with --inference=remote give gemini-… or "
-            "projects/P/locations/L/endpoints/E"
-        )
-    if not (settings.project and settings.location):
-        raise UsageError(
-            f"--model={name}: give --project and --region, or set GOOGLE_CLOUD_PROJECT and "
-            "GOOGLE_CLOUD_LOCATION"
-        )
+    if not schema or spelling == "none":
+        return {}
+    if spelling == "response_format":
+        form = {"name": "answer", "schema": schema}
+        return {"response_format": {"type": "json_schema", "json_schema": form}}
+    return {"guided_json": schema} if spelling == "guided_json" else {spelling: {"json": schema}}
 
 
-class Fault(NamedTuple):
-    """What an exception of a client means.
+def body(turns: Sequence[Turn], part: Part, settings: RemoteSettings) -> dict[str, Any]:
+    """The body of a call, by `RemoteSettings.request_format`.
+
+    - `chat_completions`: an instance of predict, as Model Garden's vLLM containers take it.
+    - `raw_predict`: OpenAI's body as it is, for containers that serve its route.
+    - `prompt`: an instance with a prompt, for containers that know no chats.
+    """
+    limits = {"max_tokens": part.max_tokens, "temperature": 0}
+    if settings.request_format == "prompt":
+        prompt = "\n\n".join(turn.text for turn in turns)
+        return {"instances": [{"prompt": prompt, **limits}]}
+    chat = {
+        "messages": [
+            {"role": "assistant" if turn.role == "model" else turn.role, "content": turn.text}
+            for turn in turns
+        ],
+        **limits,
+        **schema_fields(part.schema, settings.response_format),
+    }
+    if settings.request_format == "raw_predict":
+        return {"model": "", **chat}
+    return {"instances": [{"@requestFormat": "chatCompletions", **chat}]}
+
+
+class Address(NamedTuple):
+    """Where an endpoint answers.
 
     Attributes:
-      reason: a short code for counting, e.g. `http_429`.
-      again: trying again may help.
-      wait: seconds that the service asks to wait at least.
+      kind: `public`, `dedicated`, `private service access` or `private service connect`.
+      predict, raw_predict: URLs.
+      models: how many are deployed on it.
+      verified: whether its certificate is checked.
     """
 
-    reason: str
-    again: bool
-    wait: float = 0.0
+    kind: str
+    predict: str
+    raw_predict: str
+    models: int = 1
+    verified: bool = True
 
 
-def classify(error: Exception) -> Fault:
-    """Says what an exception of google-genai, aiplatform, requests or httpx means."""
-    if isinstance(error, ModelError):
-        return Fault(error.reason, again=False)
-    code = getattr(error, "code", None)
-    if not isinstance(code, int):
-        # A dedicated endpoint of aiplatform has the status in the text alone.
-        found = re.match(r"(?:Status code:)?\s*(\d{3})\b", str(error))
-        code = int(found[1]) if found else None
-    if code is not None:
-        return Fault(f"http_{code}", code in (408, 429) or code >= 500, _retry_after(error))
-    kind = type(error).__name__
-    if "Timeout" in kind:
-        return Fault("timeout", again=True)
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK:
-        return Fault("connection", again=True)
-    return Fault(f"client_{kind}", again=False)
+class EndpointClient(Client):
+    """predict or rawPredict of one endpoint over HTTP.
 
+    The endpoint is looked up once, by its first call, for its kind and its address; see
+    `look_up`. Calls go over HTTP for every kind, and not through aiplatform's classes, which
+    hide the status of what a dedicated endpoint refuses in a text, and know no time-out for a
+    private one.
 
-_NETWORK = ("requests", "urllib3", "httpx", "httpcore", "aiohttp")
-
-
-def _retry_after(error: Exception) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    try:
-        return max(0.0, float(headers.get("Retry-After", 0)))
-    except ValueError:  # a date
-        return 0.0
-
-
-class RemoteModel(LanguageModel):
-    """Answers each request with a call of its own; see `VertexModelHandler`."""
+    Args:
+      name: `projects/P/locations/L/endpoints/E`.
+    """
 
     def __init__(self, name: str, settings: RemoteSettings):
         self.name, self.settings = name, settings
-        # One pool for the process: its threads are the calls in flight, whoever asks.
-        self._pool = concurrent.futures.ThreadPoolExecutor(settings.max_in_flight)
+        self._address: Address | None = None
+        self._looking_up = asyncio.Lock()
+        self._token = _Token(settings.without_credentials)
+        self._http: aiohttp.ClientSession | None = None
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        return list(self._pool.map(self._answer, requests))
+    async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
+        address = await self.address()
+        raw = self.settings.request_format == "raw_predict"
+        content = await self._post(
+            address.raw_predict if raw else address.predict,
+            body(turns, part, self.settings),
+            address.verified,
+        )
+        return reply_of(content if raw else _prediction(content))
 
-    def _answer(self, request: Request) -> Answer | Failure:
-        started = time.monotonic()
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                answer = self.call(request)
-            except Exception as error:
-                fault = classify(error)
-                if not fault.again or attempt == ATTEMPTS:
-                    kind, raw = type(error).__name__, getattr(error, "answer", None)
-                    text = f"{kind} after {attempt} calls: {error}"
-                    return Failure(fault.reason, text[:1000], raw)
-                pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.random()
-                time.sleep(fault.wait + pause)
-            else:
-                return dataclasses.replace(answer, seconds=time.monotonic() - started)
-        raise AssertionError("not reached")
+    async def address(self) -> Address:
+        async with self._looking_up:
+            if self._address is None:
+                settings = self.settings
+                if settings.endpoint_override:
+                    self._address = overridden(self.name, settings.endpoint_override)
+                else:
+                    self._address = await asyncio.to_thread(look_up, self.name, settings)
+            return self._address
 
-    def call(self, request: Request) -> Answer:
-        """One call to the service; raises whatever its client raises."""
-        raise NotImplementedError
+    async def _post(self, url: str, content: Mapping[str, Any], verified: bool) -> Any:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=_trusted() if verified else False),
+                timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
+                trust_env=True,
+            )
+        headers = {"Content-Type": "application/json"}
+        if url.startswith("https://"):
+            headers |= await self._token.header()
+        data = json.dumps(content).encode()
+        async with self._http.post(url, data=data, headers=headers) as response:
+            text = await response.text()
+        if response.status != 200:
+            raise HttpError(response.status, text, response.headers)
+        return json.loads(text)
+
+    async def check(self) -> str:
+        address = await self.address()
+        if not address.models:
+            raise UsageError(f"--model={self.name}: no model is deployed on this endpoint")
+        return f"{self.name} is there, a {address.kind} endpoint"
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
 
 
-def finished(text: str | None, reason: str) -> str:
-    """The text of an answer.
+def _trusted() -> ssl.SSLContext:
+    # As google-genai does it.
+    return ssl.create_default_context(
+        cafile=os.environ.get("SSL_CERT_FILE", certifi.where()),
+        capath=os.environ.get("SSL_CERT_DIR"),
+    )
+
+
+class _Token:
+    """An access token of the machine's own credentials, renewed before it ends."""
+
+    def __init__(self, none: bool):
+        self._credentials: Any = None
+        self._none = none
+        self._lock = threading.Lock()
+
+    async def header(self) -> dict[str, str]:
+        if self._none:
+            return {}
+        if self._credentials is None or not self._credentials.valid:
+            await asyncio.to_thread(self._renew)
+        return {"Authorization": f"Bearer {self._credentials.token}"}
+
+    def _renew(self) -> None:
+        with self._lock:
+            if self._credentials is None:
+                self._credentials, _ = google.auth.default(scopes=SCOPES)
+            if not self._credentials.valid:
+                request = google.auth.transport.requests.Request()
+                self._credentials.refresh(request)
+
+
+def overridden(name: str, address: str) -> Address:
+    """An endpoint at an address that is known; an address without scheme is https's."""
+    if "://" in address:
+        base, verified = address.rstrip("/"), True
+    else:
+        # aiplatform's PrivateEndpoint checks no certificate here, for the address is one of the
+        # user's own network, and the certificate is Google's own.
+        base, verified = f"https://{address}", False
+    url = f"{base}/v1/{name}"
+    kind = "private service connect"
+    return Address(kind, f"{url}:predict", f"{url}:rawPredict", verified=verified)
+
+
+def look_up(name: str, settings: RemoteSettings) -> Address:
+    """Asks Vertex AI for an endpoint.
 
     Raises:
-      ModelError: there is none: the service blocked it, or stopped before it began.
+      UsageError: a private service connect endpoint without its address.
+      google.api_core.exceptions.GoogleAPICallError: as the service says.
     """
-    if not text:
-        raise ModelError("no_answer", f"the service gave no text; finish reason {reason}")
-    return text
-
-
-class GeminiModel(RemoteModel):
-    """A Gemini model on Vertex AI, through google-genai."""
-
-    def __init__(self, name: str, settings: RemoteSettings):
-        super().__init__(name, settings)
-        from google import genai
-        from google.genai import types
-
-        self._types = types
-        credentials = None
-        if settings.api_endpoint.startswith("http://"):
-            from google.oauth2.credentials import Credentials
-
-            credentials = Credentials(token="none")  # type: ignore[no-untyped-call]
-        self._client = genai.Client(
-            vertexai=True,
-            project=settings.project,
-            location=settings.location,
-            http_options=types.HttpOptions(
-                timeout=round(settings.timeout * 1000),
-                retry_options=types.HttpRetryOptions(attempts=1),  # we try again ourselves
-                base_url=settings.api_endpoint or None,
-            ),
-            credentials=credentials,
+    found = ENDPOINT.fullmatch(name)
+    assert found is not None  # checked by remote.check_name
+    base = settings.api_endpoint or f"https://{found[2]}-aiplatform.googleapis.com"
+    if "://" not in base:
+        base = f"https://{base}"
+    endpoint = _endpoint_service(base).get_endpoint(name=name, timeout=settings.timeout, retry=None)
+    models = len(endpoint.deployed_models)
+    if endpoint.dedicated_endpoint_enabled and endpoint.dedicated_endpoint_dns:
+        kind, base = "dedicated", f"https://{endpoint.dedicated_endpoint_dns}"
+    elif endpoint.private_service_connect_config.enable_private_service_connect:
+        raise UsageError(
+            f"--model={name} is a private service connect endpoint: give the address of its "
+            "forwarding rule with --endpoint_override"
         )
+    elif endpoint.network:
+        uri = endpoint.deployed_models[0].private_endpoints.predict_http_uri if models else ""
+        return Address("private service access", uri, uri, models)
+    else:
+        kind = "public"
+    url = f"{base.rstrip('/')}/v1/{name}"
+    return Address(kind, f"{url}:predict", f"{url}:rawPredict", models)
 
-    def call(self, request: Request) -> Answer:
-        (part,) = request.parts
-        form: dict[str, Any] = {}
-        if part.schema:
-            # As an OpenAPI schema an enum is of strings only, so this is JSON Schema.
-            form = {
-                "response_mime_type": "application/json",
-                "response_json_schema": part.schema,
-            }
-        response = self._client.models.generate_content(
-            model=self.name,
-            contents=part.prompt,
-            config=self._types.GenerateContentConfig(
-                temperature=0, max_output_tokens=part.max_tokens, **form
-            ),
+
+def _endpoint_service(base: str) -> Any:
+    from google.cloud.aiplatform_v1 import EndpointServiceClient
+    from google.cloud.aiplatform_v1.services.endpoint_service.transports.rest import (
+        EndpointServiceRestTransport,
+    )
+
+    scheme, host = base.rstrip("/").split("://", 1)
+    if scheme == "http":
+        anonymous = AnonymousCredentials()  # type: ignore[no-untyped-call]
+        transport = EndpointServiceRestTransport(
+            host=host, url_scheme="http", credentials=anonymous
         )
-        usage = response.usage_metadata
-        candidates = response.candidates or []
-        reason = candidates[0].finish_reason if candidates else None
-        block = response.prompt_feedback.block_reason if response.prompt_feedback else None
-        said = str(reason or block or "none").rsplit(".", 1)[-1]
-        return Answer(
-            finished(response.text if candidates else None, said),
-            self.name,
-            prompt_tokens=(usage and usage.prompt_token_count) or 0,
-            answer_tokens=(usage and usage.candidates_token_count) or 0,
-            finish_reason="length" if said == "MAX_TOKENS" else "stop",
-        )
+        return EndpointServiceClient(transport=transport)
+    return EndpointServiceClient(client_options={"api_endpoint": host})
 
 
-class EndpointModel(RemoteModel):
-    """A text model on a Vertex AI endpoint that takes chat completions (Gemma on vLLM)."""
-
-    def __init__(self, name: str, settings: RemoteSettings):
-        super().__init__(name, settings)
-        from google.cloud import aiplatform
-
-        found = ENDPOINT.fullmatch(name)
-        assert found is not None  # checked by check_name
-        options: dict[str, Any] = {}
-        if settings.api_endpoint:
-            options["api_endpoint"] = settings.api_endpoint
-        if settings.api_endpoint.startswith("http://"):
-            from google.auth.credentials import AnonymousCredentials
-
-            options |= {"credentials": AnonymousCredentials(), "api_transport": "rest"}  # type: ignore[no-untyped-call]
-        aiplatform.init(project=found[1], location=found[2], **options)
-        self._endpoint = aiplatform.Endpoint(name)
-
-    def call(self, request: Request) -> Answer:
-        (part,) = request.parts
-        instance = {
-            "@requestFormat": "chatCompletions",
-            "messages": [{"role": "user", "content": part.prompt}],
-            "max_tokens": part.max_tokens,
-            "temperature": 0,
-        }
-        predictions = self._endpoint.predict([instance], timeout=self.settings.timeout).predictions
-        # Public examples disagree whether the completion stands in a list.
-        first: Any = predictions
-        if isinstance(predictions, list) and predictions:
-            first = predictions[0]
-        if isinstance(first, str):  # a container that knows prompts only
-            return Answer(finished(first, "none"), self.name)
-        try:
-            choice, usage = first["choices"][0], first.get("usage") or {}
-            text, said = choice["message"]["content"], str(choice.get("finish_reason"))
-        except (LookupError, TypeError) as error:
-            raw = json.dumps(predictions, default=str)[:2000]
-            raise ModelError(
-                "bad_response", f"no chat completion in the reply: {error!r}", raw
-            ) from None
-        return Answer(
-            finished(text, said),
-            self.name,
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            answer_tokens=int(usage.get("completion_tokens") or 0),
-            finish_reason="length" if said == "length" else "stop",
-        )
+def _prediction(content: Any) -> Any:
+    """The one prediction of a reply. Public examples disagree whether it stands in a list."""
+    predictions = content.get("predictions") if isinstance(content, dict) else None
+    if isinstance(predictions, list):
+        if not predictions:
+            raise MalformedReplyError(
+                "no_predictions", "the reply has no predictions", _raw(content)
+            )
+        return predictions[0]
+    return predictions
 
 
-class VertexModelHandler(LanguageModelHandler[RemoteModel]):
-    """A model behind Vertex AI.
+def reply_of(prediction: Any) -> Reply | Fault:
+    """Reads a chat completion, or the text of a container that knows prompts only.
 
-    Each request is one call; a batch is as many calls at once as may be in flight.
-    Calls that fail for a while (408, 429, 5xx, time-outs, broken connections) are tried
-    again up to 5 times, with full jitter and not before the service's `Retry-After`.
-    Whatever still fails is a `Failure` of that request alone.
-
-    Args:
-      model: `gemini-…` or `projects/P/locations/L/endpoints/E`.
+    Raises:
+      MalformedReplyError: it is neither.
     """
+    if isinstance(prediction, str):
+        # Model Garden's containers say the prompt again.
+        return checked(Reply(prediction.split("\nOutput:\n", 1)[-1], finish_reason="unknown"))
+    try:
+        choice, usage = prediction["choices"][0], prediction.get("usage") or {}
+        text, said = choice["message"]["content"] or "", str(choice.get("finish_reason"))
+        paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        reply = Reply(str(text), *paid, said)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise MalformedReplyError(
+            "bad_reply", f"no chat completion in the reply: {error!r}", _raw(prediction)
+        ) from None
+    return checked(reply, said if said == "content_filter" else "")
 
-    def __init__(self, model: str, settings: RemoteSettings, batching: Batching = ONE_BUNDLE):
-        # A batch ends with its slowest call, so it is wider than what is in flight.
-        super().__init__(model, batching._replace(size=4 * settings.max_in_flight))
-        self.settings = settings
 
-    def load_model(self) -> RemoteModel:
-        kind = EndpointModel if ENDPOINT.fullmatch(self.name) else GeminiModel
-        return kind(self.name, self.settings)
+def _raw(content: Any) -> str:
+    return json.dumps(content, default=str)[:2000]

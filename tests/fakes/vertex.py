@@ -1,144 +1,325 @@
-"""A stand-in for Vertex AI on loopback: Gemini's generateContent and an endpoint's predict.
+"""A stand-in for Vertex AI on loopback, for real clients: HTTP, HTTPS and gRPC.
 
-It speaks what the real clients send over HTTP, answers with a function of the prompt, and
-misbehaves on cue. The shapes are those that Google documents; nothing was compared with the
-real service.
+It speaks generateContent and countTokens of Gemini; GetEndpoint, predict, rawPredict and chat
+completions of endpoints of every kind; and OAuth's token route. The shapes are those that
+Google documents; nothing was compared with the real services. What it answers, and how it
+misbehaves, says `brain.Behaviour`; over gRPC, faults are statuses, hanging, or no predictions.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import datetime
+import ipaddress
 import json
+import os
+import socket
+import ssl
+import struct
+import tempfile
 import threading
-import time
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-ENDPOINT = "projects/p/locations/us-central1/endpoints/1001"
+from aiohttp import web
 
+from .brain import Brain, Call, scripted_answer
 
-class Call(NamedTuple):
-    at: float
-    prompt: str
-    body: dict[str, Any]
+_ENDPOINTS = "projects/p/locations/us-central1/endpoints"
+ENDPOINTS = {
+    "public": f"{_ENDPOINTS}/1001",
+    "dedicated": f"{_ENDPOINTS}/1002",
+    "private service access": f"{_ENDPOINTS}/1003",
+    "private service connect": f"{_ENDPOINTS}/1004",
+    "empty": f"{_ENDPOINTS}/1005",
+}
 
 
 class FakeVertex:
-    """Starts on a free port; use as a context manager.
+    """Starts on free ports; use as a context manager.
 
     Attributes:
-      faults: what happens to the next calls, in order: `ok`, a status (`429`), `hang`,
-        `reset`, `html`, `empty`, `blocked`, `malformed`; after the last, all is well.
-      poison: a prompt that holds this text gets a 400, always.
-      latency, retry_after: seconds.
+      brain: how it behaves, and what it saw.
+      address: of plain HTTP, for `--api_endpoint`.
+      secure, grpc: addresses (host:port) with TLS, by a certificate that `trusted` makes known.
     """
 
-    def __init__(self, answer: Callable[[str], str]):
-        self.answer = answer
-        self.reset()
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                name = self.path.split("/v1beta1/")[-1].split("/v1/")[-1]
-                self.reply(200, {"name": name, "createTime": "2026-01-01T00:00:00Z"})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fake.serve(self, body)
-
-            def reply(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
-                raw = value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                for name, text in (headers or {}).items():
-                    self.send_header(name, text)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def reset(self) -> None:
-        self.calls: list[Call] = []
-        self.faults: list[str] = []
-        self.poison: str | None = None
-        self.latency = 0.0
-        self.retry_after: float | None = None
-        self.peak = self._now = 0
-        self._lock = threading.Lock()
-        self.released = threading.Event()
+    def __init__(self, answer: Callable[[str], str] = scripted_answer, with_grpc: bool = False):
+        self.brain = Brain(answer)
+        self.grpc = ""
+        self._with_grpc = with_grpc
+        self._folder = tempfile.TemporaryDirectory(prefix="fake-vertex-")
+        self.certificate = Path(self._folder.name) / "certificate.pem"
+        self._loop = asyncio.new_event_loop()
+        self._ready, self._done = threading.Event(), asyncio.Event()
 
     def __enter__(self) -> FakeVertex:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        key = make_certificate(self.certificate)
+        self._thread = threading.Thread(
+            target=self._loop.run_until_complete, args=(self._serve(key),), daemon=True
+        )
+        self._thread.start()
+        if not self._ready.wait(30):
+            raise RuntimeError("the stand-in did not start")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join(10)
+        self._folder.cleanup()
 
-    def serve(self, handler: Any, body: dict[str, Any]) -> None:
-        gemini = handler.path.endswith(":generateContent")
-        prompt = (
-            body["contents"][0]["parts"][0]["text"]
-            if gemini
-            else body["instances"][0]["messages"][0]["content"]
-        )
-        with self._lock:
-            self.calls.append(Call(time.monotonic(), prompt, body))
-            fault = self.faults.pop(0) if self.faults else "ok"
-            self._now += 1
-            self.peak = max(self.peak, self._now)
+    @contextlib.contextmanager
+    def trusted(self) -> Iterator[None]:
+        """Meanwhile, clients of this process trust the stand-in's certificate."""
+        names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH")
+        before = {name: os.environ.get(name) for name in names}
+        os.environ.update(dict.fromkeys(names, str(self.certificate)))
         try:
-            time.sleep(self.latency)
-            self._reply(handler, prompt, gemini, fault)
+            yield
         finally:
-            with self._lock:
-                self._now -= 1
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
-    def _reply(self, handler: Any, prompt: str, gemini: bool, fault: str) -> None:
-        if self.poison is not None and self.poison in prompt:
-            fault = "400"
-        if fault.isdigit():
-            error = {"error": {"code": int(fault), "message": "no", "status": "SAID_NO"}}
-            wait = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-            handler.reply(int(fault), error, wait)
-        elif fault == "hang":
-            self.released.wait(30)
-        elif fault == "reset":
-            handler.close_connection = True
-            handler.connection.close()
-        elif fault == "html":
-            handler.reply(502, b"<html>Bad gateway</html>")
-        elif gemini:
-            handler.reply(200, self._generated(prompt, fault))
+    def on_loop(self, function: Callable[[], None]) -> None:
+        """Runs a function between two calls, and waits for it."""
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(10)
+
+    def reset(self, **behaviour: Any) -> Brain:
+        self.on_loop(lambda: self.brain.reset(**behaviour))
+        return self.brain
+
+    async def _serve(self, key: Path) -> None:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        # A call whose client has gone is over.
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        await runner.setup()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, key)
+        ports = []
+        for secure in (None, context):
+            listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+            await web.SockSite(runner, listener, ssl_context=secure).start()
+            ports.append(listener.getsockname()[1])
+        self.address = f"http://127.0.0.1:{ports[0]}"
+        self.secure = f"127.0.0.1:{ports[1]}"
+        server = None
+        if self._with_grpc:
+            from .grpc_door import open_door
+
+            server, self.grpc = await open_door(self, self.certificate, key)
+        self._ready.set()
+        await self._done.wait()
+        if server is not None:
+            await server.stop(None)
+        await runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        path = request.path
+        if path == "/token":
+            return web.json_response({"access_token": "a-token", "expires_in": 3600})
+        if path == "/_control":
+            return await self._control(request)
+        if request.method == "GET":
+            found = self.endpoint(path.split("/", 2)[-1])
+            return web.json_response(found or _error(404), status=200 if found else 404)
+        body = await request.json()
+        if path.endswith(":countTokens"):
+            return web.json_response({"totalTokens": 1})
+        gemini = path.endswith(":generateContent")
+        prompts = prompts_of(body)
+        authorization = request.headers.get("Authorization", "")
+        call = self.brain.receive(path, prompts, body, authorization)
+        try:
+            return await self._answer(request, call, gemini)
+        finally:
+            self.brain.leave(call)
+
+    async def _control(self, request: web.Request) -> web.Response:
+        """GET says what was seen; POST resets, with a behaviour as JSON."""
+        if request.method == "POST":
+            self.brain.reset(**await request.json())
+        return web.json_response(self.brain.stats())
+
+    def endpoint(self, name: str) -> dict[str, Any] | None:
+        """The endpoint as GetEndpoint gives it."""
+        kind = next((kind for kind, known in ENDPOINTS.items() if known == name), None)
+        if kind is None:
+            return None
+        model: dict[str, Any] = {"id": "7", "model": f"{_ENDPOINTS}/models/7"}
+        found: dict[str, Any] = {"name": name, "createTime": "2026-01-01T00:00:00Z"}
+        if kind == "dedicated":
+            found |= {"dedicatedEndpointEnabled": True, "dedicatedEndpointDns": self.secure}
+        elif kind == "private service access":
+            found["network"] = "projects/1/global/networks/vpc"
+            uri = f"{self.address}/v1/models/7:predict"
+            model["privateEndpoints"] = {"predictHttpUri": uri}
+        elif kind == "private service connect":
+            found["privateServiceConnectConfig"] = {"enablePrivateServiceConnect": True}
+        return found if kind == "empty" else {**found, "deployedModels": [model]}
+
+    async def _answer(self, request: web.Request, call: Call, gemini: bool) -> web.StreamResponse:
+        fault = call.fault
+        if fault.isdecimal():
+            wait = self.brain.behaviour.retry_after if self.brain.asks_to_wait(fault) else None
+            headers = {} if wait is None else {"Retry-After": str(wait)}
+            return web.json_response(_error(int(fault), wait), status=int(fault), headers=headers)
+        await self.brain.wait()
+        if fault == "hang":
+            await asyncio.Event().wait()
+        if fault == "reset":
+            return _reset(request)
+        if fault == "html":
+            return web.Response(
+                status=502, content_type="text/html", text="<html><h1>502 Bad Gateway</h1></html>"
+            )
+        if gemini:
+            value: Any = self.generated(call)
+        elif "instances" in call.body:
+            value = self.predicted(call)
         else:
-            handler.reply(200, {"predictions": self._predicted(prompt, fault)})
+            value = self.completion(call.prompts[0], fault)
+        raw = json.dumps(value).encode()
+        if fault == "malformed":
+            raw = raw[: len(raw) // 2]
+        if fault in ("slow_body", "cut_body"):
+            return await self._in_pieces(request, raw, fault)
+        return web.Response(body=raw, content_type="application/json")
 
-    def _generated(self, prompt: str, fault: str) -> dict[str, Any]:
-        if fault == "blocked":
-            return {"promptFeedback": {"blockReason": "SAFETY"}}
-        text = "" if fault == "empty" else self.answer(prompt)
+    async def _in_pieces(self, request: web.Request, raw: bytes, fault: str) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response.content_length = len(raw)
+        await response.prepare(request)
+        half = len(raw) // 2
+        await response.write(raw[:half])
+        if fault == "cut_body":
+            assert request.transport is not None
+            request.transport.close()
+            return response
+        for byte in raw[half:]:
+            await asyncio.sleep(self.brain.behaviour.slow_seconds / (len(raw) - half))
+            await response.write(bytes([byte]))
+        return response
+
+    def said(self, prompt: str, fault: str) -> str:
+        text = self.brain.answer(prompt)
+        if fault == "truncated":
+            return text[: len(text) // 2]
+        return "As a language model, I would rather not." if fault == "nonsense" else text
+
+    def generated(self, call: Call) -> dict[str, Any]:
+        """A reply of Gemini. Several parts of one turn are one prompt, as they are for it."""
+        (prompt,) = call.prompts
+        if call.fault == "safety":
+            rating = {
+                "category": "HARM_CATEGORY_HARASSMENT", "probability": "HIGH", "blocked": True,
+            }  # fmt: skip
+            return {"promptFeedback": {"blockReason": "SAFETY", "safetyRatings": [rating]}}
+        if call.fault in ("empty", "fewer"):
+            return {"candidates": [], "usageMetadata": {"promptTokenCount": 1}}
+        text = self.said(prompt, call.fault)
         candidate = {
             "content": {"role": "model", "parts": [{"text": text}]},
-            "finishReason": "MAX_TOKENS" if fault == "empty" else "STOP",
+            "finishReason": "MAX_TOKENS" if call.fault == "truncated" else "STOP",
         }
-        usage = {"promptTokenCount": 11, "candidatesTokenCount": 7, "totalTokenCount": 18}
+        counts = (len(prompt.split()), len(text.split()))
+        usage = {
+            "promptTokenCount": counts[0],
+            "candidatesTokenCount": counts[1],
+            "totalTokenCount": sum(counts),
+        }
         return {"candidates": [candidate], "usageMetadata": usage}
 
-    def _predicted(self, prompt: str, fault: str) -> Any:
-        if fault in ("blocked", "empty"):
-            return []
-        if fault == "malformed":
-            return [{"choices": "none"}]
-        message = {"role": "assistant", "content": self.answer(prompt)}
-        usage = {"prompt_tokens": 11, "completion_tokens": 7}
-        return [{"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}]
+    def predicted(self, call: Call) -> dict[str, Any]:
+        """A reply of predict."""
+        values: list[Any] = [
+            self.completion(prompt, call.fault)
+            if "messages" in instance
+            else f"Prompt:\n{prompt}\nOutput:\n{self.said(prompt, call.fault)}"
+            for prompt, instance in zip(call.prompts, call.body["instances"], strict=True)
+        ]
+        if call.fault == "empty":
+            values = []
+        elif call.fault == "fewer":
+            values = values[:-1]
+        chats = "messages" in call.body["instances"][0]
+        listed = self.brain.behaviour.listed or not chats or not values
+        return {"predictions": values if listed else values[0], "deployedModelId": "7"}
+
+    def completion(self, prompt: str, fault: str) -> dict[str, Any]:
+        text = "" if fault == "safety" else self.said(prompt, fault)
+        reasons = {"truncated": "length", "safety": "content_filter"}
+        choice = {
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": reasons.get(fault, "stop"),
+        }
+        usage = {
+            "prompt_tokens": len(prompt.split()),
+            "completion_tokens": len(text.split()),
+        }
+        return {"choices": [] if fault in ("empty", "fewer") else [choice], "usage": usage}
+
+
+def prompts_of(body: dict[str, Any]) -> list[str]:
+    """The prompts in a call: one of each instance, or one for all parts of the first turn."""
+    if "contents" in body:
+        return ["".join(part["text"] for part in body["contents"][0]["parts"])]
+    instances = body.get("instances", [body])
+    return [
+        instance["messages"][0]["content"] if "messages" in instance else instance["prompt"]
+        for instance in instances
+    ]
+
+
+def _error(status: int, wait: float | None = None) -> dict[str, Any]:
+    error: dict[str, Any] = {"code": status, "message": "the stand-in refuses", "status": "NO"}
+    if wait is not None:
+        info = "type.googleapis.com/google.rpc.RetryInfo"
+        error["details"] = [{"@type": info, "retryDelay": f"{wait}s"}]
+    return {"error": error}
+
+
+def _reset(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    connection = request.transport.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.transport.abort()
+    return web.Response()
+
+
+def make_certificate(path: Path) -> Path:
+    """Writes a self-signed certificate for loopback, and its key beside it; gives that path."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    names: list[x509.GeneralName] = [
+        x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+    ]  # fmt: skip
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=2))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    own = path.with_suffix(".key")
+    own.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return own

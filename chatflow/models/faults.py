@@ -1,0 +1,158 @@
+"""What the errors of every client mean: one table for all services and kinds of endpoints."""
+
+from __future__ import annotations
+
+import email.utils
+import enum
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import aiohttp
+import google.auth.exceptions
+import grpc
+from google.api_core import exceptions as api_core
+
+from chatflow.errors import ElementError, ModelError
+
+
+class Kind(enum.Enum):
+    """What to do about a fault."""
+
+    BUSY = "call again, and less often: refused for load or for a quota"
+    PASSING = "call again"
+    MALFORMED = "call again, but seldom: there was an answer, and it was paid for"
+    FATAL = "calling again would not help"
+
+
+class Fault(NamedTuple):
+    """Why a call gave no answer.
+
+    Attributes:
+      reason: a short code for counting, e.g. `http_429`.
+      wait: seconds that the service asks to wait at least before this call is made again.
+      answer: what the service said all the same.
+      prompt_tokens, answer_tokens: paid for nevertheless.
+    """
+
+    kind: Kind
+    reason: str
+    error: str
+    wait: float = 0.0
+    answer: str | None = None
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+class HttpError(Exception):
+    """A service answered with a status that is not 200."""
+
+    def __init__(self, status: int, body: str, headers: Mapping[str, str]):
+        super().__init__(f"{status}: {body[:500]}")
+        self.status, self.headers = status, headers
+        try:
+            self.details = json.loads(body)
+        except ValueError:
+            self.details = None
+
+
+class MalformedReplyError(ModelError):
+    """A service's reply is not what its documentation says."""
+
+
+# A status that is not here: of 500 and more, it is passing; else it is fatal.
+BY_STATUS: Mapping[int, Kind] = {
+    408: Kind.PASSING,  # request timeout
+    409: Kind.PASSING,  # gRPC's ABORTED
+    425: Kind.PASSING,  # too early
+    429: Kind.BUSY,  # too many requests, gRPC's RESOURCE_EXHAUSTED
+    499: Kind.PASSING,  # gRPC's CANCELLED, by the service
+    501: Kind.FATAL,  # not implemented
+    503: Kind.BUSY,  # overloaded, gRPC's UNAVAILABLE
+    529: Kind.BUSY,  # overloaded
+}
+
+# The first that fits. Statuses come before.
+BY_TYPE: tuple[tuple[type[Exception], Kind, str], ...] = (
+    (MalformedReplyError, Kind.MALFORMED, ""),
+    (ElementError, Kind.FATAL, ""),
+    (TimeoutError, Kind.PASSING, "timeout"),
+    (aiohttp.ClientPayloadError, Kind.MALFORMED, "cut_body"),
+    (aiohttp.ClientConnectorCertificateError, Kind.FATAL, "certificate"),
+    (aiohttp.InvalidURL, Kind.FATAL, "bad_address"),
+    (aiohttp.ClientError, Kind.PASSING, "connection"),
+    (google.auth.exceptions.TransportError, Kind.PASSING, "credentials"),
+    (google.auth.exceptions.GoogleAuthError, Kind.FATAL, "credentials"),
+    (api_core.RetryError, Kind.PASSING, "timeout"),
+    (OSError, Kind.PASSING, "connection"),
+    # Of JSON, of UTF-8, and pydantic's, of what google-genai reads.
+    (ValueError, Kind.MALFORMED, "malformed"),
+)
+
+
+def classify(error: Exception) -> Fault:
+    """Says what an exception of google-genai, google-auth, aiohttp or a Google API means."""
+    if isinstance(error, grpc.RpcError):
+        error = api_core.from_grpc_error(error)  # type: ignore[no-untyped-call]
+    text = f"{type(error).__name__}: {error}"[:1000]
+    status = status_of(error)
+    if status is not None:
+        kind = BY_STATUS.get(status, Kind.PASSING if status >= 500 else Kind.FATAL)
+        return Fault(kind, f"http_{status}", text, wait_of(error))
+    for types, kind, reason in BY_TYPE:
+        if isinstance(error, types):
+            if getattr(error, "retryable", False) and kind is Kind.FATAL:  # of google-auth
+                kind = Kind.PASSING
+            if isinstance(error, ElementError):
+                return Fault(kind, error.reason, text, answer=error.answer)
+            return Fault(kind, reason, text)
+    return Fault(Kind.FATAL, f"client_{type(error).__name__}", text)
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status of an error; for gRPC, the one that Google maps its code to."""
+    for name in ("status", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int) and value >= 400:  # aiohttp has 0 for a lost connection
+            return int(value)
+    return None
+
+
+def wait_of(error: Exception) -> float:
+    """Seconds to wait, as a service asks: by the header Retry-After or google.rpc.RetryInfo."""
+    headers = getattr(error, "headers", None)
+    if headers is None:
+        headers = getattr(getattr(error, "response", None), "headers", None)
+    asked = [_seconds_of_header((headers or {}).get("Retry-After", ""))]
+    for info in _details(getattr(error, "details", None)):
+        delay = info.get("retryDelay") if isinstance(info, dict) else None
+        if delay is not None:
+            asked.append(_number(str(delay).removesuffix("s")))
+        elif hasattr(info, "retry_delay"):
+            asked.append(info.retry_delay.total_seconds())
+    return max(asked)
+
+
+def _details(details: Any) -> Iterator[Any]:
+    """The details of a Google API's error: JSON as it came, or messages of gRPC."""
+    if isinstance(details, dict):
+        details = details.get("error", details)
+        details = details.get("details") if isinstance(details, dict) else None
+    if isinstance(details, Iterable) and not isinstance(details, (str, bytes)):
+        yield from details
+
+
+def _seconds_of_header(value: str) -> float:
+    try:
+        at = email.utils.parsedate_to_datetime(value)
+    except (TypeError, ValueError):
+        return _number(value)
+    return max(0.0, at.timestamp() - time.time())
+
+
+def _number(text: str) -> float:
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        return 0.0

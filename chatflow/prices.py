@@ -1,0 +1,62 @@
+"""What a run cost, estimated from a table of prices that users can edit."""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow.errors import UsageError, one_line
+
+DEFAULT = Path(__file__).parent / "prices.toml"
+
+
+class Price(NamedTuple):
+    """In US dollars.
+
+    Attributes:
+      input, output: for a million tokens.
+      hour: of an endpoint, for as long as a run takes.
+    """
+
+    input: float = 0.0
+    output: float = 0.0
+    hour: float = 0.0
+
+    def of(self, prompt_tokens: int, answer_tokens: int, seconds: float) -> float:
+        tokens = prompt_tokens * self.input + answer_tokens * self.output
+        return tokens / 1e6 + seconds / 3600 * self.hour
+
+
+def price_of(model: str, path: str = "") -> Price | None:
+    """The price of a model; None where the table does not have it.
+
+    Args:
+      path: of a table like `prices.toml`, local or `gs://`; empty: that one.
+
+    Raises:
+      UsageError: the file cannot be read, or is no such table.
+    """
+    where = path or str(DEFAULT)
+    try:
+        with FileSystems.open(where) as file:
+            table = tomllib.loads(file.read().decode())
+        prices = {pattern: _price(entry) for pattern, entry in table.items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--prices={where}: {one_line(error)}") from None
+    fitting = [pattern for pattern in prices if fnmatch.fnmatchcase(model, pattern)]
+    return prices[max(fitting, key=len)] if fitting else None
+
+
+def _price(entry: Any) -> Price:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is no table of input, output and hour")
+    if unknown := set(entry) - set(Price._fields):
+        raise ValueError(f"unknown {sorted(unknown)}; known are {list(Price._fields)}")
+    for name, value in entry.items():
+        if not isinstance(value, (int, float)) or value < 0:
+            raise ValueError(f"{name} is {value!r}, and must be a number of dollars")
+    return Price(**entry)
