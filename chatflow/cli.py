@@ -383,8 +383,8 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
     from chatflow.models.remote import shared_model
 
     settings = spec.remote._replace(timeout=min(spec.remote.timeout, CHECK_SECONDS))
+    model = shared_model(spec.name, settings)
     try:
-        model = shared_model(spec.name, settings)
         console.print(model.check(), highlight=False)
     except UsageError:
         raise
@@ -394,6 +394,8 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
         if fault.kind is Kind.FATAL and (local or fault.reason != "credentials"):
             raise UsageError(f"{said} (--check_endpoint=false does not ask)") from None
         console.print(f"warning: not checked: {said}", highlight=False, markup=False)
+    finally:
+        model.close()
 
 
 def prepare_model(planned: Plan, console: Console) -> None:

@@ -21,6 +21,7 @@ import google.cloud.pubsub_v1 as pubsub_v1
 import pytest
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
+from fakes.vertex import FakeVertex
 from rich.console import Console
 
 from chatflow.cli import main, prepare
@@ -165,6 +166,19 @@ def gemma() -> Any:
     from chatflow.models.gemma import GemmaModelHandler
 
     return GemmaModelHandler().load_model()
+
+
+@pytest.fixture(scope="session")
+def fake_vertex() -> Iterator[FakeVertex]:
+    with FakeVertex(with_grpc=True) as fake, fake.trusted():
+        yield fake
+
+
+@pytest.fixture
+def vertex(fake_vertex: FakeVertex) -> FakeVertex:
+    """The stand-in for Vertex AI, which has seen nothing and behaves well."""
+    fake_vertex.reset()
+    return fake_vertex
 
 
 class Inbox:

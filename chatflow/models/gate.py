@@ -20,7 +20,7 @@ UNKNOWN_SECONDS = 1.0  # of an answer, before there was one
 class Pass(NamedTuple):
     """Leave to make one call; see `Gate.enter`."""
 
-    number: int
+    round: int
     entered: float
 
 
@@ -28,7 +28,8 @@ class Gate:
     """Lets calls through, at most so many at once. For one event loop.
 
     The limit adapts. While a service refuses no calls it is `most`. After each round (a
-    second, and 50 calls if some were refused) the share of refused calls is looked at:
+    second or an answer's time, and 50 calls if some were refused) the share of refused calls is
+    looked at:
 
     - Above 20 %, the limit is cut by that share, which leaves what the service took. If the
       next round has no fewer, it was not our load that did it: the limit is restored, and
@@ -59,7 +60,7 @@ class Gate:
         self._timer: asyncio.TimerHandle | None = None
         self._next = 0.0  # no call before
         self._answer_seconds = 0.0  # moving average
-        self._number = 0  # of the limit that calls are let through under
+        self._round = 0
         self._least = float(most)  # mild cuts do not go below it
         self._granted = 0.0  # share of refusals that does not depend on our load
         self._before: tuple[float, float] | None = None  # limit and share before a deep cut
@@ -90,10 +91,8 @@ class Gate:
         if answered:
             known = self._answer_seconds or seconds
             self._answer_seconds = known + 0.1 * (seconds - known)
-        if leave.number == self._number:  # else it was let through under another limit
-            self._calls += 1
-            self._refused += refused
-            self._look_back(now)
+        self._refused += refused and leave.round == self._round
+        self._look_back(now)
         held = (self._answer_seconds or UNKNOWN_SECONDS) - seconds
         if refused and held > 0:
             asyncio.get_running_loop().call_later(held, self._free)
@@ -130,28 +129,31 @@ class Gate:
             self._next = max(self._next, now - min(gap, 0.01)) + gap
             self.in_flight += 1
             self.peak = max(self.peak, self.in_flight)
-            future.set_result(Pass(self._number, now))
+            if not self._calls:
+                self._started = now
+            self._calls += 1
+            future.set_result(Pass(self._round, now))
 
     def _on_timer(self) -> None:
         self._timer = None
         self._admit()
 
     def _new_round(self) -> None:
-        self._calls = self._refused = 0
+        self._round += 1
+        self._calls = self._refused = 0  # of those let through in this round
+        self._started = 0.0
         self._was_full = False
-        self._started: float | None = None
 
     def _set(self, limit: float) -> None:
         # At least a call a second, to see when the service is well again.
         least = min(1.0, self._answer_seconds or UNKNOWN_SECONDS)
         self.limit = min(float(self.most), max(least, limit))
-        self._number += 1
 
     def _look_back(self, now: float) -> None:
         """At the end of a round, adapts the limit to what became of its calls."""
-        if self._started is None:
-            self._started = now
-        if now - self._started < ROUND_SECONDS or (self._refused > 0 and self._calls < ROUND_CALLS):
+        if not self._calls or now - self._started < max(ROUND_SECONDS, self._answer_seconds):
+            return
+        if self._refused > 0 and self._calls < ROUND_CALLS:
             return
         share = self._refused / self._calls
         before, self._before = self._before, None

@@ -22,6 +22,9 @@ from chatflow.models.requests import (
     WorkerSettings,
 )
 
+METRICS = "chatflow_model"
+"""The namespace of RunInference's own metrics."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +89,7 @@ class LanguageModelHandler(
         self.name = name
 
     def get_metrics_namespace(self) -> str:
-        return "chatflow_model"
+        return METRICS
 
     def get_num_bytes(self, batch: Sequence[Request]) -> int:
         return sum(len(part.prompt) for request in batch for part in request.parts)

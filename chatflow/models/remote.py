@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import atexit
 import collections
 import concurrent.futures
+import contextlib
 import math
 import random
 import threading
@@ -20,7 +22,7 @@ from apache_beam.ml.inference.base import PredictionResult, RemoteModelHandler
 from chatflow.errors import BadAnswerError, UsageError
 from chatflow.models.faults import Fault, Kind, classify
 from chatflow.models.gate import Gate
-from chatflow.models.handlers import LanguageModel, LanguageModelHandler
+from chatflow.models.handlers import METRICS, LanguageModel, LanguageModelHandler
 from chatflow.models.requests import (
     ONE_BUNDLE,
     Answer,
@@ -123,7 +125,7 @@ class RemoteModel(LanguageModel):
         threading.Thread(target=loop.run_forever, name=f"calls {name}", daemon=True).start()
         self._loop = loop
         self._close = weakref.finalize(self, _close, loop, client)
-        self._close.atexit = False
+        self._close.atexit = False  # see _close_all
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return asyncio.run_coroutine_threadsafe(self._answers(requests), self._loop).result()
@@ -138,7 +140,11 @@ class RemoteModel(LanguageModel):
         return asyncio.run_coroutine_threadsafe(check(), self._loop).result()
 
     def close(self) -> None:
-        self._close()
+        """Ends the thread and all connections; also done when nobody holds the model."""
+        ended = self._close()
+        if ended is not None:
+            with contextlib.suppress(TimeoutError):
+                ended.result(timeout=2)
 
     @property
     def peak(self) -> int:
@@ -230,14 +236,12 @@ class RemoteModel(LanguageModel):
         leave = await self._gate.enter(first=again)
         outcome: Reply | Fault | None = None
         try:
-            if self._limiter is not None:
-                allow = self._limiter.allow
-                if not await self._loop.run_in_executor(self._blocking, allow):
-                    outcome = Fault(Kind.BUSY, "rate_limited", "the rate limiter allows no call")
-                    return outcome
-            self._count("requests")
-            async with asyncio.timeout(self.settings.timeout):
-                outcome = await self._client.ask(turns, part)
+            if await self._allowed():
+                self._count("requests")
+                async with asyncio.timeout(self.settings.timeout):
+                    outcome = await self._client.ask(turns, part)
+            else:
+                outcome = Fault(Kind.BUSY, "rate_limited", "the rate limiter allows no call")
         except Exception as error:
             outcome = classify(error)
         finally:
@@ -247,14 +251,19 @@ class RemoteModel(LanguageModel):
             self._count(f"faults/{outcome.reason}")
         return outcome
 
+    async def _allowed(self) -> bool:
+        if self._limiter is None:
+            return True
+        allow = self._limiter.allow
+        return await self._loop.run_in_executor(self._blocking, allow)
 
-def _close(loop: asyncio.AbstractEventLoop, client: Client) -> None:
+
+def _close(loop: asyncio.AbstractEventLoop, client: Client) -> concurrent.futures.Future[None]:
     async def close() -> None:
         await client.close()
         loop.call_later(0.1, loop.stop)  # google-genai closes a second time when it is deleted
 
-    if loop.is_running():
-        asyncio.run_coroutine_threadsafe(close(), loop)
+    return asyncio.run_coroutine_threadsafe(close(), loop)
 
 
 def _mistake(part: Part, text: str) -> BadAnswerError | None:
@@ -312,6 +321,12 @@ _models: weakref.WeakValueDictionary[Any, RemoteModel] = weakref.WeakValueDictio
 _models_lock = threading.Lock()
 
 
+@atexit.register
+def _close_all() -> None:
+    for model in list(_models.values()):
+        model.close()
+
+
 def shared_model(name: str, settings: RemoteSettings) -> RemoteModel:
     """The one client of this process, for all its steps and threads."""
     with _models_lock:
@@ -319,8 +334,12 @@ def shared_model(name: str, settings: RemoteSettings) -> RemoteModel:
         if model is None:
             limiter = None
             if settings.rate_limit_service:
-                descriptors = [{"model": name}]
-                limiter = EnvoyRateLimiter(settings.rate_limit_service, "chatflow", descriptors)
+                limiter = EnvoyRateLimiter(
+                    settings.rate_limit_service,
+                    domain="chatflow",
+                    descriptors=[{"model": name}],
+                    namespace=METRICS,
+                )
             model = RemoteModel(name, client_of(name, settings), settings, limiter)
             _models[name, settings] = model
         return model
@@ -352,9 +371,7 @@ class RemoteLanguageModelHandler(
         wide = batching._replace(size=8 * settings.max_in_flight)
         LanguageModelHandler.__init__(self, model, wide)
         # Beam's throttler counts what is under way as failed, and sleeps 5 s at a time.
-        RemoteModelHandler.__init__(
-            self, namespace=self.get_metrics_namespace(), num_retries=0, throttle_delay_secs=0
-        )
+        RemoteModelHandler.__init__(self, namespace=METRICS, num_retries=0, throttle_delay_secs=0)
         self.settings = settings
 
     def create_client(self) -> RemoteModel:

@@ -1,0 +1,175 @@
+"""What every model keeps to, wherever it runs: scripted, on the worker, and behind a service."""
+
+import json
+import pickle
+
+import apache_beam as beam
+import pytest
+from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
+from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.testing.util import assert_that
+from conftest import SAMPLES, chat, run_stage
+from fakes.brain import scripted_answer
+from fakes.vertex import ENDPOINTS
+from test_remote import settings_of
+
+from chatflow.analysis import AnalyseChats
+from chatflow.drafts import DraftApologies
+from chatflow.errors import ElementError
+from chatflow.models import Model, ModelSpec
+from chatflow.models.gemma import GemmaModelHandler
+from chatflow.models.remote import RemoteLanguageModelHandler
+from chatflow.models.requests import Answer, Failure
+from chatflow.models.scripted import ScriptedModelHandler
+from chatflow.options import LOCAL_RUNNER
+from chatflow.prompts import AnalysisPrompt, DraftPrompt
+from chatflow.records import load_object, read_chat
+from chatflow.templates import load_folder
+
+POISON = "poisonous"
+
+
+class Case:
+    """A model under test.
+
+    Attributes:
+      poison: makes a chat to which this model has no answer.
+    """
+
+    def __init__(self, spec, handler, poison):
+        self.spec, self.handler, self.poison = spec, handler, poison
+        templates = load_folder("instruct" if spec.instruct else "base")
+        self.analysis = AnalysisPrompt(templates["analysis"], spec)
+        self.draft = DraftPrompt(templates["apology"], spec)
+
+    def request(self, about):
+        return self.analysis.question(about, about.users()[0]).request
+
+
+def scripted():
+    def answer(request):
+        (part,) = request.parts
+        if POISON in part.prompt:
+            raise ElementError("poison", "the script has no answer to poison")
+        return scripted_answer(part.prompt)
+
+    return Case(ModelSpec("scripted:x"), ScriptedModelHandler(answer), POISON)
+
+
+def on_worker(gemma):
+    class Loaded(GemmaModelHandler):
+        def load_model(self):
+            return gemma
+
+        def share_model_across_processes(self):
+            return False
+
+        def __reduce__(self):
+            return Loaded, ()
+
+    # A prompt longer than the model's context.
+    case = Case(ModelSpec(), Loaded(), "longer " * 70_000)
+    case.analysis = AnalysisPrompt(case.analysis.template, case.spec, max_prompt_tokens=10**6)
+    return case
+
+
+def remote(vertex, name):
+    vertex.reset(match={POISON: "400"}, rates={"429": 0.1}, retry_after=0.05)
+    settings = settings_of(vertex, name)
+    spec = ModelSpec(name, "remote", remote=settings)
+    return Case(spec, RemoteLanguageModelHandler(name, settings), POISON)
+
+
+MODELS = ["scripted", "gemma3-270m", "gemini-2.5-flash", *ENDPOINTS]
+
+
+@pytest.fixture(params=[name for name in MODELS if name != "empty"])
+def case(request):
+    if request.param == "scripted":
+        return scripted()
+    if request.param == "gemma3-270m":
+        return on_worker(request.getfixturevalue("gemma"))
+    name = ENDPOINTS.get(request.param, request.param)
+    return remote(request.getfixturevalue("vertex"), name)
+
+
+def samples(*ids):
+    chats = (read_chat(load_object(line)).chat for line in SAMPLES.read_bytes().splitlines())
+    return [chat for chat in chats if chat.chat_id in ids]
+
+
+ANGRY, HAPPY = "pizza-late", "lamp-arrived"
+
+
+def test_each_request_has_one_result_in_its_place(case):
+    requests = [case.request(about) for about in samples(ANGRY, HAPPY)] * 3
+    results = list(case.handler.run_inference(requests, case.handler.load_model()))
+    assert [result.example for result in results] == requests
+    for result in results:
+        answer = result.inference
+        assert isinstance(answer, Answer)
+        assert result.model_id == answer.model == case.spec.result_name
+        found = json.loads(answer.text)
+        assert (found["sentiment"], len(found["summary"]) > 0) in ((-1, True), (1, True))
+        assert answer.prompt_tokens > 20
+        assert answer.answer_tokens > 0
+        assert answer.seconds >= 0
+        assert answer.finish_reason in ("stop", "length")
+    tones = [json.loads(result.inference.text)["sentiment"] for result in results]
+    assert tones == [-1, 1] * 3
+
+
+def test_a_request_that_fails_takes_no_other_with_it(case):
+    good = case.request(samples(HAPPY)[0])
+    bad = case.request(chat(case.poison))
+    results = list(case.handler.run_inference([good, bad, good], case.handler.load_model()))
+    kinds = [type(result.inference) for result in results]
+    assert kinds == [Answer, Failure, Answer]
+    assert results[1].inference.reason
+    assert results[1].inference.error
+
+
+def test_no_requests_have_no_results(case):
+    assert list(case.handler.run_inference([], case.handler.load_model())) == []
+
+
+def test_the_handler_travels_and_its_making_asks_nobody(case):
+    again = pickle.loads(pickle.dumps(case.spec.model().handler))
+    assert again.name == case.spec.result_name
+    assert again.get_metrics_namespace() == "chatflow_model"
+    assert again.batch_elements_kwargs()["max_batch_size"] >= 16
+    assert again.get_num_bytes([case.request(samples(HAPPY)[0])]) > 0
+
+
+def test_it_answers_through_beams_own_transform_with_keys(case):
+    (about,) = samples(HAPPY)
+
+    def one_answer(results):
+        ((key, result),) = results
+        assert key == "key"
+        assert json.loads(result.inference.text)["sentiment"] == 1
+
+    with TestPipeline(runner=LOCAL_RUNNER) as pipeline:
+        requests = pipeline | beam.Create([("key", case.request(about))])
+        results = requests | RunInference(KeyedModelHandler(case.handler))
+        assert_that(results, one_answer)
+
+
+def test_chats_become_analyses_drafts_and_dead_letters(case):
+    chats = [*samples(ANGRY, HAPPY), chat(case.poison, chat_id="bad")]
+    model = Model(case.handler)
+    found = run_stage(AnalyseChats(model, case.analysis), chats, ("analysed", "dead_letters"))
+    model.forget()
+    tones = {each.analysis.chat_id: int(each.analysis.sentiment) for each in found["analysed"]}
+    assert tones == {ANGRY: -1, HAPPY: 1}
+    (letter,) = found["dead_letters"]
+    assert (letter.chat_id, letter.stage) == ("bad", "model")
+    assert {each.analysis.model for each in found["analysed"]} == {case.spec.result_name}
+
+    model = Model(case.handler)
+    drafted = run_stage(
+        DraftApologies(model, case.draft), found["analysed"], ("drafts", "dead_letters")
+    )
+    model.forget()
+    assert len(drafted["drafts"]) + len(drafted["dead_letters"]) == 1
+    assert {record.chat_id for records in drafted.values() for record in records} == {ANGRY}
