@@ -9,7 +9,7 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from conftest import SAMPLES, chat, run_stage
-from fakes.brain import scripted_answer
+from fakes.brain import SCRIPT, scripted_answer
 from fakes.vertex import ENDPOINTS
 from test_remote import settings_of
 
@@ -53,22 +53,29 @@ def scripted():
             raise ElementError("poison", "the script has no answer to poison")
         return scripted_answer(part.prompt)
 
-    return Case(ModelSpec("scripted:x"), ScriptedModelHandler(answer), POISON)
+    return Case(ModelSpec(f"scripted:{SCRIPT}"), ScriptedModelHandler(answer), POISON)
 
 
-def on_worker(gemma):
-    class Loaded(GemmaModelHandler):
-        def load_model(self):
-            return gemma
+class LoadedGemma(GemmaModelHandler):
+    """Gives the model that all tests share, which does not travel."""
 
-        def share_model_across_processes(self):
-            return False
+    loaded = None
 
-        def __reduce__(self):
-            return Loaded, ()
+    def load_model(self):
+        return LoadedGemma.loaded
 
-    # A prompt longer than the model's context.
-    case = Case(ModelSpec(), Loaded(), "longer " * 70_000)
+    def share_model_across_processes(self):
+        return False
+
+
+def on_worker(gemma, monkeypatch):
+    from chatflow.models import engine
+
+    # A prompt longer than the longest cache, which is made a short one.
+    short = tuple(total for total in engine.TOTALS if total <= 1024)
+    monkeypatch.setattr(engine, "TOTALS", short)
+    LoadedGemma.loaded = gemma
+    case = Case(ModelSpec(), LoadedGemma(), "longer " * 3_000)
     case.analysis = AnalysisPrompt(case.analysis.template, case.spec, max_prompt_tokens=10**6)
     return case
 
@@ -84,11 +91,11 @@ MODELS = ["scripted", "gemma3-270m", "gemini-2.5-flash", *ENDPOINTS]
 
 
 @pytest.fixture(params=[name for name in MODELS if name != "empty"])
-def case(request):
+def case(request, monkeypatch):
     if request.param == "scripted":
         return scripted()
     if request.param == "gemma3-270m":
-        return on_worker(request.getfixturevalue("gemma"))
+        return on_worker(request.getfixturevalue("gemma"), monkeypatch)
     name = ENDPOINTS.get(request.param, request.param)
     return remote(request.getfixturevalue("vertex"), name)
 

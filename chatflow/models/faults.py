@@ -130,7 +130,7 @@ def wait_of(error: Exception) -> float:
         if delay is not None:
             asked.append(_number(str(delay).removesuffix("s")))
         elif hasattr(info, "retry_delay"):
-            asked.append(info.retry_delay.total_seconds())
+            asked.append(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
     return max(asked)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -122,10 +121,10 @@ class RemoteModel(LanguageModel):
         self._lock = threading.Lock()
         self._blocking = concurrent.futures.ThreadPoolExecutor(settings.max_in_flight)
         loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, name=f"calls {name}", daemon=True).start()
+        thread = threading.Thread(target=loop.run_forever, name=f"calls {name}", daemon=True)
+        thread.start()
         self._loop = loop
-        self._close = weakref.finalize(self, _close, loop, client)
-        self._close.atexit = False  # see _close_all
+        self._close = weakref.finalize(self, _close, loop, thread, client)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return asyncio.run_coroutine_threadsafe(self._answers(requests), self._loop).result()
@@ -141,10 +140,7 @@ class RemoteModel(LanguageModel):
 
     def close(self) -> None:
         """Ends the thread and all connections; also done when nobody holds the model."""
-        ended = self._close()
-        if ended is not None:
-            with contextlib.suppress(TimeoutError):
-                ended.result(timeout=2)
+        self._close()
 
     @property
     def peak(self) -> int:
@@ -258,12 +254,15 @@ class RemoteModel(LanguageModel):
         return await self._loop.run_in_executor(self._blocking, allow)
 
 
-def _close(loop: asyncio.AbstractEventLoop, client: Client) -> concurrent.futures.Future[None]:
+def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Client) -> None:
     async def close() -> None:
         await client.close()
         loop.call_later(0.1, loop.stop)  # google-genai closes a second time when it is deleted
 
-    return asyncio.run_coroutine_threadsafe(close(), loop)
+    closing = asyncio.run_coroutine_threadsafe(close(), loop)
+    if threading.current_thread() is not thread:
+        with contextlib.suppress(TimeoutError):
+            closing.result(timeout=2)
 
 
 def _mistake(part: Part, text: str) -> BadAnswerError | None:
@@ -321,12 +320,6 @@ _models: weakref.WeakValueDictionary[Any, RemoteModel] = weakref.WeakValueDictio
 _models_lock = threading.Lock()
 
 
-@atexit.register
-def _close_all() -> None:
-    for model in list(_models.values()):
-        model.close()
-
-
 def shared_model(name: str, settings: RemoteSettings) -> RemoteModel:
     """The one client of this process, for all its steps and threads."""
     with _models_lock:
@@ -343,6 +336,10 @@ def shared_model(name: str, settings: RemoteSettings) -> RemoteModel:
             model = RemoteModel(name, client_of(name, settings), settings, limiter)
             _models[name, settings] = model
         return model
+
+
+def _never(error: Exception) -> bool:
+    return False
 
 
 class RemoteLanguageModelHandler(
@@ -371,7 +368,13 @@ class RemoteLanguageModelHandler(
         wide = batching._replace(size=8 * settings.max_in_flight)
         LanguageModelHandler.__init__(self, model, wide)
         # Beam's throttler counts what is under way as failed, and sleeps 5 s at a time.
-        RemoteModelHandler.__init__(self, namespace=METRICS, num_retries=0, throttle_delay_secs=0)
+        RemoteModelHandler.__init__(
+            self,
+            namespace=METRICS,
+            num_retries=0,
+            retry_filter=_never,
+            throttle_delay_secs=0,
+        )
         self.settings = settings
 
     def create_client(self) -> RemoteModel:
