@@ -156,17 +156,17 @@ class Brain:
         if first:
             await asyncio.sleep(first)
 
-    def stats(self) -> dict[str, Any]:
-        """What the service saw, as JSON."""
-        seconds = max((call.at for call in self.calls), default=0.0) - min(
-            (call.at for call in self.calls), default=0.0
-        )
+    def stats(self, since: float = 0.0) -> dict[str, Any]:
+        """What the service saw, as JSON; from so many seconds after the first call on."""
+        start = min((call.at for call in self.calls), default=0.0) + since
+        calls = [call for call in self.calls if call.at >= start]
+        seconds = max((call.at for call in calls), default=start) - start
         return {
-            "calls": len(self.calls),
-            "faults": dict(collections.Counter(c.fault for c in self.calls if c.fault != "ok")),
+            "calls": len(calls),
+            "faults": dict(collections.Counter(c.fault for c in calls if c.fault != "ok")),
             "answered": sum(self.answered.values()),
             "answered_twice": sum(count > 1 for count in self.answered.values()),
-            "before_retry_after": sum(call.early for call in self.calls),
+            "before_retry_after": sum(call.early for call in calls),
             "peak_in_flight": self.peak,
             "seconds": round(seconds, 3),
         }

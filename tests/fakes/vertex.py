@@ -142,10 +142,10 @@ class FakeVertex:
             self.brain.leave(call)
 
     async def _control(self, request: web.Request) -> web.Response:
-        """GET says what was seen; POST resets, with a behaviour as JSON."""
+        """GET says what was seen (`?since=SECONDS`); POST resets, with a behaviour as JSON."""
         if request.method == "POST":
             self.brain.reset(**await request.json())
-        return web.json_response(self.brain.stats())
+        return web.json_response(self.brain.stats(float(request.query.get("since", 0))))
 
     def endpoint(self, name: str) -> dict[str, Any] | None:
         """The endpoint as GetEndpoint gives it."""
