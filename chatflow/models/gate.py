@@ -11,9 +11,9 @@ from typing import NamedTuple
 ROUND_SECONDS = 1.0
 ROUND_CALLS = 50  # from so many, a share of refused calls is more than chance
 SUSTAINED = 0.2
-TOLERATED = 0.05
+TOLERATED = 0.03
 DEEPEST_CUT = 0.3
-FIRST_GROWTH, MOST_GROWTH = 0.02, 0.5
+FIRST_GROWTH, MOST_GROWTH = 0.01, 0.5
 UNKNOWN_SECONDS = 1.0  # of an answer, before there was one
 
 
@@ -34,8 +34,8 @@ class Gate:
     - Above 20 %, the limit is cut by that share, which leaves what the service took. If the
       next round has no fewer, it was not our load that did it: the limit is restored, and
       such a share is taken for granted, so that scattered refusals do not slow us down.
-    - Above 5 %, it is cut by half of the share, but not far below the last cut.
-    - Without refusals, it grows again, by 2 % at first, and faster in each such round.
+    - Above 3 %, it is cut by half of the share, but not far below the last cut.
+    - Without refusals, it grows again, by 1 % at first, and faster in each such round.
 
     A refused call keeps its place for as long as an answer takes, and below `most` calls are
     spread evenly, one each (seconds of an answer / limit), as TCP paces its packets: quick

@@ -185,10 +185,7 @@ class RemoteModel(LanguageModel):
             complaint = ASK_AGAIN.format(error=f"{error}; finish reason {reply.finish_reason}")
             turns += [Turn("model", reply.text), Turn("user", complaint)]
             first, reply = reply, await self._ask(turns, part, throttled)
-            reply = reply._replace(
-                prompt_tokens=first.prompt_tokens + reply.prompt_tokens,
-                answer_tokens=first.answer_tokens + reply.answer_tokens,
-            )
+            reply = _and_earlier(reply, first)
             if isinstance(reply, Fault):
                 return _failure(reply._replace(answer=reply.answer or first.text))
             repairs = ("asked_again",)
@@ -205,17 +202,16 @@ class RemoteModel(LanguageModel):
         """Calls until there is an answer, or none is to be hoped for."""
         calls = malformed = 0
         lost = busy = 0.0
+        spent: list[Fault] = []
         while True:
-            started = time.monotonic()
-            outcome = await self._call(turns, part, again=calls > 0)
+            outcome, seconds = await self._call(turns, part, again=calls > 0)
             if isinstance(outcome, Reply):
-                throttled.append(busy)
-                return outcome
+                break
             calls += 1
             malformed += outcome.kind is Kind.MALFORMED
             most = min(FIRST_PAUSE * 2 ** (calls - 1), LONGEST_PAUSE)
             pause = outcome.wait + most * random.random()
-            lost += time.monotonic() - started + pause
+            lost += seconds + pause
             if (
                 outcome.kind is Kind.FATAL
                 or malformed > MALFORMED_RETRIES
@@ -223,13 +219,21 @@ class RemoteModel(LanguageModel):
             ):
                 times = "once" if calls == 1 else f"{calls} times"
                 wait = f", and is to wait {outcome.wait:.0f} s" if outcome.wait else ""
-                return outcome._replace(error=f"{outcome.error} (called {times}{wait})")
+                outcome = outcome._replace(error=f"{outcome.error} (called {times}{wait})")
+                break
             self._count("retries")
+            spent.append(outcome)
             busy += pause if outcome.kind is Kind.BUSY else 0.0
             await asyncio.sleep(pause)
+        throttled.append(busy)
+        return _and_earlier(outcome, *spent)
 
-    async def _call(self, turns: Sequence[Turn], part: Part, again: bool) -> Reply | Fault:
+    async def _call(
+        self, turns: Sequence[Turn], part: Part, again: bool
+    ) -> tuple[Reply | Fault, float]:
+        """What came of one call, and its seconds, without those before the gate."""
         leave = await self._gate.enter(first=again)
+        started = time.monotonic()
         outcome: Reply | Fault | None = None
         try:
             if await self._allowed():
@@ -245,7 +249,7 @@ class RemoteModel(LanguageModel):
             self._gate.leave(leave, refused=busy, answered=isinstance(outcome, Reply))
         if isinstance(outcome, Fault):
             self._count(f"faults/{outcome.reason}")
-        return outcome
+        return outcome, time.monotonic() - started
 
     async def _allowed(self) -> bool:
         if self._limiter is None:
@@ -263,6 +267,14 @@ def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Cl
     if threading.current_thread() is not thread:
         with contextlib.suppress(TimeoutError):
             closing.result(timeout=2)
+
+
+def _and_earlier(outcome: Reply | Fault, *earlier: Reply | Fault) -> Reply | Fault:
+    """With the tokens of calls before it, which are paid for, too."""
+    return outcome._replace(
+        prompt_tokens=outcome.prompt_tokens + sum(call.prompt_tokens for call in earlier),
+        answer_tokens=outcome.answer_tokens + sum(call.answer_tokens for call in earlier),
+    )
 
 
 def _mistake(part: Part, text: str) -> BadAnswerError | None:
@@ -364,8 +376,8 @@ class RemoteLanguageModelHandler(
     def __init__(
         self, model: str, settings: RemoteSettings, batching: Batching = ONE_BUNDLE
     ) -> None:
-        # A batch ends with its slowest call, so it is wider than what is in flight.
-        wide = batching._replace(size=8 * settings.max_in_flight)
+        # A batch ends with its slowest call, so it is much wider than what is in flight.
+        wide = batching._replace(size=16 * settings.max_in_flight)
         LanguageModelHandler.__init__(self, model, wide)
         # Beam's throttler counts what is under way as failed, and sleeps 5 s at a time.
         RemoteModelHandler.__init__(

@@ -140,6 +140,10 @@ class EndpointClient(Client):
         return json.loads(text)
 
     async def check(self) -> str:
+        if self.settings.endpoint_override:
+            return (
+                f"{self.name} is not looked up: it is called at {self.settings.endpoint_override}"
+            )
         address = await self.address()
         if not address.models:
             raise UsageError(f"--model={self.name}: no model is deployed on this endpoint")

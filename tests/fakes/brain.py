@@ -6,6 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import json
+import math
 import random
 import re
 import time
@@ -156,10 +157,11 @@ class Brain:
         if first:
             await asyncio.sleep(first)
 
-    def stats(self, since: float = 0.0) -> dict[str, Any]:
-        """What the service saw, as JSON; from so many seconds after the first call on."""
-        start = min((call.at for call in self.calls), default=0.0) + since
-        calls = [call for call in self.calls if call.at >= start]
+    def stats(self, since: float = 0.0, until: float = math.inf) -> dict[str, Any]:
+        """What the service saw, as JSON; between so many seconds after the first call."""
+        first = min((call.at for call in self.calls), default=0.0)
+        start = first + since
+        calls = [call for call in self.calls if start <= call.at < first + until]
         seconds = max((call.at for call in calls), default=start) - start
         return {
             "calls": len(calls),

@@ -27,6 +27,7 @@ from aiohttp import web
 
 from .brain import Brain, Call, scripted_answer
 
+_BETWEEN = (("since", "0"), ("until", "inf"))
 _ENDPOINTS = "projects/p/locations/us-central1/endpoints"
 ENDPOINTS = {
     "public": f"{_ENDPOINTS}/1001",
@@ -142,10 +143,11 @@ class FakeVertex:
             self.brain.leave(call)
 
     async def _control(self, request: web.Request) -> web.Response:
-        """GET says what was seen (`?since=SECONDS`); POST resets, with a behaviour as JSON."""
+        """GET says what was seen (`?since=S&until=S`); POST resets, with a behaviour as JSON."""
         if request.method == "POST":
             self.brain.reset(**await request.json())
-        return web.json_response(self.brain.stats(float(request.query.get("since", 0))))
+        between = (float(request.query.get(name, default)) for name, default in _BETWEEN)
+        return web.json_response(self.brain.stats(*between))
 
     def endpoint(self, name: str) -> dict[str, Any] | None:
         """The endpoint as GetEndpoint gives it."""
