@@ -36,7 +36,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 class Service:
     """Answers after a while, or refuses at once. Subclasses say which."""
 
-    def __init__(self, seconds=ANSWER, spread=0.3, seed=1):
+    def __init__(self, seconds=ANSWER, spread=0.3, seed=1, refusal=0.002):
+        self.refusal = refusal
         self.seconds, self.spread, self.random = seconds, spread, random.Random(seed)
         self.calls, self.in_flight, self.peak = [], 0, 0
 
@@ -48,7 +49,7 @@ class Service:
         refused = self.refuses(now)
         self.calls.append((now, refused))
         if refused:
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(self.refusal)
             return False
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
@@ -147,6 +148,16 @@ def test_a_quota_of_40_a_second_is_used_and_hardly_overrun(seconds, seed):
     load(service, 5_000, 110, Gate(128))
     rate, refused = service.between(30, 110)
     assert rate >= 0.9 * 40
+    assert refused <= 0.05
+
+
+@pytest.mark.parametrize("refusal", [0.5, 2.0])
+def test_refusals_that_take_longer_than_answers_are_noticed(refusal):
+    """They hold their places, so less of the quota is used."""
+    service = Quota(40, refusal=refusal)
+    load(service, 5_000, 110)
+    rate, refused = service.between(30, 110)
+    assert rate >= 0.35 * 40
     assert refused <= 0.05
 
 

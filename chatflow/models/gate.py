@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 ROUND_SECONDS = 1.0
-ROUND_CALLS = 50  # from so many, a share of refused calls is more than chance
+ROUND_CALLS = 20  # from so many, a share of refused calls is more than chance
 SUSTAINED = 0.2
 TOLERATED = 0.03
+UNLIKELY = 0.5  # a share that is refused whatever our load
+OUTAGE = 0.9  # a share that says nothing about what the service takes when it is well
 DEEPEST_CUT = 0.3
 FIRST_GROWTH, MOST_GROWTH = 0.01, 0.5
 UNKNOWN_SECONDS = 1.0  # of an answer, before there was one
@@ -24,17 +25,24 @@ class Pass(NamedTuple):
     entered: float
 
 
+class Trial(NamedTuple):
+    """A deep cut, and the share of refused calls that would show that it did not help."""
+
+    limit: float
+    refused: float
+
+
 class Gate:
     """Lets calls through, at most so many at once. For one event loop.
 
-    The limit adapts. While a service refuses no calls it is `most`. After each round (a
-    second or an answer's time, and 50 calls if some were refused) the share of refused calls is
-    looked at:
+    The limit adapts. While a service refuses no calls it is `most`. After each round (the
+    calls let through in a second, and 20 if some are refused, when they have ended) the share
+    of refused calls is looked at:
 
-    - Above 20 %, the limit is cut by that share, which leaves what the service took. If the
-      next round has no fewer, it was not our load that did it: the limit is restored, and
-      such a share is taken for granted, so that scattered refusals do not slow us down.
-    - Above 3 %, it is cut by half of the share, but not far below the last cut.
+    - Above 20 %, the limit is cut by that share, which leaves what the service took. If that
+      does not help in the next round, it was not our load that did it: the limit is restored,
+      and such a share is taken for granted, so that scattered refusals do not slow us down.
+    - Above 3 %, it is cut by half of the share, but not far below a limit that was good.
     - Without refusals, it grows again, by 1 % at first, and faster in each such round.
 
     A refused call keeps its place for as long as an answer takes, and below `most` calls are
@@ -45,27 +53,27 @@ class Gate:
     Args:
       most: calls at once, never exceeded.
       max_per_second: calls a second, never exceeded, evenly spread; 0: any number.
-      clock: seconds, of the loop that calls are made on.
     """
 
-    def __init__(
-        self, most: int, max_per_second: float = 0.0, clock: Callable[[], float] | None = None
-    ):
+    def __init__(self, most: int, max_per_second: float = 0.0):
         self.most = most
         self.limit = float(most)
         self.in_flight = self.peak = 0
-        self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._least_gap = 1 / max_per_second if max_per_second else 0.0
         self._waiting: collections.deque[asyncio.Future[Pass]] = collections.deque()
         self._timer: asyncio.TimerHandle | None = None
         self._next = 0.0  # no call before
+        self._answers = 0
         self._answer_seconds = 0.0  # moving average
         self._round = 0
-        self._least = float(most)  # mild cuts do not go below it
+        self._good = float(most)  # a limit at which few were refused
         self._granted = 0.0  # share of refusals that does not depend on our load
-        self._before: tuple[float, float] | None = None  # limit and share before a deep cut
+        self._trial: Trial | None = None
         self._growth = FIRST_GROWTH
         self._new_round()
+
+    def _time(self) -> float:
+        return asyncio.get_running_loop().time()
 
     async def enter(self, first: bool = False) -> Pass:
         """Waits for leave to make a call; `leave` must follow.
@@ -84,14 +92,18 @@ class Gate:
             raise
         return leave
 
-    def leave(self, leave: Pass, refused: bool = False, answered: bool = False) -> None:
+    def leave(self, granted: Pass, refused: bool = False, answered: bool = False) -> None:
         """A call is over: it was refused for load, or answered, or failed otherwise."""
-        now = self._clock()
-        seconds = now - leave.entered
+        now = self._time()
+        seconds = now - granted.entered
         if answered:
-            known = self._answer_seconds or seconds
-            self._answer_seconds = known + 0.1 * (seconds - known)
-        self._refused += refused and leave.round == self._round
+            # Slowly, for the pace of calls follows it.
+            self._answers += 1
+            gain = max(0.02, 1 / self._answers)
+            self._answer_seconds += gain * (seconds - self._answer_seconds)
+        if granted.round == self._round:
+            self._ended += 1
+            self._refused += refused
         self._look_back(now)
         held = (self._answer_seconds or UNKNOWN_SECONDS) - seconds
         if refused and held > 0:
@@ -114,7 +126,7 @@ class Gate:
             if self.in_flight >= math.ceil(self.limit):
                 self._was_full = True
                 return
-            now = self._clock()
+            now = self._time()
             if now < self._next:
                 self._was_full = True
                 if self._timer is None:
@@ -129,10 +141,7 @@ class Gate:
             self._next = max(self._next, now - min(gap, 0.01)) + gap
             self.in_flight += 1
             self.peak = max(self.peak, self.in_flight)
-            if not self._calls:
-                self._started = now
-            self._calls += 1
-            future.set_result(Pass(self._round, now))
+            future.set_result(Pass(self._noted(now), now))
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -140,39 +149,58 @@ class Gate:
 
     def _new_round(self) -> None:
         self._round += 1
-        self._calls = self._refused = 0  # of those let through in this round
+        self._calls = self._ended = self._refused = 0
         self._started = 0.0
         self._was_full = False
 
+    def _noted(self, now: float) -> int:
+        """The round that a call belongs to, or 0: none is begun before the last has ended."""
+        if not self._calls:
+            self._started = now
+        if now - self._started >= ROUND_SECONDS and self._calls >= ROUND_CALLS:
+            return 0
+        self._calls += 1
+        return self._round
+
     def _set(self, limit: float) -> None:
-        # At least a call a second, to see when the service is well again.
+        # At least a call a second or an answer's time, to see when the service is well again.
         least = min(1.0, self._answer_seconds or UNKNOWN_SECONDS)
         self.limit = min(float(self.most), max(least, limit))
 
     def _look_back(self, now: float) -> None:
         """At the end of a round, adapts the limit to what became of its calls."""
-        if not self._calls or now - self._started < max(ROUND_SECONDS, self._answer_seconds):
+        mixed = 0 < self._refused < self._ended
+        if (
+            not self._calls
+            or now - self._started < ROUND_SECONDS
+            or self._ended < 0.9 * self._calls  # others may hang
+            or (mixed and self._calls < ROUND_CALLS)
+        ):
             return
-        if self._refused > 0 and self._calls < ROUND_CALLS:
-            return
-        share = self._refused / self._calls
-        before, self._before = self._before, None
+        share = self._refused / self._ended
+        trial, self._trial = self._trial, None
         if self._refused:
             self._growth = FIRST_GROWTH
         if share > self._granted + SUSTAINED:
-            if before is not None and before[1] / 2 < share < 0.5:
+            if trial is not None and trial.refused < share < UNLIKELY:
                 self._granted = share
-                self._set(before[0])
+                self._set(trial.limit)
             else:
-                self._before = (self.limit, share)
-                self._set(self.limit * max(DEEPEST_CUT, 1 - share))
-                self._least = 0.9 * self.limit
+                kept = max(DEEPEST_CUT, 1 - share)
+                # If the service takes so many and no more, as many fewer are refused next time.
+                expected = max(0.0, 1 - (1 - share) / kept)
+                self._trial = Trial(self.limit, (share + expected) / 2)
+                self._set(self.limit * kept)
+                if share < OUTAGE:
+                    self._good = self.limit
         elif share > self._granted + TOLERATED:
-            if self.limit > self._least:
-                self._set(max(self._least, self.limit * (1 - share / 2)))
+            if 0.9 * self._good < self.limit < self.most:
+                self._set(max(0.9 * self._good, self.limit * (1 - share / 2)))
         elif not self._refused:
             self._granted = 0.0
             if self._was_full and self.limit < self.most:
-                self._set(self.limit * (1 + self._growth))
+                far = self.limit < self._good / 2
+                self._good = max(self._good, self.limit)
+                self._set(self.limit * (1 + (MOST_GROWTH if far else self._growth)))
                 self._growth = min(2 * self._growth, MOST_GROWTH)
         self._new_round()
