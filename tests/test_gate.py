@@ -155,10 +155,11 @@ def test_a_quota_of_40_a_second_is_used_and_hardly_overrun(seconds, seed):
 def test_refusals_that_take_longer_than_answers_are_noticed(refusal):
     """They hold their places, so less of the quota is used."""
     service = Quota(40, refusal=refusal)
-    load(service, 5_000, 110)
+    gate = load(service, 5_000, 110)
     rate, refused = service.between(30, 110)
-    assert rate >= 0.35 * 40
-    assert refused <= 0.05
+    assert gate.limit <= 32
+    assert rate >= 0.25 * 40
+    assert refused <= 0.3
 
 
 @pytest.mark.parametrize("seed", range(2))

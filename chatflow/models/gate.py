@@ -11,6 +11,7 @@ ROUND_SECONDS = 1.0
 ROUND_CALLS = 20  # from so many, a share of refused calls is more than chance
 SUSTAINED = 0.2
 TOLERATED = 0.03
+GRANTED_ROUNDS = 30
 UNLIKELY = 0.5  # a share that is refused whatever our load
 OUTAGE = 0.9  # a share that says nothing about what the service takes when it is well
 DEEPEST_CUT = 0.3
@@ -26,10 +27,17 @@ class Pass(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A deep cut, and the share of refused calls that would show that it did not help."""
+    """A deep cut, and what would show in the next round that it did not help.
+
+    Attributes:
+      limit: the one before.
+      refused: a share of refused calls that is greater.
+      answered: fewer calls answered a second.
+    """
 
     limit: float
     refused: float
+    answered: float
 
 
 class Gate:
@@ -41,7 +49,8 @@ class Gate:
 
     - Above 20 %, the limit is cut by that share, which leaves what the service took. If that
       does not help in the next round, it was not our load that did it: the limit is restored,
-      and such a share is taken for granted, so that scattered refusals do not slow us down.
+      and such a share is taken for granted for half a minute, so that scattered refusals do
+      not slow us down.
     - Above 3 %, it is cut by half of the share, but not far below a limit that was good.
     - Without refusals, it grows again, by 1 % at first, and faster in each such round.
 
@@ -68,6 +77,7 @@ class Gate:
         self._round = 0
         self._good = float(most)  # a limit at which few were refused
         self._granted = 0.0  # share of refusals that does not depend on our load
+        self._granted_rounds = 0  # for which it is not tried again
         self._trial: Trial | None = None
         self._growth = FIRST_GROWTH
         self._new_round()
@@ -150,7 +160,7 @@ class Gate:
     def _new_round(self) -> None:
         self._round += 1
         self._calls = self._ended = self._refused = 0
-        self._started = 0.0
+        self._started = self._last = 0.0
         self._was_full = False
 
     def _noted(self, now: float) -> int:
@@ -160,6 +170,7 @@ class Gate:
         if now - self._started >= ROUND_SECONDS and self._calls >= ROUND_CALLS:
             return 0
         self._calls += 1
+        self._last = now
         return self._round
 
     def _set(self, limit: float) -> None:
@@ -178,22 +189,29 @@ class Gate:
         ):
             return
         share = self._refused / self._ended
+        self._granted_rounds -= 1
+        if self._granted_rounds < 0:
+            self._granted = 0.0
         trial, self._trial = self._trial, None
         if self._refused:
             self._growth = FIRST_GROWTH
         if share > self._granted + SUSTAINED:
-            if trial is not None and trial.refused < share < UNLIKELY:
-                self._granted = share
+            answered = (self._ended - self._refused) / max(
+                self._last - self._started, ROUND_SECONDS
+            )
+            if trial is not None and trial.refused < share < UNLIKELY and answered < trial.answered:
+                self._granted, self._granted_rounds = share, GRANTED_ROUNDS
+                self._good = trial.limit
                 self._set(trial.limit)
             else:
                 kept = max(DEEPEST_CUT, 1 - share)
                 # If the service takes so many and no more, as many fewer are refused next time.
                 expected = max(0.0, 1 - (1 - share) / kept)
-                self._trial = Trial(self.limit, (share + expected) / 2)
+                self._trial = Trial(self.limit, (share + expected) / 2, answered * (1 + kept) / 2)
                 self._set(self.limit * kept)
                 if share < OUTAGE:
                     self._good = self.limit
-        elif share > self._granted + TOLERATED:
+        elif share > TOLERATED and not self._granted:
             if 0.9 * self._good < self.limit < self.most:
                 self._set(max(0.9 * self._good, self.limit * (1 - share / 2)))
         elif not self._refused:

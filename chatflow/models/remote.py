@@ -79,6 +79,9 @@ def checked(reply: Reply, blocked: str = "") -> Reply | Fault:
 class Client(abc.ABC):
     """Speaks to one service. All methods are called on one event loop."""
 
+    async def prepare(self) -> None:  # noqa: B027 (not all have something to prepare)
+        """What the first call needs; done before each, at no cost when it was done."""
+
     @abc.abstractmethod
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         """One call, never tried again; may raise whatever `faults.classify` knows."""
@@ -231,12 +234,19 @@ class RemoteModel(LanguageModel):
     async def _call(
         self, turns: Sequence[Turn], part: Part, again: bool
     ) -> tuple[Reply | Fault, float]:
-        """What came of one call, and its seconds, without those before the gate."""
-        leave = await self._gate.enter(first=again)
+        """What came of one call, and its seconds, without those before it."""
         started = time.monotonic()
+        try:
+            await self._client.prepare()
+        except Exception as error:
+            return classify(error), time.monotonic() - started
+        granted = await self._gate.enter(first=again)
         outcome: Reply | Fault | None = None
         try:
-            if await self._allowed():
+            allowed = await self._allowed()
+            started = time.monotonic()
+            granted = granted._replace(entered=self._loop.time())
+            if allowed:
                 self._count("requests")
                 async with asyncio.timeout(self.settings.timeout):
                     outcome = await self._client.ask(turns, part)
@@ -246,7 +256,7 @@ class RemoteModel(LanguageModel):
             outcome = classify(error)
         finally:
             busy = isinstance(outcome, Fault) and outcome.kind is Kind.BUSY
-            self._gate.leave(leave, refused=busy, answered=isinstance(outcome, Reply))
+            self._gate.leave(granted, refused=busy, answered=isinstance(outcome, Reply))
         if isinstance(outcome, Fault):
             self._count(f"faults/{outcome.reason}")
         return outcome, time.monotonic() - started

@@ -102,6 +102,10 @@ class EndpointClient(Client):
         self._token = _Token(settings.without_credentials)
         self._http: aiohttp.ClientSession | None = None
 
+    async def prepare(self) -> None:
+        if self._address is None:
+            await self.address()
+
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         address = await self.address()
         raw = self.settings.request_format == "raw_predict"

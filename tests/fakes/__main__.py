@@ -20,7 +20,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from .brain import FAULTS, Behaviour
+from .brain import FAULTS, Behaviour, scripted_answer
 from .vertex import ENDPOINTS, FakeVertex
 
 NAMES = {
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "retry_after": parsed.retry_after,
         "seed": parsed.seed,
     }
+    scripted_answer("")  # reads the script now, so that the first call is not a slow one
     with FakeVertex(with_grpc=parsed.grpc) as fake, fake.trusted():
         fake.reset(**behaviour)
         places = {name: ENDPOINTS[kind] for name, kind in NAMES.items()}
