@@ -12,6 +12,7 @@ ROUND_CALLS = 20  # from so many, a share of refused calls is more than chance
 SUSTAINED = 0.2
 TOLERATED = 0.03
 GRANTED_ROUNDS = 30
+FLOOR = 0.6  # of a limit that was good, for mild cuts
 UNLIKELY = 0.5  # a share that is refused whatever our load
 OUTAGE = 0.9  # a share that says nothing about what the service takes when it is well
 DEEPEST_CUT = 0.3
@@ -51,7 +52,7 @@ class Gate:
       does not help in the next round, it was not our load that did it: the limit is restored,
       and such a share is taken for granted for half a minute, so that scattered refusals do
       not slow us down.
-    - Above 3 %, it is cut by half of the share, but not far below a limit that was good.
+    - Above 3 %, it is cut by half of the share, but not below 60 % of one that was good.
     - Without refusals, it grows again, by 1 % at first, and faster in each such round.
 
     A refused call keeps its place for as long as an answer takes, and below `most` calls are
@@ -212,8 +213,8 @@ class Gate:
                 if share < OUTAGE:
                     self._good = self.limit
         elif share > TOLERATED and not self._granted:
-            if 0.9 * self._good < self.limit < self.most:
-                self._set(max(0.9 * self._good, self.limit * (1 - share / 2)))
+            if FLOOR * self._good < self.limit < self.most:
+                self._set(max(FLOOR * self._good, self.limit * (1 - share / 2)))
         elif not self._refused:
             self._granted = 0.0
             if self._was_full and self.limit < self.most:
