@@ -179,7 +179,7 @@ def _answer_object(answer: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     if start >= 0:
         try:
             value = json_repair.loads(answer[start:])
-        except (ValueError, RecursionError):
+        except Exception:  # json_repair's own mistakes are those of the answer, too
             value = None
         for item in value if isinstance(value, list) else [value]:
             if _asked(item):

@@ -380,10 +380,10 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
       UsageError: the service says that the model is not there, or not for us.
     """
     from chatflow.models.faults import Kind, classify
-    from chatflow.models.remote import shared_model
+    from chatflow.models.remote import RemoteModel, client_of
 
     settings = spec.remote._replace(timeout=min(spec.remote.timeout, CHECK_SECONDS))
-    model = shared_model(spec.name, settings)
+    model = RemoteModel(spec.name, client_of(spec.name, settings), settings)
     try:
         console.print(model.check(), highlight=False)
     except UsageError:

@@ -167,3 +167,9 @@ def test_a_draft_with_a_refused_phrase_is_refused(phrase, refused):
 def test_a_long_draft_ends_at_a_sentence_and_says_so():
     parsed = parse_draft(DRAFT, ASKED, CHAT, 40)
     assert parsed == ("We are sorry about the late parcel.", ("draft_cut",))
+
+
+def test_an_answer_that_json_repair_stumbles_over_is_refused_like_others():
+    with pytest.raises(BadAnswerError) as caught:
+        parse_analysis('{"```json9```', 512)
+    assert caught.value.reason == "not_json"

@@ -11,9 +11,10 @@ from fakes.vertex import ENDPOINTS
 from google.api_core import exceptions as api_core
 from test_remote import GEMINI, MODELS, request, settings_of
 
-from chatflow.errors import ModelError
+from chatflow.errors import ModelError, UsageError
+from chatflow.models.clients import Reply, Turn
 from chatflow.models.faults import HttpError, Kind, MalformedReplyError, classify
-from chatflow.models.remote import Reply, Turn, client_of
+from chatflow.models.remote import client_of
 from chatflow.models.vertex import look_up
 
 BUSY, PASSING, MALFORMED, FATAL = Kind.BUSY, Kind.PASSING, Kind.MALFORMED, Kind.FATAL
@@ -154,7 +155,7 @@ def test_an_endpoint_is_looked_up_over_grpc(vertex, monkeypatch):
         (google.auth.exceptions.RefreshError("no"), FATAL, "credentials"),
         (google.auth.exceptions.DefaultCredentialsError("none"), FATAL, "credentials"),
         (api_core.Aborted("again"), PASSING, "http_409"),
-        (api_core.RetryError("late", None), PASSING, "timeout"),
+        (UsageError("no such flag"), FATAL, "usage"),
         (HttpError(529, "", {}), BUSY, "http_529"),
         (HttpError(501, "", {}), FATAL, "http_501"),
         (HttpError(599, "", {}), PASSING, "http_599"),

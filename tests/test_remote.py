@@ -229,7 +229,6 @@ def test_every_fault_of_the_stand_in_is_in_that_test():
     assert tried >= set(FAULTS)
 
 
-@pytest.mark.parametrize("model", MODELS[:2])
 def test_what_failed_calls_cost_is_counted_too(fake):
     def speechless(prompt):
         fake.brain.answer = say
@@ -241,6 +240,46 @@ def test_what_failed_calls_cost_is_counted_too(fake):
     assert found.prompt_tokens == 6
 
 
+def test_a_bug_in_one_answer_takes_no_other_with_it(fake):
+    def bug(text):
+        raise KeyError("a bug")
+
+    found = ask(fake, GEMINI, request("a"), request("b", check=bug), request("c"))
+    assert [type(each) for each in found] == [Answer, Failure, Answer]
+    assert found[1].reason == "client_KeyError"
+    assert len(fake.brain.calls) == 3
+
+
+@pytest.mark.parametrize("model", MODELS[:2])
+def test_where_all_is_refused_for_too_long_all_that_wait_are_turned_away(fake, model):
+    brain = misbehave(fake, rates={"429": 1.0})
+    requests = [request(str(i), name=str(i)) for i in range(500)]
+    started = time.monotonic()
+    found = ask(fake, model, *requests, max_in_flight=4, retry_seconds=2.0)
+    assert {failure.reason for failure in found} == {"http_429"}
+    assert "refused every call" in "".join(failure.error for failure in found)
+    assert time.monotonic() - started < 20
+    assert len(brain.calls) < 300
+
+
+def test_a_closed_client_is_not_given_out_again_and_does_not_hang(fake):
+    settings = settings_of(fake, GEMINI)
+    model = remote.shared_model(GEMINI, settings)
+    model.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        model.answer([request()])
+    assert isinstance(remote.shared_model(GEMINI, settings).answer([request()])[0], Answer)
+
+
+@pytest.mark.parametrize("request_format", ["chat_completions", "raw_predict"])
+def test_a_reply_that_cannot_be_read_is_in_the_failure_as_it_came(fake, request_format):
+    misbehave(fake, script=["malformed"] * 9)
+    (found,) = ask(fake, ENDPOINTS["public"], request(), request_format=request_format)
+    assert found.reason == "malformed"
+    assert "choices" in found.answer
+
+
+@pytest.mark.parametrize("model", MODELS[:2])
 def test_two_steps_and_many_threads_share_one_client_and_its_limit(fake, model):
     brain = misbehave(fake, latency=0.02)
     settings = settings_of(fake, model, max_in_flight=6)
@@ -380,7 +419,7 @@ def test_a_call_over_tls_has_the_token_of_the_machines_credentials(fake, tmp_pat
     # An address without scheme: its certificate is not checked, as aiplatform does it.
     settings["endpoint_override"] = fake.secure
     (unchecked,) = ask(fake, ENDPOINTS["private service connect"], request(), **settings)
-    (gemini,) = ask(fake, GEMINI, request(), api_endpoint=override)
+    (gemini,) = ask(fake, GEMINI, request(), api_endpoint=override, endpoint_override="")
     assert {answer.text, unchecked.text, gemini.text} == {ANGRY}
     assert {call.authorization for call in fake.brain.calls} == {"Bearer a-token"}
 
@@ -581,6 +620,7 @@ def test_where_the_service_cannot_be_reached_the_job_is_started_all_the_same(
         ("gemma3-270m", {}, "give gemini-… or projects/P/locations/L/endpoints/E"),
         (GEMINI, {}, "give --project"),
         (GEMINI, {"project": "p"}, "give --location"),
+        (GEMINI, {"endpoint_override": "10.0.0.1"}, "--endpoint_override: only with an endpoint"),
         (GEMINI, {"project": "p", "location": "l", "thinking": "hard"}, "--thinking=hard"),
     ],
 )

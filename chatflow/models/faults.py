@@ -14,7 +14,7 @@ import google.auth.exceptions
 import grpc
 from google.api_core import exceptions as api_core
 
-from chatflow.errors import ElementError, ModelError
+from chatflow.errors import ElementError, ModelError, UsageError
 
 
 class Kind(enum.Enum):
@@ -84,7 +84,7 @@ BY_TYPE: tuple[tuple[type[Exception], Kind, str], ...] = (
     (aiohttp.ClientError, Kind.PASSING, "connection"),
     (google.auth.exceptions.TransportError, Kind.PASSING, "credentials"),
     (google.auth.exceptions.GoogleAuthError, Kind.FATAL, "credentials"),
-    (api_core.RetryError, Kind.PASSING, "timeout"),
+    (UsageError, Kind.FATAL, "usage"),
     (OSError, Kind.PASSING, "connection"),
     # Of JSON, of UTF-8, and pydantic's, of what google-genai reads.
     (ValueError, Kind.MALFORMED, "malformed"),
@@ -112,9 +112,11 @@ def classify(error: Exception) -> Fault:
 
 def status_of(error: Exception) -> int | None:
     """The HTTP status of an error; for gRPC, the one that Google maps its code to."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return None  # aiohttp's own, for a reply that is no HTTP
     for name in ("status", "code"):
         value = getattr(error, name, None)
-        if isinstance(value, int) and value >= 400:  # aiohttp has 0 for a lost connection
+        if isinstance(value, int) and value >= 400:
             return int(value)
     return None
 

@@ -98,10 +98,17 @@ class Gate:
         try:
             leave: Pass = await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
+            if future.done() and not future.cancelled() and future.exception() is None:
                 self.leave(future.result())
             raise
         return leave
+
+    def turn_away(self, error: Exception) -> None:
+        """Raises an error from `enter` for all that wait now."""
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(error)
 
     def leave(self, granted: Pass, refused: bool = False, answered: bool = False) -> None:
         """A call is over: it was refused for load, or answered, or failed otherwise."""

@@ -11,8 +11,8 @@ from google.genai import types
 from google.oauth2.credentials import Credentials
 
 from chatflow.errors import UsageError
-from chatflow.models.faults import Fault, MalformedReplyError
-from chatflow.models.remote import Client, Reply, Turn, checked
+from chatflow.models.clients import Client, Reply, Turn, checked
+from chatflow.models.faults import Fault, Kind
 from chatflow.models.requests import Part, RemoteSettings
 
 FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length"}
@@ -126,7 +126,8 @@ def _reply(response: types.GenerateContentResponse) -> Reply | Fault:
         why = _with_ratings(feedback.block_reason.value, feedback.safety_ratings)
         return checked(Reply("", *paid, "blocked"), why)
     if not response.candidates:
-        raise MalformedReplyError("no_candidates", "the reply has no candidates")
+        said = "the reply has no candidates"
+        return Fault(Kind.MALFORMED, "no_candidates", said, 0.0, None, *paid)
     candidate = response.candidates[0]
     said = candidate.finish_reason.value if candidate.finish_reason else "none"
     parts = (candidate.content.parts if candidate.content else None) or []

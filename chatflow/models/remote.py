@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
+import logging
 import math
 import random
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from apache_beam.io.components.rate_limiter import EnvoyRateLimiter, RateLimiter
 from apache_beam.ml.inference.base import PredictionResult, RemoteModelHandler
 
-from chatflow.errors import BadAnswerError, UsageError
+from chatflow.errors import BadAnswerError, ModelError, UsageError
+from chatflow.models.clients import Client, Reply, Turn
 from chatflow.models.faults import Fault, Kind, classify
 from chatflow.models.gate import Gate
 from chatflow.models.handlers import METRICS, LanguageModel, LanguageModelHandler
@@ -32,6 +34,10 @@ from chatflow.models.requests import (
     Request,
 )
 
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 FIRST_PAUSE = 0.5  # seconds; doubled by each call that failed, with full jitter
 LONGEST_PAUSE = 30.0
 MALFORMED_RETRIES = 2
@@ -40,63 +46,6 @@ ASK_AGAIN = (
     "That answer cannot be used: {error}. Answer the same question again, with nothing but the "
     "JSON object that was asked for."
 )
-
-
-class Turn(NamedTuple):
-    """What was said: by `user` or `model`."""
-
-    role: str
-    text: str
-
-
-class Reply(NamedTuple):
-    """A model's answer to one call; fields as of `Answer`."""
-
-    text: str
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    finish_reason: str = "stop"
-
-
-def checked(reply: Reply, blocked: str = "") -> Reply | Fault:
-    """The reply, or why it is none.
-
-    Args:
-      blocked: the service's word for why it kept the answer back.
-    """
-    paid = (reply.prompt_tokens, reply.answer_tokens)
-    if blocked:
-        said = f"the service blocked it: {blocked}"
-        return Fault(Kind.FATAL, "blocked", said, 0.0, reply.text or None, *paid)
-    if not reply.text.strip():
-        # At the limit a second call ends the same way.
-        kind = Kind.FATAL if reply.finish_reason == "length" else Kind.MALFORMED
-        said = f"the service gave no text; finish reason {reply.finish_reason}"
-        return Fault(kind, "no_answer", said, 0.0, None, *paid)
-    return reply
-
-
-class Client(abc.ABC):
-    """Speaks to one service. All methods are called on one event loop."""
-
-    async def prepare(self) -> None:  # noqa: B027 (not all have something to prepare)
-        """What the first call needs; done before each, at no cost when it was done."""
-
-    @abc.abstractmethod
-    async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
-        """One call, never tried again; may raise whatever `faults.classify` knows."""
-
-    @abc.abstractmethod
-    async def check(self) -> str:
-        """Asks whether the model is there, without paying for an answer; says what was found.
-
-        Raises:
-          UsageError: it is there, but cannot answer.
-        """
-
-    @abc.abstractmethod
-    async def close(self) -> None:
-        """Ends all connections."""
 
 
 class RemoteModel(LanguageModel):
@@ -122,15 +71,17 @@ class RemoteModel(LanguageModel):
         self._counts: collections.Counter[str] = collections.Counter()
         self._throttled = 0.0
         self._lock = threading.Lock()
-        self._blocking = concurrent.futures.ThreadPoolExecutor(settings.max_in_flight)
+        self._refusing_since: float | None = None  # no call was answered since
+        if limiter is not None:
+            self._blocking = concurrent.futures.ThreadPoolExecutor(settings.max_in_flight)
         loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, name=f"calls {name}", daemon=True)
+        thread = threading.Thread(target=_run, args=(loop,), name=f"calls {name}", daemon=True)
         thread.start()
         self._loop = loop
         self._close = weakref.finalize(self, _close, loop, thread, client)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        return asyncio.run_coroutine_threadsafe(self._answers(requests), self._loop).result()
+        return self._on_loop(self._answers(requests))
 
     def check(self) -> str:
         """See `Client.check`; within `RemoteSettings.timeout`."""
@@ -139,7 +90,17 @@ class RemoteModel(LanguageModel):
             async with asyncio.timeout(self.settings.timeout):
                 return await self._client.check()
 
-        return asyncio.run_coroutine_threadsafe(check(), self._loop).result()
+        return self._on_loop(check())
+
+    def _on_loop(self, what: Coroutine[Any, Any, T]) -> T:
+        if self.closed:
+            what.close()
+            raise RuntimeError(f"the client of {self.name} is closed")
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
+
+    @property
+    def closed(self) -> bool:
+        return not self._close.alive
 
     def close(self) -> None:
         """Ends the thread and all connections; also done when nobody holds the model."""
@@ -166,112 +127,155 @@ class RemoteModel(LanguageModel):
             self._counts[name] += by
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        throttled: list[float] = []
-        answers = await asyncio.gather(*(self._answer(each, throttled) for each in requests))
+        budgets = [_Budget(self.settings.retry_seconds) for _ in requests]
+        answers = await asyncio.gather(*map(self._answer, requests, budgets))
         with self._lock:
-            self._throttled += max(throttled, default=0.0)
+            self._throttled += max((budget.throttled for budget in budgets), default=0.0)
         return answers
 
-    async def _answer(self, request: Request, throttled: list[float]) -> Answer | Failure:
+    async def _answer(self, request: Request, budget: _Budget) -> Answer | Failure:
         started = time.monotonic()
-        if len(request.parts) != 1:
-            return Failure("bad_prompt", "a remote model is asked one question, by a block json")
-        (part,) = request.parts
-        turns = [Turn("user", part.prompt)]
-        reply = await self._ask(turns, part, throttled)
-        if isinstance(reply, Fault):
-            return _failure(reply)
-        repairs: tuple[str, ...] = ()
-        error = _mistake(part, reply.text)
-        if error is not None:
-            self._count("asked_again")
-            complaint = ASK_AGAIN.format(error=f"{error}; finish reason {reply.finish_reason}")
-            turns += [Turn("model", reply.text), Turn("user", complaint)]
-            first, reply = reply, await self._ask(turns, part, throttled)
-            reply = _and_earlier(reply, first)
-            if isinstance(reply, Fault):
-                return _failure(reply._replace(answer=reply.answer or first.text))
-            repairs = ("asked_again",)
+        first: Reply | None = None
+        try:
+            (part,) = request.parts
+            turns = [Turn("user", part.prompt)]
+            outcome = await self._ask(turns, part, budget)
+            complaint = _complaint(part, outcome)
+            if complaint and isinstance(outcome, Reply):
+                self._count("asked_again")
+                first = outcome
+                budget.earlier.append(first)
+                turns += [Turn("model", first.text), Turn("user", complaint)]
+                outcome = await self._ask(turns, part, budget)
+        except Exception as error:  # a bug; it must not take the batch with it
+            _log.exception("a request failed: %s", error)
+            outcome = classify(error)
+        paid = [*budget.earlier, outcome]
+        prompt_tokens = sum(call.prompt_tokens for call in paid)
+        answer_tokens = sum(call.answer_tokens for call in paid)
+        if isinstance(outcome, Fault):
+            said = outcome.answer or (first.text if first else None)
+            return Failure(outcome.reason, outcome.error, said, prompt_tokens, answer_tokens)
         return Answer(
-            model=self.name,
+            outcome.text,
+            self.name,
+            prompt_tokens=prompt_tokens,
+            answer_tokens=answer_tokens,
             seconds=time.monotonic() - started,
-            repairs=repairs,
-            **reply._asdict(),
+            finish_reason=outcome.finish_reason,
+            repairs=("asked_again",) if first else (),
         )
 
-    async def _ask(
-        self, turns: Sequence[Turn], part: Part, throttled: list[float]
-    ) -> Reply | Fault:
+    async def _ask(self, turns: Sequence[Turn], part: Part, budget: _Budget) -> Reply | Fault:
         """Calls until there is an answer, or none is to be hoped for."""
         calls = malformed = 0
-        lost = busy = 0.0
-        spent: list[Fault] = []
         while True:
-            outcome, seconds = await self._call(turns, part, again=calls > 0)
+            outcome = await self._call(turns, part, budget, again=calls > 0)
             if isinstance(outcome, Reply):
-                break
+                return outcome
             calls += 1
             malformed += outcome.kind is Kind.MALFORMED
             most = min(FIRST_PAUSE * 2 ** (calls - 1), LONGEST_PAUSE)
             pause = outcome.wait + most * random.random()
-            lost += seconds + pause
-            if (
-                outcome.kind is Kind.FATAL
-                or malformed > MALFORMED_RETRIES
-                or lost > self.settings.retry_seconds
-            ):
+            budget.left -= pause
+            if outcome.kind is Kind.FATAL or malformed > MALFORMED_RETRIES or budget.left < 0:
                 times = "once" if calls == 1 else f"{calls} times"
                 wait = f", and is to wait {outcome.wait:.0f} s" if outcome.wait else ""
-                outcome = outcome._replace(error=f"{outcome.error} (called {times}{wait})")
-                break
+                return outcome._replace(error=f"{outcome.error} (called {times}{wait})")
             self._count("retries")
-            spent.append(outcome)
-            busy += pause if outcome.kind is Kind.BUSY else 0.0
+            budget.earlier.append(outcome)
+            budget.throttled += pause if outcome.kind is Kind.BUSY else 0.0
             await asyncio.sleep(pause)
-        throttled.append(busy)
-        return _and_earlier(outcome, *spent)
 
     async def _call(
-        self, turns: Sequence[Turn], part: Part, again: bool
-    ) -> tuple[Reply | Fault, float]:
-        """What came of one call, and its seconds, without those before it."""
+        self, turns: Sequence[Turn], part: Part, budget: _Budget, again: bool
+    ) -> Reply | Fault:
+        """One call. A failed one, and what one that is made again waits, is off the budget."""
         started = time.monotonic()
         try:
             await self._client.prepare()
+            granted = await self._gate.enter(first=again)
         except Exception as error:
-            return classify(error), time.monotonic() - started
-        granted = await self._gate.enter(first=again)
-        outcome: Reply | Fault | None = None
+            budget.left -= time.monotonic() - started
+            return classify(error)
+        waited = time.monotonic() - started
+        budget.throttled += waited if self._gate.limit < self._gate.most else 0.0
+        budget.left -= waited if again else 0.0
         try:
-            allowed = await self._allowed()
-            started = time.monotonic()
+            fault = await self._not_allowed()
             granted = granted._replace(entered=self._loop.time())
-            if allowed:
-                self._count("requests")
-                async with asyncio.timeout(self.settings.timeout):
-                    outcome = await self._client.ask(turns, part)
-            else:
-                outcome = Fault(Kind.BUSY, "rate_limited", "the rate limiter allows no call")
-        except Exception as error:
-            outcome = classify(error)
-        finally:
-            busy = isinstance(outcome, Fault) and outcome.kind is Kind.BUSY
-            self._gate.leave(granted, refused=busy, answered=isinstance(outcome, Reply))
-        if isinstance(outcome, Fault):
-            self._count(f"faults/{outcome.reason}")
-        return outcome, time.monotonic() - started
+            outcome = fault or await self._ask_client(turns, part)
+        except asyncio.CancelledError:
+            self._gate.leave(granted)
+            raise
+        if isinstance(outcome, Reply):
+            self._refusing_since = None
+            self._gate.leave(granted, answered=True)
+            return outcome
+        budget.left -= self._loop.time() - granted.entered
+        self._count(f"faults/{outcome.reason}")
+        busy = outcome.kind is Kind.BUSY
+        self._gate.leave(granted, refused=busy)
+        if busy:
+            self._note_refusal(outcome)
+        return outcome
 
-    async def _allowed(self) -> bool:
+    async def _ask_client(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
+        self._count("requests")
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                return await self._client.ask(turns, part)
+        except Exception as error:
+            return classify(error)
+
+    def _note_refusal(self, fault: Fault) -> None:
+        """Turns away those that wait when all was refused for as long as one may wait."""
+        now = self._loop.time()
+        if self._refusing_since is None:
+            self._refusing_since = now
+        refused = now - self._refusing_since
+        if refused > self.settings.retry_seconds:
+            said = f"the service has refused every call for {refused:.0f} s: {fault.error}"
+            self._gate.turn_away(ModelError(fault.reason, said))
+
+    async def _not_allowed(self) -> Fault | None:
+        """What the rate limiter says against a call; waits in a thread, for it may block."""
         if self._limiter is None:
-            return True
-        allow = self._limiter.allow
-        return await self._loop.run_in_executor(self._blocking, allow)
+            return None
+        try:
+            allowed = await self._loop.run_in_executor(self._blocking, self._limiter.allow)
+        except Exception as error:
+            return classify(error)._replace(reason="rate_limiter")
+        refusal = Fault(Kind.BUSY, "rate_limited", "the rate limiter allows no call")
+        return None if allowed else refusal
+
+
+@dataclasses.dataclass
+class _Budget:
+    """What one request may still spend, and has spent.
+
+    Attributes:
+      left: seconds for calls that fail, and for waiting after them.
+      throttled: seconds waited because the service takes no more.
+      earlier: calls before the last one, which are paid for, too.
+    """
+
+    left: float
+    throttled: float = 0.0
+    earlier: list[Reply | Fault] = dataclasses.field(default_factory=list)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
 
 def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Client) -> None:
     async def close() -> None:
-        await client.close()
-        loop.call_later(0.1, loop.stop)  # google-genai closes a second time when it is deleted
+        try:
+            await client.close()
+        finally:
+            loop.call_later(0.1, loop.stop)  # google-genai closes again when it is deleted
 
     closing = asyncio.run_coroutine_threadsafe(close(), loop)
     if threading.current_thread() is not thread:
@@ -279,27 +283,15 @@ def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Cl
             closing.result(timeout=2)
 
 
-def _and_earlier(outcome: Reply | Fault, *earlier: Reply | Fault) -> Reply | Fault:
-    """With the tokens of calls before it, which are paid for, too."""
-    return outcome._replace(
-        prompt_tokens=outcome.prompt_tokens + sum(call.prompt_tokens for call in earlier),
-        answer_tokens=outcome.answer_tokens + sum(call.answer_tokens for call in earlier),
-    )
-
-
-def _mistake(part: Part, text: str) -> BadAnswerError | None:
+def _complaint(part: Part, outcome: Reply | Fault) -> str:
+    """What is wrong with an answer, to be sent back with it; empty where nothing is."""
+    if part.check is None or isinstance(outcome, Fault):
+        return ""
     try:
-        if part.check is not None:
-            part.check(text)
+        part.check(outcome.text)
     except BadAnswerError as error:
-        return error
-    return None
-
-
-def _failure(fault: Fault) -> Failure:
-    return Failure(
-        fault.reason, fault.error, fault.answer, fault.prompt_tokens, fault.answer_tokens
-    )
+        return ASK_AGAIN.format(error=f"{error}; finish reason {outcome.finish_reason}")
+    return ""
 
 
 def check_name(name: str, settings: RemoteSettings) -> None:
@@ -312,6 +304,8 @@ def check_name(name: str, settings: RemoteSettings) -> None:
 
     if ENDPOINT.fullmatch(name):
         return
+    if settings.endpoint_override:
+        raise UsageError(f"--endpoint_override: only with an endpoint, not with --model={name}")
     if not name.startswith("gemini-"):
         raise UsageError(
             f"--model={name}: with --inference=remote give gemini-… or "
@@ -346,7 +340,7 @@ def shared_model(name: str, settings: RemoteSettings) -> RemoteModel:
     """The one client of this process, for all its steps and threads."""
     with _models_lock:
         model = _models.get((name, settings))
-        if model is None:
+        if model is None or model.closed:
             limiter = None
             if settings.rate_limit_service:
                 limiter = EnvoyRateLimiter(
@@ -386,8 +380,10 @@ class RemoteLanguageModelHandler(
     def __init__(
         self, model: str, settings: RemoteSettings, batching: Batching = ONE_BUNDLE
     ) -> None:
-        # A batch ends with its slowest call, so it is much wider than what is in flight.
-        wide = batching._replace(size=16 * settings.max_in_flight)
+        # A batch ends with its slowest call, so in files it is much wider than what is in
+        # flight. In streams, whose batches come as they come, no answer waits for so many.
+        times = 16 if batching.seconds is None else 2
+        wide = batching._replace(size=times * settings.max_in_flight)
         LanguageModelHandler.__init__(self, model, wide)
         # Beam's throttler counts what is under way as failed, and sleeps 5 s at a time.
         RemoteModelHandler.__init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -18,8 +19,8 @@ import google.auth.transport.requests
 from google.auth.credentials import AnonymousCredentials
 
 from chatflow.errors import UsageError
+from chatflow.models.clients import Client, Reply, Turn, checked
 from chatflow.models.faults import Fault, HttpError, MalformedReplyError
-from chatflow.models.remote import Client, Reply, Turn, checked
 from chatflow.models.requests import Part, RemoteSettings
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
@@ -70,7 +71,7 @@ class Address(NamedTuple):
     """Where an endpoint answers.
 
     Attributes:
-      kind: `public`, `dedicated`, `private service access` or `private service connect`.
+      kind: `public`, `dedicated`, `private service access` or `overridden`.
       predict, raw_predict: URLs.
       models: how many are deployed on it.
       verified: whether its certificate is checked.
@@ -138,10 +139,19 @@ class EndpointClient(Client):
             headers |= await self._token.header()
         data = json.dumps(content).encode()
         async with self._http.post(url, data=data, headers=headers) as response:
-            text = await response.text()
-        if response.status != 200:
-            raise HttpError(response.status, text, response.headers)
-        return json.loads(text)
+            if response.status != 200:
+                text = ""
+                with contextlib.suppress(aiohttp.ClientError):
+                    text = await response.text(errors="replace")
+                if response.status == 404:  # perhaps it was deployed anew, elsewhere
+                    self._address = None
+                raise HttpError(response.status, text, response.headers)
+            text = await response.text(errors="replace")
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            said = f"the reply is no JSON: {error}"
+            raise MalformedReplyError("malformed", said, text[:2000]) from None
 
     async def check(self) -> str:
         if self.settings.endpoint_override:
@@ -179,7 +189,9 @@ class _Token:
             return {}
         if self._credentials is None or not self._credentials.valid:
             await asyncio.to_thread(self._renew)
-        return {"Authorization": f"Bearer {self._credentials.token}"}
+        headers: dict[str, str] = {}
+        self._credentials.apply(headers)
+        return headers
 
     def _renew(self) -> None:
         with self._lock:
@@ -199,8 +211,7 @@ def overridden(name: str, address: str) -> Address:
         # user's own network, and the certificate is Google's own.
         base, verified = f"https://{address}", False
     url = f"{base}/v1/{name}"
-    kind = "private service connect"
-    return Address(kind, f"{url}:predict", f"{url}:rawPredict", verified=verified)
+    return Address("overridden", f"{url}:predict", f"{url}:rawPredict", verified=verified)
 
 
 def look_up(name: str, settings: RemoteSettings) -> Address:
@@ -225,7 +236,9 @@ def look_up(name: str, settings: RemoteSettings) -> Address:
             "forwarding rule with --endpoint_override"
         )
     elif endpoint.network:
-        uri = endpoint.deployed_models[0].private_endpoints.predict_http_uri if models else ""
+        if not models:
+            raise UsageError(f"--model={name}: no model is deployed on this endpoint")
+        uri = endpoint.deployed_models[0].private_endpoints.predict_http_uri
         return Address("private service access", uri, uri, models)
     else:
         kind = "public"
@@ -252,13 +265,10 @@ def _endpoint_service(base: str) -> Any:
 def _prediction(content: Any) -> Any:
     """The one prediction of a reply. Public examples disagree whether it stands in a list."""
     predictions = content.get("predictions") if isinstance(content, dict) else None
-    if isinstance(predictions, list):
-        if not predictions:
-            raise MalformedReplyError(
-                "no_predictions", "the reply has no predictions", _raw(content)
-            )
-        return predictions[0]
-    return predictions
+    if not predictions:
+        said = "the reply has no predictions"
+        raise MalformedReplyError("no_predictions", said, _raw(content))
+    return predictions[0] if isinstance(predictions, list) else predictions
 
 
 def reply_of(prediction: Any) -> Reply | Fault:

@@ -52,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grpc", action="store_true", help="open the gRPC door, too")
     parser.add_argument("command", nargs="*", help="is run, and the stand-in ends with it")
     parsed = parser.parse_args(arguments)
+    pairs = [pair.partition("=") for pair in parsed.rates.split(",") if pair]
+    try:
+        rates = {fault: float(share) for fault, _, share in pairs}
+        Behaviour(rates=rates)
+    except ValueError as error:
+        parser.error(f"--rates={parsed.rates}: {error}")
     behaviour: dict[str, Any] = {
         "latency": parsed.latency,
-        "rates": {
-            fault: float(share)
-            for fault, _, share in (pair.partition("=") for pair in parsed.rates.split(",") if pair)
-        },
+        "rates": rates,
         "quota": parsed.quota,
         "capacity": parsed.capacity,
         "bursts": [float(number) for number in parsed.bursts.split(",") if number],

@@ -51,6 +51,11 @@ class Behaviour:
     listed: bool = True
     seed: int = 5
 
+    def __post_init__(self) -> None:
+        for fault in (*self.match.values(), *self.script, *self.rates):
+            if fault != "ok" and fault not in FAULTS and not fault.isdecimal():
+                raise ValueError(f"no such fault: {fault}; known are a status, {FAULTS}")
+
 
 @dataclasses.dataclass
 class Call:
