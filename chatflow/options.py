@@ -96,7 +96,9 @@ class Options:
         1536, "Budget of one prompt; the oldest messages are left out first, and the record "
         "says so.", _MODEL, least=64,
     )  # fmt: skip
-    max_batch_size: int = _flag(32, "Most requests in one batch to the model.", _MODEL, least=1)
+    max_batch_size: int = _flag(
+        32, "Most requests in one batch to a model on the worker.", _MODEL, least=1
+    )
     max_batch_duration_secs: float = _flag(
         0.2, "In streams, how long a request waits for others to fill its batch; 0: only those "
         "of its bundle.", _MODEL, least=0,

@@ -116,7 +116,10 @@ class LanguageModelHandler(
 def ask(
     answer: Callable[[Sequence[Request]], list[Answer | Failure]], batch: Sequence[Request]
 ) -> list[Answer | Failure]:
-    """The batch at once; where that fails, each request alone."""
+    """The batch at once; where that fails, each request alone.
+
+    A model that gives a result for each request, as a remote one does, never gets that far.
+    """
     started = time.monotonic()
     try:
         answers = answer(batch)

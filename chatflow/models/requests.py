@@ -19,7 +19,7 @@ class Part:
       lead: the end of the prompt that is also the start of the answer ("221 wants").
       tail: fixed text that ends the answer, in place of the model's last full stop.
       max_tokens: of the answer; unused where there are choices.
-      stop: texts that end the answer and are not part of it.
+      stop: texts that end the answer and are not part of it; on the worker.
       characters: of the answer, at most, where the model can be held to it; 0: any.
       schema: JSON schema of the answer, where the model writes JSON: a flat object of one
         enumeration and one string.
