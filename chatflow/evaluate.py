@@ -169,6 +169,8 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="chatflow-evaluate-") as scratch:
         parsed.input, parsed.output = parsed.labelled, parsed.output or scratch
         options = from_flags(parsed)
+        if parsed.fit_bias and options.inference == "remote":
+            raise UsageError("--fit_bias: remote models give no scores to fit it to")
         summary = execute(options, flags, drafts=False)
         files = summary.files("analyses")
         analyses = {(a.chat_id, a.user_id): a for a in read_records(Analysis, files)}

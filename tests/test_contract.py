@@ -143,6 +143,8 @@ def test_no_requests_have_no_results(case):
 def test_the_handler_travels_and_its_making_asks_nobody(case):
     again = pickle.loads(pickle.dumps(case.spec.model().handler))
     assert again.name == case.spec.result_name
+    if case.spec.is_remote:
+        assert again.settings == case.handler.settings
     assert again.get_metrics_namespace() == "chatflow_model"
     assert again.batch_elements_kwargs()["max_batch_size"] >= 16
     assert again.get_num_bytes([case.request(samples(HAPPY)[0])]) > 0

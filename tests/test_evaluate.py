@@ -89,6 +89,13 @@ def test_a_bias_cannot_be_fitted_without_scores(judged, capsys):
     assert "does not score tone words" in capsys.readouterr().err
 
 
+def test_a_bias_is_not_fitted_to_a_remote_model(judged, capsys):
+    path, _ = judged
+    flags = ["--inference=remote", "--model=gemini-2.5-flash", "--fit_bias"]
+    assert main(["evaluate", path, *flags]) == 2
+    assert "remote models give no scores" in capsys.readouterr().err
+
+
 def test_a_wrong_label_is_said_with_its_line(lines, capsys):
     path = lines(labelled(chat("x"), 1), labelled(chat("y"), 5))
     assert main(["evaluate", path]) == 2

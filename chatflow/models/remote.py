@@ -218,6 +218,8 @@ class RemoteModel(LanguageModel):
         self._gate.leave(granted, refused=busy)
         if busy:
             self._note_refusal(outcome)
+        else:
+            self._refusing_since = None
         return outcome
 
     async def _ask_client(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
