@@ -74,6 +74,7 @@ def test_a_wheel_holds_the_prompts(tmp_path):
     names = zipfile.ZipFile(built).namelist()
     for template in ("base/analysis", "base/apology", "base/examples", "instruct/analysis"):
         assert f"chatflow/default_prompts/{template}.jinja" in names
+    assert "chatflow/prices.toml" in names
     assert not [name for name in names if name.startswith(("tests", "samples"))]
 
 
