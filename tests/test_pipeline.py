@@ -220,7 +220,7 @@ def behaving(chat_id, behaviour, whole):
     return {"chat_id": chat_id, "user_id": "c", "role": "customer", "text": text}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.one_of(
