@@ -379,8 +379,9 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
     Raises:
       UsageError: the service says that the model is not there, or not for us.
     """
+    from chatflow.models.calls import RemoteModel
     from chatflow.models.faults import Kind, classify
-    from chatflow.models.remote import RemoteModel, client_of
+    from chatflow.models.remote import client_of
 
     settings = spec.remote._replace(timeout=min(spec.remote.timeout, CHECK_SECONDS))
     model = RemoteModel(spec.name, client_of(spec.name, settings), settings)

@@ -14,9 +14,10 @@ from fakes.vertex import ENDPOINTS
 from chatflow.answers import ANALYSIS_SCHEMA
 from chatflow.cli import main
 from chatflow.errors import BadAnswerError, UsageError
-from chatflow.models import ModelSpec, remote
+from chatflow.models import ModelSpec, calls, remote
+from chatflow.models.calls import RemoteModel
 from chatflow.models.gemini import thinking_of
-from chatflow.models.remote import RemoteLanguageModelHandler, RemoteModel, client_of
+from chatflow.models.remote import RemoteLanguageModelHandler, client_of
 from chatflow.models.requests import Answer, Failure, Part, RemoteSettings, Request
 
 GEMINI = "gemini-2.5-flash"
@@ -32,7 +33,7 @@ def say(prompt):
 @pytest.fixture
 def fake(vertex, monkeypatch):
     vertex.brain.answer = say
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(calls, "FIRST_PAUSE", 0.02)
     return vertex
 
 
@@ -175,7 +176,7 @@ EVERY_FAULT = {
 
 def conserve(fake, model, fault, monkeypatch):
     """64 in flight and 2,000 requests: what came back, by id, and what the service saw."""
-    monkeypatch.setattr(remote, "MALFORMED_RETRIES", 9)  # so that none fails by chance
+    monkeypatch.setattr(calls, "MALFORMED_RETRIES", 9)  # so that none fails by chance
     behaviour, expected = EVERY_FAULT[fault]
     brain = misbehave(fake, **behaviour)
     brain.answer = lambda prompt: json.dumps({"sentiment": 0, "summary": prompt})
