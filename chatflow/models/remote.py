@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from apache_beam.io.components.rate_limiter import EnvoyRateLimiter
 from apache_beam.ml.inference.base import PredictionResult, RemoteModelHandler
@@ -22,10 +21,6 @@ from chatflow.models.requests import (
     RemoteSettings,
     Request,
 )
-
-_log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def check_name(name: str, settings: RemoteSettings) -> None:
