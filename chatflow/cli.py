@@ -305,8 +305,10 @@ def prepare(
     """
     import apache_beam as beam
 
+    from chatflow.bigquery import check_tables
     from chatflow.pipeline import build, plan
-    from chatflow.sinks import check_topics, prepare_output
+    from chatflow.publishing import check_topics
+    from chatflow.sinks import prepare_output
     from chatflow.sources import check_input, check_messages, is_stream
 
     beam_flags = beam_options(flags, is_stream(options.input))
@@ -317,13 +319,14 @@ def prepare(
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
     try:
         pipeline = beam.Pipeline(options=beam_flags)
-    except ValueError as error:  # Beam's own check of its flags
+        build(pipeline, planned)
+    except ValueError as error:  # Beam's own check of its flags and of names
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
-    build(pipeline, planned)
     destinations = [uri for uris in planned.destinations.values() for uri in uris]
     if local:
         check_messages(options.input)
         check_topics(destinations)
+        check_tables(planned.destinations)
         prepare_model(planned, console)
     if planned.spec.is_remote and options.check_endpoint == "true":
         check_model(planned.spec, local, console)

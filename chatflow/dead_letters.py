@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import gzip
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -94,6 +95,17 @@ def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
         failed_at=now(),
         **payload_of(element),
     )
+
+
+def shortened(letter: DeadLetter, limit: int) -> DeadLetter:
+    """A letter for where there is only room for so many bytes: compressed, or else cut."""
+    packed = base64.b64encode(gzip.compress(letter.payload_bytes())).decode()
+    if len(packed) > limit - 100_000:
+        metrics.count("cut_dead_letters")
+        start = letter.payload[: limit // 8]
+        note = f"{letter.error} (its payload of {len(letter.payload)} characters was cut)"
+        return letter.model_copy(update={"payload": start, "error": note, "answer": None})
+    return letter.model_copy(update={"payload": packed, "payload_encoding": "gzip"})
 
 
 @functools.singledispatch

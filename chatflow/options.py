@@ -44,8 +44,8 @@ class Options:
         "earlier run in it are replaced; a stream adds to them.", _DATA,
     )  # fmt: skip
     analyses: str = _flag(
-        "", "Where analyses go instead: file prefixes and Pub/Sub topics (projects/P/topics/T), "
-        "divided by commas.", _DATA,
+        "", "Where analyses go instead: file prefixes, Pub/Sub topics (projects/P/topics/T) and "
+        "BigQuery tables (bigquery://P.DATASET.TABLE), divided by commas.", _DATA,
     )  # fmt: skip
     drafts: str = _flag("", "Where drafts go instead.", _DATA)
     dead_letters: str = _flag("", "Where dead letters go instead.", _DATA)
@@ -259,6 +259,32 @@ def markdown_table() -> str:
         choices = f" One of `{'`, `'.join(flag['choices'])}`." if flag["choices"] else ""
         rows.append(f"| `--{name}` | {default} | {flag['help']}{choices} |")
     return "\n".join(rows)
+
+
+def template_parameters() -> list[dict[str, Any]]:
+    """The flags as parameters of a Flex Template: its metadata.
+
+    https://cloud.google.com/dataflow/docs/guides/templates/configuring-flex-templates#metadata
+    """
+    made = []
+    for name, flag in Options.defaults().items():
+        default = flag["default"]
+        parameter: dict[str, Any] = {
+            "name": name,
+            "label": name.replace("_", " ").capitalize(),
+            "helpText": flag["help"],
+            "isOptional": name != "input",
+            "paramType": "TEXT",
+        }
+        if flag["choices"]:
+            parameter["paramType"] = "ENUM"
+            parameter["enumOptions"] = [{"value": choice} for choice in flag["choices"]]
+        elif isinstance(default, (int, float)):
+            parameter["paramType"] = "NUMBER"
+        if default != "":
+            parameter["defaultValue"] = str(default)
+        made.append(parameter)
+    return made
 
 
 def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:

@@ -17,9 +17,9 @@ from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prices import Price, price_of
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
-from chatflow.records import AnalysedChat, Analysis
+from chatflow.records import KINDS, AnalysedChat, Analysis
 from chatflow.revisions import Rules
-from chatflow.sinks import KINDS, WriteRecords, split_destinations
+from chatflow.sinks import WriteRecords, split_destinations
 from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
 from chatflow.templates import load_folder
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import BadInputError, UsageError, one_line
+from chatflow.publishing import PUBSUB_TOPIC, ordering_key, publisher, wait_published
 from chatflow.records import Arrival, Chat, Event, Reading, now
-from chatflow.sinks import PUBSUB_TOPIC, ordering_key, publisher, wait_published
 from chatflow.sources import files_of, parse_arrival
 
 GIVE_UP_SECONDS = 60.0

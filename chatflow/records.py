@@ -214,6 +214,28 @@ class DeadLetter(Record):
         return gzip.decompress(raw) if self.payload_encoding == "gzip" else raw
 
 
+KINDS: Mapping[str, type[Record]] = {
+    "analyses": Analysis,
+    "drafts": Draft,
+    "dead_letters": DeadLetter,
+}
+"""What comes out. Each kind has its flag, its table, and files of this name."""
+
+
+def record_id(record: Record) -> str:
+    """The id by which a record is known; of a dead letter, a hash of what failed and where."""
+    if isinstance(record, Draft):
+        return record.draft_id
+    if isinstance(record, Analysis):
+        return record.analysis_id
+    assert isinstance(record, DeadLetter)
+    return digest(record.stage, record.reason, record.payload, record.answer or "")
+
+
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
 class AnalysedChat(NamedTuple):
     """An analysis beside the chat that it is about."""
 

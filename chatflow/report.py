@@ -17,7 +17,7 @@ from rich.table import Table
 
 from chatflow import metrics
 from chatflow.records import Analysis, Draft, Record, parse_record
-from chatflow.sinks import file_prefixes, result_files
+from chatflow.sinks import is_file, result_files
 
 if TYPE_CHECKING:
     from chatflow.pipeline import Plan
@@ -136,14 +136,14 @@ class Summary:
                 (self.get("chats_read") + self.get("chats_assembled")) / max(self.seconds, 1e-9), 3
             ),
             "files": {kind: self.files(kind) for kind in self.destinations},
-            "topics": {
-                kind: [uri for uri in uris if uri not in file_prefixes(uris)]
+            "other_destinations": {
+                kind: [uri for uri in uris if not is_file(uri)]
                 for kind, uris in self.destinations.items()
             },
         }
 
     def files(self, kind: str) -> list[str]:
-        prefixes = file_prefixes(self.destinations[kind])
+        prefixes = filter(is_file, self.destinations[kind])
         return [path for prefix in prefixes for path in result_files(prefix)]
 
     def to_json(self) -> str:
@@ -251,7 +251,9 @@ def counts_table(summary: Summary) -> Table:
             spread = summary.distributions[name]
             rows[title] = "{min:,.0f} to {max:,.0f}, mean {mean:,.0f}".format(**spread) + unit
     for kind, files in values["files"].items():
-        rows[f"{kind.replace('_', ' ')} in"] = "\n".join(_few(files) + values["topics"][kind])
+        rows[f"{kind.replace('_', ' ')} in"] = "\n".join(
+            _few(files) + values["other_destinations"][kind]
+        )
     for name, text in rows.items():
         table.add_row(name, plain(text))
     return table

@@ -59,8 +59,7 @@ class Board:
 
     def arrived(self, message: Any) -> None:
         """Takes a `PubsubMessage` with a result; one that comes twice counts once."""
-        from chatflow.records import Analysis, DeadLetter, Draft
-        from chatflow.sinks import record_id
+        from chatflow.records import Analysis, DeadLetter, Draft, record_id
         from chatflow.tail import open_record
 
         try:

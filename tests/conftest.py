@@ -34,9 +34,9 @@ from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.options import LOCAL_RUNNER, Options, beam_options
 from chatflow.pipeline import build
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
-from chatflow.records import Chat, Message
+from chatflow.publishing import publisher
+from chatflow.records import KINDS, Chat, Message
 from chatflow.report import Summary
-from chatflow.sinks import KINDS, publisher
 from chatflow.stream import Run
 from chatflow.tail import follow
 from chatflow.templates import load_folder

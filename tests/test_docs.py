@@ -1,4 +1,4 @@
-"""What the README and the package promise is there. Run as a script, it writes the README."""
+"""What the README and the package promise is there. As a script, it writes what is generated."""
 
 import json
 import re
@@ -10,17 +10,38 @@ from pathlib import Path
 import pytest
 
 import chatflow
-from chatflow.options import LOCAL_RUNNER, Options, markdown_table
+from chatflow.bigquery import columns
+from chatflow.options import LOCAL_RUNNER, Options, markdown_table, template_parameters
+from chatflow.records import KINDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TABLE = re.compile(r"(<!-- options: .*? -->\n)(.*?)(<!-- end of options -->)", re.DOTALL)
 
 
-def test_the_readmes_options_are_those_of_the_code():
-    written = TABLE.search(README.read_text())
-    assert written is not None
-    assert written[2] == markdown_table() + "\n", "run `make docs`"
+INFRA = ROOT / "infra"
+
+
+def generated() -> dict[Path, str]:
+    """The files that are made from code, and what they should hold."""
+    readme = TABLE.sub(lambda m: f"{m[1]}{markdown_table()}\n{m[3]}", README.read_text())
+    metadata = {
+        "name": "chatflow",
+        "description": "Sentiment, summaries and apology drafts of support chats, by an LLM",
+        "parameters": template_parameters(),
+    }
+    files = {INFRA / "terraform" / "schemas" / f"{k}.json": columns(v) for k, v in KINDS.items()}
+    files[INFRA / "template" / "metadata.json"] = metadata
+    texts = {
+        path: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        for path, value in files.items()
+    }
+    return {README: readme, **texts}
+
+
+@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+def test_generated_files_are_those_of_the_code(path):
+    assert path.read_text() == generated()[path], "run `make docs`"
 
 
 def test_the_readmes_example_runs(tmp_path):
@@ -94,6 +115,6 @@ def test_the_samples_are_what_their_readme_says():
 
 
 if __name__ == "__main__":
-    README.write_text(
-        TABLE.sub(lambda m: m[1] + markdown_table() + "\n" + m[3], README.read_text())
-    )
+    for path, text in generated().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

@@ -94,7 +94,7 @@ BY_TYPE: tuple[tuple[type[Exception], Kind, str], ...] = (
 def classify(error: Exception) -> Fault:
     """Says what an exception of google-genai, google-auth, aiohttp or a Google API means."""
     if isinstance(error, grpc.RpcError):
-        error = api_core.from_grpc_error(error)  # type: ignore[no-untyped-call]
+        error = api_core.from_grpc_error(error)
     text = f"{type(error).__name__}: {error}"[:1000]
     status = status_of(error)
     if status is not None:

@@ -1,0 +1,196 @@
+"""A stand-in for the Dataflow API on loopback, beside an emulator of Cloud Storage.
+
+It takes jobs from Beam's own client, keeps them as they came, and says of each that it runs;
+nothing is run. It also takes launches of Flex Templates, and changes of state, as `gcloud
+dataflow` asks for them. The shapes are those of Google's documentation (v1b3).
+
+  python -m tests.fakes.dataflow -- make deploy PROJECT=p REGION=us-central1 …
+
+runs a command whose environment points to both, and prints each job as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from apache_beam.portability.api import beam_runner_api_pb2
+from gcp_storage_emulator.server import create_server
+
+JOBS = re.compile(
+    r"/v1b3/projects/([^/]+)/locations/([^/]+)/jobs(?:/([^/:]+))?(/messages|/metrics)?"
+)
+LAUNCH = re.compile(r"/v1b3/projects/([^/]+)/locations/([^/]+)/flexTemplates:launch")
+
+
+class FakeCloud:
+    """Starts on free ports; use as a context manager.
+
+    Attributes:
+      address: of the Dataflow API, for `--dataflow_endpoint`.
+      jobs: by id, each as it was sent, with its `id` and `currentState`.
+      launches: bodies of requests to launch a Flex Template.
+      incompatible: a job that replaces another fails, with this as the reason.
+    """
+
+    def __init__(self, *buckets: str) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.launches: list[dict[str, Any]] = []
+        self.incompatible = ""
+        self._buckets = buckets
+
+    def __enter__(self) -> FakeCloud:
+        self._storage = create_server("localhost", 0, in_memory=True)
+        self._storage.start()
+        for bucket in self._buckets:
+            self._storage._storage.create_bucket(bucket, {"name": bucket, "kind": "storage#bucket"})
+        cloud = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                found = cloud.handle(
+                    self.command, self.path.partition("?")[0], json.loads(body) if body else {}
+                )
+                answer = json.dumps(found or {"error": {"code": 404, "message": "not found"}})
+                self.send_response(200 if found is not None else 404)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer.encode())))
+                self.end_headers()
+                self.wfile.write(answer.encode())
+
+            do_GET = do_POST = do_PUT = handle_any  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # Beam takes the API to be a local one by this name.
+        self.address = f"http://localhost:{self._server.server_port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._storage.stop()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Points Google's clients and `gcloud` to the stand-ins, without credentials."""
+        return {
+            "STORAGE_EMULATOR_HOST": self.storage,
+            "DATAFLOW_ENDPOINT": self.address,
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_DATAFLOW": f"{self.address}/",
+            "CLOUDSDK_AUTH_ACCESS_TOKEN": "a-token",
+            "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+            "NO_GCE_CHECK": "true",
+        }
+
+    @property
+    def storage(self) -> str:
+        return f"http://localhost:{self._storage._api._httpd.server_port}"
+
+    @contextlib.contextmanager
+    def in_environment(self) -> Iterator[None]:
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+    def handle(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
+        if found := LAUNCH.fullmatch(path):
+            self.launches.append(dict(body))
+            job = {"name": body["launchParameter"]["jobName"], "type": "JOB_TYPE_STREAMING"}
+            return {"job": self._take(job, *found.groups())}
+        if not (found := JOBS.fullmatch(path)):
+            return None
+        project, location, job_id, part = found.groups()
+        if method == "POST":
+            return self._take(dict(body), project, location)
+        if job_id is None:
+            return {"jobs": list(self.jobs.values())}
+        if job_id not in self.jobs:
+            return None
+        job = self.jobs[job_id]
+        if part:
+            return self._messages(job) if part == "/messages" else {"metrics": []}
+        if method == "PUT":
+            job["currentState"] = job["requestedState"] = body["requestedState"]
+        return job
+
+    def _take(self, job: dict[str, Any], project: str, location: str) -> dict[str, Any]:
+        job |= {
+            "id": f"2026-01-01_00_00_00-{len(self.jobs) + 1}",
+            "projectId": project,
+            "location": location,
+            "currentState": "JOB_STATE_RUNNING",
+            "createTime": "2026-01-01T00:00:00Z",
+        }
+        replaced = job.get("replaceJobId")
+        checked = "graph_validate_only" in job.get("environment", {}).get("serviceOptions", [])
+        if replaced and self.incompatible:
+            job["currentState"] = "JOB_STATE_FAILED"
+        elif checked:
+            job["currentState"] = "JOB_STATE_DONE"
+        elif replaced:
+            self.jobs[replaced]["currentState"] = "JOB_STATE_UPDATED"
+        self.jobs[job["id"]] = job
+        return job
+
+    def _messages(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        text = self.incompatible if job["currentState"] == "JOB_STATE_FAILED" else "Worker started."
+        importance = "ERROR" if job["currentState"] == "JOB_STATE_FAILED" else "BASIC"
+        message = {
+            "id": "1",
+            "time": "2026-01-01T00:00:01Z",
+            "messageText": text,
+            "messageImportance": f"JOB_MESSAGE_{importance}",
+        }
+        return {"jobMessages": [message]}
+
+    def staged(self, uri: str) -> bytes:
+        """An object of the emulator, by its `gs://` name or as jobs name it."""
+        bucket, _, name = re.sub(r"^(gs:/|storage\.googleapis\.com)/", "", uri).partition("/")
+        return bytes(self._storage._storage.get_file(bucket, name))
+
+    def pipeline(self, job: Mapping[str, Any]) -> beam_runner_api_pb2.Pipeline:
+        """The graph that a job was made of."""
+        options = job["environment"]["sdkPipelineOptions"]["options"]
+        pipeline = beam_runner_api_pb2.Pipeline()
+        pipeline.ParseFromString(self.staged(options["pipelineUrl"]))
+        return pipeline
+
+
+def main() -> int:
+    command = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+    with FakeCloud(*filter(None, os.environ.get("BUCKETS", "").split(","))) as cloud:
+        if not command:
+            print(json.dumps(cloud.environment), flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+            return 0
+        code = subprocess.run(command, env={**os.environ, **cloud.environment}).returncode
+        for job in cloud.jobs.values():
+            print(json.dumps(job, indent=2))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

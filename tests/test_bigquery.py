@@ -1,0 +1,190 @@
+"""Records to BigQuery: Google's client against a stand-in for the Storage Write API."""
+
+import json
+import random
+from pathlib import Path
+
+import grpc
+import pytest
+from conftest import JOB_SERVICE, chat, mistake
+from fakes.bigquery import FakeBigQuery, Table
+
+from chatflow import bigquery
+from chatflow.cli import execute
+from chatflow.options import Options
+from chatflow.records import KINDS, Analysis, DeadLetter, now
+
+SCHEMAS = Path(__file__).parent.parent / "infra" / "terraform" / "schemas"
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The stand-in, with the three tables as Terraform makes them."""
+    with FakeBigQuery() as fake:
+        for name, kind in KINDS.items():
+            schema = json.loads((SCHEMAS / f"{name}.json").read_text())
+            fake.tables[f"proj-1.chatflow.{name}"] = Table(schema, bigquery.id_column(kind))
+        monkeypatch.setenv(bigquery.HOST_VARIABLE, fake.host)
+        monkeypatch.setattr(bigquery, "FIRST_PAUSE", 0.01)
+        yield fake
+
+
+RULES = (
+    {"task": "analysis", "match": "late", "answer": {"sentiment": -1, "summary": "It is late."}},
+    {"task": "analysis", "answer": {"sentiment": 1, "summary": "All is well."}},
+    {"task": "apology", "answer": "We are sorry that it is late."},
+)
+
+
+@pytest.fixture
+def analyse(lines, script):
+    """Analyses four chats, two of them angry, and a line that is none."""
+
+    def run(*flags, suffix="", **fields):
+        chats = [chat(("It is late.", "Thanks.")[i % 2], chat_id=f"c{i}") for i in range(4)]
+        to = {kind: f"bigquery://proj-1.chatflow.{kind}{suffix}" for kind in KINDS}
+        options = Options(**to | {"input": lines(*chats, "no json"), "model": script(*RULES)})
+        return execute(options, flags)
+
+    return run
+
+
+def rows(fake, name):
+    return fake.tables[f"proj-1.chatflow.{name}"].rows
+
+
+def test_each_kind_has_its_table(tables, analyse):
+    summary = analyse()
+    assert summary.lost == 0
+    assert sorted((row["chat_id"], row["sentiment"]) for row in rows(tables, "analyses")) == [
+        ("c0", "-1"), ("c1", "1"), ("c2", "-1"), ("c3", "1")
+    ]  # fmt: skip
+    assert {row["text"] for row in rows(tables, "drafts")} == {"We are sorry that it is late."}
+    (letter,) = rows(tables, "dead_letters")
+    assert (letter["reason"], letter["payload"]) == ("not_json", "no json")
+    uri = "bigquery://proj-1.chatflow.analyses"
+    assert summary.to_dict()["other_destinations"]["analyses"] == [uri]
+
+
+@pytest.mark.parametrize("suffix", ["", "?upsert=true"])
+def test_the_same_input_twice_leaves_each_row_once(tables, analyse, suffix):
+    analyse(suffix=suffix)
+    first = {row["analysis_id"] for row in rows(tables, "analyses")}
+    analyse(suffix=suffix)
+    assert [len(rows(tables, name)) for name in KINDS] == [4, 2, 1]
+    assert {row["analysis_id"] for row in rows(tables, "analyses")} == first
+
+
+def test_rows_are_appended_where_a_table_has_no_key(tables, analyse):
+    for table in tables.tables.values():
+        table.key = ""
+    analyse(suffix="?upsert=false")
+    analyse(suffix="?upsert=false")
+    assert [len(rows(tables, name)) for name in KINDS] == [8, 4, 2]
+
+
+CODES = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [CODES.UNAVAILABLE, CODES.UNAVAILABLE, CODES.INTERNAL],
+        [CODES.RESOURCE_EXHAUSTED, CODES.ABORTED, CODES.DEADLINE_EXCEEDED],
+        ["lost", "lost"],
+        ["lost", CODES.UNAVAILABLE, CODES.NOT_FOUND, "lost", "hang"],
+    ],
+    ids=str,
+)
+def test_faults_of_the_service_lose_nothing_and_repeat_nothing(
+    tables, analyse, monkeypatch, faults
+):
+    monkeypatch.setattr(bigquery, "ANSWER_SECONDS", 1)
+    tables.faults.extend(faults)
+    assert analyse().lost == 0
+    assert not tables.faults
+    assert [len(rows(tables, name)) for name in KINDS] == [4, 2, 1]
+
+
+def test_a_service_that_stays_away_fails_the_bundle(tables, analyse, monkeypatch, capsys):
+    monkeypatch.setattr(bigquery, "APPEND_SECONDS", 0.5)
+    tables.faults.extend([CODES.UNAVAILABLE] * 1000)
+    with pytest.raises(SystemExit):
+        analyse()
+    assert "the pipeline failed" in capsys.readouterr().err
+    assert rows(tables, "analyses") == []
+
+
+def test_workers_in_other_processes_write_too(tables, analyse):
+    assert analyse(*JOB_SERVICE).lost == 0
+    assert [len(rows(tables, name)) for name in KINDS] == [4, 2, 1]
+
+
+def write(fake, records, kind):
+    """Writes records as a runner would, in one bundle."""
+    name = next(name for name, known in KINDS.items() if known is kind)
+    stream = bigquery.stream_of(f"bigquery://proj-1.chatflow.{name}")
+    fn = bigquery._AppendRowsDoFn(stream, upsert=True)
+    fn.setup()
+    fn.start_bundle()
+    for record in records:
+        fn.process(record)
+    fn.finish_bundle()
+    fn.teardown()
+    return rows(fake, name)
+
+
+def test_a_row_holds_all_of_its_record(tables):
+    analysis = Analysis(
+        analysis_id="a1", chat_id="7 😡", user_id="c", revision=1_772_359_200_003, sentiment=-1,
+        summary="“Late”\n\0", tone_scores={"angry": -0.5, "happy": float("-inf")},
+        dropped_messages=2, repairs=("json", "summary_cut"), model="m", prompt_version="v",
+        analysed_at="2026-03-01T10:00:00.250001Z",
+    )  # fmt: skip
+    (row,) = write(tables, [analysis], Analysis)
+    assert json.loads(row.pop("tone_scores")) == {"angry": -0.5, "happy": None}
+    assert row.pop("analysed_at") == "1772359200250001"
+    assert row == {
+        "analysis_id": "a1", "chat_id": "7 😡", "user_id": "c", "revision": "1772359200003",
+        "sentiment": "-1", "summary": "“Late”\n\0", "summary_source": "model",
+        "dropped_messages": "2", "cut_messages": "0", "repairs": ["json", "summary_cut"],
+        "model": "m", "prompt_version": "v",
+    }  # fmt: skip
+
+
+def letter(payload):
+    return DeadLetter(stage="read", reason="x", error="x", payload=payload, failed_at=now())
+
+
+def test_a_bundle_that_is_too_large_for_a_request_is_divided(tables):
+    noise = random.Random(1)
+    letters = [letter(f"{noise.random()}" + "x" * 4_000_000) for _ in range(5)]
+    assert len(write(tables, letters, DeadLetter)) == 5
+    assert tables.appends == 3
+    assert tables.connections == 1
+
+
+def test_a_dead_letter_that_is_too_large_for_a_row_is_compressed(tables):
+    (row,) = write(tables, [letter("x" * 12_000_000)], DeadLetter)
+    assert row["payload_encoding"] == "gzip"
+    assert DeadLetter(**row | {"failed_at": now()}).payload_bytes() == b"x" * 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("analyses", "said"),
+    [
+        ("bigquery://proj-1.chatflow", "it is bigquery://PROJECT.DATASET.TABLE"),
+        ("bigquery://proj-1.chatflow.t?upsert=maybe", "it is bigquery://PROJECT.DATASET.TABLE"),
+        ("bigquery://proj-1.chatflow.nowhere", "cannot be written to: 404"),
+        ("bigquery://proj-1.chatflow.drafts", "has no column sentiment, summary, summary_source"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said_at_launch(
+    tables, lines, script, capsys, tmp_path, analyses, said
+):
+    error = mistake(
+        ["run", "--input", lines(chat("Hello")), "--model", script(*RULES), "--output",
+         str(tmp_path), "--analyses", analyses], {}, capsys,
+    )  # fmt: skip
+    assert said in error
+    assert analyses in error
