@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -36,7 +37,8 @@ USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 _BEAM = """
 Every other flag is Beam's and goes to the runner, e.g.
   --runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp
-Without --runner the pipeline runs in this process.
+Without --runner the pipeline runs in this process. With one, --no_wait_until_finish
+starts the job and ends.
 
 Exit codes: 0 done (also with dead letters: they are counted and can be replayed),
 1 the pipeline failed, 2 a wrong flag or file, 130 interrupted.
@@ -209,7 +211,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     options = from_flags(parsed, required=("input",))
-    show(execute(options, rest, replay=parsed.replay), options)
+    if "--no_wait_until_finish" in rest:
+        launch(options, rest, parsed.replay)
+    else:
+        show(execute(options, rest, replay=parsed.replay), options)
     return 0
 
 
@@ -271,10 +276,36 @@ def execute(
     console = Console(stderr=True)
     planned, pipeline = prepare(options, flags, console, replay, drafts)
     started = time.monotonic()
+    with failures(planned), report.progress(console):
+        result = pipeline.run()
+        finish(result, console)
+    return report.Summary.of(result, time.monotonic() - started, planned)
+
+
+def launch(options: Options, flags: Sequence[str], replay: bool = False) -> None:
+    """Starts a pipeline that another runner runs, and prints by what id it is known there.
+
+    Raises:
+      as `execute`.
+    """
+    from rich.console import Console
+
+    planned, pipeline = prepare(options, flags, Console(stderr=True), replay)
+    with failures(planned):
+        result = pipeline.run()
+    # A Flex Template's launcher only writes the job down, so that there is none yet.
+    job_id = result.job_id() if getattr(result, "has_job", False) else None
+    if options.summary == "json":
+        print(json.dumps({"job_id": job_id}))
+    elif job_id:
+        print(f"started: {job_id}")
+
+
+@contextlib.contextmanager
+def failures(planned: Plan) -> Iterator[None]:
+    """Says of a failed pipeline what failed, in a line, and ends with exit code 1."""
     try:
-        with report.progress(console):
-            result = pipeline.run()
-            finish(result, console)
+        yield
     except Exception as error:
         if "KeyboardInterrupt" in str(error):  # as Beam's local runner passes it on
             raise KeyboardInterrupt from None
@@ -288,7 +319,6 @@ def execute(
         raise SystemExit(FAILED) from None
     finally:
         planned.model.forget()
-    return report.Summary.of(result, time.monotonic() - started, planned)
 
 
 def prepare(
@@ -311,7 +341,7 @@ def prepare(
     from chatflow.sinks import prepare_output
     from chatflow.sources import check_input, check_messages, is_stream
 
-    beam_flags = beam_options(flags, is_stream(options.input))
+    beam_flags = beam_options(flags, is_stream(options.input), options.flags())
     local = is_local(beam_flags)
     if local:
         quieten()

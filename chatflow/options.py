@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -235,6 +236,14 @@ class Options:
                 raise UsageError(f"--{name}={value}: {one_line(error)}") from None
         return given
 
+    def flags(self) -> list[str]:
+        """The flags that are not at their defaults, as a command line has them."""
+        return [
+            f"--{field.name}={value}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        ]
+
     @classmethod
     def defaults(cls) -> dict[str, dict[str, Any]]:
         """By flag: its default, help and choices; what documentation is made from."""
@@ -319,19 +328,22 @@ def from_flags(parsed: argparse.Namespace, required: Sequence[str] = ()) -> Opti
     return Options(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
 
 
-def beam_options(flags: Sequence[str], streaming: bool = False) -> Any:
+def beam_options(
+    flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()
+) -> Any:
     """Beam's `PipelineOptions` of the flags that are not chatflow's.
 
     Args:
       streaming: the input never ends.
+      shown: chatflow's own flags, for runners that show the options of a job.
 
     Raises:
-      UsageError: a flag that Beam does not know either.
+      UsageError: a flag that Beam does not know either, or that needs another runner.
     """
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
     parser = Parser(add_help=False, allow_abbrev=False)
-    for options in PipelineOptions.__subclasses__():
+    for options in set(PipelineOptions.__subclasses__()) - {_shown_options()}:
         options._add_argparse_args(parser)
     _, unknown = parser.parse_known_args(list(flags))
     if unknown:
@@ -345,7 +357,25 @@ def beam_options(flags: Sequence[str], streaming: bool = False) -> Any:
     if standard.runner in (None, "DirectRunner"):
         # Beam's DirectRunner first tries to fetch another runner from the network.
         standard.runner = LOCAL_STREAM_RUNNER if standard.streaming else LOCAL_RUNNER
+    if not is_local(options):
+        return PipelineOptions([*flags, *shown], streaming=standard.streaming)
+    if standard.no_wait_until_finish:
+        raise UsageError("--no_wait_until_finish: needs a --runner that runs elsewhere")
     return options
+
+
+@functools.cache
+def _shown_options() -> Any:
+    """chatflow's flags as options of Beam's, by which a job's page shows them."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    class ChatflowOptions(PipelineOptions):
+        @classmethod
+        def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+            for name, flag in Options.defaults().items():
+                parser.add_argument(f"--{name}", default=flag["default"])
+
+    return ChatflowOptions
 
 
 class Cloud(NamedTuple):

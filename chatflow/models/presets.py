@@ -13,6 +13,9 @@ from chatflow.errors import UsageError
 from chatflow.models import embedded
 
 
+PRESETS_VARIABLE = "CHATFLOW_PRESETS"
+
+
 def is_instruct(preset: str) -> bool:
     """Whether a preset's name says that it was tuned to follow instructions.
 
@@ -84,7 +87,14 @@ def use_jax(alone: bool = True) -> None:
 
 
 def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> str:
-    """A name that keras_hub can load: the embedded model made, `gs://` copied to the cache."""
+    """A name that keras_hub can load: the embedded model made, `gs://` copied to the cache.
+
+    A preset that an image has brought along, as a folder of that name in the folder
+    `$CHATFLOW_PRESETS`, is taken as it is.
+    """
+    brought = Path(os.environ.get(PRESETS_VARIABLE, os.devnull), preset)
+    if "://" not in preset and (brought / "config.json").is_file():
+        return os.fspath(brought)
     if preset == embedded.NAME:
         return os.fspath(embedded.ensure(progress))
     if preset.startswith(("kaggle://", "hf://")) or "://" not in preset:

@@ -17,12 +17,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from apache_beam.portability.api import beam_runner_api_pb2
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from gcp_storage_emulator.server import create_server
 
 JOBS = re.compile(
@@ -46,6 +50,7 @@ class FakeCloud:
         self.launches: list[dict[str, Any]] = []
         self.incompatible = ""
         self._buckets = buckets
+        self._folder = tempfile.TemporaryDirectory(prefix="fake-cloud-")
 
     def __enter__(self) -> FakeCloud:
         self._storage = create_server("localhost", 0, in_memory=True)
@@ -59,9 +64,8 @@ class FakeCloud:
 
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                found = cloud.handle(
-                    self.command, self.path.partition("?")[0], json.loads(body) if body else {}
-                )
+                sent = json.loads(body) if body.startswith(b"{") else {}
+                found = cloud.handle(self.command, self.path.partition("?")[0], sent)
                 answer = json.dumps(found or {"error": {"code": 404, "message": "not found"}})
                 self.send_response(200 if found is not None else 404)
                 self.send_header("Content-Type", "application/json")
@@ -79,23 +83,26 @@ class FakeCloud:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         # Beam takes the API to be a local one by this name.
         self.address = f"http://localhost:{self._server.server_port}"
+        self._credentials = Path(self._folder.name) / "account.json"
+        self._credentials.write_text(json.dumps(service_account(f"{self.address}/token")))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._storage.stop()
+        self._folder.cleanup()
 
     @property
     def environment(self) -> dict[str, str]:
-        """Points Google's clients and `gcloud` to the stand-ins, without credentials."""
+        """Points Google's clients and `gcloud` to the stand-ins."""
         return {
             "STORAGE_EMULATOR_HOST": self.storage,
             "DATAFLOW_ENDPOINT": self.address,
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_DATAFLOW": f"{self.address}/",
             "CLOUDSDK_AUTH_ACCESS_TOKEN": "a-token",
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
-            "NO_GCE_CHECK": "true",
+            "GOOGLE_APPLICATION_CREDENTIALS": str(self._credentials),
         }
 
     @property
@@ -115,6 +122,8 @@ class FakeCloud:
                     os.environ[name] = value
 
     def handle(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
+        if path == "/token":
+            return {"access_token": "a-token", "expires_in": 3600, "token_type": "Bearer"}
         if found := LAUNCH.fullmatch(path):
             self.launches.append(dict(body))
             job = {"name": body["launchParameter"]["jobName"], "type": "JOB_TYPE_STREAMING"}
@@ -176,6 +185,24 @@ class FakeCloud:
         pipeline = beam_runner_api_pb2.Pipeline()
         pipeline.ParseFromString(self.staged(options["pipelineUrl"]))
         return pipeline
+
+
+def service_account(token_uri: str) -> dict[str, str]:
+    """Credentials of nobody, for Google's clients."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return {
+        "type": "service_account",
+        "project_id": "proj-1",
+        "private_key_id": "1",
+        "private_key": pem.decode(),
+        "client_email": "nobody@proj-1.iam.gserviceaccount.com",
+        "token_uri": token_uri,
+    }
 
 
 def main() -> int:
