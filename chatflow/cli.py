@@ -1,4 +1,4 @@
-"""The command line: `chatflow run | stream | publish | tail | replay | evaluate`."""
+"""The command line: `chatflow run | stream | publish | tail | replay | evaluate | size`."""
 
 from __future__ import annotations
 
@@ -206,7 +206,55 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_flags(evaluate, leave_out=("input", "show"))
     evaluate.set_defaults(run=_evaluate)
+
+    size = command(
+        "size",
+        "which machines a model needs, how many, and what they cost",
+        """
+        Computes the room that a Gemma needs on a worker, the smallest machine that has it, how
+        many of them for so many chats, and what they cost on Dataflow. Without --model, a
+        table of all. --summary=flags prints the flags of `chatflow run` for it.
+
+          chatflow size --model gemma3_instruct_4b_text --accelerator nvidia-l4 \\
+            --chats_per_hour 20000
+        """,
+        epilog=None,
+    )
+    size.add_argument("--model", default="", help="as for `chatflow run`, on the worker")
+    size.add_argument("--inference", choices=("on_worker", "remote"), default="on_worker")
+    size.add_argument(
+        "--chats_per_hour", type=positive, default=1000.0, help="(default: %(default)s)"
+    )
+    size.add_argument(
+        "--accelerator", default="", help="a GPU, e.g. nvidia-l4; any: the smallest that fits"
+    )
+    size.add_argument("--machine_type", default="", help="default: the smallest that fits")
+    size.add_argument(
+        "--chats_per_second",
+        type=positive,
+        default=0.0,
+        help="of one machine, as the summary of a run says; default: measured or estimated",
+    )
+    size.add_argument(
+        "--utilisation", type=positive, default=0.7, help="how busy workers may be (default: 0.7)"
+    )
+    size.add_argument(
+        "--prices",
+        default="",
+        help="TOML file with machines, prices and what was measured; default: "
+        "chatflow/machines.toml",
+    )
+    size.add_argument("--summary", choices=("table", "json", "flags"), default="table")
+    add_flags(size, only=("dtype", "max_batch_size", "max_prompt_tokens"))
+    size.set_defaults(run=_size)
     return parser
+
+
+def positive(text: str) -> float:
+    """A flag's value that has to be more than nothing."""
+    if (number := float(text)) <= 0:
+        raise ValueError
+    return number
 
 
 def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -255,6 +303,12 @@ def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.evaluate import evaluate
 
     return evaluate(parsed, rest)
+
+
+def _size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    from chatflow.sizing import size
+
+    return size(parsed, rest)
 
 
 def execute(

@@ -296,10 +296,12 @@ def template_parameters() -> list[dict[str, Any]]:
     return made
 
 
-def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), only: Sequence[str] = ()
+) -> None:
     groups: dict[str, Any] = {}
     for name, flag in Options.defaults().items():
-        if name in leave_out:
+        if name in leave_out or (only and name not in only):
             continue
         group = flag["group"]
         if group not in groups:
@@ -328,9 +330,7 @@ def from_flags(parsed: argparse.Namespace, required: Sequence[str] = ()) -> Opti
     return Options(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
 
 
-def beam_options(
-    flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()
-) -> Any:
+def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()) -> Any:
     """Beam's `PipelineOptions` of the flags that are not chatflow's.
 
     Args:

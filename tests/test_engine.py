@@ -303,3 +303,9 @@ def test_a_remote_folder_is_copied_once(preset, tmp_path, monkeypatch):
     assert presets.copied(preset, said.append) == copy
     assert not said
     assert load(str(copy)).answer([request("sorry")])
+
+
+def test_its_size_is_known_from_its_folder(preset, engine):
+    from chatflow.models.sizes import architecture_of
+
+    assert architecture_of(preset).parameters == engine.forward.model.count_params()

@@ -12,7 +12,6 @@ from typing import Any
 from chatflow.errors import UsageError
 from chatflow.models import embedded
 
-
 PRESETS_VARIABLE = "CHATFLOW_PRESETS"
 
 
