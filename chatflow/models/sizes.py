@@ -93,13 +93,13 @@ def _from_config(config: Mapping[str, Any]) -> Architecture:
     if "config" in config:
         third = "Gemma3" in config["registered_name"]
         own = config["config"]
-        first = not third and not own.get("use_post_attention_norm")
+        norms = 2 + bool(own.get("use_post_attention_norm")) + bool(own.get("use_post_ffw_norm"))
         # Keras counts both halves of the gated layer, but for Gemma 3.
         ffn = own["intermediate_dim"] // (1 if third else 2)
         names = "num_layers hidden_dim num_query_heads num_key_value_heads head_dim vocabulary_size"
     else:
         third = "gemma3" in config["model_type"]
-        first = config["model_type"] == "gemma"
+        norms = 2 if config["model_type"] == "gemma" else 4
         own = config.get("text_config", config)
         ffn = own["intermediate_size"]
         names = (
@@ -107,7 +107,6 @@ def _from_config(config: Mapping[str, Any]) -> Architecture:
             "vocab_size"
         )
     layers, hidden, heads, kv_heads, head, vocabulary = (int(own[name]) for name in names.split())
-    norms = 2 if first else 4
     return Architecture(
         layers, hidden, ffn, heads, kv_heads, head, vocabulary, norms, head_norms=third
     )
