@@ -1,16 +1,80 @@
-# The front door. `make` alone prints what there is.
+# The front door. `make` alone prints what there is. DRY_RUN=1 prints what a target would run.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+LINT   := .venv-lint/bin
 OUT    ?= out/demo
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules $(if $(DRY_RUN),--dry-run)
 
-.PHONY: help setup demo demo-remote stream test lint evaluate bench bench-model bench-remote docs lock clean
+# For Google Cloud: given on the command line, in the environment, or in settings.mk (see
+# infra/settings.mk.example). Names are those that infra/terraform makes.
+-include settings.mk
+
+comma := ,
+NAME       ?= chatflow
+INFERENCE  ?= on_worker
+MODEL      ?= $(if $(filter remote,$(INFERENCE)),gemini-2.5-flash,gemma3-270m)
+GPU        ?=
+WORKERS    ?= 3
+WEIGHTS    ?= inside
+TAG        ?= $(shell git describe --always --dirty 2>/dev/null || echo latest)
+BUCKET     ?= $(PROJECT)-$(NAME)
+REPOSITORY ?= $(REGION)-docker.pkg.dev/$(PROJECT)/$(NAME)
+SUBNETWORK ?= regions/$(REGION)/subnetworks/$(NAME)
+DATASET    ?= $(PROJECT).$(subst -,_,$(NAME))
+INPUT      ?= projects/$(PROJECT)/subscriptions/$(NAME)-events
+TEMPLATE   ?=
+ARGS       ?=
+
+# Images differ by what the model runs on.
+VARIANT     := $(if $(filter remote,$(INFERENCE)),remote,$(if $(GPU),gpu,cpu))
+IN_IMAGE    := $(if $(filter remote,$(VARIANT)),none,$(WEIGHTS))
+MODEL_IMAGE := $(REPOSITORY)/model:$(VARIANT)-$(IN_IMAGE)
+IMAGE       ?= $(REPOSITORY)/pipeline:$(TAG)-$(VARIANT)
+TEMPLATES   := gs://$(BUCKET)/templates
+
+# Files are a batch, with files as results; a subscription is a stream, with topics and tables.
+TOPIC  := projects/$(PROJECT)/topics/$(NAME)
+OUTPUT ?= gs://$(BUCKET)/results
+SINKS  := $(if $(findstring /subscriptions/,$(INPUT))$(findstring /topics/,$(INPUT)),\
+  --analyses=$(TOPIC)-analyses$(comma)bigquery://$(DATASET).analyses \
+  --drafts=$(TOPIC)-drafts$(comma)bigquery://$(DATASET).drafts \
+  --dead_letters=$(TOPIC)-dead-letters$(comma)bigquery://$(DATASET).dead_letters,\
+  --output=$(OUTPUT))
+
+JOB := --runner=DataflowRunner --project=$(PROJECT) --region=$(REGION) --job_name=$(NAME) \
+  --temp_location=gs://$(BUCKET)-temp/temp --staging_location=gs://$(BUCKET)/staging \
+  --service_account_email=$(NAME)-worker@$(PROJECT).iam.gserviceaccount.com \
+  --subnetwork=$(SUBNETWORK) --no_use_public_ips --max_num_workers=$(WORKERS) \
+  --disk_size_gb=$(if $(GPU),100,50) --sdk_container_image=$(IMAGE) --labels=app=$(NAME) \
+  $(if $(DATAFLOW_ENDPOINT),--dataflow_endpoint=$(DATAFLOW_ENDPOINT)) \
+  --inference=$(INFERENCE) --model=$(MODEL) --input='$(INPUT)' $(SINKS)
+
+# Machines, hints and threads as the model needs them; ARGS go before them.
+FIT = fitted=$$($(BIN)/chatflow size --inference=$(INFERENCE) --model=$(MODEL) \
+  $(if $(GPU),--accelerator=$(GPU)) --summary=flags) &&
+RUN = $(BIN)/chatflow run $(JOB) $$fitted $(ARGS)
+
+# The running job of this name, as $$job.
+PLACE := --project=$(PROJECT) --region=$(REGION)
+FIND  := job=$$(gcloud dataflow jobs list $(PLACE) --status=active --filter=name=$(NAME) \
+  --format='value(id)' --limit=1) && \
+  { test -n "$$job" || { echo 'no job named $(NAME) runs in $(REGION) of $(PROJECT)'; exit 1; }; } &&
+
+NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-plan infra-apply
+$(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
+  $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
+
+.PHONY: help setup demo demo-remote stream test lint evaluate bench bench-model bench-remote \
+  docs lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@echo '  Google Cloud: PROJECT= REGION= are needed; INFERENCE=on_worker|remote MODEL= GPU=nvidia-l4'
+	@echo '  WORKERS= INPUT= NAME= and others have defaults; DRY_RUN=1 prints the commands.'
 
 setup: $(VENV)/.done ## Make .venv with all that is needed; the command is .venv/bin/chatflow
 
@@ -43,10 +107,23 @@ stream: setup ## Run the event-driven system with live messages, on the Pub/Sub 
 test: setup ## Run all tests
 	$(BIN)/pytest
 
-lint: setup ## Check style and types
+lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terraform
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(LINT)/hadolint infra/docker/*.Dockerfile
+	$(LINT)/shellcheck .ci/run
+	@if command -v terraform >/dev/null; then terraform fmt -check -diff -recursive infra/terraform; \
+	  else echo 'terraform is missing: see https://developer.hashicorp.com/terraform/install'; \
+	  test "$$CHATFLOW_REQUIRE_ALL" != 1; fi
+	$(LINT)/checkov --directory infra --framework terraform dockerfile --compact --quiet \
+	  --skip-download
+
+.venv-lint/.done: infra/lint.lock
+	@test -x $(LINT)/python || $(PYTHON) -m venv .venv-lint
+	@$(LINT)/python -m pip install -q uv
+	$(LINT)/uv pip install -q --python $(LINT)/python --no-deps --require-hashes -r infra/lint.lock
+	@touch $@
 
 evaluate: setup ## Measure the sentiment on the labelled sample chats
 	$(BIN)/chatflow evaluate samples/chats.jsonl
@@ -60,12 +137,71 @@ bench-model: setup ## Measure the model on this machine, beside keras_hub, llama
 bench-remote: setup ## Measure the remote path beside Beam's own handlers, on the stand-in
 	$(BIN)/python bench/remote.py
 
-docs: setup ## Write the README's table of options anew
+docs: setup ## Write anew what is made from code: README's options, template, table schemas
 	$(BIN)/python tests/test_docs.py
 
-lock: setup ## Resolve the dependencies anew into requirements.lock
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
-	  --no-annotate --extra dev pyproject.toml -o requirements.lock
+COMPILE = uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+lock: setup ## Resolve the dependencies anew, for development, images and linters
+	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
+	$(COMPILE) -c requirements.lock --extra gemma pyproject.toml -o infra/docker/requirements-cpu.lock
+	$(COMPILE) -c requirements.lock --extra gpu pyproject.toml -o infra/docker/requirements-gpu.lock
+	$(COMPILE) -c requirements.lock pyproject.toml -o infra/docker/requirements-remote.lock
+	$(COMPILE) infra/lint.in -o infra/lint.lock
+
+wheel: setup ## Build the package into dist/
+	rm -rf dist
+	$(BIN)/hatchling build -t wheel
+
+# Google Cloud, in the order in which they are needed.
+
+TERRAFORM := terraform -chdir=infra/terraform
+TF_VARS   := -var=project=$(PROJECT) -var=region=$(REGION) -var=name=$(NAME) \
+  $(if $(filter remote,$(INFERENCE)),-var=remote_models=true) $(TF_ARGS)
+
+infra-plan: ## Show what Terraform would make in the project
+	$(TERRAFORM) init -input=false
+	$(TERRAFORM) plan $(TF_VARS)
+
+infra-apply: ## Make topics, buckets, tables, accounts, images' repository and alerts
+	$(TERRAFORM) init -input=false
+	$(TERRAFORM) apply $(TF_VARS)
+
+image: wheel ## Build the model image and the pipeline image on it, with Docker
+	docker build -f infra/docker/model.Dockerfile --target $(if $(filter inside,$(IN_IMAGE)),model,bare) \
+	  --build-arg ACCELERATOR=$(VARIANT) $(if $(PRESETS),--build-context weights=$(PRESETS)) -t $(MODEL_IMAGE) .
+	docker build -f infra/docker/pipeline.Dockerfile --target worker \
+	  --build-arg MODEL_IMAGE=$(MODEL_IMAGE) -t $(IMAGE) .
+
+push: ## Push both images to the repository
+	docker push $(MODEL_IMAGE)
+	docker push $(IMAGE)
+
+template: ## Write the Flex Template of the pushed image to the bucket
+	gcloud dataflow flex-template build $(TEMPLATES)/$(NAME).json --project=$(PROJECT) \
+	  --image=$(IMAGE) --sdk-language=PYTHON --metadata-file=infra/template/metadata.json
+
+deploy: setup ## Start the job on Dataflow; TEMPLATE=1: from the template
+	$(FIT) $(if $(TEMPLATE),$(BIN)/python infra/template/launch.py $(TEMPLATES)/$(NAME).json \
+	  $(JOB) $$fitted $(ARGS),$(RUN) --no_wait_until_finish)
+
+update: setup ## Replace the running stream by this version, after Dataflow has found it compatible
+	$(FIT) $(RUN) --update --dataflow_service_options=graph_validate_only --summary=json
+	$(FIT) $(RUN) --update --no_wait_until_finish
+
+drain: ## Let the running job finish what it has read, then end
+	$(FIND) gcloud dataflow jobs drain $$job $(PLACE)
+
+cancel: ## End the running job at once; open chats are forgotten
+	$(FIND) gcloud dataflow jobs cancel $$job $(PLACE)
+
+logs: ## Print the running job's warnings and errors of the last hour
+	$(FIND) gcloud logging read --project=$(PROJECT) --freshness=1h --limit=100 \
+	  --format='value(timestamp,severity,jsonPayload.message)' \
+	  "resource.type=dataflow_step AND resource.labels.job_id=$$job AND severity>=WARNING"
+
+status: ## Print the running job's state and chatflow's counters
+	$(FIND) gcloud dataflow jobs show $$job $(PLACE) && \
+	  gcloud dataflow metrics list $$job --source=user $(PLACE)
 
 clean: ## Remove what the targets made; the model stays in its cache
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lint out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -397,8 +397,7 @@ def prepare(
 
     beam_flags = beam_options(flags, is_stream(options.input), options.flags())
     local = is_local(beam_flags)
-    if local:
-        quieten()
+    quieten(local)
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
     try:
@@ -444,14 +443,20 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def quieten() -> None:
+def quieten(local: bool) -> None:
     """Leaves Beam's logs out: a local run shows its progress, and its failure as one line.
 
-    A run elsewhere logs what its runner says, e.g. where to watch the job.
+    A run elsewhere logs what its runner says, e.g. where to watch the job, but not the whole
+    description of the job.
     """
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        logging.getLogger().setLevel(logging.CRITICAL)
-        logging.getLogger("chatflow").setLevel(logging.WARNING)
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        return
+    logging.getLogger().setLevel(logging.CRITICAL if local else logging.WARNING)
+    logging.getLogger("chatflow").setLevel(logging.WARNING)
+    if not local:
+        logging.getLogger("apache_beam.runners").setLevel(logging.INFO)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(lambda record: len(record.getMessage()) < 500)
 
 
 CHECK_SECONDS = 15.0

@@ -60,4 +60,5 @@ RUN export HOME=/tmp/home KERAS_BACKEND=jax && \
     rm -rf "$HOME"
 
 FROM bare AS model
-COPY --link --from=weights / /opt/chatflow/presets/
+# Their owner is the user, because safetensors writes files that none but the owner reads.
+COPY --link --chown=1000:1000 --from=weights / /opt/chatflow/presets/

@@ -28,6 +28,8 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from gcp_storage_emulator.server import create_server
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
 
 JOBS = re.compile(
     r"/v1b3/projects/([^/]+)/locations/([^/]+)/jobs(?:/([^/:]+))?(/messages|/metrics)?"
@@ -103,6 +105,7 @@ class FakeCloud:
             "CLOUDSDK_AUTH_ACCESS_TOKEN": "a-token",
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
             "GOOGLE_APPLICATION_CREDENTIALS": str(self._credentials),
+            "GOOGLE_AUTH_TRUST_BOUNDARY_ENABLED": "false",
         }
 
     @property
@@ -151,6 +154,7 @@ class FakeCloud:
             "location": location,
             "currentState": "JOB_STATE_RUNNING",
             "createTime": "2026-01-01T00:00:00Z",
+            "currentStateTime": "2026-01-01T00:00:00Z",
         }
         replaced = job.get("replaceJobId")
         checked = "graph_validate_only" in job.get("environment", {}).get("serviceOptions", [])
@@ -173,6 +177,24 @@ class FakeCloud:
             "messageImportance": f"JOB_MESSAGE_{importance}",
         }
         return {"jobMessages": [message]}
+
+    def put(self, bucket: str, name: str, data: bytes) -> None:
+        with self._client() as client:
+            client.bucket(bucket).blob(name).upload_from_string(data)
+
+    def objects(self, bucket: str, prefix: str = "") -> list[str]:
+        with self._client() as client:
+            return [blob.name for blob in client.list_blobs(bucket, prefix=prefix)]
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[storage.Client]:
+        client = storage.Client(
+            project="proj-1",
+            credentials=AnonymousCredentials(),
+            client_options={"api_endpoint": self.storage},
+        )
+        yield client
+        client.close()
 
     def staged(self, uri: str) -> bytes:
         """An object of the emulator, by its `gs://` name or as jobs name it."""

@@ -1,0 +1,75 @@
+"""Launches the Flex Template with the flags of `chatflow run`, so that both take the same.
+
+  python infra/template/launch.py TEMPLATE_FILE --runner=DataflowRunner --project=P …
+
+runs `gcloud dataflow flex-template run`; with DRY_RUN=1 in the environment it is only printed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from chatflow.options import Options
+
+GCLOUD = {
+    "project": "--project",
+    "region": "--region",
+    "service_account_email": "--service-account-email",
+    "temp_location": "--temp-location",
+    "staging_location": "--staging-location",
+    "subnetwork": "--subnetwork",
+    "num_workers": "--num-workers",
+    "max_num_workers": "--max-workers",
+    "machine_type": "--worker-machine-type",
+    "dataflow_kms_key": "--dataflow-kms-key",
+}
+"""Flags that gcloud has under another name; the other flags of Beam's are passed through."""
+
+SWITCHES = {"no_use_public_ips": "--disable-public-ips", "update": "--update"}
+LISTS = {"experiments": "--additional-experiments", "labels": "--additional-user-labels"}
+NOT_FOR_TEMPLATES = ("runner", "job_name", "no_wait_until_finish", "dataflow_endpoint")
+"""The launcher sets these itself."""
+
+
+def command(template: str, flags: Sequence[str]) -> list[str]:
+    """The gcloud command that launches a job with these flags, each of them `--name=value`."""
+    job_name, own = "", []
+    lists: dict[str, list[str]] = {}
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        if name == "job_name":
+            job_name = value
+        elif name in GCLOUD:
+            own.append(f"{GCLOUD[name]}={value}")
+        elif name in SWITCHES:
+            own.append(SWITCHES[name])
+        elif name in LISTS:
+            lists.setdefault(LISTS[name], []).append(value)
+        elif name in Options.defaults():
+            lists.setdefault("--parameters", []).append(f"{name}={value}")
+        elif name not in NOT_FOR_TEMPLATES:
+            lists.setdefault("--additional-pipeline-options", []).append(f"{name}={value}")
+    return [
+        "gcloud", "dataflow", "flex-template", "run", job_name,
+        f"--template-file-gcs-location={template}",
+        *own,
+        *(f"{name}={_joined(values)}" for name, values in lists.items()),
+    ]  # fmt: skip
+
+
+def _joined(values: Sequence[str]) -> str:
+    """A list as gcloud takes it where values have commas in them: with a separator of its own."""
+    separator = next(mark for mark in ",~|@%!" if not any(mark in value for value in values))
+    return ("" if separator == "," else f"^{separator}^") + separator.join(values)
+
+
+if __name__ == "__main__":
+    launch = command(sys.argv[1], sys.argv[2:])
+    if os.environ.get("DRY_RUN"):
+        print(shlex.join(launch))
+    else:
+        sys.exit(subprocess.run(launch).returncode)

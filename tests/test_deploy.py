@@ -1,0 +1,372 @@
+"""`make deploy` against stand-ins for Dataflow and Cloud Storage: the real job, as it was sent."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import chat, required
+from fakes.dataflow import FakeCloud
+
+from chatflow.cli import main
+from chatflow.options import Options
+
+ROOT = Path(__file__).parent.parent
+PLACE = {"PROJECT": "proj-1", "REGION": "us-central1", "TAG": "v1"}
+FILES = {"INPUT": "gs://proj-1-chatflow/chats/*.jsonl"}
+REMOTE = {"INFERENCE": "remote", "ARGS": "--check_endpoint=false"}
+
+sys.path.insert(0, str(ROOT / "infra" / "template"))
+import launch  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def google():
+    with FakeCloud("proj-1-chatflow", "proj-1-chatflow-temp") as fake, fake.in_environment():
+        fake.put("proj-1-chatflow", "chats/one.jsonl", chat("It is late.").to_json().encode())
+        yield fake
+
+
+@pytest.fixture
+def cloud(google):
+    google.jobs.clear()
+    google.launches.clear()
+    google.incompatible = ""
+    return google
+
+
+def make(*arguments, code=0, **variables):
+    """Runs make; gives what it prints."""
+    given = [f"{name}={value}" for name, value in variables.items()]
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-C", ROOT, *arguments, *given],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def commands(target, cloud, capsys, **variables):
+    """The words of each command line of a target, the computed flags put in."""
+    text = make(target, **PLACE, DRY_RUN=1, DATAFLOW_ENDPOINT=cloud.address, **variables)
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if not (parts := re.fullmatch(r"fitted=\$\((.*?)\) && (.*)", line)):
+            continue
+        capsys.readouterr()
+        assert main(shlex.split(parts[1])[1:]) == 0
+        fitted = capsys.readouterr().out
+        words = shlex.split(parts[2].replace("$fitted", ""))
+        found.append(words + fitted.split())
+    return found
+
+
+def deploy(cloud, capsys, **variables):
+    """What `make deploy` runs, in this process; the job that comes of it."""
+    ((_, *words),) = commands("deploy", cloud, capsys, **variables)
+    assert main(words) == 0
+    (job,) = cloud.jobs.values()
+    return job
+
+
+def options_of(job):
+    return job["environment"]["sdkPipelineOptions"]["options"]
+
+
+def hints_of(cloud, job):
+    """By step, its resource hints."""
+    components = cloud.pipeline(job).components
+    hinted = {}
+    for step in components.transforms.values():
+        hints = components.environments[step.environment_id].resource_hints
+        if step.environment_id and hints:
+            hinted[step.unique_name] = {k.split(":")[2]: v.decode() for k, v in hints.items()}
+    return hinted
+
+
+def test_make_deploy_submits_the_job(cloud):
+    """The whole of it, as a person runs it."""
+    said = make("deploy", **PLACE, DATAFLOW_ENDPOINT=cloud.address)
+    (job,) = cloud.jobs.values()
+    assert f"started: {job['id']}" in said
+    assert "console.cloud.google.com/dataflow/jobs/us-central1" in said
+    assert job["name"] == "chatflow"
+    assert job["currentState"] == "JOB_STATE_RUNNING"
+
+
+CASES = {
+    "on worker, stream": {},
+    "on worker, batch": FILES,
+    "remote, stream": REMOTE,
+    "remote, batch": REMOTE | FILES,
+    "GPU, stream": {"GPU": "nvidia-l4", "MODEL": "gemma3_instruct_4b_text", "WORKERS": "5"},
+    "GPU, batch": {"GPU": "nvidia-l4", "MODEL": "gemma3_instruct_1b"} | FILES,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_job_is_what_was_asked_for(cloud, capsys, case):
+    job = deploy(cloud, capsys, **CASES[case])
+    environment, options = job["environment"], options_of(job)
+    (pool,) = environment["workerPools"]
+    gpu, remote, stream = "GPU" in case, "remote" in case, "stream" in case
+
+    kind = "remote" if remote else "gpu" if gpu else "cpu"
+    image = f"us-central1-docker.pkg.dev/proj-1/chatflow/pipeline:v1-{kind}"
+    images = {made["containerImage"] for made in pool["sdkHarnessContainerImages"]}
+    assert images == {image}
+    assert environment["serviceAccountEmail"] == "chatflow-worker@proj-1.iam.gserviceaccount.com"
+    assert pool["subnetwork"] == "regions/us-central1/subnetworks/chatflow"
+    assert pool["ipConfiguration"] == 2  # private
+    assert pool["machineType"] == "n2-standard-2"
+    assert pool["diskSizeGb"] == (100 if gpu else 50)
+    assert pool["autoscalingSettings"] == {"maxNumWorkers": 5 if case == "GPU, stream" else 3}
+    assert job["labels"] == {"app": "chatflow"}
+
+    assert environment["version"]["job_type"] == f"FNAPI_{'STREAMING' if stream else 'BATCH'}"
+    assert ("enable_streaming_engine" in environment["experiments"]) == stream
+    # One process, many threads that wait for the model; where it is remote, Dataflow's defaults.
+    assert ("no_use_multiple_sdk_containers" in environment["experiments"]) != remote
+    assert pool.get("numThreadsPerWorker") == (None if remote else 32)
+    assert float(options["sdk_worker_parallelism"]) == 1
+
+    assert options["inference"] == ("remote" if remote else "on_worker")
+    assert options["model"] == CASES[case].get(
+        "MODEL", "gemini-2.5-flash" if remote else "gemma3-270m"
+    )
+    if stream:
+        assert options["input"] == "projects/proj-1/subscriptions/chatflow-events"
+        assert options["dead_letters"] == (
+            "projects/proj-1/topics/chatflow-dead-letters,bigquery://proj-1.chatflow.dead_letters"
+        )
+    else:
+        assert options["output"] == "gs://proj-1-chatflow/results"
+
+    # Hints are on the inference steps alone.
+    asking = ("AnalyseChats/AskModel/RunInference", "DraftApologies/AskModel/RunInference")
+    gpu_hint = "type:nvidia-l4;count:1;machine_type:g2-standard-4;install-nvidia-driver"
+    hint = {"accelerator": gpu_hint} if gpu else {"min_ram_bytes": "5000000000"}
+    hinted = hints_of(cloud, job)
+    assert all(step.startswith(asking) and hints == hint for step, hints in hinted.items())
+    assert set(asking) & hinted.keys() == (set() if remote else set(asking))
+
+
+def test_what_is_staged_is_the_graph_alone(cloud, capsys):
+    """The code is in the image; nothing is installed when a worker starts."""
+    job = deploy(cloud, capsys)
+    options = options_of(job)
+    assert options["staging_location"].startswith("gs://proj-1-chatflow/staging/chatflow.")
+    assert job["environment"]["tempStoragePrefix"].startswith(
+        "storage.googleapis.com/proj-1-chatflow-temp/temp/"
+    )
+    names = cloud.objects("proj-1-chatflow", options["staging_location"].split("/", 3)[3])
+    assert {name.rsplit("/", 1)[1] for name in names} == {
+        "pipeline.pb", "submission_environment_dependencies.txt"
+    }  # fmt: skip
+    graph = cloud.staged(options["pipelineUrl"])
+    assert hashlib.sha256(graph).hexdigest() == options["pipelineProtoHash"]
+    steps = cloud.pipeline(job).components.transforms.values()
+    (read,) = [step for step in steps if step.spec.urn == "beam:transform:pubsub_read:v1"]
+    assert b"projects/proj-1/subscriptions/chatflow-events" in read.spec.payload
+
+
+def test_arguments_go_before_what_is_computed(cloud, capsys):
+    arguments = "--machine_type=c3-standard-8 --quiet_seconds=30"
+    ((_, *words),) = commands("deploy", cloud, capsys, ARGS=arguments)
+    text = make("deploy", **PLACE, DRY_RUN=1, ARGS=arguments)
+    assert text.index("$fitted") < text.index("--machine_type=c3-standard-8")
+    assert "--quiet_seconds=30" in words
+
+
+def test_an_update_is_checked_first(cloud, capsys):
+    first = deploy(cloud, capsys)
+    check, update = commands("update", cloud, capsys)
+    assert main(check[1:]) == 0
+    assert first["currentState"] == "JOB_STATE_RUNNING"
+    assert main(update[1:]) == 0
+    _, checked, second = cloud.jobs.values()
+    assert checked["environment"]["serviceOptions"] == ["graph_validate_only"]
+    assert checked["replaceJobId"] == second["replaceJobId"] == first["id"]
+    assert "serviceOptions" not in second["environment"]
+    assert first["currentState"] == "JOB_STATE_UPDATED"
+
+
+def test_an_update_that_does_not_fit_leaves_the_job_alone(cloud, capsys):
+    first = deploy(cloud, capsys)
+    cloud.incompatible = "The new job is missing steps AssembleChats"
+    check, _ = commands("update", cloud, capsys)
+    with pytest.raises(SystemExit) as ended:
+        main(check[1:])
+    assert ended.value.code == 1
+    assert "the pipeline failed" in capsys.readouterr().err
+    assert first["currentState"] == "JOB_STATE_RUNNING"
+
+
+@pytest.fixture
+def gcloud():
+    if not shutil.which("gcloud"):
+        required("gcloud", "install the Google Cloud CLI, https://cloud.google.com/sdk")
+
+
+def test_a_job_is_found_by_its_name_and_drained(cloud, capsys, gcloud):
+    job = deploy(cloud, capsys)
+    make("drain", **PLACE)
+    assert job["requestedState"] == "JOB_STATE_DRAINED"
+    said = make("drain", **PLACE | {"NAME": "other"}, code=2)
+    assert "no job named other runs in us-central1 of proj-1" in said
+
+
+def test_the_templates_parameters_are_the_same_options(cloud, capsys, gcloud):
+    """From make to gcloud to the service to the launcher, and to the job."""
+    variables = {"ARGS": "--quiet_seconds=45 --batch_buckets=256,512 --labels=team=support"}
+    job = deploy(cloud, capsys, **variables)
+    ((_, script, template, *flags),) = commands("deploy", cloud, capsys, **variables, TEMPLATE=1)
+    assert (script, template) == (
+        "infra/template/launch.py", "gs://proj-1-chatflow/templates/chatflow.json"
+    )  # fmt: skip
+    subprocess.run(launch.command(template, flags), check=True, capture_output=True)
+
+    (sent,) = cloud.launches
+    asked = sent["launchParameter"]
+    metadata = json.loads((ROOT / "infra/template/metadata.json").read_text())
+    assert asked["parameters"].keys() <= {p["name"] for p in metadata["parameters"]}
+    assert asked["containerSpecGcsPath"] == template
+
+    cloud.jobs.clear()
+    assert main(["run", *as_launcher(asked, cloud)]) == 0
+    (launched,) = cloud.jobs.values()
+    differing = ("staging_location", "temp_location", "pipelineUrl", "pipelineProtoHash")
+    first, second = options_of(job), options_of(launched)
+    assert {k: v for k, v in first.items() if k not in differing} == {
+        k: v for k, v in second.items() if k not in differing
+    }
+    assert hints_of(cloud, launched) == hints_of(cloud, job)
+    (asked_for,), (got,) = (j["environment"]["workerPools"] for j in (job, launched))
+    for part in ("sdkHarnessContainerImages", "packages"):  # unordered, and with a time in them
+        assert len(asked_for.pop(part)) == len(got.pop(part))
+    assert asked_for == got
+
+
+def as_launcher(asked, cloud):
+    """The command line that Dataflow's launcher makes of a launch."""
+    environment = asked["environment"]
+    names = {
+        "serviceAccountEmail": "service_account_email", "subnetwork": "subnetwork",
+        "maxWorkers": "max_num_workers", "machineType": "machine_type",
+        "tempLocation": "temp_location", "stagingLocation": "staging_location",
+    }  # fmt: skip
+    flags = {names[name]: value for name, value in environment.items() if name in names}
+    flags |= dict(pair.split("=", 1) for pair in environment["additionalPipelineOptions"])
+    flags |= asked["parameters"]
+    lists = [f"--experiments={value}" for value in environment["additionalExperiments"]]
+    lists += [f"--labels={k}={v}" for k, v in environment["additionalUserLabels"].items()]
+    assert environment["ipConfiguration"] == "WORKER_IP_PRIVATE"
+    return [
+        "--no_wait_until_finish", "--runner=DataflowRunner", "--project=proj-1",
+        "--region=us-central1", f"--job_name={asked['jobName']}", "--no_use_public_ips",
+        f"--dataflow_endpoint={cloud.address}",
+        *lists, *(f"--{name}={value}" for name, value in flags.items()),
+    ]  # fmt: skip
+
+
+def test_every_option_survives_as_a_parameter():
+    """All flags at once, with commas, tildes and spaces in them."""
+    options = Options(
+        input="gs://b/a,b/*.jsonl", analyses="projects/p/topics/t,bigquery://p.d.t",
+        drafts="gs://b/~drafts", dead_letters="gs://b/dead letters|x", max_batch_size=8,
+        batch_buckets="1,2", quiet_seconds=1.5, accelerator="type:nvidia-l4;count:1",
+    )  # fmt: skip
+    words = launch.command("gs://b/t.json", ["--job_name=j", *options.flags()])
+    (listed,) = [word for word in words if word.startswith("--parameters=")]
+    text = listed.removeprefix("--parameters=")
+    mark = text[1]
+    assert text[0] == text[2] == "^"
+    pairs = (pair.partition("=") for pair in text[3:].split(mark))
+    flags = [f"--{name}={value}" for name, _, value in pairs]
+    assert flags == options.flags()
+
+
+TARGETS = (
+    "image", "push", "template", "deploy", "update", "drain", "cancel", "logs", "status",
+    "infra-plan", "infra-apply",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_names_the_variable_that_is_missing(target):
+    said = make(target, code=2, REGION="us-central1")
+    assert f"PROJECT is missing: make {target} PROJECT=…" in said
+    assert "REGION is missing" in make(target, code=2, PROJECT="proj-1")
+
+
+@pytest.mark.parametrize(
+    "target", [*TARGETS, "help", "setup", "demo", "test", "lint", "bench", "wheel"]
+)
+def test_a_target_can_be_printed(target, tmp_path):
+    before = sorted(os.listdir(ROOT))
+    assert make(target, **PLACE, DRY_RUN=1, OUT=str(tmp_path / "out"))
+    assert sorted(os.listdir(ROOT)) == before
+
+
+def test_help_has_every_target():
+    said = make()
+    for target in (*TARGETS, "setup", "demo", "test", "lint", "bench"):
+        assert re.search(rf"^  make {target} +\S", said, re.MULTILINE), target
+
+
+# Images.
+
+
+def test_the_boot_program_is_of_the_locked_version_of_beam():
+    (locked,) = re.findall(r"^apache-beam==(\S+)", read("requirements.lock"), re.MULTILINE)
+    text = read("infra/docker/pipeline.Dockerfile")
+    assert re.findall(r"beam_python3\.11_sdk:(\S+)", text) == [locked]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "remote"])
+def test_images_have_the_versions_that_are_tested(kind):
+    tested = dict(re.findall(r"^([\w.-]+)==(\S+)", read("requirements.lock"), re.MULTILINE))
+    text = read(f"infra/docker/requirements-{kind}.lock")
+    inside = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+    others = {name for name in inside if name not in tested}
+    assert {n: v for n, v in inside.items() if n not in others} == {
+        n: v for n, v in tested.items() if n in inside
+    }
+    # Only the accelerator's own packages are not among those of development.
+    assert kind == "gpu" or not others
+    assert all(name.startswith(("nvidia-", "jax-cuda12")) for name in others)
+    assert ("keras-hub" in inside) == (kind != "remote")
+
+
+def read(path):
+    return (ROOT / path).read_text()
+
+
+def test_names_are_those_that_terraform_makes():
+    terraform = "".join(path.read_text() for path in (ROOT / "infra/terraform").glob("*.tf"))
+    for name in (
+        '"${var.name}-worker"', '"${var.name}-events"', '"${var.project}-${var.name}"',
+        '"${var.project}-${var.name}-temp"', "analyses", "dead-letters",
+    ):  # fmt: skip
+        assert name in terraform, name
+
+
+# Files of Cloud Storage.
+
+
+def test_a_run_on_this_machine_reads_and_writes_cloud_storage(cloud, script, capsys):
+    model = script({"task": "analysis", "answer": {"sentiment": 0, "summary": "It is late."}})
+    output = "gs://proj-1-chatflow/out"
+    arguments = ["run", "--input=gs://proj-1-chatflow/chats/", f"--output={output}"]
+    for _ in range(2):  # the second replaces what the first wrote
+        assert main([*arguments, f"--model={model}", "--summary=json"]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert (summary["analysed"], summary["lost"]) == (1, 0)
+    (path,) = summary["files"]["analyses"]
+    assert json.loads(cloud.staged(path))["summary"] == "It is late."
