@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import SAMPLES, required
 
 import chatflow
 from chatflow.bigquery import columns
@@ -88,15 +90,41 @@ def test_python_m_chatflow_works():
     assert done.stdout.startswith("chatflow ")
 
 
-def test_a_wheel_holds_the_prompts(tmp_path):
+def test_a_wheel_runs_in_an_empty_environment_from_another_folder(tmp_path):
+    """With the packages of the image for remote models, and nothing of this folder."""
     from hatchling.builders.wheel import WheelBuilder
 
     (built,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = zipfile.ZipFile(built).namelist()
-    for template in ("base/analysis", "base/apology", "base/examples", "instruct/analysis"):
-        assert f"chatflow/default_prompts/{template}.jinja" in names
-    assert "chatflow/prices.toml" in names
-    assert not [name for name in names if name.startswith(("tests", "samples"))]
+    assert not [name for name in names if name.startswith(("tests", "samples", "infra"))]
+
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    if not Path(uv).exists():
+        required("uv", "pip install uv")
+    python = tmp_path / "empty" / "bin" / "python"
+    lock = str(ROOT / "infra" / "docker" / "requirements-remote.lock")
+    install = [uv, "pip", "install", "-q", "--no-deps", "--python", str(python)]
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(uv, "venv", "-q", "--python", sys.executable, "empty")
+    run(*install, "--require-hashes", "-r", lock)
+    run(*install, built)
+    rules = [
+        {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
+        {"task": "apology", "answer": "We are sorry that it is late."},
+    ]
+    (tmp_path / "script.jsonl").write_text("".join(json.dumps(rule) + "\n" for rule in rules))
+    said = run(
+        str(python.with_name("chatflow")), "run", "--input", str(SAMPLES), "--output", "out",
+        "--model", "scripted:script.jsonl", "--summary", "json",
+    )  # fmt: skip
+    summary = json.loads(said)
+    assert (summary["analysed"], summary["drafted"], summary["lost"]) == (53, 53, 0)
+    run(str(python.with_name("chatflow")), "size", "--model", "gemma3_1b")
 
 
 def test_the_samples_are_what_their_readme_says():

@@ -12,7 +12,7 @@ from pathlib import Path
 import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
-from conftest import JOB_SERVICE, as_line, chat, mistake
+from conftest import JOB_SERVICE, SAMPLES, as_line, chat, mistake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +25,7 @@ from chatflow.models.requests import ONE_COPY, Batching
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
+from chatflow.records import KINDS
 
 ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
 APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}
@@ -412,15 +413,26 @@ def test_another_runner_gives_the_same_records(tmp_path, lines, script):
     assert [len(kind) for kind in ids[0]] == [5, 5, 1]
 
 
-def test_the_job_service_with_workers_in_other_processes(tmp_path, lines, script):
-    """All is pickled and sent to them; they share nothing with this process."""
+def test_workers_in_other_processes_give_the_same_records(tmp_path, lines, script):
+    """Through Beam's job service, where all is pickled and sent; nothing is shared."""
     talk = ({"chat_id": str(n), "user_id": "u", "text": "late!"} for n in range(5))
-    source = lines(*talk, chat("late!", chat_id="whole"), b"rubbish")
-    options = Options(input=source, output=str(tmp_path / "out"), model=script(ANGRY, APOLOGY))
-    counts = execute(options, JOB_SERVICE).to_dict()
-    assert (counts["lines_read"], counts["chats_assembled"], counts["lost"]) == (7, 5, 0)
-    assert len(read(tmp_path / "out", "drafts")) == 6
-    assert [x["payload"] for x in read(tmp_path / "out", "dead_letters")] == ["rubbish"]
+    source = lines(*talk, *SAMPLES.read_bytes().splitlines(), b"rubbish")
+    happy = {"task": "analysis", "match": "(?i)thank", "answer": {"sentiment": 1, "summary": "x"}}
+    model = script({"chat_id": "flight-lost-bag", "error": "overloaded"}, happy, ANGRY, APOLOGY)
+    made = []
+    for number, flags in enumerate(([], JOB_SERVICE)):
+        output = tmp_path / str(number)
+        options = Options(input=source, output=str(output), model=model)
+        assert execute(options, flags).lost == 0
+        made.append({kind: sorted(map(timeless, read(output, kind))) for kind in KINDS})
+    assert made[0] == made[1]
+    assert [len(made[0][kind]) for kind in KINDS] == [57, 40, 2]
+
+
+def timeless(record):
+    """A record without the time at which it was made."""
+    kept = {k: v for k, v in record.items() if k not in ("analysed_at", "drafted_at", "failed_at")}
+    return json.dumps(kept, sort_keys=True)
 
 
 class CountedHandler(ScriptedModelHandler):
