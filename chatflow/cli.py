@@ -330,7 +330,9 @@ def execute(
     console = Console(stderr=True)
     planned, pipeline = prepare(options, flags, console, replay, drafts)
     started = time.monotonic()
-    with failures(planned), report.progress(console):
+    # Elsewhere, counts are not in this process, and the runner says how it goes on.
+    shown = report.progress(console) if is_local(pipeline.options) else contextlib.nullcontext()
+    with failures(planned), shown:
         result = pipeline.run()
         finish(result, console)
     return report.Summary.of(result, time.monotonic() - started, planned)
