@@ -185,7 +185,7 @@ deploy: setup ## Start the job on Dataflow; TEMPLATE=1: from the template
 	  $(JOB) $$fitted $(ARGS),$(RUN) --no_wait_until_finish)
 
 update: setup ## Replace the running stream by this version, after Dataflow has found it compatible
-	$(FIT) $(RUN) --update --dataflow_service_options=graph_validate_only --summary=json
+	$(FIT) $(RUN) --update --dataflow_service_options=graph_validate_only --summary=json >/dev/null
 	$(FIT) $(RUN) --update --no_wait_until_finish
 
 drain: ## Let the running job finish what it has read, then end

@@ -76,7 +76,7 @@ class _AppendRowsDoFn(beam.DoFn):
 
     def setup(self) -> None:
         self.client = write_client()
-        self.connection: _Connection | None = None
+        self.connection: Connection | None = None
 
     def start_bundle(self) -> None:
         self.rows: list[bytes] = []
@@ -106,7 +106,7 @@ class _AppendRowsDoFn(beam.DoFn):
         while True:
             try:
                 if self.connection is None:
-                    self.connection = _Connection(self.client, self.stream, self.kind)
+                    self.connection = Connection(self.client, self.stream, self.kind)
                 self.connection.append(self.rows)
                 break
             except GoogleAPIError as error:
@@ -127,10 +127,11 @@ class _AppendRowsDoFn(beam.DoFn):
         self.close()
 
 
-class _Connection:
+class Connection:
     """A connection that appends rows of one kind to one stream, kept for many bundles.
 
-    The client's own `AppendRowsStream` polls for each answer, first after a second.
+    The client's own `AppendRowsStream` asks now and then whether there is an answer, which
+    costs half a second a bundle (bench/bigquery.py).
     """
 
     def __init__(self, client: Any, stream: str, kind: type[Record]):
