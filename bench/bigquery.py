@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from fakes.bigquery import FakeBigQuery, Table  # noqa: E402
+from fakes.bigquery import FakeBigQuery, Table
 
-from chatflow import bigquery  # noqa: E402
-from chatflow.records import Analysis, now  # noqa: E402
+from chatflow import bigquery
+from chatflow.records import Analysis, now
 
 URI = "bigquery://p.d.analyses"
 Append = Callable[[Sequence[bytes]], None]
