@@ -166,15 +166,23 @@ infra-apply: ## Make topics, buckets, tables, accounts, images' repository and a
 	$(TERRAFORM) init -input=false
 	$(TERRAFORM) apply $(TF_VARS)
 
-image: wheel ## Build the model image and the pipeline image on it, with Docker
+ifeq ($(BUILD),cloud)
+image: wheel
+	gcloud builds submit --config=infra/cloudbuild.yaml $(PLACE) \
+	  --service-account=projects/$(PROJECT)/serviceAccounts/$(NAME)-build@$(PROJECT).iam.gserviceaccount.com \
+	  --gcs-source-staging-dir=gs://$(BUCKET)-temp/source \
+	  --substitutions=_REPOSITORY=$(REPOSITORY),_TAG=$(TAG)-$(VARIANT),_ACCELERATOR=$(VARIANT),_WEIGHTS=$(or $(PRESETS),$(IN_IMAGE)) .
+push: ; @echo 'BUILD=cloud: the images were pushed as they were built'
+else
+image: wheel ## Build the model image and the pipeline image, with Docker; BUILD=cloud: Cloud Build
 	docker build -f infra/docker/model.Dockerfile --target $(if $(filter inside,$(IN_IMAGE)),model,bare) \
 	  --build-arg ACCELERATOR=$(VARIANT) $(if $(PRESETS),--build-context weights=$(PRESETS)) -t $(MODEL_IMAGE) .
-	docker build -f infra/docker/pipeline.Dockerfile --target worker \
-	  --build-arg MODEL_IMAGE=$(MODEL_IMAGE) -t $(IMAGE) .
+	docker build -f infra/docker/pipeline.Dockerfile --build-arg MODEL_IMAGE=$(MODEL_IMAGE) -t $(IMAGE) .
 
 push: ## Push both images to the repository
 	docker push $(MODEL_IMAGE)
 	docker push $(IMAGE)
+endif
 
 template: ## Write the Flex Template of the pushed image to the bucket
 	gcloud dataflow flex-template build $(TEMPLATES)/$(NAME).json --project=$(PROJECT) \
