@@ -151,7 +151,7 @@ def test_the_job_is_what_was_asked_for(cloud, capsys, case):
     # Hints are on the inference steps alone.
     asking = ("AnalyseChats/AskModel/RunInference", "DraftApologies/AskModel/RunInference")
     gpu_hint = "type:nvidia-l4;count:1;machine_type:g2-standard-4;install-nvidia-driver"
-    hint = {"accelerator": gpu_hint} if gpu else {"min_ram_bytes": "5000000000"}
+    hint = {"accelerator": gpu_hint} if gpu else {"min_ram_bytes": "6000000000"}
     hinted = hints_of(cloud, job)
     assert all(step.startswith(asking) and hints == hint for step, hints in hinted.items())
     assert set(asking) & hinted.keys() == (set() if remote else set(asking))

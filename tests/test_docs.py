@@ -12,13 +12,14 @@ import pytest
 from conftest import SAMPLES, required
 
 import chatflow
+from chatflow import sizing
 from chatflow.bigquery import columns
 from chatflow.options import LOCAL_RUNNER, Options, markdown_table, template_parameters
 from chatflow.records import KINDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-TABLE = re.compile(r"(<!-- options: .*? -->\n)(.*?)(<!-- end of options -->)", re.DOTALL)
+TABLE = r"(<!-- {0}: .*? -->\n).*?(<!-- end of {0} -->)"
 
 
 INFRA = ROOT / "infra"
@@ -26,7 +27,11 @@ INFRA = ROOT / "infra"
 
 def generated() -> dict[Path, str]:
     """The files that are made from code, and what they should hold."""
-    readme = TABLE.sub(lambda m: f"{m[1]}{markdown_table()}\n{m[3]}", README.read_text())
+    readme = README.read_text()
+    for name, table in (("options", markdown_table()), ("sizes", sizing.markdown_table())):
+        place = re.compile(TABLE.format(name), re.DOTALL)
+        before, after = place.search(readme).groups()
+        readme = place.sub(lambda _: f"{before}{table}\n{after}", readme)  # noqa: B023
     metadata = {
         "name": "chatflow",
         "description": "Sentiment, summaries and apology drafts of support chats, by an LLM",

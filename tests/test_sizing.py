@@ -65,7 +65,7 @@ def test_weights_and_caches_are_counted():
     assert size.weights_gb == pytest.approx(0.999885952 * 2)
     # Keys and values of 26 layers, one head of 256, two bytes each, 1,000 tokens.
     assert size.kv_mb == pytest.approx(2 * 26 * 256 * 2 * 1000 / 1e6)
-    assert size.memory_gb == pytest.approx(1.9998 + 16 * 0.026624 + 1.2, abs=0.001)
+    assert size.memory_gb == pytest.approx(1.9998 + 1.5 * 16 * 0.026624 + 1.2, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_table_has_all_gemmas_and_says_what_does_not_fit(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "gemma3-270m"], "--machine_type=n2-standard-2 --min_ram=5GB"),
+        (["--model", "gemma3-270m"], "--machine_type=n2-standard-2 --min_ram=6GB"),
         (
             ["--model", "gemma3_4b", "--accelerator", "nvidia-l4"],
             "--accelerator=type:nvidia-l4;count:1;machine_type:g2-standard-4;install-nvidia-driver "

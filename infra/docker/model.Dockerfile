@@ -8,7 +8,7 @@
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS installed
-# uv takes a fifth of pip's time, and stays in this stage. It trusts what the image trusts, so that
+# uv is several times faster than pip, and stays in this stage. It trusts what the image trusts, so that
 # a PYTHON_IMAGE with a company's certificates will do.
 RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/venv
 # cpu, gpu (with CUDA; the driver is the host's) or remote (no Gemma, no JAX)
