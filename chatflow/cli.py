@@ -498,8 +498,12 @@ def prepare_model(planned: Plan, console: Console) -> None:
     if not planned.spec.is_embedded:
         return
     from chatflow.models import embedded
+    from chatflow.models.presets import local_preset
 
     try:
-        embedded.ensure(lambda text: console.print(f"{embedded.NAME}: {text}", highlight=False))
+        local_preset(
+            embedded.NAME,
+            lambda text: console.print(f"{embedded.NAME}: {text}", highlight=False),
+        )
     except embedded.EmbeddedModelError as error:
         raise UsageError(f"--model={embedded.NAME}: {error}") from None

@@ -344,6 +344,12 @@ def test_images_have_the_versions_that_are_tested(kind):
     assert ("keras-hub" in inside) == (kind != "remote")
 
 
+def test_the_image_converts_the_model_with_one_file_of_ours():
+    text = read("chatflow/models/embedded.py")
+    assert "chatflow/models/embedded.py" in read("infra/docker/model.Dockerfile")
+    assert not re.findall(r"^\s*(?:from|import) chatflow", text, re.MULTILINE)
+
+
 def read(path):
     return (ROOT / path).read_text()
 

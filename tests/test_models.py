@@ -9,7 +9,7 @@ import pytest
 from chatflow.errors import ElementError, UsageError
 from chatflow.models import Model, ModelSpec
 from chatflow.models.handlers import LanguageModel
-from chatflow.models.presets import is_instruct
+from chatflow.models.presets import PRESETS_VARIABLE, check_preset, is_instruct, local_preset
 from chatflow.models.requests import Answer, Failure, Part, Request
 from chatflow.models.scripted import ScriptedModelHandler, load_script
 
@@ -143,3 +143,16 @@ def test_the_handler_of_the_default_travels_without_loading():
     assert handler.name == "gemma3-270m"
     assert handler.share_model_across_processes()
     assert handler.batch_elements_kwargs()["max_batch_size"] == 16
+
+
+def test_a_preset_that_an_image_brings_along_is_taken_by_its_name(tmp_path, monkeypatch):
+    for name in ("mine", "gemma3-270m"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="unknown model 'mine'"):
+        check_preset("mine")
+    monkeypatch.setenv(PRESETS_VARIABLE, str(tmp_path))
+    check_preset("mine")
+    assert local_preset("mine") == str(tmp_path / "mine")
+    assert local_preset("gemma3-270m") == str(tmp_path / "gemma3-270m")
+    assert local_preset("hf://google/gemma-3-1b-it") == "hf://google/gemma-3-1b-it"

@@ -32,7 +32,7 @@ def check_preset(preset: str) -> None:
     Raises:
       UsageError: it is no name, folder or handle that can be loaded.
     """
-    if preset == embedded.NAME or "://" in preset:
+    if preset == embedded.NAME or "://" in preset or brought(preset):
         return
     folder = Path(preset)
     if folder.is_dir():
@@ -91,14 +91,20 @@ def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> s
     A preset that an image has brought along, as a folder of that name in the folder
     `$CHATFLOW_PRESETS`, is taken as it is.
     """
-    brought = Path(os.environ.get(PRESETS_VARIABLE, os.devnull), preset)
-    if "://" not in preset and (brought / "config.json").is_file():
-        return os.fspath(brought)
+    if folder := brought(preset):
+        return os.fspath(folder)
     if preset == embedded.NAME:
         return os.fspath(embedded.ensure(progress))
     if preset.startswith(("kaggle://", "hf://")) or "://" not in preset:
         return preset
     return os.fspath(copied(preset, progress))
+
+
+def brought(preset: str) -> Path | None:
+    """The folder of a preset that an image has brought along."""
+    root = os.environ.get(PRESETS_VARIABLE)
+    folder = Path(root, preset) if root and "://" not in preset else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def copied(url: str, progress: embedded.Progress) -> Path:
