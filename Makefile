@@ -104,8 +104,8 @@ demo-remote: setup ## The same with a remote model: Gemini's client against a st
 stream: setup ## Run the event-driven system with live messages, on the Pub/Sub emulator
 	$(BIN)/chatflow stream --chats samples/chats.jsonl
 
-test: setup ## Run all tests
-	$(BIN)/pytest
+test: setup ## Run all tests, in two processes
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terraform
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def commands(target, cloud, capsys, **variables):
         capsys.readouterr()
         assert main(shlex.split(parts[1])[1:]) == 0
         fitted = capsys.readouterr().out
-        words = shlex.split(parts[2].replace("$fitted", ""))
+        words = shlex.split(parts[2].replace("$fitted", "").removesuffix(">/dev/null"))
         found.append(words + fitted.split())
     return found
 

@@ -4,15 +4,17 @@ It takes jobs from Beam's own client, keeps them as they came, and says of each 
 nothing is run. It also takes launches of Flex Templates, and changes of state, as `gcloud
 dataflow` asks for them. The shapes are those of Google's documentation (v1b3).
 
-  python -m tests.fakes.dataflow -- make deploy PROJECT=p REGION=us-central1 …
+  python -m tests.fakes.dataflow -- make deploy
 
-runs a command whose environment points to both, and prints each job as JSON.
+runs a command whose environment points to both, with a PROJECT and a REGION in it, and prints each
+job that came as JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -229,13 +231,15 @@ def service_account(token_uri: str) -> dict[str, str]:
 
 def main() -> int:
     command = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
-    with FakeCloud(*filter(None, os.environ.get("BUCKETS", "").split(","))) as cloud:
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    with FakeCloud("proj-1-chatflow", "proj-1-chatflow-temp") as cloud:
+        place = {"PROJECT": "proj-1", "REGION": "us-central1", **cloud.environment}
         if not command:
-            print(json.dumps(cloud.environment), flush=True)
+            print(json.dumps(place), flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
             return 0
-        code = subprocess.run(command, env={**os.environ, **cloud.environment}).returncode
+        code = subprocess.run(command, env={**os.environ, **place}).returncode
         for job in cloud.jobs.values():
             print(json.dumps(job, indent=2))
     return code
