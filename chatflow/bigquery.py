@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -15,7 +17,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import apache_beam as beam
 import pydantic_core
@@ -74,17 +76,13 @@ class _AppendRowsDoFn(beam.DoFn):
     def __init__(self, stream: str, upsert: bool):
         self.stream, self.upsert = stream, upsert
 
-    def setup(self) -> None:
-        self.client = write_client()
-        self.connection: Connection | None = None
-
     def start_bundle(self) -> None:
         self.rows: list[bytes] = []
         self.bytes = 0
 
     def process(self, record: Record) -> None:
         row = to_row(record, self.upsert)
-        if self.bytes + len(row) > APPEND_BYTES:
+        if self.rows and self.bytes + len(row) > APPEND_BYTES:
             self.append()
         self.rows.append(row)
         self.bytes += len(row)
@@ -104,13 +102,13 @@ class _AppendRowsDoFn(beam.DoFn):
 
         give_up, pause = time.monotonic() + APPEND_SECONDS, FIRST_PAUSE
         while True:
+            connection = Connection.idle(self.stream, self.kind)
             try:
-                if self.connection is None:
-                    self.connection = Connection(self.client, self.stream, self.kind)
-                self.connection.append(self.rows)
+                connection.append(self.rows)
+                connection.keep()
                 break
             except GoogleAPIError as error:
-                self.close()
+                connection.close()
                 if time.monotonic() + pause > give_up:
                     raise
                 _log.warning("%s: appending failed, trying again: %s", self.stream, error)
@@ -118,23 +116,41 @@ class _AppendRowsDoFn(beam.DoFn):
                 pause = min(2 * pause, 30)
         self.rows, self.bytes = [], 0
 
-    def close(self) -> None:
-        if self.connection is not None:
-            self.connection.close()
-        self.connection = None
-
     def teardown(self) -> None:
-        self.close()
+        Connection.close_idle(self.stream)
 
 
 class Connection:
-    """A connection that appends rows of one kind to one stream, kept for many bundles.
+    """A connection that appends rows of one kind to one stream.
+
+    Connections are kept for the next bundle, of any thread: a process has as many of them as
+    it appends at once, for a project may only have so many.
 
     The client's own `AppendRowsStream` asks now and then whether there is an answer, which
     costs half a second a bundle (bench/bigquery.py).
     """
 
+    _idle: ClassVar[collections.defaultdict[str, list[Connection]]] = collections.defaultdict(list)
+
+    @classmethod
+    def idle(cls, stream: str, kind: type[Record]) -> Connection:
+        """One that nobody uses, or a new one."""
+        try:
+            return cls._idle[stream].pop()
+        except IndexError:
+            return cls(write_client(), stream, kind)
+
+    @classmethod
+    def close_idle(cls, stream: str) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                cls._idle[stream].pop().close()
+
+    def keep(self) -> None:
+        self._idle[self.stream].append(self)
+
     def __init__(self, client: Any, stream: str, kind: type[Record]):
+        self.stream = stream
         self.opening = {"write_stream": stream, "schema": descriptor(kind)}
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.answers = client.transport.append_rows(
@@ -179,10 +195,16 @@ class Connection:
 
 
 def write_client() -> Any:
+    """Google's client, one for this process, of the service or of a stand-in."""
+    return _write_client(os.environ.get(HOST_VARIABLE, ""))
+
+
+@functools.cache
+def _write_client(host: str) -> Any:
     from google.cloud.bigquery_storage_v1 import BigQueryWriteClient
     from google.cloud.bigquery_storage_v1.services.big_query_write import transports
 
-    if host := os.environ.get(HOST_VARIABLE):
+    if host:
         import grpc
 
         limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]

@@ -125,7 +125,6 @@ def write(fake, records, kind):
     name = next(name for name, known in KINDS.items() if known is kind)
     stream = bigquery.stream_of(f"bigquery://proj-1.chatflow.{name}")
     fn = bigquery._AppendRowsDoFn(stream, upsert=True)
-    fn.setup()
     fn.start_bundle()
     for record in records:
         fn.process(record)
@@ -162,6 +161,19 @@ def test_a_bundle_that_is_too_large_for_a_request_is_divided(tables):
     assert len(write(tables, letters, DeadLetter)) == 5
     assert tables.appends == 3
     assert tables.connections == 1
+
+
+def test_threads_that_append_one_after_the_other_share_a_connection(tables):
+    stream = bigquery.stream_of("bigquery://proj-1.chatflow.dead_letters")
+    threads = [bigquery._AppendRowsDoFn(stream, upsert=True) for _ in range(5)]
+    for number in range(20):
+        thread = threads[number % 5]
+        thread.start_bundle()
+        thread.process(letter(f"{number}"))
+        thread.finish_bundle()
+    assert len(rows(tables, "dead_letters")) == 20
+    assert tables.connections == 1
+    threads[0].teardown()
 
 
 def test_a_dead_letter_that_is_too_large_for_a_row_is_compressed(tables):
