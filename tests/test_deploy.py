@@ -37,7 +37,8 @@ def google():
 def cloud(google):
     google.jobs.clear()
     google.launches.clear()
-    google.incompatible = ""
+    google.incompatible, google.done = "", False
+    google.counts.clear()
     return google
 
 
@@ -174,6 +175,19 @@ def test_what_is_staged_is_the_graph_alone(cloud, capsys):
     steps = cloud.pipeline(job).components.transforms.values()
     (read,) = [step for step in steps if step.spec.urn == "beam:transform:pubsub_read:v1"]
     assert b"projects/proj-1/subscriptions/chatflow-events" in read.spec.payload
+
+
+def test_a_job_that_is_waited_for_ends_with_its_counts(cloud, capsys):
+    ((_, *words),) = commands("deploy", cloud, capsys, **FILES)
+    words.remove("--no_wait_until_finish")
+    cloud.done = True
+    cloud.counts |= {"lines_read": 3, "chats_read": 2, "asked": 2, "analysed": 1}
+    cloud.counts |= {"dead_letters/read/not_json": 1, "dead_letters/answer/bad_json": 1}
+    cloud.counts["latency_ms"] = [100, 300]
+    assert main([*words, "--summary=json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["lines_read"], summary["analysed"], summary["dead_letters"]) == (3, 1, 2)
+    assert summary["latency_ms"] == {"min": 100, "mean": 200.0, "max": 300}
 
 
 def test_arguments_go_before_what_is_computed(cloud, capsys):

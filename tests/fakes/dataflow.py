@@ -46,12 +46,16 @@ class FakeCloud:
       address: of the Dataflow API, for `--dataflow_endpoint`.
       jobs: by id, each as it was sent, with its `id` and `currentState`.
       launches: bodies of requests to launch a Flex Template.
+      counts: what the counters of every job have come to; a list is a distribution.
+      done: jobs are over as soon as they have come.
       incompatible: a job that replaces another fails, with this as the reason.
     """
 
     def __init__(self, *buckets: str) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.launches: list[dict[str, Any]] = []
+        self.counts: dict[str, int | list[int]] = {}
+        self.done = False
         self.incompatible = ""
         self._buckets = buckets
         self._folder = tempfile.TemporaryDirectory(prefix="fake-cloud-")
@@ -144,7 +148,7 @@ class FakeCloud:
             return None
         job = self.jobs[job_id]
         if part:
-            return self._messages(job) if part == "/messages" else {"metrics": []}
+            return self._messages(job) if part == "/messages" else {"metrics": self._metrics()}
         if method == "PUT":
             job["currentState"] = job["requestedState"] = body["requestedState"]
         return job
@@ -162,12 +166,30 @@ class FakeCloud:
         checked = "graph_validate_only" in job.get("environment", {}).get("serviceOptions", [])
         if replaced and self.incompatible:
             job["currentState"] = "JOB_STATE_FAILED"
-        elif checked:
+        elif checked or self.done:
             job["currentState"] = "JOB_STATE_DONE"
         elif replaced:
             self.jobs[replaced]["currentState"] = "JOB_STATE_UPDATED"
         self.jobs[job["id"]] = job
         return job
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """Each counter as it is, and as it was tried."""
+        made = []
+        for name, value in self.counts.items():
+            for context in ({}, {"tentative": "true"}):
+                place = {"namespace": "chatflow", "step": "s1", **context}
+                update: dict[str, Any] = {
+                    "name": {"origin": "user", "name": name, "context": place}
+                }
+                if isinstance(value, list):
+                    update["distribution"] = {
+                        "count": len(value), "sum": sum(value), "min": min(value), "max": max(value)
+                    }  # fmt: skip
+                else:
+                    update["scalar"] = value
+                made.append(update)
+        return made
 
     def _messages(self, job: Mapping[str, Any]) -> dict[str, Any]:
         text = self.incompatible if job["currentState"] == "JOB_STATE_FAILED" else "Worker started."
