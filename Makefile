@@ -7,13 +7,16 @@ LINT   := .venv-lint/bin
 OUT    ?= out/demo
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
-MAKEFLAGS += --no-builtin-rules $(if $(DRY_RUN),--dry-run)
+MAKEFLAGS += --no-builtin-rules $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
 # For Google Cloud: given on the command line, in the environment, or in settings.mk (see
 # infra/settings.mk.example). Names are those that infra/terraform makes.
 -include settings.mk
 
 comma := ,
+ifeq ($(origin NAME),environment)
+NAME := chatflow# what some systems call the machine
+endif
 NAME       ?= chatflow
 INFERENCE  ?= on_worker
 MODEL      ?= $(if $(filter remote,$(INFERENCE)),gemini-2.5-flash,gemma3-270m)
@@ -28,6 +31,10 @@ DATASET    ?= $(PROJECT).$(subst -,_,$(NAME))
 INPUT      ?= projects/$(PROJECT)/subscriptions/$(NAME)-events
 TEMPLATE   ?=
 ARGS       ?=
+SIZE_ARGS  ?=
+# Make keeps the blanks before a comment.
+$(foreach name,PROJECT REGION NAME INFERENCE MODEL GPU WORKERS WEIGHTS TAG BUCKET REPOSITORY \
+  SUBNETWORK DATASET INPUT PRESETS,$(eval override $(name) := $(strip $($(name)))))
 
 # Images differ by what the model runs on.
 VARIANT     := $(if $(filter remote,$(INFERENCE)),remote,$(if $(GPU),gpu,cpu))
@@ -38,14 +45,17 @@ TEMPLATES   := gs://$(BUCKET)/templates
 
 # Files are a batch, with files as results; a subscription is a stream, with topics and tables.
 TOPIC  := projects/$(PROJECT)/topics/$(NAME)
-OUTPUT ?= gs://$(BUCKET)/results
-SINKS  := $(if $(findstring /subscriptions/,$(INPUT))$(findstring /topics/,$(INPUT)),\
+STREAM := $(findstring /subscriptions/,$(INPUT))$(findstring /topics/,$(INPUT))
+OUTPUT ?= gs://$(BUCKET)/results/$(shell date +%Y-%m-%dT%H%M%S)
+SINKS  := $(if $(STREAM),\
   --analyses=$(TOPIC)-analyses$(comma)bigquery://$(DATASET).analyses \
   --drafts=$(TOPIC)-drafts$(comma)bigquery://$(DATASET).drafts \
   --dead_letters=$(TOPIC)-dead-letters$(comma)bigquery://$(DATASET).dead_letters,\
   --output=$(OUTPUT))
 
-JOB := --runner=DataflowRunner --project=$(PROJECT) --region=$(REGION) --job_name=$(NAME) \
+# A batch may run beside the stream.
+JOB_NAME ?= $(NAME)$(if $(STREAM),,-batch)
+JOB := --runner=DataflowRunner --project=$(PROJECT) --region=$(REGION) --job_name=$(JOB_NAME) \
   --temp_location=gs://$(BUCKET)-temp/temp --staging_location=gs://$(BUCKET)/staging \
   --service_account_email=$(NAME)-worker@$(PROJECT).iam.gserviceaccount.com \
   --subnetwork=$(SUBNETWORK) --no_use_public_ips --max_num_workers=$(WORKERS) \
@@ -54,15 +64,18 @@ JOB := --runner=DataflowRunner --project=$(PROJECT) --region=$(REGION) --job_nam
   --inference=$(INFERENCE) --model=$(MODEL) --input='$(INPUT)' $(SINKS)
 
 # Machines, hints and threads as the model needs them; ARGS go before them.
-FIT = fitted=$$($(BIN)/chatflow size --inference=$(INFERENCE) --model=$(MODEL) \
-  $(if $(GPU),--accelerator=$(GPU)) --summary=flags) &&
-RUN = $(BIN)/chatflow run $(JOB) $$fitted $(ARGS)
+CHATFLOW = $(if $(PRESETS),CHATFLOW_PRESETS=$(PRESETS)) $(BIN)/chatflow
+FIT = fitted=$$($(CHATFLOW) size --inference=$(INFERENCE) --model=$(MODEL) \
+  $(if $(GPU),--accelerator=$(GPU)) $(SIZE_ARGS) --summary=flags) &&
+RUN = $(CHATFLOW) run $(JOB) $$fitted $(ARGS)
 
-# The running job of this name, as $$job.
-PLACE := --project=$(PROJECT) --region=$(REGION)
-FIND  := job=$$(gcloud dataflow jobs list $(PLACE) --status=active --filter=name=$(NAME) \
-  --format='value(id)' --limit=1) && \
-  { test -n "$$job" || { echo 'no job named $(NAME) runs in $(REGION) of $(PROJECT)'; exit 1; }; } &&
+# The running job of this name, or the newest, as $$job.
+PLACE  := --project=$(PROJECT) --region=$(REGION)
+LIST   := gcloud dataflow jobs list $(PLACE) --filter='name~^$(JOB_NAME)$$' --format='value(id)' \
+  --sort-by=~creationTime --limit=1
+IS_ONE := && { test -n "$$job" || { echo 'no job named $(JOB_NAME) in $(REGION) of $(PROJECT)'; exit 1; }; } &&
+FIND   := job=$$($(LIST) --status=active) $(IS_ONE)
+NEWEST := job=$(or $(JOB_ID),$$($(LIST))) $(IS_ONE)
 
 NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-plan infra-apply
 $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
@@ -175,11 +188,12 @@ image: wheel
 push: ; @echo 'BUILD=cloud: the images were pushed as they were built'
 else
 image: wheel ## Build the model image and the pipeline image, with Docker; BUILD=cloud: Cloud Build
-	docker build -f infra/docker/model.Dockerfile --target $(if $(filter inside,$(IN_IMAGE)),model,bare) \
+	docker build --platform linux/amd64 -f infra/docker/model.Dockerfile --target $(if $(filter inside,$(IN_IMAGE)),model,bare) \
 	  --build-arg ACCELERATOR=$(VARIANT) $(if $(PRESETS),--build-context weights=$(PRESETS)) -t $(MODEL_IMAGE) .
-	docker build -f infra/docker/pipeline.Dockerfile --build-arg MODEL_IMAGE=$(MODEL_IMAGE) -t $(IMAGE) .
+	docker build --platform linux/amd64 -f infra/docker/pipeline.Dockerfile --build-arg MODEL_IMAGE=$(MODEL_IMAGE) -t $(IMAGE) .
 
 push: ## Push both images to the repository
+	$(if $(findstring -dirty,$(IMAGE)),$(warning the image $(IMAGE) has changes that are not committed))
 	docker push $(MODEL_IMAGE)
 	docker push $(IMAGE)
 endif
@@ -193,6 +207,7 @@ deploy: setup ## Start the job on Dataflow; TEMPLATE=1: from the template
 	  $(JOB) $$fitted $(ARGS),$(RUN) --no_wait_until_finish)
 
 update: setup ## Replace the running stream by this version, after Dataflow has found it compatible
+	$(FIND) true
 	$(FIT) $(RUN) --update --dataflow_service_options=graph_validate_only --summary=json >/dev/null
 	$(FIT) $(RUN) --update --no_wait_until_finish
 
@@ -202,14 +217,14 @@ drain: ## Let the running job finish what it has read, then end
 cancel: ## End the running job at once; open chats are forgotten
 	$(FIND) gcloud dataflow jobs cancel $$job $(PLACE)
 
-logs: ## Print the running job's warnings and errors of the last hour
-	$(FIND) gcloud logging read --project=$(PROJECT) --freshness=1h --limit=100 \
-	  --format='value(timestamp,severity,jsonPayload.message)' \
+logs: ## Print warnings and errors of the last day, of the newest job or JOB_ID=
+	$(NEWEST) gcloud logging read --project=$(PROJECT) --freshness=1d --limit=100 \
+	  --format='value(timestamp,severity,jsonPayload.message,textPayload)' \
 	  "resource.type=dataflow_step AND resource.labels.job_id=$$job AND severity>=WARNING"
 
-status: ## Print the running job's state and chatflow's counters
-	$(FIND) gcloud dataflow jobs show $$job $(PLACE) && \
-	  gcloud dataflow metrics list $$job --source=user $(PLACE)
+status: ## Print the state of the newest job, or of JOB_ID=, and chatflow's counters
+	$(NEWEST) gcloud dataflow jobs show $$job $(PLACE) && \
+	  gcloud beta dataflow metrics list $$job --source=user $(PLACE)
 
 clean: ## Remove what the targets made; the model stays in its cache
 	rm -rf $(VENV) .venv-lint out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

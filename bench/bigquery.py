@@ -33,7 +33,7 @@ Append = Callable[[Sequence[bytes]], None]
 
 
 def ours(client: Any, stream: str) -> Append:
-    return bigquery.Connection(client, stream, Analysis).append
+    return bigquery.Connection(client, stream, bigquery.descriptor(Analysis)).append
 
 
 def googles(client: Any, stream: str) -> Append:

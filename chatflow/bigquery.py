@@ -86,7 +86,7 @@ class _AppendRowsDoFn(beam.DoFn):
             self.append()
         self.rows.append(row)
         self.bytes += len(row)
-        self.kind = type(record)
+        self.schema = descriptor(type(record), self.upsert)
 
     def finish_bundle(self) -> None:
         if self.rows:
@@ -102,7 +102,7 @@ class _AppendRowsDoFn(beam.DoFn):
 
         give_up, pause = time.monotonic() + APPEND_SECONDS, FIRST_PAUSE
         while True:
-            connection = Connection.idle(self.stream, self.kind)
+            connection = Connection.idle(self.stream, self.schema)
             try:
                 connection.append(self.rows)
                 connection.keep()
@@ -111,7 +111,9 @@ class _AppendRowsDoFn(beam.DoFn):
                 connection.close()
                 if time.monotonic() + pause > give_up:
                     raise
-                _log.warning("%s: appending failed, trying again: %s", self.stream, error)
+                # The service closes connections that nobody has used for a while.
+                level = logging.INFO if pause == FIRST_PAUSE else logging.WARNING
+                _log.log(level, "%s: appending failed, trying again: %s", self.stream, error)
                 time.sleep(pause)
                 pause = min(2 * pause, 30)
         self.rows, self.bytes = [], 0
@@ -133,12 +135,12 @@ class Connection:
     _idle: ClassVar[collections.defaultdict[str, list[Connection]]] = collections.defaultdict(list)
 
     @classmethod
-    def idle(cls, stream: str, kind: type[Record]) -> Connection:
+    def idle(cls, stream: str, schema: Any) -> Connection:
         """One that nobody uses, or a new one."""
         try:
             return cls._idle[stream].pop()
         except IndexError:
-            return cls(write_client(), stream, kind)
+            return cls(write_client(), stream, schema)
 
     @classmethod
     def close_idle(cls, stream: str) -> None:
@@ -149,9 +151,9 @@ class Connection:
     def keep(self) -> None:
         self._idle[self.stream].append(self)
 
-    def __init__(self, client: Any, stream: str, kind: type[Record]):
+    def __init__(self, client: Any, stream: str, schema: Any):
         self.stream = stream
-        self.opening = {"write_stream": stream, "schema": descriptor(kind)}
+        self.opening = {"write_stream": stream, "schema": schema}
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.answers = client.transport.append_rows(
             iter(self.requests.get, None),
@@ -265,7 +267,7 @@ _CHANGE = "_CHANGE_TYPE"  # a pseudo-column of change data capture
 
 
 @functools.cache
-def descriptor(kind: type[Record]) -> Any:
+def descriptor(kind: type[Record], upsert: bool = True) -> Any:
     """A kind's rows as a protocol buffer.
 
     Types are those that the service takes for each type of column: times are microseconds
@@ -276,7 +278,8 @@ def descriptor(kind: type[Record]) -> Any:
     from google.protobuf.descriptor_pb2 import FieldDescriptorProto as Field
 
     made = DescriptorProto(name=kind.__name__)
-    everything = [*columns(kind), {"name": _CHANGE, "type": "STRING", "mode": "NULLABLE"}]
+    change = {"name": _CHANGE, "type": "STRING", "mode": "NULLABLE"}
+    everything = [*columns(kind), change] if upsert else columns(kind)
     for number, column in enumerate(everything, 1):
         is_number = column["type"] in ("INTEGER", "TIMESTAMP")
         repeated = column["mode"] == "REPEATED"
@@ -303,17 +306,16 @@ def message_class(kind: type[Record]) -> Any:
 
 def to_row(record: Record, upsert: bool = True) -> bytes:
     """A record as a row; a dead letter that is too large for one is shortened."""
-    kind = type(record)
-    row = message_class(kind)(**_values(record, upsert)).SerializeToString()
+    key, made = record_id(record), message_class(type(record))
+    row = made(**_values(record, key, upsert)).SerializeToString()
     if len(row) > APPEND_BYTES and isinstance(record, DeadLetter):
-        row = message_class(kind)(
-            **_values(shortened(record, APPEND_BYTES), upsert)
-        ).SerializeToString()
+        short = shortened(record, APPEND_BYTES)
+        row = made(**_values(short, key, upsert)).SerializeToString()
     return bytes(row)
 
 
-def _values(record: Record, upsert: bool) -> dict[str, Any]:
-    values: dict[str, Any] = {id_column(type(record)): record_id(record)}
+def _values(record: Record, key: str, upsert: bool) -> dict[str, Any]:
+    values: dict[str, Any] = {id_column(type(record)): key}
     for name in type(record).model_fields:
         value = getattr(record, name)
         if isinstance(value, datetime):

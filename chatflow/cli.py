@@ -400,6 +400,8 @@ def prepare(
     beam_flags = beam_options(flags, is_stream(options.input), options.flags())
     local = is_local(beam_flags)
     quieten(local)
+    if not local:
+        check_credentials(beam_flags)
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
     try:
@@ -415,7 +417,7 @@ def prepare(
         prepare_model(planned, console)
     if planned.spec.is_remote and options.check_endpoint == "true":
         check_model(planned.spec, local, console)
-    removed = prepare_output(destinations, inputs, planned.streaming)
+    removed = prepare_output(destinations, inputs, planned.streaming, local)
     if removed:
         console.print(f"replacing {removed} result files of an earlier run")
     return planned, pipeline
@@ -445,6 +447,28 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def check_credentials(options: Any) -> None:
+    """Makes sure that a job can be sent to Google Cloud at all.
+
+    Raises:
+      UsageError: there are no credentials.
+    """
+    from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
+
+    google_cloud = options.view_as(GoogleCloudOptions)
+    if options.view_as(StandardOptions).runner != "DataflowRunner" or google_cloud.no_auth:
+        return
+    import google.auth
+
+    try:
+        google.auth.default()
+    except google.auth.exceptions.DefaultCredentialsError:
+        raise UsageError(
+            "--runner=DataflowRunner: there are no credentials of Google Cloud here; run "
+            "`gcloud auth application-default login`"
+        ) from None
+
+
 def quieten(local: bool) -> None:
     """Leaves Beam's logs out: a local run shows its progress, and its failure as one line.
 
@@ -457,17 +481,22 @@ def quieten(local: bool) -> None:
     logging.getLogger("chatflow").setLevel(logging.WARNING)
     if not local:
         logging.getLogger("apache_beam.runners").setLevel(logging.INFO)
+        logging.getLogger("apache_beam.transforms").setLevel(logging.ERROR)
         for handler in logging.getLogger().handlers:
-            handler.addFilter(lambda record: len(record.getMessage()) < 500)
+            handler.addFilter(
+                lambda record: record.levelno > logging.INFO or len(record.getMessage()) < 220
+            )
 
 
 CHECK_SECONDS = 15.0
+
+_NOT_OURS_TO_ASK = ("credentials", "http_401", "http_403")
 
 
 def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
     """Asks the service whether a remote model is there.
 
-    Where it cannot be reached, or this machine has no credentials for a job that runs
+    Where it cannot be reached, or this machine may not ask it for a job that runs
     elsewhere, only a warning is printed: the workers may well reach it.
 
     Raises:
@@ -486,7 +515,7 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
     except Exception as error:
         fault = classify(error)
         said = f"--model={spec.name}: {fault.reason}: {one_line(error)}"
-        if fault.kind is Kind.FATAL and (local or fault.reason != "credentials"):
+        if fault.kind is Kind.FATAL and (local or fault.reason not in _NOT_OURS_TO_ASK):
             raise UsageError(f"{said} (--check_endpoint=false does not ask)") from None
         console.print(f"warning: not checked: {said}", highlight=False, markup=False)
     finally:

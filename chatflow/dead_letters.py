@@ -99,7 +99,7 @@ def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
 
 def shortened(letter: DeadLetter, limit: int) -> DeadLetter:
     """A letter for where there is only room for so many bytes: compressed, or else cut."""
-    packed = base64.b64encode(gzip.compress(letter.payload_bytes())).decode()
+    packed = base64.b64encode(gzip.compress(letter.payload_bytes(), mtime=0)).decode()
     if len(packed) > limit - 100_000:
         metrics.count("cut_dead_letters")
         start = letter.payload[: limit // 8]

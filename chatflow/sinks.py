@@ -171,7 +171,9 @@ def result_files(prefix: str) -> list[str]:
     )
 
 
-def prepare_output(destinations: Iterable[str], inputs: list[str], streaming: bool) -> int:
+def prepare_output(
+    destinations: Iterable[str], inputs: list[str], streaming: bool, local: bool = True
+) -> int:
     """Makes the folders, tries to write to them, and removes an earlier run's files.
 
     A run with another number of shards would else leave a mixture of both. A stream
@@ -179,12 +181,15 @@ def prepare_output(destinations: Iterable[str], inputs: list[str], streaming: bo
 
     Args:
       inputs: files that are about to be read.
+      local: the pipeline runs here, and now. Elsewhere it may be refused, or an earlier one may
+        still write, so nothing is removed.
 
     Returns:
       how many files of an earlier run were removed.
 
     Raises:
-      UsageError: a folder cannot be written, or holds a file that is an input.
+      UsageError: a folder cannot be written, or holds a file that is an input, or one that
+        would have to be removed.
     """
     prefixes = list(filter(is_file, destinations))
     for folder in {FileSystems.split(prefix)[0] or "." for prefix in prefixes}:
@@ -192,6 +197,10 @@ def prepare_output(destinations: Iterable[str], inputs: list[str], streaming: bo
     stale = [] if streaming else [path for prefix in prefixes for path in result_files(prefix)]
     if read := sorted(set(stale) & set(inputs)):
         raise UsageError(f"--output: {read[0]} is read, and would be replaced; name another folder")
+    if stale and not local:
+        raise UsageError(
+            f"--output: {stale[0]} is there, of another run; name another folder, or remove it"
+        )
     if stale:
         FileSystems.delete(stale)
     return len(stale)

@@ -141,7 +141,8 @@ def size_of(
       UsageError: nothing in the table has room, or a name that is not in it.
     """
     shape = architecture_of(model)
-    width = {"float32": 4, "bfloat16": 2}.get(dtype) or (2 if accelerator else 4)
+    usual = 2 if accelerator else 4
+    width = {"float32": 4, "bfloat16": 2}.get(dtype, usual)
     weights = shape.parameters * width / 1e9
     kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width)
     needed = weights + CACHE_ROOM * batch * kv / 1e9 + PROCESS_GB
@@ -157,7 +158,8 @@ def size_of(
     known = [
         entry["chats_per_second"]
         for entry in table["measured"]
-        if architecture_of(entry["model"]) == shape
+        if width == usual
+        and architecture_of(entry["model"]) == shape
         and (entry["vcpus"], entry.get("accelerator", "")) == (vcpus, gpu["name"] if gpu else "")
     ]
     rate, origin = (

@@ -12,7 +12,7 @@ from fakes.bigquery import FakeBigQuery, Table
 from chatflow import bigquery
 from chatflow.cli import execute
 from chatflow.options import Options
-from chatflow.records import KINDS, Analysis, DeadLetter, now
+from chatflow.records import KINDS, Analysis, DeadLetter, now, record_id
 
 SCHEMAS = Path(__file__).parent.parent / "infra" / "terraform" / "schemas"
 
@@ -177,8 +177,12 @@ def test_threads_that_append_one_after_the_other_share_a_connection(tables):
 
 
 def test_a_dead_letter_that_is_too_large_for_a_row_is_compressed(tables):
-    (row,) = write(tables, [letter("x" * 12_000_000)], DeadLetter)
+    """Its id is that of the whole letter, as in Pub/Sub."""
+    large = letter("x" * 12_000_000)
+    write(tables, [large], DeadLetter)
+    (row,) = write(tables, [large], DeadLetter)
     assert row["payload_encoding"] == "gzip"
+    assert row["dead_letter_id"] == record_id(large)
     assert DeadLetter(**row | {"failed_at": now()}).payload_bytes() == b"x" * 12_000_000
 
 

@@ -15,6 +15,7 @@ from conftest import chat, required
 from fakes.dataflow import FakeCloud
 
 from chatflow.cli import main
+from chatflow.errors import UsageError
 from chatflow.options import Options
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def google():
 def cloud(google):
     google.jobs.clear()
     google.launches.clear()
-    google.incompatible, google.done = "", False
+    google.incompatible, google.done, google.refusal = "", False, None
     google.counts.clear()
     return google
 
@@ -130,6 +131,7 @@ def test_the_job_is_what_was_asked_for(cloud, capsys, case):
     assert pool["autoscalingSettings"] == {"maxNumWorkers": 5 if case == "GPU, stream" else 3}
     assert job["labels"] == {"app": "chatflow"}
 
+    assert job["name"] == ("chatflow" if stream else "chatflow-batch")
     assert environment["version"]["job_type"] == f"FNAPI_{'STREAMING' if stream else 'BATCH'}"
     assert ("enable_streaming_engine" in environment["experiments"]) == stream
     # One process, many threads that wait for the model; where it is remote, Dataflow's defaults.
@@ -147,7 +149,7 @@ def test_the_job_is_what_was_asked_for(cloud, capsys, case):
             "projects/proj-1/topics/chatflow-dead-letters,bigquery://proj-1.chatflow.dead_letters"
         )
     else:
-        assert options["output"] == "gs://proj-1-chatflow/results"
+        assert re.fullmatch(r"gs://proj-1-chatflow/results/[\dT:-]+", options["output"])
 
     # Hints are on the inference steps alone.
     asking = ("AnalyseChats/AskModel/RunInference", "DraftApologies/AskModel/RunInference")
@@ -175,6 +177,34 @@ def test_what_is_staged_is_the_graph_alone(cloud, capsys):
     steps = cloud.pipeline(job).components.transforms.values()
     (read,) = [step for step in steps if step.spec.urn == "beam:transform:pubsub_read:v1"]
     assert b"projects/proj-1/subscriptions/chatflow-events" in read.spec.payload
+
+
+def test_results_of_another_run_are_left_alone(cloud, capsys):
+    """Dataflow may refuse the job, and another one may still write there."""
+    cloud.put("proj-1-chatflow", "old/analyses-00000-of-00001.jsonl", b"{}")
+    cloud.put("proj-1-chatflow", "old/analyses-00001-of-00001.jsonl", b"{}")
+    output = {"OUTPUT": "gs://proj-1-chatflow/old"}
+    ((_, *words),) = commands("deploy", cloud, capsys, **FILES, **output)
+    assert main(words) == 2
+    assert "analyses-00000-of-00001.jsonl is there, of another run" in capsys.readouterr().err
+    assert len(cloud.objects("proj-1-chatflow", "old/")) == 2
+    assert not cloud.jobs
+
+
+def test_what_dataflow_refuses_is_said(cloud, capsys, caplog):
+    cloud.refusal = (403, "the caller does not have permission " + "x" * 600)
+    ((_, *words),) = commands("deploy", cloud, capsys)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    assert "the caller does not have permission" in capsys.readouterr().err
+
+
+def test_a_machine_without_credentials_is_told_at_once(cloud, capsys, monkeypatch):
+    ((_, *words),) = commands("deploy", cloud, capsys)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere.json")
+    assert main(words) == 2
+    assert "gcloud auth application-default login" in capsys.readouterr().err
 
 
 def test_a_job_that_is_waited_for_ends_with_its_counts(cloud, capsys):
@@ -232,8 +262,12 @@ def test_a_job_is_found_by_its_name_and_drained(cloud, capsys, gcloud):
     job = deploy(cloud, capsys)
     make("drain", **PLACE)
     assert job["requestedState"] == "JOB_STATE_DRAINED"
-    said = make("drain", **PLACE | {"NAME": "other"}, code=2)
-    assert "no job named other runs in us-central1 of proj-1" in said
+    assert job["id"] in make("status", **PLACE)
+    # Neither a job whose name begins alike, nor one of another installation.
+    for target in ("drain", "update"):
+        said = make(target, **PLACE | {"NAME": "chat"}, code=2)
+        assert "no job named chat in us-central1 of proj-1" in said
+    assert len(cloud.jobs) == 1
 
 
 def test_the_templates_parameters_are_the_same_options(cloud, capsys, gcloud):
@@ -287,6 +321,12 @@ def as_launcher(asked, cloud):
         f"--dataflow_endpoint={cloud.address}",
         *lists, *(f"--{name}={value}" for name, value in flags.items()),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--quiet_seconds", "30", "--save_main_session"])
+def test_a_flag_that_cannot_be_a_parameter_is_refused(flag):
+    with pytest.raises(UsageError, match=rf"^{flag}: flags of a template have the form"):
+        launch.command("gs://b/t.json", ["--job_name=j", flag])
 
 
 def test_every_option_survives_as_a_parameter():
@@ -368,13 +408,27 @@ def read(path):
     return (ROOT / path).read_text()
 
 
-def test_names_are_those_that_terraform_makes():
-    terraform = "".join(path.read_text() for path in (ROOT / "infra/terraform").glob("*.tf"))
-    for name in (
-        '"${var.name}-worker"', '"${var.name}-events"', '"${var.project}-${var.name}"',
-        '"${var.project}-${var.name}-temp"', "analyses", "dead-letters",
-    ):  # fmt: skip
-        assert name in terraform, name
+def test_names_are_those_that_terraform_makes(cloud, capsys):
+    """What a job is given by name is what the Terraform files name so."""
+    made = "".join(path.read_text() for path in sorted((ROOT / "infra/terraform").glob("*.tf")))
+    made = made.replace("${var.name}", "chatflow").replace("${var.project}", "proj-1")
+    topics = re.search(r"results = toset\(\[(.*?)\]\)", made)
+    assert topics is not None
+    job = deploy(cloud, capsys)
+    options = options_of(job)
+    for kind in ("analyses", "drafts", "dead_letters"):
+        topic, table = options[kind].split(",")
+        assert f'"{topic.removeprefix("projects/proj-1/topics/chatflow-")}"' in topics[1]
+        assert re.search(rf"^    {kind} += {{ key = ", made, re.MULTILINE), table
+        assert table == f"bigquery://proj-1.chatflow.{kind}"
+    account = options["service_account_email"].partition("@")[0]
+    assert re.search(rf'account_id += "{account}"', made)
+    subscription = options["input"].rpartition("/")[2]
+    assert re.search(
+        rf'resource "google_pubsub_subscription" "events" {{\n  name += "{subscription}"', made
+    )
+    for bucket in ("proj-1-chatflow", "proj-1-chatflow-temp"):
+        assert re.search(rf'name += "{bucket}"', made)
 
 
 # Files of Cloud Storage.

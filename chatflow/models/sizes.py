@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
+from chatflow.models.presets import brought
 
 
 class Architecture(NamedTuple):
@@ -68,23 +70,35 @@ _NAME = re.compile(
 
 
 def architecture_of(model: str) -> Architecture:
-    """By the name of a preset, or from the `config.json` of a folder, local or `gs://`.
+    """From the `config.json` of a folder, or by the name of a preset.
+
+    A folder of Cloud Storage is only read where its name does not tell.
 
     Raises:
       UsageError: neither tells.
     """
+    folder = brought(model) or Path(model)
+    if (folder / "config.json").is_file():
+        return _read(str(folder))
     if found := _NAME.search(model.lower().rsplit("/", 1)[-1]):
         key = f"gemma{found['family']}_{found['size']}"
         if key in GEMMAS:
             return GEMMAS[key]
+    if "://" in model and not model.startswith(("hf:", "kaggle:")):
+        return _read(model)
+    raise UsageError(
+        f"--model={model}: its size is not known; give a folder with a Gemma's config.json, "
+        f"or a name with one of {', '.join(GEMMAS)} in it"
+    )
+
+
+def _read(folder: str) -> Architecture:
     try:
-        with FileSystems.open(FileSystems.join(model, "config.json")) as file:
+        with FileSystems.open(FileSystems.join(folder, "config.json")) as file:
             return _from_config(json.loads(file.read()))
-    except Exception:  # each filesystem has its own
-        known = ", ".join(GEMMAS)
+    except Exception as error:  # each filesystem has its own
         raise UsageError(
-            f"--model={model}: its size is not known; give a folder with a Gemma's config.json, "
-            f"or a name with one of {known} in it"
+            f"--model={folder}: no Gemma's config.json can be read there: {one_line(error)}"
         ) from None
 
 

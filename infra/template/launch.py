@@ -2,17 +2,17 @@
 
   python infra/template/launch.py TEMPLATE_FILE --runner=DataflowRunner --project=P …
 
-runs `gcloud dataflow flex-template run`; with DRY_RUN=1 in the environment it is only printed.
+prints and runs `gcloud dataflow flex-template run`.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from chatflow.errors import UsageError
 from chatflow.options import Options
 
 GCLOUD = {
@@ -36,11 +36,18 @@ NOT_FOR_TEMPLATES = ("runner", "job_name", "no_wait_until_finish", "dataflow_end
 
 
 def command(template: str, flags: Sequence[str]) -> list[str]:
-    """The gcloud command that launches a job with these flags, each of them `--name=value`."""
+    """The gcloud command that launches a job with these flags, each of them `--name=value`.
+
+    Raises:
+      UsageError: a flag of another form.
+    """
     job_name, own = "", []
     lists: dict[str, list[str]] = {}
+    options: dict[str, str] = {}
     for flag in flags:
-        name, _, value = flag.removeprefix("--").partition("=")
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not (equals or name in (*SWITCHES, *NOT_FOR_TEMPLATES)):
+            raise UsageError(f"{flag}: flags of a template have the form --name=value")
         if name == "job_name":
             job_name = value
         elif name in GCLOUD:
@@ -52,7 +59,10 @@ def command(template: str, flags: Sequence[str]) -> list[str]:
         elif name in Options.defaults():
             lists.setdefault("--parameters", []).append(f"{name}={value}")
         elif name not in NOT_FOR_TEMPLATES:
-            lists.setdefault("--additional-pipeline-options", []).append(f"{name}={value}")
+            options[name] = f"{options[name]},{value}" if name in options else value
+    if options:
+        pairs = [f"{name}={value}" for name, value in options.items()]
+        lists["--additional-pipeline-options"] = pairs
     return [
         "gcloud", "dataflow", "flex-template", "run", job_name,
         f"--template-file-gcs-location={template}",
@@ -63,13 +73,15 @@ def command(template: str, flags: Sequence[str]) -> list[str]:
 
 def _joined(values: Sequence[str]) -> str:
     """A list as gcloud takes it where values have commas in them: with a separator of its own."""
-    separator = next(mark for mark in ",~|@%!" if not any(mark in value for value in values))
+    free = (mark for mark in ",~|@%!\x1f" if not any(mark in value for value in values))
+    separator = next(free)
     return ("" if separator == "," else f"^{separator}^") + separator.join(values)
 
 
 if __name__ == "__main__":
-    launch = command(sys.argv[1], sys.argv[2:])
-    if os.environ.get("DRY_RUN"):
-        print(shlex.join(launch))
-    else:
-        sys.exit(subprocess.run(launch).returncode)
+    try:
+        launch = command(sys.argv[1], sys.argv[2:])
+    except UsageError as error:
+        sys.exit(f"launch: {error}")
+    print(shlex.join(launch), flush=True)
+    sys.exit(subprocess.run(launch).returncode)

@@ -100,7 +100,7 @@ locals {
       condition    = "a job's watermark is more than ${var.freshness_seconds} s behind"
       filter = join(" AND ", [
         "resource.type = \"dataflow_job\"",
-        "resource.labels.job_name = starts_with(\"${var.name}\")",
+        "resource.labels.job_name = monitoring.regex.full_match(\"${var.name}(-batch)?\")",
         "metric.type = \"dataflow.googleapis.com/job/data_watermark_age\"",
       ])
       period    = "60s"
@@ -127,7 +127,7 @@ locals {
       condition    = "a job has failed"
       filter = join(" AND ", [
         "resource.type = \"dataflow_job\"",
-        "resource.labels.job_name = starts_with(\"${var.name}\")",
+        "resource.labels.job_name = monitoring.regex.full_match(\"${var.name}(-batch)?\")",
         "metric.type = \"dataflow.googleapis.com/job/is_failed\"",
       ])
       period    = "60s"

@@ -116,6 +116,14 @@ resource "google_service_account_iam_member" "launcher_acts_as_worker" {
   member             = local.launcher
 }
 
+resource "google_storage_bucket_iam_member" "worker_views_objects" {
+  for_each = toset(var.read_buckets)
+
+  bucket = each.value
+  role   = "roles/storage.objectViewer"
+  member = local.worker
+}
+
 resource "google_storage_bucket_iam_member" "launcher_uses_objects" {
   for_each = local.buckets
 

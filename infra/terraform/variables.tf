@@ -59,6 +59,12 @@ variable "subnetwork" {
   }
 }
 
+variable "read_buckets" {
+  type        = list(string)
+  default     = []
+  description = "Other buckets that the workers may read: chats, or weights."
+}
+
 variable "remote_models" {
   type        = bool
   default     = false

@@ -18,6 +18,11 @@ from google.cloud.bigquery_storage_v1 import types as bq
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 
 SERVICE = "google.cloud.bigquery.storage.v1.BigQueryWrite"
+FIELD = descriptor_pb2.FieldDescriptorProto
+WIRE = {
+    "STRING": FIELD.TYPE_STRING, "JSON": FIELD.TYPE_STRING,
+    "INTEGER": FIELD.TYPE_INT64, "TIMESTAMP": FIELD.TYPE_INT64,
+}  # fmt: skip
 TYPES = {"STRING": "STRING", "INTEGER": "INT64", "TIMESTAMP": "TIMESTAMP", "JSON": "JSON"}
 
 
@@ -27,16 +32,24 @@ class Table:
         self.key = key
         self.rows: list[dict[str, Any]] = []
 
+    def fits(self, schema: descriptor_pb2.DescriptorProto) -> str:
+        """Why rows of this form are refused, if they are."""
+        for field in schema.field:
+            if field.name == "_CHANGE_TYPE":
+                if not self.key:
+                    return "_CHANGE_TYPE needs a primary key"
+            elif field.name not in self.columns:
+                return f"there is no column {field.name}"
+            elif WIRE[self.columns[field.name]["type"]] != field.type:
+                return f"column {field.name} is of another type"
+        return ""
+
     def add(self, row: dict[str, Any]) -> str:
         """Why the row is refused, if it is."""
         upsert = row.pop("_CHANGE_TYPE", None) == "UPSERT"
-        if unknown := sorted(set(row) - set(self.columns)):
-            return f"unknown fields {unknown}"
         for name, column in self.columns.items():
             if column["mode"] == "REQUIRED" and name not in row:
                 return f"field {name} is required"
-        if upsert and not self.key:
-            return "_CHANGE_TYPE needs a primary key"
         if upsert:
             self.rows = [kept for kept in self.rows if kept[self.key] != row[self.key]]
         self.rows.append(row)
@@ -107,7 +120,10 @@ class FakeBigQuery:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is too large")
             if row_class is None:
                 table = self._table(request.write_stream, context)
-                row_class = _row_class(request.proto_rows.writer_schema.proto_descriptor)
+                schema = request.proto_rows.writer_schema.proto_descriptor
+                if refused := table.fits(schema):
+                    context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused)
+                row_class = _row_class(schema)
             with self._lock:
                 fault = self.faults.popleft() if self.faults else None
                 while fault == "hang" and context.is_active():

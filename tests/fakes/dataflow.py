@@ -48,6 +48,7 @@ class FakeCloud:
       launches: bodies of requests to launch a Flex Template.
       counts: what the counters of every job have come to; a list is a distribution.
       done: jobs are over as soon as they have come.
+      refusal: a status, and what is said with it, to whatever is asked.
       incompatible: a job that replaces another fails, with this as the reason.
     """
 
@@ -56,6 +57,7 @@ class FakeCloud:
         self.launches: list[dict[str, Any]] = []
         self.counts: dict[str, int | list[int]] = {}
         self.done = False
+        self.refusal: tuple[int, str] | None = None
         self.incompatible = ""
         self._buckets = buckets
         self._folder = tempfile.TemporaryDirectory(prefix="fake-cloud-")
@@ -73,9 +75,8 @@ class FakeCloud:
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 sent = json.loads(body) if body.startswith(b"{") else {}
-                found = cloud.handle(self.command, self.path.partition("?")[0], sent)
-                answer = json.dumps(found or {"error": {"code": 404, "message": "not found"}})
-                self.send_response(200 if found is not None else 404)
+                status, answer = cloud.answer(self.command, self.path.partition("?")[0], sent)
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer.encode())))
                 self.end_headers()
@@ -129,6 +130,13 @@ class FakeCloud:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+    def answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        found = None if self.refusal else self.handle(method, path, body)
+        status, said = self.refusal or (404, "not found")
+        if found is not None or path == "/token":
+            return 200, json.dumps(found or self.handle(method, path, body))
+        return status, json.dumps({"error": {"code": status, "message": said}})
 
     def handle(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
         if path == "/token":
