@@ -32,6 +32,10 @@ SUMMARY_CHARACTERS = 512
 """The longest summary that an `Analysis` holds, as the talk's prompt asks for."""
 
 
+LARGEST_INTEGER = 2**63 - 1
+"""Of 64 bits, as databases have them."""
+
+
 class Sentiment(IntEnum):
     """How a customer feels."""
 
@@ -92,7 +96,7 @@ class Chat(Record):
     messages: tuple[Message, ...]
     user_id: Id | None = None
     attributes: dict[str, str] = Field(default_factory=dict)
-    revision: int = Field(default=0, ge=0)
+    revision: int = Field(default=0, ge=0, le=LARGEST_INTEGER)
 
     def users(self) -> tuple[str, ...]:
         """Whose tone is asked: the named user, else every customer, else the first author."""

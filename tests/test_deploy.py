@@ -92,10 +92,20 @@ def hints_of(cloud, job):
     return hinted
 
 
-def test_make_deploy_submits_the_job(cloud):
-    """The whole of it, as a person runs it."""
-    said = make("deploy", **PLACE, DATAFLOW_ENDPOINT=cloud.address)
+def test_make_deploy_submits_the_job(cloud, tmp_path):
+    """The whole of it, as a person runs it, with a preset of theirs in the image."""
+    preset = tmp_path / "mine"
+    preset.mkdir()
+    sizes = {
+        "model_type": "gemma3_text", "num_hidden_layers": 26, "hidden_size": 1152,
+        "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 256, "vocab_size": 262144,
+    }  # fmt: skip
+    (preset / "config.json").write_text(json.dumps(sizes))
+    said = make("deploy", **PLACE, DATAFLOW_ENDPOINT=cloud.address, PRESETS=tmp_path, MODEL="mine")
     (job,) = cloud.jobs.values()
+    assert options_of(job)["model"] == "mine"
+    assert job["environment"]["workerPools"][0]["machineType"] == "n2-standard-4"
     assert f"started: {job['id']}" in said
     assert "console.cloud.google.com/dataflow/jobs/us-central1" in said
     assert job["name"] == "chatflow"

@@ -45,6 +45,7 @@ def line(**fields):
         (line(chat_id=""), "wrong_shape", "chat_id"),
         (line(chat_id=None), "wrong_shape", "chat_id"),
         (line(revision=-1), "wrong_shape", "revision"),
+        (line(revision=2**63), "wrong_shape", "revision"),
         (line(attributes={"tenant": 5}), "wrong_shape", "attributes.tenant"),
         (line(messages=[{"user_id": "1", "text": " \n"}]), "no_text", "chat 7"),
         (line(user_id="2"), "no_customer", "user 2"),
