@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes of all commands
+
 
 class UsageError(Exception):
     """A wrong flag, file or setting; the command line shows it as one line, exit code 2."""

@@ -160,10 +160,10 @@ def _best(
 
 def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     """The command: runs the pipeline, prints the confusion matrix or one line of JSON."""
-    from chatflow.cli import execute
     from chatflow.options import from_flags
     from chatflow.pipeline import plan
     from chatflow.report import read_records
+    from chatflow.run import execute
 
     labels = read_labels(parsed.labelled)
     with tempfile.TemporaryDirectory(prefix="chatflow-evaluate-") as scratch:

@@ -182,10 +182,11 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     """The command; see `chatflow stream --help`."""
     from rich.console import Console
 
-    from chatflow import cli, metrics, publish
+    from chatflow import metrics, publish
     from chatflow.emulator import emulator, make_topics, subscription_of
     from chatflow.options import from_flags
     from chatflow.report import Summary
+    from chatflow.run import prepare, show, sigterm_interrupts
     from chatflow.tail import follow
 
     if parsed.rate <= 0:
@@ -204,11 +205,11 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     metrics.reset_local_counts()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(cli.sigterm_interrupts())
+        stack.enter_context(sigterm_interrupts())
         console.print("starting the Pub/Sub emulator")
         host = stack.enter_context(emulator())
         make_topics((EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS))
-        planned, pipeline = cli.prepare(options, flags, console)
+        planned, pipeline = prepare(options, flags, console)
         stack.callback(planned.model.forget)
         results = stack.enter_context(follow((ANALYSES, DRAFTS, DEAD_LETTERS)))
         console.print(
@@ -251,7 +252,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         if console.is_terminal:
             console.print(board.render())
     summary = Summary.of(run.result, time.monotonic() - started, planned)
-    cli.show(summary, options)
+    show(summary, options)
     return 0
 
 

@@ -25,7 +25,7 @@ from apache_beam.testing.util import assert_that
 from fakes.vertex import FakeVertex
 from rich.console import Console
 
-from chatflow.cli import main, prepare
+from chatflow.cli import main
 from chatflow.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
 from chatflow.errors import UsageError
 from chatflow.models import Model, ModelSpec
@@ -37,6 +37,7 @@ from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.publishing import publisher
 from chatflow.records import KINDS, Chat, Message
 from chatflow.report import Summary
+from chatflow.run import prepare
 from chatflow.stream import Run
 from chatflow.tail import follow
 from chatflow.templates import load_folder

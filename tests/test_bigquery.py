@@ -10,9 +10,9 @@ from conftest import JOB_SERVICE, chat, mistake
 from fakes.bigquery import FakeBigQuery, Table
 
 from chatflow import bigquery
-from chatflow.cli import execute
 from chatflow.options import Options
 from chatflow.records import KINDS, Analysis, DeadLetter, now, record_id
+from chatflow.run import execute
 
 SCHEMAS = Path(__file__).parent.parent / "infra" / "terraform" / "schemas"
 

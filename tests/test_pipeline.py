@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatflow.analysis import AnalyseChats
-from chatflow.cli import execute, main
+from chatflow.cli import main
 from chatflow.drafts import DraftApologies
 from chatflow.models import Model
 from chatflow.models.handlers import LanguageModelHandler
@@ -26,6 +26,7 @@ from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
 from chatflow.records import KINDS
+from chatflow.run import execute
 
 ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
 APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}

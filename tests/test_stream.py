@@ -19,12 +19,13 @@ import pytest
 from conftest import JOB_SERVICE, PubSub, chat, mistake, scripted, start_emulator
 from test_pipeline import ANGRY, APOLOGY, read
 
-from chatflow.cli import execute, main
+from chatflow.cli import main
 from chatflow.emulator import HOST_VARIABLE
 from chatflow.errors import ModelError
 from chatflow.options import beam_options
 from chatflow.publish import Line, send
 from chatflow.records import now
+from chatflow.run import execute
 from chatflow.sources import ReadArrivals, ReadMessages
 
 CODE = re.compile(r"\bm\d+x\d+\b")

@@ -1,0 +1,275 @@
+"""`chatflow run` and `replay`: checks all that can be checked, then runs the pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from chatflow.errors import FAILED, UsageError, one_line
+from chatflow.options import Options, beam_options, cloud_of, from_flags, is_local
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from chatflow.models import ModelSpec
+    from chatflow.pipeline import Plan
+    from chatflow.report import Summary
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    """The command: waits for the pipeline, unless told not to."""
+    options = from_flags(parsed, required=("input",))
+    if "--no_wait_until_finish" in rest:
+        launch(options, rest, parsed.replay)
+    else:
+        show(execute(options, rest, replay=parsed.replay), options)
+    return 0
+
+
+def show(summary: Summary, options: Options) -> None:
+    """Prints what came out of a run: tables, or one line of JSON."""
+    if options.summary == "json":
+        print(summary.to_json())
+        return
+    from rich.console import Console
+
+    from chatflow.report import counts_table, results_table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.show and any(map(summary.files, summary.destinations)):
+        console.print(results_table(summary, options.show))
+    console.print(counts_table(summary))
+
+
+def execute(
+    options: Options, flags: Sequence[str], replay: bool = False, drafts: bool = True
+) -> Summary:
+    """Checks everything, runs the pipeline, and waits for it; see `pipeline.Plan`.
+
+    Returns:
+      the counts.
+
+    Raises:
+      UsageError: before anything runs.
+      SystemExit: with code 1, when the pipeline fails.
+    """
+    from rich.console import Console
+
+    from chatflow import report
+
+    console = Console(stderr=True)
+    planned, pipeline = prepare(options, flags, console, replay, drafts)
+    started = time.monotonic()
+    # Elsewhere, counts are not in this process, and the runner says how it goes on.
+    shown = report.progress(console) if is_local(pipeline.options) else contextlib.nullcontext()
+    with failures(planned), shown:
+        result = pipeline.run()
+        finish(result, console)
+    return report.Summary.of(result, time.monotonic() - started, planned)
+
+
+def launch(options: Options, flags: Sequence[str], replay: bool = False) -> None:
+    """Starts a pipeline that another runner runs, and prints by what id it is known there.
+
+    Raises:
+      as `execute`.
+    """
+    from rich.console import Console
+
+    planned, pipeline = prepare(options, flags, Console(stderr=True), replay)
+    with failures(planned):
+        result = pipeline.run()
+    # A Flex Template's launcher only writes the job down, so that there is none yet.
+    job_id = result.job_id() if getattr(result, "has_job", False) else None
+    if options.summary == "json":
+        print(json.dumps({"job_id": job_id}))
+    elif job_id:
+        print(f"started: {job_id}")
+
+
+@contextlib.contextmanager
+def failures(planned: Plan) -> Iterator[None]:
+    """Says of a failed pipeline what failed, in a line, and ends with exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        if "KeyboardInterrupt" in str(error):  # as Beam's local runner passes it on
+            raise KeyboardInterrupt from None
+        logging.getLogger(__name__).debug("the pipeline failed", exc_info=error)
+        last = str(error).strip().splitlines()[-1:] or [""]
+        print(
+            f"chatflow: the pipeline failed: {type(error).__name__}: {last[0]} "
+            "(--debug shows the whole traceback)",
+            file=sys.stderr,
+        )
+        raise SystemExit(FAILED) from None
+    finally:
+        planned.model.forget()
+
+
+def prepare(
+    options: Options,
+    flags: Sequence[str],
+    console: Console,
+    replay: bool = False,
+    drafts: bool = True,
+) -> tuple[Plan, Any]:
+    """Checks everything that can be checked before a pipeline runs, and builds it.
+
+    Raises:
+      UsageError: a wrong flag, file or setting.
+    """
+    import apache_beam as beam
+
+    from chatflow.bigquery import check_tables
+    from chatflow.pipeline import build, plan
+    from chatflow.publishing import check_topics
+    from chatflow.sinks import prepare_output
+    from chatflow.sources import check_input, check_messages, is_stream
+
+    beam_flags = beam_options(flags, is_stream(options.input), options.flags())
+    local = is_local(beam_flags)
+    quieten(local)
+    if not local:
+        check_credentials(beam_flags)
+    inputs = check_input(options.input)
+    planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
+    try:
+        pipeline = beam.Pipeline(options=beam_flags)
+        build(pipeline, planned)
+    except ValueError as error:  # Beam's own check of its flags and of names
+        raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
+    destinations = [uri for uris in planned.destinations.values() for uri in uris]
+    if local:
+        check_messages(options.input)
+        check_topics(destinations)
+        check_tables(planned.destinations)
+        prepare_model(planned, console)
+    if planned.spec.is_remote and options.check_endpoint == "true":
+        check_model(planned.spec, local, console)
+    removed = prepare_output(destinations, inputs, planned.streaming, local)
+    if removed:
+        console.print(f"replacing {removed} result files of an earlier run")
+    return planned, pipeline
+
+
+def finish(result: Any, console: Console) -> None:
+    """Waits for a pipeline; drains a stream at the first Ctrl-C or SIGTERM."""
+    if not hasattr(result, "drain"):
+        result.wait_until_finish()
+        return
+    with sigterm_interrupts():
+        try:
+            result.wait_until_finish()
+        except KeyboardInterrupt:
+            console.print("draining: what was read is finished; Ctrl-C again stops at once")
+            result.drain()
+            result.wait_until_finish()
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Meanwhile, SIGTERM does what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_credentials(options: Any) -> None:
+    """Makes sure that a job can be sent to Google Cloud at all.
+
+    Raises:
+      UsageError: there are no credentials.
+    """
+    from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
+
+    google_cloud = options.view_as(GoogleCloudOptions)
+    if options.view_as(StandardOptions).runner != "DataflowRunner" or google_cloud.no_auth:
+        return
+    import google.auth
+
+    try:
+        google.auth.default()
+    except google.auth.exceptions.DefaultCredentialsError:
+        raise UsageError(
+            "--runner=DataflowRunner: there are no credentials of Google Cloud here; run "
+            "`gcloud auth application-default login`"
+        ) from None
+
+
+def quieten(local: bool) -> None:
+    """Leaves Beam's logs out: a local run shows its progress, and its failure as one line.
+
+    A run elsewhere logs what its runner says, e.g. where to watch the job, but not the whole
+    description of the job.
+    """
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        return
+    logging.getLogger().setLevel(logging.CRITICAL if local else logging.WARNING)
+    logging.getLogger("chatflow").setLevel(logging.WARNING)
+    if not local:
+        logging.getLogger("apache_beam.runners").setLevel(logging.INFO)
+        logging.getLogger("apache_beam.transforms").setLevel(logging.ERROR)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(
+                lambda record: record.levelno > logging.INFO or len(record.getMessage()) < 220
+            )
+
+
+CHECK_SECONDS = 15.0
+
+_NOT_OURS_TO_ASK = ("credentials", "http_401", "http_403")
+
+
+def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
+    """Asks the service whether a remote model is there.
+
+    Where it cannot be reached, or this machine may not ask it for a job that runs
+    elsewhere, only a warning is printed: the workers may well reach it.
+
+    Raises:
+      UsageError: the service says that the model is not there, or not for us.
+    """
+    from chatflow.models.calls import RemoteModel
+    from chatflow.models.faults import Kind, classify
+    from chatflow.models.remote import client_of
+
+    settings = spec.remote._replace(timeout=min(spec.remote.timeout, CHECK_SECONDS))
+    model = RemoteModel(spec.name, client_of(spec.name, settings), settings)
+    try:
+        console.print(model.check(), highlight=False)
+    except UsageError:
+        raise
+    except Exception as error:
+        fault = classify(error)
+        said = f"--model={spec.name}: {fault.reason}: {one_line(error)}"
+        if fault.kind is Kind.FATAL and (local or fault.reason not in _NOT_OURS_TO_ASK):
+            raise UsageError(f"{said} (--check_endpoint=false does not ask)") from None
+        console.print(f"warning: not checked: {said}", highlight=False, markup=False)
+    finally:
+        model.close()
+
+
+def prepare_model(planned: Plan, console: Console) -> None:
+    """Makes the embedded model now, with progress, if it is asked for and not there yet."""
+    if not planned.spec.is_embedded:
+        return
+    from chatflow.models import embedded
+    from chatflow.models.presets import local_preset
+
+    try:
+        local_preset(
+            embedded.NAME,
+            lambda text: console.print(f"{embedded.NAME}: {text}", highlight=False),
+        )
+    except embedded.EmbeddedModelError as error:
+        raise UsageError(f"--model={embedded.NAME}: {error}") from None
