@@ -29,11 +29,11 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     if "--no_wait_until_finish" in rest:
         launch(options, rest, parsed.replay)
     else:
-        show(execute(options, rest, replay=parsed.replay), options)
+        show_summary(execute(options, rest, replay=parsed.replay), options)
     return 0
 
 
-def show(summary: Summary, options: Options) -> None:
+def show_summary(summary: Summary, options: Options) -> None:
     """Prints what came out of a run: tables, or one line of JSON."""
     if options.summary == "json":
         print(summary.to_json())
@@ -137,8 +137,6 @@ def prepare(
     beam_flags = beam_options(flags, is_stream(options.input), options.flags())
     local = is_local(beam_flags)
     quieten(local)
-    if not local:
-        check_credentials(beam_flags)
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
     try:
@@ -146,6 +144,8 @@ def prepare(
         build(pipeline, planned)
     except ValueError as error:  # Beam's own check of its flags and of names
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
+    if not local:
+        check_credentials(beam_flags)
     destinations = [uri for uris in planned.destinations.values() for uri in uris]
     if local:
         check_messages(options.input)

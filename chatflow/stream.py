@@ -186,7 +186,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     from chatflow.emulator import emulator, make_topics, subscription_of
     from chatflow.options import from_flags
     from chatflow.report import Summary
-    from chatflow.run import prepare, show, sigterm_interrupts
+    from chatflow.run import prepare, show_summary, sigterm_interrupts
     from chatflow.tail import follow
 
     if parsed.rate <= 0:
@@ -252,7 +252,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         if console.is_terminal:
             console.print(board.render())
     summary = Summary.of(run.result, time.monotonic() - started, planned)
-    show(summary, options)
+    show_summary(summary, options)
     return 0
 
 
