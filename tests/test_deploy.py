@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import chat, required
+from fakes import environment
 from fakes.dataflow import FakeCloud
 
 from chatflow.cli import main
@@ -29,7 +30,10 @@ import launch  # noqa: E402
 
 @pytest.fixture(scope="module")
 def google():
-    with FakeCloud("proj-1-chatflow", "proj-1-chatflow-temp") as fake, fake.in_environment():
+    with (
+        FakeCloud("proj-1-chatflow", "proj-1-chatflow-temp") as fake,
+        environment(fake.environment),
+    ):
         fake.put("proj-1-chatflow", "chats/one.jsonl", chat("It is late.").to_json().encode())
         yield fake
 

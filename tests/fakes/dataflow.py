@@ -119,18 +119,6 @@ class FakeCloud:
     def storage(self) -> str:
         return f"http://localhost:{self._storage._api._httpd.server_port}"
 
-    @contextlib.contextmanager
-    def in_environment(self) -> Iterator[None]:
-        before = {name: os.environ.get(name) for name in self.environment}
-        os.environ.update(self.environment)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
-
     def answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
         found = None if self.refusal else self.handle(method, path, body)
         status, said = self.refusal or (404, "not found")

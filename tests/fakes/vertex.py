@@ -9,22 +9,22 @@ misbehaves, says `brain.Behaviour`; over gRPC, faults are statuses, hanging, or 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import ipaddress
 import json
-import os
 import socket
 import ssl
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from . import environment
 from .brain import Brain, Call, scripted_answer
 
 _BETWEEN = (("since", "0"), ("until", "inf"))
@@ -71,19 +71,10 @@ class FakeVertex:
         self._thread.join(10)
         self._folder.cleanup()
 
-    @contextlib.contextmanager
-    def trusted(self) -> Iterator[None]:
+    def trusted(self) -> AbstractContextManager[None]:
         """Meanwhile, clients of this process trust the stand-in's certificate."""
         names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH")
-        before = {name: os.environ.get(name) for name in names}
-        os.environ.update(dict.fromkeys(names, str(self.certificate)))
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+        return environment(dict.fromkeys(names, str(self.certificate)))
 
     def on_loop(self, function: Callable[[], None]) -> None:
         """Runs a function between two calls, and waits for it."""
