@@ -327,16 +327,17 @@ def _values(record: Record, key: str, upsert: bool) -> dict[str, Any]:
     return values | ({_CHANGE: "UPSERT"} if upsert else {})
 
 
-def check_tables(uris: Mapping[str, Sequence[str]]) -> None:
+def check_tables(uris: Mapping[str, Sequence[str]], local: bool = True) -> None:
     """Makes sure that there are the tables to write to, with all columns.
 
     Args:
       uris: by kind of record, destinations of any scheme.
+      local: as of `publishing.check_topics`.
 
     Raises:
       UsageError: a table is not there, out of reach, or lacks a column.
     """
-    from google.api_core.exceptions import GoogleAPIError
+    from google.api_core.exceptions import GoogleAPIError, NotFound
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.bigquery_storage_v1 import types as bq
 
@@ -346,6 +347,9 @@ def check_tables(uris: Mapping[str, Sequence[str]]) -> None:
             try:
                 found = write_client().get_write_stream(request, timeout=10, retry=None)
             except (GoogleAPIError, GoogleAuthError) as error:
+                if not local and not isinstance(error, NotFound):
+                    _log.warning("not checked: %s: %s", uri, one_line(error))
+                    return
                 raise UsageError(f"{uri} cannot be written to: {one_line(error)}") from None
             there = {field.name for field in found.table_schema.fields}
             wanted = [column["name"] for column in columns(KINDS[name])]

@@ -129,13 +129,16 @@ _ATTRIBUTES = ("chat_id", "user_id", "revision", "stage", "reason")
 _ATTRIBUTE_BYTES = 1024  # Pub/Sub's limit for a value, and for an ordering key
 
 
-def check_topics(destinations: Iterable[str]) -> None:
+def check_topics(destinations: Iterable[str], local: bool = True) -> None:
     """Makes sure that there are the topics to publish to.
+
+    Args:
+      local: the pipeline runs here; else it may reach what is out of reach from here.
 
     Raises:
       UsageError: one does not exist, or is out of reach.
     """
-    from google.api_core.exceptions import GoogleAPIError
+    from google.api_core.exceptions import GoogleAPIError, NotFound
     from google.auth.exceptions import GoogleAuthError
 
     topics = [found[1] for uri in destinations if (found := PUBSUB_TOPIC.fullmatch(uri))]
@@ -144,4 +147,7 @@ def check_topics(destinations: Iterable[str]) -> None:
             with publisher() as client:
                 client.get_topic(topic=topic, timeout=10, retry=None)
         except (GoogleAPIError, GoogleAuthError) as error:
+            if not local and not isinstance(error, NotFound):
+                _log.warning("not checked: %s: %s", topic, one_line(error))
+                return
             raise UsageError(f"{topic} cannot be published to: {one_line(error)}") from None

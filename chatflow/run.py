@@ -149,9 +149,9 @@ def prepare(
     destinations = [uri for uris in planned.destinations.values() for uri in uris]
     if local:
         check_messages(options.input)
-        check_topics(destinations)
-        check_tables(planned.destinations)
         prepare_model(planned, console)
+    check_topics(destinations, local)
+    check_tables(planned.destinations, local)
     if planned.spec.is_remote and options.check_endpoint == "true":
         check_model(planned.spec, local, console)
     removed = prepare_output(destinations, inputs, planned.streaming, local)

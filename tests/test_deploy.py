@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import chat, required
 from fakes import environment
+from fakes.bigquery import FakeBigQuery
 from fakes.dataflow import FakeCloud
 
+from chatflow import bigquery
 from chatflow.cli import main
 from chatflow.errors import UsageError
 from chatflow.options import Options
@@ -212,6 +214,16 @@ def test_what_dataflow_refuses_is_said(cloud, capsys, caplog):
         main(words)
     assert ended.value.code == 1
     assert "the caller does not have permission" in capsys.readouterr().err
+
+
+def test_a_table_that_is_not_there_is_said_before_the_job_starts(cloud, capsys, monkeypatch):
+    ((_, *words),) = commands("deploy", cloud, capsys)
+    with FakeBigQuery() as tables:
+        monkeypatch.setenv(bigquery.HOST_VARIABLE, tables.host)
+        assert main(words) == 2
+    said = "bigquery://proj-1.chatflow.analyses cannot be written to: 404"
+    assert said in capsys.readouterr().err
+    assert not cloud.jobs
 
 
 def test_a_machine_without_credentials_is_told_at_once(cloud, capsys, monkeypatch):

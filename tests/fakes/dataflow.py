@@ -112,6 +112,9 @@ class FakeCloud:
             "CLOUDSDK_AUTH_ACCESS_TOKEN": "a-token",
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
             "GOOGLE_APPLICATION_CREDENTIALS": str(self._credentials),
+            # Out of reach, and at once.
+            "PUBSUB_EMULATOR_HOST": "127.0.0.1:1",
+            "BIGQUERY_STORAGE_EMULATOR_HOST": "127.0.0.1:1",
             "GOOGLE_AUTH_TRUST_BOUNDARY_ENABLED": "false",
         }
 
