@@ -218,7 +218,8 @@ def quieten(local: bool) -> None:
     logging.getLogger("chatflow").setLevel(logging.WARNING)
     if not local:
         logging.getLogger("apache_beam.runners").setLevel(logging.INFO)
-        logging.getLogger("apache_beam.transforms").setLevel(logging.ERROR)
+        for noisy in ("apache_beam.transforms", "urllib3"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         for handler in logging.getLogger().handlers:
             handler.addFilter(
                 lambda record: record.levelno > logging.INFO or len(record.getMessage()) < 220
