@@ -118,9 +118,9 @@ class RemoteModel(LanguageModel):
             seconds, self._throttled = self._throttled, 0.0
         return seconds
 
-    def _count(self, name: str, by: int = 1) -> None:
+    def _count(self, name: str) -> None:
         with self._lock:
-            self._counts[name] += by
+            self._counts[name] += 1
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         budgets = [_Budget(self.settings.retry_seconds) for _ in requests]

@@ -96,12 +96,12 @@ class Gate:
         (self._waiting.appendleft if first else self._waiting.append)(future)
         self._admit()
         try:
-            leave: Pass = await future
+            granted: Pass = await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
                 self.leave(future.result())
             raise
-        return leave
+        return granted
 
     def turn_away(self, error: Exception) -> None:
         """Raises an error from `enter` for all that wait now."""

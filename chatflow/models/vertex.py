@@ -83,6 +83,12 @@ class Address(NamedTuple):
     models: int = 1
     verified: bool = True
 
+    @classmethod
+    def at(cls, base: str, name: str, kind: str, models: int = 1, verified: bool = True) -> Address:
+        """Of an endpoint that the host `base` serves, under the name that Vertex AI has for it."""
+        url = f"{base.rstrip('/')}/v1/{name}"
+        return cls(kind, f"{url}:predict", f"{url}:rawPredict", models, verified)
+
 
 class EndpointClient(Client):
     """predict or rawPredict of one endpoint over HTTP.
@@ -160,7 +166,7 @@ class EndpointClient(Client):
             )
         address = await self.address()
         if not address.models:
-            raise UsageError(f"--model={self.name}: no model is deployed on this endpoint")
+            raise _nothing_deployed(self.name)
         return f"{self.name} is there, a {address.kind} endpoint"
 
     async def close(self) -> None:
@@ -205,13 +211,14 @@ class _Token:
 def overridden(name: str, address: str) -> Address:
     """An endpoint at an address that is known; an address without scheme is https's."""
     if "://" in address:
-        base, verified = address.rstrip("/"), True
-    else:
-        # aiplatform's PrivateEndpoint checks no certificate here, for the address is one of the
-        # user's own network, and the certificate is Google's own.
-        base, verified = f"https://{address}", False
-    url = f"{base}/v1/{name}"
-    return Address("overridden", f"{url}:predict", f"{url}:rawPredict", verified=verified)
+        return Address.at(address, name, "overridden")
+    # aiplatform's PrivateEndpoint checks no certificate here, for the address is one of the
+    # user's own network, and the certificate is Google's own.
+    return Address.at(f"https://{address}", name, "overridden", verified=False)
+
+
+def _nothing_deployed(name: str) -> UsageError:
+    return UsageError(f"--model={name}: no model is deployed on this endpoint")
 
 
 def look_up(name: str, settings: RemoteSettings) -> Address:
@@ -237,13 +244,12 @@ def look_up(name: str, settings: RemoteSettings) -> Address:
         )
     elif endpoint.network:
         if not models:
-            raise UsageError(f"--model={name}: no model is deployed on this endpoint")
+            raise _nothing_deployed(name)
         uri = endpoint.deployed_models[0].private_endpoints.predict_http_uri
         return Address("private service access", uri, uri, models)
     else:
         kind = "public"
-    url = f"{base.rstrip('/')}/v1/{name}"
-    return Address(kind, f"{url}:predict", f"{url}:rawPredict", models)
+    return Address.at(base, name, kind, models)
 
 
 def _endpoint_service(base: str) -> Any:
