@@ -91,17 +91,22 @@ help: ## Print this list
 
 setup: $(VENV)/.done ## Make .venv with all that is needed; the command is .venv/bin/chatflow
 
-# Installed as locked, with hashes; uv comes from the package index where it is missing.
+# An environment with what a lock file names, by its hashes; $$uv comes from the package index where
+# it is missing.
+define INSTALL
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@if command -v uv >/dev/null; then uv=uv; else \
+	  $(1)/bin/python -m pip install -q uv && uv=$(1)/bin/uv; fi; \
+	  echo "installing the locked packages into $(1)" && \
+	  $$uv pip install -q --python $(1)/bin/python --no-deps --require-hashes -r $(2)$(3)
+	@touch $@
+endef
+
 $(VENV)/.done: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "chatflow needs Python 3.11 or newer; try make PYTHON=python3.12 setup"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@if command -v uv >/dev/null; then uv=uv; else \
-	  $(BIN)/python -m pip install -q uv && uv=$(BIN)/uv; fi; \
-	  echo "installing the locked packages into $(VENV)" && \
-	  $$uv pip install -q --python $(BIN)/python --no-deps --require-hashes -r requirements.lock && \
-	  $$uv pip install -q --python $(BIN)/python --no-deps -e .
-	@touch $@
+	$(call INSTALL,$(VENV),requirements.lock, && \
+	  $$uv pip install -q --python $(BIN)/python --no-deps -e .)
 
 demo: setup ## Analyse the sample chats with the embedded Gemma, and show the results
 	$(BIN)/chatflow run --input samples/chats.jsonl --output $(OUT)
@@ -133,10 +138,7 @@ lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terra
 	  --skip-download
 
 .venv-lint/.done: infra/lint.lock
-	@test -x $(LINT)/python || $(PYTHON) -m venv .venv-lint
-	@$(LINT)/python -m pip install -q uv
-	$(LINT)/uv pip install -q --python $(LINT)/python --no-deps --require-hashes -r infra/lint.lock
-	@touch $@
+	$(call INSTALL,.venv-lint,infra/lint.lock)
 
 evaluate: setup ## Measure the sentiment on the labelled sample chats
 	$(BIN)/chatflow evaluate samples/chats.jsonl

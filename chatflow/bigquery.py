@@ -23,8 +23,9 @@ import apache_beam as beam
 import pydantic_core
 
 from chatflow.dead_letters import shortened
-from chatflow.errors import UsageError, one_line
+from chatflow.errors import UsageError
 from chatflow.records import KINDS, DeadLetter, Record, record_id
+from chatflow.services import check_each, wait_to_try_again
 
 TABLE = re.compile(r"bigquery://(?P<table>.+\.\w+\.[\w-]+?)(?:\?upsert=(?P<upsert>true|false))?")
 """`bigquery://PROJECT.DATASET.TABLE`; with `?upsert=false`, rows are only appended."""
@@ -43,8 +44,6 @@ FIRST_PAUSE = 0.5
 
 ANSWER_SECONDS = 60.0
 """How long one request may take, after which it is sent again."""
-
-_log = logging.getLogger(__name__)
 
 
 @beam.typehints.with_input_types(Record)
@@ -66,9 +65,7 @@ class WriteRows(beam.PTransform):
     uri: str
 
     def expand(self, records: beam.PCollection[Record]) -> Any:
-        found = TABLE.fullmatch(self.uri)
-        assert found is not None, self.uri
-        upsert = found["upsert"] != "false"
+        upsert = not self.uri.endswith("?upsert=false")
         return records | "AppendRows" >> beam.ParDo(_AppendRowsDoFn(stream_of(self.uri), upsert))
 
 
@@ -109,13 +106,10 @@ class _AppendRowsDoFn(beam.DoFn):
                 break
             except GoogleAPIError as error:
                 connection.close()
-                if time.monotonic() + pause > give_up:
-                    raise
                 # The service closes connections that nobody has used for a while.
                 level = logging.INFO if pause == FIRST_PAUSE else logging.WARNING
-                _log.log(level, "%s: appending failed, trying again: %s", self.stream, error)
-                time.sleep(pause)
-                pause = min(2 * pause, 30)
+                what = f"appending to {self.stream}"
+                pause = wait_to_try_again(error, what, pause, give_up, level)
         self.rows, self.bytes = [], 0
 
     def teardown(self) -> None:
@@ -237,6 +231,7 @@ def columns(kind: type[Record]) -> list[dict[str, Any]]:
     return made if key in made else [key, *made]
 
 
+@functools.cache
 def id_column(kind: type[Record]) -> str:
     """The primary key of a kind's table, e.g. `dead_letter_id`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower() + "_id"
@@ -332,29 +327,24 @@ def check_tables(uris: Mapping[str, Sequence[str]], local: bool = True) -> None:
 
     Args:
       uris: by kind of record, destinations of any scheme.
-      local: as of `publishing.check_topics`.
+      local: as of `services.check_each`.
 
     Raises:
       UsageError: a table is not there, out of reach, or lacks a column.
     """
-    from google.api_core.exceptions import GoogleAPIError, NotFound
-    from google.auth.exceptions import GoogleAuthError
     from google.cloud.bigquery_storage_v1 import types as bq
 
-    for name, several in uris.items():
-        for uri in filter(TABLE.fullmatch, several):
-            request = bq.GetWriteStreamRequest(name=stream_of(uri), view=bq.WriteStreamView.FULL)
-            try:
-                found = write_client().get_write_stream(request, timeout=10, retry=None)
-            except (GoogleAPIError, GoogleAuthError) as error:
-                if not local and not isinstance(error, NotFound):
-                    _log.warning("not checked: %s: %s", uri, one_line(error))
-                    return
-                raise UsageError(f"{uri} cannot be written to: {one_line(error)}") from None
-            there = {field.name for field in found.table_schema.fields}
+    def ask(uri: str) -> None:
+        request = bq.GetWriteStreamRequest(name=stream_of(uri), view=bq.WriteStreamView.FULL)
+        found = write_client().get_write_stream(request, timeout=10, retry=None)
+        there = {field.name for field in found.table_schema.fields}
+        for name in (name for name, several in uris.items() if uri in several):
             wanted = [column["name"] for column in columns(KINDS[name])]
             if lacking := [column for column in wanted if column not in there]:
                 raise UsageError(
                     f"{uri} has no column {', '.join(lacking)}; "
                     f"infra/terraform/schemas/{name}.json is what it should look like"
                 )
+
+    tables = [uri for several in uris.values() for uri in several if TABLE.fullmatch(uri)]
+    check_each(tables, ask, "written to", local)

@@ -199,7 +199,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog=None,
     )
     size.add_argument("--model", default="", help="as for `chatflow run`, on the worker")
-    size.add_argument("--inference", choices=("on_worker", "remote"), default="on_worker")
     size.add_argument(
         "--chats_per_hour", type=positive, default=1000.0, help="(default: %(default)s)"
     )
@@ -223,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         "chatflow/machines.toml",
     )
     size.add_argument("--summary", choices=("table", "json", "flags"), default="table")
-    add_flags(size, only=("dtype", "max_batch_size", "max_prompt_tokens"))
+    add_flags(size, only=("inference", "dtype", "max_batch_size", "max_prompt_tokens"))
     size.set_defaults(run=_size)
     return parser
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 import time
 from collections.abc import Iterable
@@ -12,12 +11,10 @@ from typing import Any
 import apache_beam as beam
 
 from chatflow.dead_letters import shortened
-from chatflow.errors import UsageError, one_line
 from chatflow.records import Analysis, DeadLetter, Record, digest, record_id
+from chatflow.services import check_each, wait_to_try_again
 
 PUBSUB_TOPIC = re.compile(r"(?:pubsub://)?(projects/[^/]+/topics/[^/]+)")
-
-_log = logging.getLogger(__name__)
 
 PUBSUB_BYTES = 9_500_000
 """Pub/Sub takes 10 MB with all that belongs to a message."""
@@ -93,11 +90,7 @@ def wait_published(
             future.result(timeout=max(give_up - time.monotonic(), 1))
             return
         except Exception as error:
-            if time.monotonic() + pause > give_up:
-                raise
-            _log.warning("publishing to %s failed, trying again: %s", topic, error)
-            time.sleep(pause)
-            pause = min(2 * pause, 30)
+            pause = wait_to_try_again(error, f"publishing to {topic}", pause, give_up)
             if key := message.get("ordering_key"):
                 publisher.resume_publish(topic, key)
             future = publisher.publish(topic, **message)
@@ -133,21 +126,15 @@ def check_topics(destinations: Iterable[str], local: bool = True) -> None:
     """Makes sure that there are the topics to publish to.
 
     Args:
-      local: the pipeline runs here; else it may reach what is out of reach from here.
+      local: as of `services.check_each`.
 
     Raises:
       UsageError: one does not exist, or is out of reach.
     """
-    from google.api_core.exceptions import GoogleAPIError, NotFound
-    from google.auth.exceptions import GoogleAuthError
+
+    def ask(topic: str) -> None:
+        with publisher() as client:
+            client.get_topic(topic=topic, timeout=10, retry=None)
 
     topics = [found[1] for uri in destinations if (found := PUBSUB_TOPIC.fullmatch(uri))]
-    for topic in topics:
-        try:
-            with publisher() as client:
-                client.get_topic(topic=topic, timeout=10, retry=None)
-        except (GoogleAPIError, GoogleAuthError) as error:
-            if not local and not isinstance(error, NotFound):
-                _log.warning("not checked: %s: %s", topic, one_line(error))
-                return
-            raise UsageError(f"{topic} cannot be published to: {one_line(error)}") from None
+    check_each(topics, ask, "published to", local)

@@ -144,14 +144,15 @@ def prepare(
         build(pipeline, planned)
     except ValueError as error:  # Beam's own check of its flags and of names
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
-    if not local:
-        check_credentials(beam_flags)
     destinations = [uri for uris in planned.destinations.values() for uri in uris]
     if local:
         check_messages(options.input)
-        prepare_model(planned, console)
+    else:
+        check_credentials(beam_flags)
     check_topics(destinations, local)
     check_tables(planned.destinations, local)
+    if local:
+        prepare_model(planned, console)
     if planned.spec.is_remote and options.check_endpoint == "true":
         check_model(planned.spec, local, console)
     removed = prepare_output(destinations, inputs, planned.streaming, local)

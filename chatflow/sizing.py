@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import shlex
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -212,7 +211,7 @@ def _cpu_rate(shape: Architecture, vcpus: int, measured: Sequence[Mapping[str, A
 def _gpu_seconds(
     shape: Architecture, gpu: Mapping[str, Any], weights: float, caches: float, batch: int
 ) -> float:
-    """Of one chat: arithmetic, or reading weights and caches for each token; the longer."""
+    """Of one chat: arithmetic, and reading weights and caches for each token that is written."""
     arithmetic = _operations(shape) / (gpu["tflops"] * 1e12 * GPU_EFFICIENCY)
     reading = WORK[1] * (weights + caches) / batch / (gpu["gb_second"] * 1e9 * GPU_EFFICIENCY)
     return float(arithmetic + reading)
@@ -222,10 +221,10 @@ def size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command: all Gemmas without `--model`; else one of them, and a fleet of workers."""
     if rest:
         raise UsageError(f"unknown flag {rest[0]}; see chatflow size --help")
-    if parsed.summary == "flags" and parsed.inference == "remote":
-        print(shlex.join(REMOTE_FLAGS))
-        return 0
     if parsed.inference == "remote":
+        if parsed.summary == "flags":
+            print(" ".join(REMOTE_FLAGS))
+            return 0
         raise UsageError("--inference=remote: the model takes no room on the workers")
     table = read_machines(parsed.prices)
 

@@ -126,6 +126,13 @@ def as_line(value: Any) -> bytes:
     return (value if isinstance(value, str) else json.dumps(value)).encode()
 
 
+GEMMA3_1B = {
+    "model_type": "gemma3_text", "num_hidden_layers": 26, "hidden_size": 1152,
+    "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
+    "head_dim": 256, "vocab_size": 262144,
+}  # fmt: skip
+"""What decides the size in the `config.json` of Hugging Face's google/gemma-3-1b-it."""
+
 JOB_SERVICE = [
     "--runner=PortableRunner",
     "--job_endpoint=embed",

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import chat, required
+from conftest import GEMMA3_1B, chat, required
 from fakes import environment
 from fakes.bigquery import FakeBigQuery
 from fakes.dataflow import FakeCloud
@@ -102,12 +102,7 @@ def test_make_deploy_submits_the_job(cloud, tmp_path):
     """The whole of it, as a person runs it, with a preset of theirs in the image."""
     preset = tmp_path / "mine"
     preset.mkdir()
-    sizes = {
-        "model_type": "gemma3_text", "num_hidden_layers": 26, "hidden_size": 1152,
-        "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
-        "head_dim": 256, "vocab_size": 262144,
-    }  # fmt: skip
-    (preset / "config.json").write_text(json.dumps(sizes))
+    (preset / "config.json").write_text(json.dumps(GEMMA3_1B))
     said = make("deploy", **PLACE, DATAFLOW_ENDPOINT=cloud.address, PRESETS=tmp_path, MODEL="mine")
     (job,) = cloud.jobs.values()
     assert options_of(job)["model"] == "mine"

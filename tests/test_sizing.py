@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 import pytest
-from conftest import mistake, required
+from conftest import GEMMA3_1B, mistake, required
 
 from chatflow.cli import main
 from chatflow.models.sizes import GEMMAS, architecture_of
@@ -48,15 +48,7 @@ def test_a_models_name_tells_its_size(name, gemma):
 
 
 def test_a_folders_configuration_tells_its_size(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "gemma3_text", "num_hidden_layers": 26, "hidden_size": 1152,
-                "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
-                "head_dim": 256, "vocab_size": 262144,
-            }
-        )
-    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA3_1B))
     assert architecture_of(str(tmp_path)) == GEMMAS["gemma3_1b"]
     named = tmp_path.rename(tmp_path.with_name("my-gemma-2b-from-a-1b"))
     assert architecture_of(str(named)) == GEMMAS["gemma3_1b"]

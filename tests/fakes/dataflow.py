@@ -115,7 +115,6 @@ class FakeCloud:
             # Out of reach, and at once.
             "PUBSUB_EMULATOR_HOST": "127.0.0.1:1",
             "BIGQUERY_STORAGE_EMULATOR_HOST": "127.0.0.1:1",
-            "GOOGLE_AUTH_TRUST_BOUNDARY_ENABLED": "false",
         }
 
     @property
@@ -123,15 +122,16 @@ class FakeCloud:
         return f"http://localhost:{self._storage._api._httpd.server_port}"
 
     def answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        if path == "/token":
+            token = {"access_token": "a-token", "expires_in": 3600, "token_type": "Bearer"}
+            return 200, json.dumps(token)
         found = None if self.refusal else self.handle(method, path, body)
+        if found is not None:
+            return 200, json.dumps(found)
         status, said = self.refusal or (404, "not found")
-        if found is not None or path == "/token":
-            return 200, json.dumps(found or self.handle(method, path, body))
         return status, json.dumps({"error": {"code": status, "message": said}})
 
     def handle(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
-        if path == "/token":
-            return {"access_token": "a-token", "expires_in": 3600, "token_type": "Bearer"}
         if found := LAUNCH.fullmatch(path):
             self.launches.append(dict(body))
             job = {"name": body["launchParameter"]["jobName"], "type": "JOB_TYPE_STREAMING"}
