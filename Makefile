@@ -102,11 +102,17 @@ define INSTALL
 	@touch $@
 endef
 
+# PyTorch's build for processors; where its index is out of reach, the package index has one that is
+# larger, or (PIP_FIND_LINKS) a file is at hand.
+TORCH := torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
 $(VENV)/.done: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "chatflow needs Python 3.11 or newer; try make PYTHON=python3.12 setup"; exit 2; }
 	$(call INSTALL,$(VENV),requirements.lock, && \
-	  $$uv pip install -q --python $(BIN)/python --no-deps -e .)
+	  $$uv pip install -q --python $(BIN)/python --no-deps -e . && \
+	  $(BIN)/python -m pip install -q --retries 0 --extra-index-url $(TORCH_INDEX) $(TORCH))
 
 demo: setup ## Analyse the sample chats with the embedded Gemma, and show the results
 	$(BIN)/chatflow run --input samples/chats.jsonl --output $(OUT)

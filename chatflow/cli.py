@@ -1,4 +1,4 @@
-"""The command line: `chatflow run | stream | publish | tail | replay | evaluate | size`."""
+"""The command line: `chatflow run | stream | publish | tail | replay | evaluate | size | model`."""
 
 from __future__ import annotations
 
@@ -224,6 +224,19 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--summary", choices=("table", "json", "flags"), default="table")
     add_flags(size, only=("inference", "dtype", "max_batch_size", "max_prompt_tokens"))
     size.set_defaults(run=_size)
+
+    model = command(
+        "model",
+        "fetch, convert and measure models",
+        """
+        Brings models to where workers load them, and says what they need.
+        """,
+        epilog=None,
+    )
+    from chatflow.weights.commands import add_commands
+
+    add_commands(model)
+    model.set_defaults(run=_model)
     return parser
 
 
@@ -268,3 +281,10 @@ def _size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.sizing import size
 
     return size(parsed, rest)
+
+
+def _model(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    if rest:
+        raise UsageError(f"unknown flag {rest[0]}; see chatflow model {parsed.action} --help")
+    code: int = parsed.act(parsed)
+    return code
