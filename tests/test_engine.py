@@ -1,13 +1,13 @@
 """The engine on tiny random models of each Gemma generation, against keras_hub itself."""
 
 import importlib.util
-import io
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import required
+from tiny import CORPUS, tiny_gemma
 
 from chatflow.answers import parse_analysis
 from chatflow.models.gemma import GemmaModelHandler
@@ -19,57 +19,13 @@ from chatflow.models.requests import Batching, Failure, Part, Request, WorkerSet
 use_jax()
 from chatflow.models.engine import Row  # noqa: E402
 
-CORPUS = "the parcel is late and the customer is angry about it but the agent said sorry . " * 4
-
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
 def preset(request, tmp_path_factory):
     """A folder with a tiny random model of a generation, as keras_hub saves it."""
     if not importlib.util.find_spec("keras_hub"):
         required("keras_hub", "pip install 'chatflow[gemma]'")
-    use_jax()
-    import keras_hub
-    import sentencepiece
-
-    folder = str(tmp_path_factory.mktemp(request.param))
-    proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([CORPUS]), model_writer=proto, vocab_size=316, model_type="BPE",
-        byte_fallback=True,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
-        bos_piece="<bos>", unk_piece="<unk>", add_dummy_prefix=False, minloglevel=2,
-        control_symbols=["<start_of_turn>", "<end_of_turn>"], user_defined_symbols=["\n"],
-    )  # fmt: skip
-    size = {
-        "vocabulary_size": 316, "num_layers": 2, "num_query_heads": 2, "num_key_value_heads": 1,
-        "hidden_dim": 16, "intermediate_dim": 32, "head_dim": 8,
-    }  # fmt: skip
-    window = {"use_sliding_window_attention": True, "sliding_window_size": 8}
-    if request.param == "gemma3":
-        backbone = keras_hub.models.Gemma3Backbone(
-            image_size=None, vision_encoder=None, **size, **window
-        )
-        tokenizer = keras_hub.models.Gemma3Tokenizer(proto.getvalue(), has_vision_tokens=False)
-    else:
-        caps = {"attention_logit_soft_cap": 50, "final_logit_soft_cap": 30, **window}
-        backbone = keras_hub.models.GemmaBackbone(
-            **size, **(caps if request.param == "gemma2" else {})
-        )
-        tokenizer = keras_hub.models.GemmaTokenizer(proto.getvalue())
-    rng = np.random.default_rng(7)
-    for variable in backbone.weights:
-        variable.assign(rng.normal(0, 0.3, variable.shape))
-    # Tokens that no text may hold, and single bytes, which a grammar mostly forbids, are
-    # unlikely, so that most of what is written is what is likeliest.
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
-    table = np.array(backbone.token_embedding.embeddings)
-    table[
-        [pieces.is_byte(i) or pieces.is_control(i) or pieces.is_unknown(i) for i in range(316)]
-    ] = 0
-    backbone.token_embedding.embeddings.assign(table)
-    backbone.save_to_preset(folder)
-    tokenizer.save_to_preset(folder)
-    return folder
+    return tiny_gemma(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
