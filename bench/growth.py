@@ -56,7 +56,7 @@ def bench() -> None:
     lines = (HERE.parent / "samples" / "chats.jsonl").read_text().splitlines()
     texts = [m.text for line in lines for m in read_chat(json.loads(line)).chat.messages]
     spec = ModelSpec(batching=Batching(64))
-    model = spec.model().handler.load_model()
+    model = spec.handler().load_model()
     figures: list[dict[str, Any]] = []
 
     def point(length: int, batch: int, budget: int) -> None:

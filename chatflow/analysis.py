@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import apache_beam as beam
+from apache_beam.pvalue import AsIter
 
 from chatflow import metrics
 from chatflow.answers import copies_template, repeats_itself, shorten
@@ -15,8 +18,10 @@ from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadAnswerError
 from chatflow.models import Model
-from chatflow.prompts import AnalysisPrompt, Question
-from chatflow.records import AnalysedChat, Analysis, Chat, now
+from chatflow.prompts import AnalysisPrompt, Question, reader
+from chatflow.records import AnalysedChat, Analysis, Chat, Sentiment, now
+from chatflow.routes import Routed
+from chatflow.updates import Updates, newest
 
 
 class Analysed(NamedTuple):
@@ -31,7 +36,8 @@ class AnalyseChats(beam.PTransform):
 
     Attributes:
       model: who answers; see `chatflow.models`.
-      prompt: the template that asks for tone and summary.
+      prompt: the template that asks for tone and summary, the same or another for each chat.
+      updates: of prompts, while the pipeline runs; see `updates.WatchUpdates`.
 
     Outputs:
       `analysed`: an `AnalysedChat` for each user whose tone was asked for.
@@ -39,31 +45,17 @@ class AnalyseChats(beam.PTransform):
     """
 
     model: Model
-    prompt: AnalysisPrompt
+    prompt: AnalysisPrompt | Routed[AnalysisPrompt]
+    updates: AsIter | None = None
 
     def expand(self, chats: beam.PCollection[Chat]) -> Analysed:
+        ask = functools.partial(ask_for_analysis, self.prompt)
         users = chats | "EachUser" >> beam.FlatMap(each_user)
-        asked = users | "RenderPrompt" >> DeadLettered("prompt", self.ask, Question)
+        asked = users | "RenderPrompt" >> DeadLettered("prompt", ask, Question, self.updates)
         answered = asked.ok | "AskModel" >> AskModel(self.model, "model")
-        parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", self.parse, AnalysedChat)
+        parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", analysed, AnalysedChat)
         failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
         return Analysed(parsed.ok, failed | beam.Flatten())
-
-    def ask(self, asked_for: tuple[Chat, str]) -> Iterable[Question]:
-        chat, user_id = asked_for
-        question = self.prompt.question(chat, user_id)
-        metrics.count("dropped_messages", question.dropped_messages)
-        metrics.count("cut_messages", question.cut_messages)
-        yield question
-
-    def parse(self, answered: Answered) -> Iterable[AnalysedChat]:
-        analysis = to_analysis(answered, self.prompt)
-        metrics.count("analysed")
-        metrics.count(f"analysed/{analysis.sentiment.name.lower()}")
-        metrics.count(f"summaries/{analysis.summary_source}")
-        for repair in analysis.repairs:
-            metrics.count(f"repaired/{repair}")
-        yield AnalysedChat(answered.question.chat, analysis)
 
 
 def each_user(chat: Chat) -> Iterable[tuple[Chat, str]]:
@@ -73,16 +65,38 @@ def each_user(chat: Chat) -> Iterable[tuple[Chat, str]]:
         yield chat.model_copy(update={"user_id": user_id}), user_id
 
 
-def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
+def ask_for_analysis(
+    prompt: AnalysisPrompt | Routed[AnalysisPrompt],
+    asked_for: tuple[Chat, str],
+    updates: Iterable[Updates] = (),
+) -> Iterable[Question]:
+    chat, user_id = asked_for
+    question = newest(updates, "analysis", prompt).of(chat).question(chat, user_id)
+    metrics.count("dropped_messages", question.dropped_messages)
+    metrics.count("cut_messages", question.cut_messages)
+    yield question
+
+
+def analysed(answered: Answered) -> Iterable[AnalysedChat]:
+    analysis = to_analysis(answered)
+    metrics.count("analysed")
+    metrics.count(f"analysed/{analysis.sentiment.name.lower()}")
+    metrics.count(f"summaries/{analysis.summary_source}")
+    for repair in analysis.repairs:
+        metrics.count(f"repaired/{repair}")
+    yield AnalysedChat(answered.question.chat, analysis)
+
+
+def to_analysis(answered: Answered) -> Analysis:
     """Parses the answer and checks that its summary is about this chat.
 
     Raises:
       BadAnswerError: see `answers.parse_analysis`; with the model's finish reason.
     """
     question, answer = answered
-    settings, chat = prompt.template.settings, question.chat
+    settings, chat = question.settings, question.chat
     try:
-        parsed = prompt.read(answer.text)
+        parsed = reader(settings)(answer.text)
     except BadAnswerError as error:
         raise error.explained(answer.circumstances) from None
     summary, source = parsed.summary, "model"
@@ -95,7 +109,7 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
         summary, source = extract(chat, question.user_id, settings["summary_characters"]), "extract"
     return Analysis.model_validate(
         {
-            "analysis_id": question.request.id,
+            "analysis_id": question.id_of(answer.model),
             "chat_id": chat.chat_id,
             "user_id": question.user_id,
             "revision": chat.revision,
@@ -103,14 +117,28 @@ def to_analysis(answered: Answered, prompt: AnalysisPrompt) -> Analysis:
             "summary": summary,
             "summary_source": source,
             "tone_scores": dict(answer.tone_scores) or None,
+            "confidence": confidence(answered, parsed.sentiment),
             "dropped_messages": question.dropped_messages,
             "cut_messages": question.cut_messages,
             "repairs": (*answer.repairs, *parsed.repairs),
             "model": answer.model,
-            "prompt_version": prompt.version,
+            "prompt_version": question.prompt_version,
             "analysed_at": now(),
         }
     )
+
+
+def confidence(answered: Answered, sentiment: Sentiment) -> float | None:
+    """The probability of a sentiment among all three, as a model that scores them has it."""
+    scores = dict(answered.answer.tone_scores)
+    for part in answered.question.request.parts:
+        if scores and part.choices:
+            words = [choice.strip() for choice in part.choices]
+            weights = [
+                math.exp(scores[word] - bias) for word, bias in zip(words, part.bias, strict=True)
+            ]
+            return round(weights[part.values.index(sentiment)] / sum(weights), 4)
+    return None
 
 
 _CONTENT_WORD = re.compile(r"\d+|[^\W\d_]{3,}")

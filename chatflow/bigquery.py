@@ -256,7 +256,7 @@ def _column(annotation: Any, required: bool) -> dict[str, str]:
     return {"type": _TYPES[annotation], "mode": mode}
 
 
-_TYPES = {str: "STRING", int: "INTEGER", datetime: "TIMESTAMP"}
+_TYPES = {str: "STRING", int: "INTEGER", float: "FLOAT", datetime: "TIMESTAMP"}
 
 _CHANGE = "_CHANGE_TYPE"  # a pseudo-column of change data capture
 
@@ -272,16 +272,18 @@ def descriptor(kind: type[Record], upsert: bool = True) -> Any:
     from google.protobuf.descriptor_pb2 import DescriptorProto
     from google.protobuf.descriptor_pb2 import FieldDescriptorProto as Field
 
+    numbers = {
+        "INTEGER": Field.TYPE_INT64, "TIMESTAMP": Field.TYPE_INT64, "FLOAT": Field.TYPE_DOUBLE
+    }  # fmt: skip
     made = DescriptorProto(name=kind.__name__)
     change = {"name": _CHANGE, "type": "STRING", "mode": "NULLABLE"}
     everything = [*columns(kind), change] if upsert else columns(kind)
     for number, column in enumerate(everything, 1):
-        is_number = column["type"] in ("INTEGER", "TIMESTAMP")
         repeated = column["mode"] == "REPEATED"
         made.field.add(
             name=column["name"],
             number=number,
-            type=Field.TYPE_INT64 if is_number else Field.TYPE_STRING,
+            type=numbers.get(column["type"], Field.TYPE_STRING),
             label=Field.LABEL_REPEATED if repeated else Field.LABEL_OPTIONAL,
         )
     return made

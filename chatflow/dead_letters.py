@@ -48,15 +48,17 @@ class DeadLettered(beam.PTransform, Generic[InputT, OutputT]):
       stage: names the step in the letters and their counters.
       function: one element to the elements that follow from it.
       output_type: of the elements that go on, for Beam's type checks.
+      side: a side input, which the function is given beside each element.
     """
 
     stage: str
-    function: Callable[[InputT], Iterable[OutputT]]
+    function: Callable[..., Iterable[OutputT]]
     output_type: Any = Any
+    side: beam.pvalue.AsSideInput | None = None
 
     def expand(self, elements: beam.PCollection) -> Outcome:
         outputs = elements | "Try" >> beam.ParDo(
-            _DeadLetteredDoFn(self.stage, self.function)
+            _DeadLetteredDoFn(self.stage, self.function), *filter(None, [self.side])
         ).with_outputs(_FAILED, main="ok")
         ok, failed = outputs["ok"], outputs[_FAILED]
         ok.element_type, failed.element_type = self.output_type, DeadLetter
@@ -67,12 +69,13 @@ _FAILED = "dead_letters"
 
 
 class _DeadLetteredDoFn(beam.DoFn, Generic[InputT, OutputT]):
-    def __init__(self, stage: str, function: Callable[[InputT], Iterable[OutputT]]):
+    def __init__(self, stage: str, function: Callable[..., Iterable[OutputT]]):
         self.stage, self.function = stage, function
 
-    def process(self, element: InputT) -> Iterable[Any]:
+    def process(self, element: InputT, side: Any = None) -> Iterable[Any]:
         try:
-            outputs = list(self.function(element))
+            beside = () if side is None else (side,)
+            outputs = list(self.function(element, *beside))
         except Exception as error:  # whatever it is, it concerns this element alone
             yield beam.pvalue.TaggedOutput(_FAILED, dead_letter(self.stage, element, error))
         else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import apache_beam as beam
+from apache_beam.pvalue import AsIter
 
 from chatflow import metrics
 from chatflow.answers import parse_draft
@@ -16,6 +18,8 @@ from chatflow.errors import BadAnswerError
 from chatflow.models import Model
 from chatflow.prompts import DraftPrompt, Question
 from chatflow.records import AnalysedChat, Draft, Sentiment, now
+from chatflow.routes import Routed
+from chatflow.updates import Updates, newest
 
 
 class Drafted(NamedTuple):
@@ -30,39 +34,55 @@ class DraftApologies(beam.PTransform):
 
     Attributes:
       model: who writes; the same as for the analyses, so that it is loaded once.
-      prompt: the template that asks for an apology.
+      prompt: the template that asks for an apology, the same or another for each chat.
+      updates: of prompts, while the pipeline runs; see `updates.WatchUpdates`.
 
     Outputs:
-      `drafts`: a `Draft` for each angry user.
+      `drafts`: a `Draft` for each angry user; none where the model was less sure of the anger
+        than the template's `draft_confidence`.
       `dead_letters`: a letter for each angry user who has none; the analysis stands.
     """
 
     model: Model
-    prompt: DraftPrompt
+    prompt: DraftPrompt | Routed[DraftPrompt]
+    updates: AsIter | None = None
 
     def expand(self, analysed: beam.PCollection[AnalysedChat]) -> Drafted:
         angry = analysed | "OnlyAngry" >> beam.Filter(is_angry)
-        asked = angry | "RenderPrompt" >> DeadLettered("draft_prompt", self.ask, Question)
+        ask = functools.partial(ask_for_draft, self.prompt)
+        asked = angry | "RenderPrompt" >> DeadLettered("draft_prompt", ask, Question, self.updates)
         answered = asked.ok | "AskModel" >> AskModel(self.model, "draft_model")
-        parsed = answered.ok | "ParseAnswer" >> DeadLettered("draft_answer", self.parse, Draft)
+        parsed = answered.ok | "ParseAnswer" >> DeadLettered("draft_answer", drafted, Draft)
         failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
         return Drafted(parsed.ok, failed | beam.Flatten())
-
-    def ask(self, analysed: AnalysedChat) -> Iterable[Question]:
-        metrics.count("drafts_asked")
-        yield self.prompt.question(analysed.chat, analysed.analysis.user_id, analysed.analysis)
-
-    def parse(self, answered: Answered) -> Iterable[Draft]:
-        draft = to_draft(answered, self.prompt)
-        metrics.count("drafted")
-        yield draft
 
 
 def is_angry(analysed: AnalysedChat) -> bool:
     return analysed.analysis.sentiment == Sentiment.ANGRY
 
 
-def to_draft(answered: Answered, prompt: DraftPrompt) -> Draft:
+def ask_for_draft(
+    prompt: DraftPrompt | Routed[DraftPrompt],
+    analysed: AnalysedChat,
+    updates: Iterable[Updates] = (),
+) -> Iterable[Question]:
+    chat, analysis = analysed
+    metrics.count("drafts_asked")
+    question = newest(updates, "draft", prompt).of(chat).question(chat, analysis.user_id, analysis)
+    least = question.settings.get("draft_confidence", 0)
+    if analysis.confidence is not None and analysis.confidence < least:
+        metrics.count("drafts_withheld")
+    else:
+        yield question
+
+
+def drafted(answered: Answered) -> Iterable[Draft]:
+    draft = to_draft(answered)
+    metrics.count("drafted")
+    yield draft
+
+
+def to_draft(answered: Answered) -> Draft:
     """Checks the text that the model wrote.
 
     Raises:
@@ -70,7 +90,7 @@ def to_draft(answered: Answered, prompt: DraftPrompt) -> Draft:
     """
     question, answer = answered
     assert question.analysis is not None  # set by DraftApologies.ask
-    settings = prompt.template.settings
+    settings = question.settings
     try:
         parsed = parse_draft(
             answer.text,
@@ -82,7 +102,7 @@ def to_draft(answered: Answered, prompt: DraftPrompt) -> Draft:
     except BadAnswerError as error:
         raise error.explained(answer.circumstances) from None
     return Draft(
-        draft_id=question.request.id,
+        draft_id=question.id_of(answer.model),
         analysis_id=question.analysis.analysis_id,
         chat_id=question.chat.chat_id,
         user_id=question.user_id,
@@ -90,6 +110,6 @@ def to_draft(answered: Answered, prompt: DraftPrompt) -> Draft:
         text=parsed.text,
         repairs=parsed.repairs,
         model=answer.model,
-        prompt_version=prompt.version,
+        prompt_version=question.prompt_version,
         drafted_at=now(),
     )

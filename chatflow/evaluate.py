@@ -15,6 +15,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.records import Analysis, Sentiment, load_object, read_chat
+from chatflow.routes import Routed
 
 CLASSES = tuple(Sentiment)  # angry, neutral, happy
 
@@ -197,7 +198,10 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         k: counts[k] for k in ("asked", "analysed", "summaries", "dead_letters", "lost", "seconds")
     }
     if parsed.fit_bias:
-        tones = plan(options).analysis_prompt.tones
+        prompt = plan(options).first.analysis
+        if isinstance(prompt, Routed):
+            raise UsageError("--fit_bias: fits one model; leave --models out")
+        tones = prompt.tones
         scores = [
             (analyses[key].tone_scores, label.sentiment)
             for key, label in labels.items()

@@ -21,6 +21,7 @@ from apache_beam import ParDo, TimeDomain, pvalue
 from apache_beam.coders import registry as coders
 from apache_beam.internal import pickler
 from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.pipeline import PTransformOverride
 from apache_beam.runners.common import DoFnRunner, DoFnState, Receiver
 from apache_beam.runners.direct import direct_runner
 from apache_beam.runners.direct.bundle_factory import BundleFactory
@@ -29,7 +30,10 @@ from apache_beam.runners.direct.consumer_tracking_pipeline_visitor import (
     ConsumerTrackingPipelineVisitor,
 )
 from apache_beam.runners.direct.direct_userstate import DirectUserStateContext
-from apache_beam.runners.direct.evaluation_context import EvaluationContext
+from apache_beam.runners.direct.evaluation_context import (
+    EvaluationContext,
+    _SideInputsContainer,
+)
 from apache_beam.runners.direct.executor import (
     Executor,
     TransformExecutor,
@@ -44,6 +48,9 @@ from apache_beam.runners.direct.transform_evaluator import (
 from apache_beam.runners.direct.util import TimerFiring, TransformResult
 from apache_beam.runners.runner import PipelineState
 from apache_beam.runners.worker import statesampler
+from apache_beam.transforms.core import Windowing
+from apache_beam.transforms.periodicsequence import PeriodicImpulse
+from apache_beam.transforms.ptransform import PTransform
 from apache_beam.transforms.userstate import is_stateful_dofn
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils import counters
@@ -60,9 +67,13 @@ _LAG = 0.2  # seconds that the watermark is behind the clock, for messages overt
 class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
     """Runs a pipeline that reads from Pub/Sub until it is drained or fails."""
 
+    def is_fnapi_compatible(self) -> bool:
+        """So that composites are seen as they were built, and not as read from a proto."""
+        return True
+
     def run_pipeline(self, pipeline: Any, options: Any) -> LocalStreamResult:
         """As `BundleBasedDirectRunner` does it, with the parts below in place of Beam's."""
-        pipeline.replace_all(direct_runner._get_transform_overrides(options))
+        pipeline.replace_all([_TicksOverride(), *direct_runner._get_transform_overrides(options)])
         graph = ConsumerTrackingPipelineVisitor()
         pipeline.visit(graph)
         self.consumer_tracking_visitor = graph
@@ -191,6 +202,87 @@ class _ReadEvaluator(_TransformEvaluator):
         return TransformResult(self, [bundle], [again], None, {None: self.reader.watermark})
 
 
+class _Ticks(PTransform):
+    """A `PeriodicImpulse` of this runner: the time, at each interval, until it is drained."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def expand(self, begin: pvalue.PBegin) -> pvalue.PCollection:
+        return pvalue.PCollection(begin.pipeline, is_bounded=False)
+
+    def get_windowing(self, inputs: Any) -> Windowing:
+        return Windowing(GlobalWindows())
+
+
+class _TicksOverride(PTransformOverride):
+    """Beam's own is a splittable DoFn that this runner cannot drain."""
+
+    def matches(self, applied: Any) -> bool:
+        return isinstance(applied.transform, PeriodicImpulse)
+
+    def get_replacement_transform_for_applied_ptransform(self, applied: Any) -> PTransform:
+        return _Ticks(applied.transform.interval)
+
+
+class _TicksEvaluator(_TransformEvaluator):
+    readers: _Readers
+    due: dict[Any, float]
+
+    def start_bundle(self) -> None:
+        pass
+
+    def process_element(self, element: Any) -> None:
+        pass
+
+    def finish_bundle(self) -> TransformResult:
+        applied = self._applied_ptransform
+        if self.readers.draining.wait(timeout=0.05):
+            return TransformResult(self, [], [], None, {None: MAX_TIMESTAMP})
+        now = time.time()
+        bundles = []
+        if now >= self.due.get(applied, 0.0):
+            self.due[applied] = now + applied.transform.seconds
+            bundle = self._evaluation_context.create_bundle(next(iter(self._outputs)))
+            at = Timestamp.of(now)
+            bundle.output(GlobalWindows.windowed_value(at, timestamp=at))
+            bundles.append(bundle)
+        begin = pvalue.PBegin(applied.transform.pipeline)
+        again = self._evaluation_context.create_bundle(begin)
+        return TransformResult(self, bundles, [again], None, {None: Timestamp.of(now - _LAG)})
+
+
+class _SideInputs(_SideInputsContainer):
+    """Side inputs that change: a view is what came last, and is there when anything came."""
+
+    def get_value_or_block_until_ready(self, side_input: Any, task: Any, block_until: Any) -> Any:
+        with self._lock:
+            view = self._views[side_input]
+            if view.elements:
+                return self._pvalue_to_value(side_input, view.elements[-1:])
+        return super().get_value_or_block_until_ready(side_input, task, block_until)
+
+    def add_values(self, side_input: Any, values: Iterable[Any]) -> None:
+        with self._lock:
+            view = self._views[side_input]
+            view.elements = [*view.elements, *values][-1:]
+
+    def _update_watermarks_for_side_input_and_unblock_tasks(
+        self, side_input: Any, watermark: Any
+    ) -> list[Any]:
+        with self._lock:
+            view = self._views[side_input]
+            ready = [task for task, _ in view.blocked_tasks] if view.elements else []
+            if ready:
+                view.blocked_tasks.clear()
+        for task in ready:
+            task.blocked = False
+        others: list[Any] = super()._update_watermarks_for_side_input_and_unblock_tasks(
+            side_input, watermark
+        )
+        return ready + others
+
+
 class _Registry(TransformEvaluatorRegistry):
     """Puts the evaluators of this module in place of Beam's."""
 
@@ -199,6 +291,8 @@ class _Registry(TransformEvaluatorRegistry):
         self._serial: dict[Any, bool] = {}
         reads = type("_ReadEvaluator", (_ReadEvaluator,), {"readers": readers})
         self._evaluators[direct_runner._DirectReadFromPubSub] = reads
+        ticks = type("_TicksEvaluator", (_TicksEvaluator,), {"readers": readers, "due": {}})
+        self._evaluators[_Ticks] = ticks
         self.steps: dict[Any, _Step] = {}
         runs = type("_StepEvaluator", (_StepEvaluator,), {"steps": self.steps})
         self._evaluators[ParDo] = runs
@@ -373,6 +467,7 @@ class _Context(EvaluationContext):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self._side_inputs_container = _SideInputs(self.views)
         self._timers: dict[Any, _Timers] = {}
 
     def handle_result(self, completed_bundle: Any, completed_timers: Any, result: Any) -> Any:

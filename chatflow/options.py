@@ -93,6 +93,22 @@ class Options:
         "", "Folder with analysis.jinja and apology.jinja; default: chatflow's own for the "
         "model's kind.", _MODEL,
     )  # fmt: skip
+    models: str = _flag(
+        "", "YAML file that says by an attribute of the chats (tenant, language) which model, "
+        "prompts and thresholds they have; see docs/systems.md.", _MODEL,
+    )  # fmt: skip
+    model_updates: str = _flag(
+        "", "Files among which the newest is what the model's weights come from, e.g. "
+        "gs://B/models/*/SHA256SUMS.json for folders, gs://B/adapters/*.lora.h5 or "
+        "gs://B/*.pt: taken up at the start, and in streams while they run.", _MODEL,
+    )  # fmt: skip
+    prompt_updates: str = _flag(
+        "false", "In streams, read the templates again, and take up what is new.", _MODEL,
+        choices=("true", "false"),
+    )  # fmt: skip
+    update_seconds: float = _flag(
+        60.0, "Between two looks for new weights and templates.", _MODEL, least=0.1,
+    )  # fmt: skip
     max_prompt_tokens: int = _flag(
         1536, "Budget of one prompt; the oldest messages are left out first, and the record "
         "says so.", _MODEL, least=64,

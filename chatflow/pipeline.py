@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import apache_beam as beam
 
@@ -13,15 +15,16 @@ from chatflow.conversations import AssembleChats
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
 from chatflow.models import Model, ModelSpec
+from chatflow.models.keyed import PerKeyModelHandler
 from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prices import Price, price_of
-from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import KINDS, AnalysedChat, Analysis
 from chatflow.revisions import Rules
+from chatflow.routes import Routes, routes_of
 from chatflow.sinks import WriteRecords, split_destinations
 from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
-from chatflow.templates import load_folder
+from chatflow.updates import Updates, WatchUpdates, look
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Plan:
     """What a pipeline is built from; all of it checked before anything runs.
 
     Attributes:
+      routes: models and prompts.
+      first: prompts and weights to begin with.
       rules: when a chat that comes as messages is analysed.
       destinations: by kind of record, the URIs that it is written to.
       streaming: the input never ends.
@@ -38,16 +43,21 @@ class Plan:
     """
 
     options: Options
-    spec: ModelSpec
+    routes: Routes
     model: Model
-    analysis_prompt: AnalysisPrompt
-    draft_prompt: DraftPrompt
+    first: Updates
     rules: Rules
     destinations: Mapping[str, tuple[str, ...]]
     streaming: bool = False
     replay: bool = False
     drafts: bool = True
     price: Price | None = None
+
+    @property
+    def watches(self) -> bool:
+        """New weights or templates are taken up while the pipeline runs."""
+        updates = any(route.updates for route in self.routes.routes)
+        return self.streaming and (updates or self.options.prompt_updates == "true")
 
     def write(self, kind: str) -> WriteRecords:
         return WriteRecords(self.destinations[kind], self.streaming)
@@ -70,7 +80,31 @@ def plan(
         prices with a mistake.
     """
     streaming = is_stream(options.input)
-    spec = ModelSpec(
+    rules = Rules(
+        timedelta(seconds=options.quiet_seconds),
+        options.every_messages,
+        options.max_messages,
+        timedelta(hours=options.retention_hours),
+    )
+    routes = routes_of(options, functools.partial(spec_of, cloud=cloud, streaming=streaming))
+    first = look(routes)
+    return Plan(
+        options,
+        routes,
+        model_of(routes, first, streaming, options.resource_hints),
+        first,
+        rules,
+        {k: split_destinations(k, getattr(options, k), options.output) for k in KINDS},
+        streaming,
+        replay,
+        drafts,
+        price_of(routes.specs[0].name, options.prices) if len(routes.specs) == 1 else None,
+    )
+
+
+def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
+    """The model that the flags name."""
+    return ModelSpec(
         name=options.model,
         inference=options.inference,
         kind=options.model_kind,
@@ -100,30 +134,21 @@ def plan(
             options.thinking,
         ),
     )
-    rules = Rules(
-        timedelta(seconds=options.quiet_seconds),
-        options.every_messages,
-        options.max_messages,
-        timedelta(hours=options.retention_hours),
-    )
-    templates = load_folder(options.prompts or ("instruct" if spec.instruct else "base"))
-    analysis_prompt = AnalysisPrompt(templates["analysis"], spec, options.max_prompt_tokens)
-    draft_prompt = DraftPrompt(templates["apology"], spec, options.max_prompt_tokens)
-    # In a stream somebody waits for the first answers, so the model is readied as it loads.
-    expected = (analysis_prompt.probe, draft_prompt.probe) if streaming else ()
-    return Plan(
-        options,
-        spec,
-        spec.model(expected, options.resource_hints),
-        analysis_prompt,
-        draft_prompt,
-        rules,
-        {k: split_destinations(k, getattr(options, k), options.output) for k in KINDS},
-        streaming,
-        replay,
-        drafts,
-        price_of(spec.name, options.prices),
-    )
+
+
+def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str, str]) -> Model:
+    """One model, or one by key, for both inference steps."""
+    handlers: dict[str, Any] = {}
+    for route, (analysis, draft) in zip(routes.routes, first.by_route, strict=True):
+        probes = (analysis.probe, draft.probe)
+        # In a stream somebody waits for the first answers, so the model is readied as it loads.
+        expected = probes if streaming or route.updates else ()
+        refreshing = analysis.weights if route.updates else None
+        if route.spec.key not in handlers:
+            handlers[route.spec.key] = route.spec.handler(expected, refreshing)
+    if not routes.attribute:
+        return Model(next(iter(handlers.values())), hints)
+    return Model(PerKeyModelHandler(handlers, routes.max_models), hints, several=True)
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
@@ -139,7 +164,13 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     read = arrivals | "ParseArrivals" >> ParseArrivals(options.max_line_bytes, rules.retention)
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
-    analysed = chats | "AnalyseChats" >> AnalyseChats(model, plan.analysis_prompt)
+    updates = None
+    if plan.watches:
+        watch = WatchUpdates(
+            plan.routes, plan.first, options.update_seconds, options.prompt_updates == "true"
+        )
+        updates = beam.pvalue.AsIter(pipeline | "WatchUpdates" >> watch)
+    analysed = chats | "AnalyseChats" >> AnalyseChats(model, plan.first.analysis, updates)
     dead_letters = [read.dead_letters, assembled.dead_letters, analysed.dead_letters]
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
@@ -150,7 +181,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         if plan.replay:
             to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
             dead_letters.append(opened.dead_letters)
-        drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.draft_prompt)
+        drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.first.draft, updates)
         dead_letters.append(drafted.dead_letters)
         drafted.drafts | "WriteDrafts" >> plan.write("drafts")
 

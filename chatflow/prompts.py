@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 
@@ -14,7 +14,7 @@ from chatflow.answers import ANALYSIS_SCHEMA, AnalysisAnswer, parse_analysis
 from chatflow.chat_text import as_data, estimate_tokens, keep_newest
 from chatflow.errors import BadInputError, UsageError
 from chatflow.models import ModelSpec
-from chatflow.models.requests import Part, Request
+from chatflow.models.requests import FIRST, Part, Request, Version
 from chatflow.records import (
     SUMMARY_CHARACTERS,
     Analysis,
@@ -35,6 +35,8 @@ class Question:
       chat: the chat as it came.
       user_id: whose tone is asked for, or to whom the draft speaks.
       dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
+      prompt_version, settings: of the template that asks, by which the answer is read; while a
+        pipeline runs, templates may change.
       analysis: of the draft's chat; None when it is the analysis that is asked for.
     """
 
@@ -43,7 +45,16 @@ class Question:
     request: Request
     dropped_messages: int
     cut_messages: int
+    prompt_version: str
+    settings: Mapping[str, Any]
     analysis: Analysis | None = None
+
+    def id_of(self, model: str) -> str:
+        """The id of what a model answers; not always the one that was meant to."""
+        identity = Identity(
+            self.chat.chat_id, self.user_id, self.chat.revision, self.prompt_version, model
+        )
+        return identity.digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Prompt:
       template: of `load_folder`.
       model: who will answer; decides which blocks are asked.
       max_prompt_tokens: the budget of one prompt, in estimated tokens.
+      weights: the version of the model that is asked for.
 
     Raises:
       UsageError: the template has a mistake, with file and line.
@@ -62,6 +74,7 @@ class Prompt:
     template: Template
     model: ModelSpec
     max_prompt_tokens: int = 1536
+    weights: Version = FIRST
 
     def __post_init__(self) -> None:
         self.check_settings()
@@ -84,6 +97,15 @@ class Prompt:
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         """The prompt of a block as a part of a request."""
         raise NotImplementedError
+
+    @property
+    def result_name(self) -> str:
+        """What results will say made them."""
+        return self.weights.named(self.model.result_name)
+
+    def of(self, chat: Chat) -> Self:
+        """The prompt for a chat; others than this one may differ by chat, see `routes.Routed`."""
+        return self
 
     @functools.cached_property
     def version(self) -> str:
@@ -128,17 +150,21 @@ class Prompt:
             ]
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
-        identity = Identity(
-            chat.chat_id, user_id, chat.revision, self.version, self.model.result_name
-        )
         request = Request(
-            id=identity.digest(),
+            id="",
             task=self.template.name.removesuffix(".jinja"),
             chat_id=chat.chat_id,
             user_id=user_id,
             parts=tuple(parts),
+            model=self.model.key,
+            version=self.weights,
         )
-        return Question(chat, user_id, request, kept.dropped, kept.cut, analysis)
+        question = Question(
+            chat, user_id, request, kept.dropped, kept.cut,
+            self.version, self.template.settings, analysis,
+        )  # fmt: skip
+        request = dataclasses.replace(request, id=question.id_of(self.result_name))
+        return dataclasses.replace(question, request=request)
 
     @property
     def probe(self) -> Request:
@@ -189,6 +215,19 @@ def _data_view(value: Any) -> Any:
     return value
 
 
+def tones_of(settings: Mapping[str, Any]) -> dict[str, Sentiment]:
+    return {word: Sentiment(value) for word, value in settings["tones"].items()}
+
+
+def reader(settings: Mapping[str, Any]) -> Callable[[str], AnalysisAnswer]:
+    """Reads sentiment and summary of an answer to a template; see `answers.parse_analysis`."""
+    return functools.partial(
+        parse_analysis,
+        summary_characters=settings["summary_characters"],
+        tones=tones_of(settings),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AnalysisPrompt(Prompt):
     """Asks for tone and summary."""
@@ -232,21 +271,16 @@ class AnalysisPrompt(Prompt):
 
     @property
     def tones(self) -> dict[str, Sentiment]:
-        return {word: Sentiment(value) for word, value in self.template.settings["tones"].items()}
-
-    @functools.cached_property
-    def read(self) -> Callable[[str], AnalysisAnswer]:
-        """Reads sentiment and summary of an answer; see `answers.parse_analysis`."""
-        return functools.partial(
-            parse_analysis,
-            summary_characters=self.template.settings["summary_characters"],
-            tones=self.tones,
-        )
+        return tones_of(self.template.settings)
 
     @property
     def tone_bias(self) -> dict[str, float] | None:
-        """Constants taken off the scores of the tone words; None: not fitted for the model."""
-        found = self.template.settings.get("tone_bias", {}).get(self.model.result_name)
+        """Constants taken off the scores of the tone words; None: not fitted for the model.
+
+        New weights of a model have its constants, until there are some for their own name.
+        """
+        fitted = self.template.settings.get("tone_bias", {})
+        found = fitted.get(self.result_name) or fitted.get(self.model.result_name)
         return {word: float(value) for word, value in found.items()} if found else None
 
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
@@ -272,7 +306,7 @@ class AnalysisPrompt(Prompt):
                 field=None,
                 schema=ANALYSIS_SCHEMA,
                 characters=max(1, characters),
-                check=self.read,
+                check=reader(settings),
                 **common,
             )
         return Part(
@@ -300,6 +334,9 @@ class DraftPrompt(Prompt):
         for name in ("draft_characters", "answer_tokens"):
             if self.template.setting(name, int) < 1:
                 raise UsageError(f"{where}: {name} must be at least 1")
+        least = self.template.settings.get("draft_confidence", 0)
+        if not isinstance(least, (int, float)) or not 0 <= least <= 1:
+            raise UsageError(f"{where}: draft_confidence must be 0 to 1; found {least!r}")
 
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         settings = self.template.settings

@@ -151,6 +151,7 @@ class Analysis(Record):
         grounded in the chat, and the user's own words stand in for them.
       tone_scores: log-probability of each tone word before `tone_bias` is taken off,
         for models whose tone is a scored choice.
+      confidence: probability of the sentiment by these scores, without the bias.
       dropped_messages: oldest messages left out of the prompt to keep its token budget.
       cut_messages: messages of which only the end went into the prompt.
       repairs: what was mended in the model's answer: `json`, `summary_cut`, `control_tokens`.
@@ -164,6 +165,7 @@ class Analysis(Record):
     summary: str = Field(min_length=1, max_length=SUMMARY_CHARACTERS)
     summary_source: Literal["model", "extract"] = "model"
     tone_scores: dict[str, float] | None = None
+    confidence: float | None = None
     dropped_messages: int = 0
     cut_messages: int = 0
     repairs: tuple[str, ...] = ()

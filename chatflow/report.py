@@ -85,7 +85,7 @@ class Summary:
         gone = ("messages_joined", "duplicate_events", "too_late_events")
         assembled = self.get("messages_read") - sum(map(self.get, gone))
         analysed = self.get("asked") - self.get("analysed")
-        drafted = self.get("drafts_asked") - self.get("drafted")
+        drafted = self.get("drafts_asked") - self.get("drafted") - self.get("drafts_withheld")
         return (
             abs(read)
             + abs(assembled)
@@ -129,6 +129,12 @@ class Summary:
             "retries": self.get("model/retries"),
             "asked_again": self.get("model/asked_again"),
             "faults": self.under("model/faults"),
+            "copies_loaded": self.get("model/copies_loaded"),
+            "updates": {
+                "taken_up": self.get("model/updates"),
+                "refused": self.get("model/updates_refused"),
+                "templates_refused": self.get("updates/prompts_refused"),
+            },
             "cost_usd": self.cost,
             **{name: self.distributions.get(name, {}) for name in DISTRIBUTIONS},
             "seconds": round(self.seconds, 2),
@@ -244,6 +250,10 @@ def counts_table(summary: Summary) -> Table:
         again = {"made again": values["retries"], "with an answer sent back": values["asked_again"]}
         faults = f"; faults: {listed(values['faults'])}" if values["faults"] else ""
         rows["calls"] = f"{values['requests']:,}, of these {listed(again)}{faults}"
+    if values["copies_loaded"]:
+        rows["models"] = f"copies loaded {values['copies_loaded']:,}"
+    if any(values["updates"].values()):
+        rows["updates"] = listed({k.replace("_", " "): v for k, v in values["updates"].items()})
     if summary.cost is not None:
         rows["cost"] = f"about {summary.cost:,.4f} US dollars, by the table of --prices"
     for name, (title, unit) in DISTRIBUTIONS.items():

@@ -153,8 +153,9 @@ def prepare(
     check_tables(planned.destinations, local)
     if local:
         prepare_model(planned, console)
-    if planned.spec.is_remote and options.check_endpoint == "true":
-        check_model(planned.spec, local, console)
+    for spec in planned.routes.specs:
+        if spec.is_remote and options.check_endpoint == "true":
+            check_model(spec, local, console)
     removed = prepare_output(destinations, inputs, planned.streaming, local)
     if removed:
         console.print(f"replacing {removed} result files of an earlier run")
@@ -263,7 +264,7 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
 
 def prepare_model(planned: Plan, console: Console) -> None:
     """Makes the embedded model now, with progress, if it is asked for and not there yet."""
-    if not planned.spec.is_embedded:
+    if not any(spec.is_embedded for spec in planned.routes.specs):
         return
     from chatflow.models import embedded
     from chatflow.models.presets import local_preset

@@ -31,8 +31,9 @@ import jinja2
 import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
+from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,13 @@ class Template:
       name: the file's name, e.g. `analysis.jinja`.
       folder: where it came from, for messages.
       sources: all templates of the folder by name, for `include` and `import`.
+      overrides: constants that are set from outside, in place of the template's own.
     """
 
     name: str
     folder: str
     sources: tuple[tuple[str, str], ...]
+    overrides: tuple[tuple[str, Any], ...] = ()
 
     @functools.cached_property
     def _compiled(self) -> tuple[jinja2.Template, dict[str, Any], frozenset[str]]:
@@ -81,8 +84,8 @@ class Template:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The constants that the template sets at its top level."""
-        return self._compiled[1]
+        """The constants that the template sets at its top level, with the overrides."""
+        return {**self._compiled[1], **dict(self.overrides)}
 
     @property
     def blocks(self) -> frozenset[str]:
@@ -90,8 +93,8 @@ class Template:
 
     def render(self, block: str, **values: Any) -> str:
         """Renders one block; raises jinja2.TemplateError."""
-        template, settings, _ = self._compiled
-        context = template.new_context({**settings, **values})
+        template = self._compiled[0]
+        context = template.new_context({**self.settings, **values})
         return "".join(template.blocks[block](context)).strip()
 
     def setting(self, name: str, kind: type | tuple[type, ...]) -> Any:
@@ -118,6 +121,7 @@ class Template:
                 used[name] = sources[name]
                 tree = jinja2.Environment().parse(sources[name])
                 todo += [n for n in jinja2.meta.find_referenced_templates(tree) if n]
+        settings = (*settings, *self.overrides)
         text = json.dumps([sorted(used.items()), [repr(s) for s in settings]])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -152,22 +156,27 @@ def load_folder(path: str) -> dict[str, Template]:
     """The templates of a folder by name without `.jinja`.
 
     Args:
-      path: a folder of the user's, or `base` or `instruct` for those of chatflow.
+      path: a folder of the user's, of any filesystem that Beam knows, or `base` or `instruct`
+        for those of chatflow.
 
     Raises:
       UsageError: no such folder, or a template with a mistake.
     """
-    folder = default_folder() / path if path in ("base", "instruct") else Path(path)
-    if not folder.is_dir():
-        raise UsageError(f"--prompts: no folder {path!r}; give a folder with analysis.jinja in it")
+    own = path in ("base", "instruct")
+    where = os.fspath(default_folder() / path) if own else path.rstrip("/")
     try:
-        sources = {p.name: p.read_text("utf-8") for p in sorted(folder.glob("*.jinja"))}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts: {path!r} cannot be read: {error}") from None
+        files = FileSystems.match([FileSystems.join(where, "*.jinja")])[0].metadata_list
+        sources = {}
+        for file in sorted(file.path for file in files):
+            with FileSystems.open(file) as opened:
+                sources[FileSystems.split(file)[1]] = opened.read().decode()
+    except Exception as error:  # each filesystem has its own
+        raise UsageError(f"--prompts: {path!r} cannot be read: {one_line(error)}") from None
+    if not sources and "://" not in where and not os.path.isdir(where):
+        raise UsageError(f"--prompts: no folder {path!r}; give a folder with analysis.jinja in it")
     for name in ("analysis.jinja", "apology.jinja"):
         if name not in sources:
             raise UsageError(f"--prompts: {path!r} has no {name}")
-    where = os.fspath(folder)
     return {
         name.removesuffix(".jinja"): Template(name, where, tuple(sources.items()))
         for name in sources

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -122,7 +123,7 @@ def answer_for(prompt, answer, chat_id="1", source=LATE):
     made = source.model_copy(update={"chat_id": chat_id})
     question = prompt.question(made, "c")
     text = json.dumps(answer)
-    return AnalysedChat(made, to_analysis(Answered(question, Answer(text, "scripted")), prompt))
+    return AnalysedChat(made, to_analysis(Answered(question, Answer(text, "scripted"))))
 
 
 # Grounding: a summary is about this chat, or the user's own words stand in for it.
@@ -148,14 +149,12 @@ def test_words_are_known_by_their_start():
 
 
 def test_a_summary_that_is_not_grounded_is_replaced_by_the_users_own_words(analysis_prompt):
-    settings = analysis_prompt.template.settings
-    settings["summary_grounding"] = 0.5
-    try:
-        invented = {"sentiment": -1, "summary": "Golden elephants danced beautifully."}
-        found = answer_for(analysis_prompt, invented).analysis
-        kept = answer_for(analysis_prompt, ANGRY).analysis
-    finally:
-        settings["summary_grounding"] = 0.0
+    template = analysis_prompt.template
+    template = dataclasses.replace(template, overrides=(("summary_grounding", 0.5),))
+    prompt = dataclasses.replace(analysis_prompt, template=template)
+    invented = {"sentiment": -1, "summary": "Golden elephants danced beautifully."}
+    found = answer_for(prompt, invented).analysis
+    kept = answer_for(prompt, ANGRY).analysis
     assert (found.summary, found.summary_source) == ("“My parcel is late!”", "extract")
     assert (kept.summary, kept.summary_source) == ("The parcel is late.", "model")
 

@@ -141,7 +141,7 @@ def test_no_requests_have_no_results(case):
 
 
 def test_the_handler_travels_and_its_making_asks_nobody(case):
-    again = pickle.loads(pickle.dumps(case.spec.model().handler))
+    again = pickle.loads(pickle.dumps(case.spec.handler()))
     assert again.name == case.spec.result_name
     if case.spec.is_remote:
         assert again.settings == case.handler.settings

@@ -39,7 +39,7 @@ def analysed(gemma):
     questions = [prompt.question(one, "c") for one in CHATS]
     answers = gemma.answer([question.request for question in questions])
     return [
-        AnalysedChat(q.chat, to_analysis(Answered(q, a), prompt))
+        AnalysedChat(q.chat, to_analysis(Answered(q, a)))
         for q, a in zip(questions, answers, strict=True)
     ]
 
@@ -64,7 +64,7 @@ def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, analysed
     prompt = DraftPrompt(load_folder("base")["apology"], ModelSpec())
     question = prompt.question(analysed[0].chat, "c", analysed[0].analysis)
     (answer,) = gemma.answer([question.request])
-    draft = to_draft(Answered(question, answer), prompt)
+    draft = to_draft(Answered(question, answer))
     assert draft.text.startswith("We are sorry that ")
     assert draft.text.endswith("A colleague will look into it and come back to you.")
     assert ".." not in draft.text

@@ -632,7 +632,7 @@ def test_a_remote_model_is_checked_by_its_name_and_nothing_is_called(name, setti
 
 def test_the_graph_is_built_without_the_service():
     name = ENDPOINTS["public"]
-    assert ModelSpec(name, inference="remote").model().handler.name == name
+    assert ModelSpec(name, inference="remote").handler().name == name
 
 
 def test_prompts_for_a_remote_model_need_a_block_json(fake, tmp_path, lines, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,7 @@ from chatflow.models.requests import (
     Batching,
     RemoteSettings,
     Request,
+    Version,
     WorkerSettings,
 )
 
@@ -30,12 +33,14 @@ class Model:
       handler: a Beam `ModelHandler` from `Request` to `PredictionResult`, whose
         inference is an `Answer` or a `Failure`.
       hints: Beam's resource hints for the steps that ask it.
+      several: the handler takes pairs of a model's key and such a request, keyed once more.
       identifier: what a worker's copy is known by; Beam keeps it machine-wide, so it is
         unique to a run.
     """
 
     handler: Any
     hints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    several: bool = False
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
     def forget(self) -> None:
@@ -90,6 +95,16 @@ class ModelSpec:
         """What results say made them. A script is known by its kind, not by its path."""
         return "scripted" if self.is_scripted else self.name
 
+    @functools.cached_property
+    def key(self) -> str:
+        """Tells it apart from other models of the same pipeline."""
+        return f"{self.name}#{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
+
+    @property
+    def takes_updates(self) -> bool:
+        """Whether it has weights, or a script, that `--model_updates` may replace."""
+        return not self.is_remote
+
     @property
     def is_embedded(self) -> bool:
         return self.inference == "on_worker" and self.name == embedded.NAME
@@ -111,28 +126,24 @@ class ModelSpec:
 
         return self.writes_json or is_instruct(self.name)
 
-    def model(
-        self, expected: Sequence[Request] = (), hints: Mapping[str, str] | None = None
-    ) -> Model:
-        """The model as the stages take it; nothing is loaded yet.
+    def handler(self, expected: Sequence[Request] = (), refreshing: Version | None = None) -> Any:
+        """A Beam model handler; nothing is loaded yet.
 
         Args:
-          expected: requests of the kinds that will come; a model on the worker is made
-            ready for them when it is loaded.
-          hints: see `Model`.
+          expected, refreshing: see `handlers.LanguageModelHandler`; unused by remote models.
         """
-        return Model(self._handler(tuple(expected)), dict(hints or {}))
-
-    def _handler(self, expected: tuple[Request, ...]) -> Any:
+        expected = tuple(expected)
         if self.is_scripted:
             from chatflow.models.scripted import ScriptedModelHandler, load_script
 
             script = load_script(self.name.removeprefix(SCRIPTED))
-            return ScriptedModelHandler(script, batching=self.batching)
+            return ScriptedModelHandler(script, batching=self.batching, refreshing=refreshing)
         if self.is_remote:
             from chatflow.models.remote import RemoteLanguageModelHandler
 
             return RemoteLanguageModelHandler(self.name, self.remote, self.batching)
         from chatflow.models.gemma import GemmaModelHandler
 
-        return GemmaModelHandler(self.name, self.instruct, self.worker, self.batching, expected)
+        return GemmaModelHandler(
+            self.name, self.instruct, self.worker, self.batching, expected, refreshing
+        )

@@ -54,6 +54,8 @@ class RemoteModel(LanguageModel):
       limiter: asked before each call, in a thread, for it may block.
     """
 
+    loads = 0  # the weights are elsewhere
+
     def __init__(
         self,
         name: str,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -109,6 +110,7 @@ class Engine:
     def __init__(self, backbone: Any, tokenizer: Any, instruct: bool = False):
         self.shape = Shape.of_device(backbone.compute_dtype)
         self.forward = Forward(backbone)
+        weakref.finalize(self, self.forward.release).atexit = False
         self.tokenizer = tokenizer
         self.vocabulary = _vocabulary(tokenizer, backbone.vocabulary_size)
         self.counts: collections.Counter[str] = collections.Counter()

@@ -95,6 +95,10 @@ class Forward:
         ]
         self.compilations = 0
 
+    def release(self) -> None:
+        """Lets go of the weights; JAX keeps what it compiled, and this object with it."""
+        self.weights, self.model = [], None
+
     @property
     def cache_bytes(self) -> int:
         """Of one position of one row."""

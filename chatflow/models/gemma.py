@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
-import functools
 import json
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from chatflow.models import embedded
 from chatflow.models.grammar import ENDLESS, Text, json_answer
 from chatflow.models.handlers import LanguageModel, LanguageModelHandler, ask
 from chatflow.models.merging import Merger
-from chatflow.models.presets import is_instruct, local_preset, use_jax
+from chatflow.models.presets import is_instruct, local_file, local_preset, use_jax
 from chatflow.models.requests import (
+    FIRST,
     ONE_BUNDLE,
     ONE_COPY,
     Answer,
@@ -25,6 +26,7 @@ from chatflow.models.requests import (
     Failure,
     Part,
     Request,
+    Version,
     WorkerSettings,
 )
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from chatflow.models.engine import Result, Row
 
 _log = logging.getLogger(__name__)
+
+ADAPTER = ".lora.h5"
+"""How the names of adapters end: files that Keras's `save_lora_weights` writes."""
 
 
 class GemmaModel(LanguageModel):
@@ -44,19 +49,30 @@ class GemmaModel(LanguageModel):
       preset, settings: see `GemmaModelHandler`.
       instruct: prompts are wrapped as a user's turn.
       most: requests in a batch.
+      adapter: a local file with LoRA weights for the preset, as Keras saves them; empty: none.
     """
 
-    def __init__(self, name: str, preset: str, settings: WorkerSettings, instruct: bool, most: int):
+    def __init__(
+        self,
+        name: str,
+        preset: str,
+        settings: WorkerSettings,
+        instruct: bool,
+        most: int,
+        adapter: str = "",
+    ):
         started = time.monotonic()
         use_jax(alone=settings.large_model and settings.model_copies == 1)
         from chatflow.models.loading import load_engine
 
         self.name = name
-        self.engine = load_engine(
-            local_preset(preset, _log.info), settings.dtype, instruct, settings.quantization
-        )
+        self.engine = load_engine(preset, settings.dtype, instruct, settings.quantization, adapter)
         self._most = most
-        self._merged = Merger(functools.partial(ask, self._run), most, settings.merge_seconds)
+        run = weakref.WeakMethod(self._run)
+        self._merged: Merger[Request, Answer | Failure] = Merger(
+            lambda requests: ask(_alive(run), requests), most, settings.merge_seconds
+        )
+        weakref.finalize(self, self._merged.close).atexit = False
         self._counted: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         _log.info("loaded %s in %.1f s", preset, time.monotonic() - started)
@@ -134,6 +150,13 @@ class GemmaModel(LanguageModel):
         )
 
 
+def _alive(method: weakref.WeakMethod[Any]) -> Any:
+    """A method of an object that is there as long as it is called."""
+    found = method()
+    assert found is not None
+    return found
+
+
 def _row(part: Part) -> Row:
     """What the engine is asked for a part."""
     from chatflow.models.engine import Row
@@ -163,7 +186,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
       instruct: whether prompts are wrapped in the turns of Gemma's chat template;
         None: as the preset's name says.
       settings: how the weights are kept.
-      expected: requests for which the model is made ready when it is loaded.
+      expected, refreshing: see `LanguageModelHandler`.
     """
 
     def __init__(
@@ -173,15 +196,26 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         settings: WorkerSettings = ONE_COPY,
         batching: Batching = ONE_BUNDLE,
         expected: tuple[Request, ...] = (),
+        refreshing: Version | None = None,
     ):
-        super().__init__(preset, batching, settings)
+        super().__init__(preset, batching, settings, expected, refreshing)
         self.preset = preset
         self.settings = settings
         self.most = batching.size
-        self.expected = expected
         self.instruct = is_instruct(preset) if instruct is None else instruct
 
-    def load_model(self) -> GemmaModel:
-        model = GemmaModel(self.name, self.preset, self.settings, self.instruct, self.most)
-        model.warm_up(self.expected)
-        return model
+    def load(self, version: Version = FIRST) -> GemmaModel:
+        """A Gemma of the preset; with a version that is a folder, of that; else adapted by it."""
+        preset, adapter = self.preset, ""
+        if version.path.endswith(ADAPTER):
+            adapter = local_file(version.path, _log.info, version.modified)
+        elif version.path:
+            preset = version.path
+        return GemmaModel(
+            version.named(self.name),
+            local_preset(preset, _log.info, version.modified),
+            self.settings,
+            self.instruct,
+            self.most,
+            adapter,
+        )

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import abc
 import logging
+import threading
 import time
+import uuid
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from chatflow import metrics
 from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
+from chatflow.models import copies
 from chatflow.models.requests import (
+    FIRST,
     ONE_BUNDLE,
     Answer,
     Batching,
     Failure,
     Request,
+    Version,
     WorkerSettings,
 )
 
@@ -28,13 +34,14 @@ METRICS = "chatflow_model"
 _log = logging.getLogger(__name__)
 
 
-def prompt_length(element: Request | tuple[Any, Request]) -> int:
+def prompt_length(element: Any) -> int:
     """Tokens of the longest prompt of a request that no other shares, as estimated.
 
     Beam gives a `KeyedModelHandler`'s elements with their keys.
     """
-    request = element[1] if isinstance(element, tuple) else element
-    return max(estimate_tokens(part.prompt[part.shared :]) for part in request.parts)
+    while isinstance(element, tuple):
+        element = element[1]
+    return max(estimate_tokens(part.prompt[part.shared :]) for part in element.parts)
 
 
 class LanguageModel(abc.ABC):
@@ -45,12 +52,26 @@ class LanguageModel(abc.ABC):
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         """One answer or failure for each request, in their order."""
 
+    def warm_up(self, requests: Sequence[Request]) -> None:  # noqa: B027 (most need none)
+        """Makes the model ready for such requests."""
+
+    loads = 1
+    """Copies of weights that were loaded, and not counted yet."""
+
     def counts(self) -> dict[str, int]:
-        """What the model counted since it was last asked, by name, for Beam's metrics."""
+        """What the model counted since it was last asked, by name."""
         return {}
+
+    def new_counts(self) -> dict[str, int]:
+        """The same, with what all models count, for Beam's metrics."""
+        loads, self.loads = self.loads, 0
+        return {**self.counts(), "copies_loaded": loads}
 
 
 ModelT = TypeVar("ModelT", bound=LanguageModel)
+
+_own_models: weakref.WeakValueDictionary[str, LanguageModel] = weakref.WeakValueDictionary()
+_own_models_lock = threading.Lock()
 
 
 class LanguageModelHandler(
@@ -68,6 +89,9 @@ class LanguageModelHandler(
     Args:
       batching: how requests are put together.
       settings: of a model that the worker holds; None: each process has its own.
+      expected: requests for which the model is made ready when it is loaded.
+      refreshing: the version of the weights to begin with, where later ones are taken up;
+        None: they stay as they are.
     """
 
     def __init__(
@@ -75,6 +99,8 @@ class LanguageModelHandler(
         name: str,
         batching: Batching = ONE_BUNDLE,
         settings: WorkerSettings | None = None,
+        expected: tuple[Request, ...] = (),
+        refreshing: Version | None = None,
     ):
         shared = settings if settings and settings.large_model else None
         super().__init__(
@@ -86,7 +112,41 @@ class LanguageModelHandler(
             large_model=shared is not None,
             model_copies=shared.model_copies if shared else None,
         )
+        self._identity = uuid.uuid4().hex
         self.name = name
+        self.expected = expected
+        self.refreshing = refreshing
+
+    @abc.abstractmethod
+    def load(self, version: Version = FIRST) -> ModelT:
+        """A model with a version of its weights; `FIRST` are those that its name says."""
+
+    def load_model(self) -> ModelT:
+        """The model. Where each process has its own, all steps and threads of it share that.
+
+        Beam shares it among the threads of a step.
+        """
+        if self.share_model_across_processes():
+            return self._new()
+        with _own_models_lock:
+            model = _own_models.get(self._identity)
+            if model is None:
+                model = _own_models[self._identity] = self._new()
+            return cast(ModelT, model)
+
+    def _new(self) -> ModelT:
+        if self.refreshing is None:
+            return self._loaded()
+        from chatflow.models.refreshing import RefreshedModel
+
+        refreshed: Any = RefreshedModel(self._loaded, self.refreshing, self.expected)
+        return cast(ModelT, refreshed)
+
+    def _loaded(self, version: Version = FIRST) -> ModelT:
+        model = self.load(version)
+        copies.note(model, version.named(self.name))
+        model.warm_up(self.expected)
+        return model
 
     def get_metrics_namespace(self) -> str:
         return METRICS
@@ -102,13 +162,14 @@ class LanguageModelHandler(
     ) -> Iterable[PredictionResult]:
         """Answers a batch; see the class for what comes back."""
         inferences = ask(model.answer, batch)
-        for name, number in model.counts().items():
-            metrics.count(f"model/{name}", number)
+        for name, number in model.new_counts().items():
+            if number:
+                metrics.count(f"model/{name}", number)
         for request in batch:
             metrics.count(f"answered/{request.task}")
         metrics.observe("batch_size", len(batch))
         return [
-            PredictionResult(request, inference, model_id=self.name)
+            PredictionResult(request, inference, getattr(inference, "model", self.name))
             for request, inference in zip(batch, inferences, strict=True)
         ]
 

@@ -15,7 +15,11 @@ from chatflow.models.engine import Engine
 
 
 def load_engine(
-    preset: str, dtype: str = "auto", instruct: bool = False, quantization: str = "none"
+    preset: str,
+    dtype: str = "auto",
+    instruct: bool = False,
+    quantization: str = "none",
+    adapter: str = "",
 ) -> Engine:
     """An engine with the weights and the tokenizer of a preset.
 
@@ -24,20 +28,35 @@ def load_engine(
       dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
       quantization: `int8`: of the weights, and of the activations while they are
         multiplied, by Keras; or `none`.
+      adapter: a file of Keras's `save_lora_weights`, whose LoRA is added to the weights.
 
     Raises:
-      ValueError: the preset is not a Gemma 1, 2 or 3 text model.
+      ValueError: the preset is not a Gemma 1, 2 or 3 text model, or the adapter is another's.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with without_initial_values():
         backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
+    if adapter:
+        add_adapter(backbone, adapter)
     if quantization != "none":
         with warnings.catch_warnings():
             # Keras says of each layer without a kernel that it cannot be quantised.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
             backbone.quantize(quantization)
     return Engine(backbone, keras_hub.tokenizers.Tokenizer.from_preset(preset), instruct)
+
+
+def add_adapter(backbone: keras_hub.models.Backbone, path: str) -> None:
+    """Adds the products of an adapter's matrices to the weights that they adapt.
+
+    After https://arxiv.org/abs/2106.09685: merged, they cost nothing when the model runs.
+    """
+    backbone.load_lora_weights(path)
+    for layer in backbone._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            merged, layer.lora_enabled = layer.kernel, False
+            layer._kernel.assign(merged)
 
 
 @contextlib.contextmanager

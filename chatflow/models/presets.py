@@ -85,7 +85,9 @@ def use_jax(alone: bool = True) -> None:
         raise UsageError(f"keras runs on {keras.config.backend()}; set KERAS_BACKEND=jax")
 
 
-def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> str:
+def local_preset(
+    preset: str, progress: embedded.Progress = lambda _: None, modified: float = 0.0
+) -> str:
     """A name that keras_hub can load: the embedded model made, `gs://` copied to the cache.
 
     A preset that an image has brought along, as a folder of that name in the folder
@@ -97,7 +99,15 @@ def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> s
         return os.fspath(embedded.ensure(progress))
     if preset.startswith(("kaggle://", "hf://")) or "://" not in preset:
         return preset
-    return os.fspath(copied(preset, progress))
+    return os.fspath(copied(preset, progress, modified))
+
+
+def local_file(path: str, progress: embedded.Progress, modified: float) -> str:
+    """A file of any filesystem that Beam knows, as one of this machine."""
+    if "://" not in path:
+        return path
+    folder, _, name = path.rpartition("/")
+    return os.fspath(copied(folder, progress, modified, name) / name)
 
 
 def brought(preset: str) -> Path | None:
@@ -107,19 +117,24 @@ def brought(preset: str) -> Path | None:
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
-def copied(url: str, progress: embedded.Progress) -> Path:
+def copied(url: str, progress: embedded.Progress, modified: float = 0.0, names: str = "**") -> Path:
     """A folder of any filesystem that Beam knows, in the local cache.
 
     A file is copied under another name first, so that a broken copy is never used.
+
+    Args:
+      modified: tells versions of the folder apart.
+      names: of the files that are copied.
     """
     import fasteners
     from apache_beam.io.filesystems import FileSystems
 
-    folder = embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", url)
+    version = f"-{modified:.0f}" if modified else ""
+    folder = embedded.cache_root() / "presets" / (re.sub(r"[^\w.-]+", "_", url) + version)
     folder.mkdir(parents=True, exist_ok=True)
     with fasteners.InterProcessLock(f"{folder}.lock"):
         base = url.rstrip("/") + "/"
-        files = FileSystems.match([base + "**"])[0].metadata_list
+        files = FileSystems.match([base + names])[0].metadata_list
         if not files:
             raise UsageError(f"--model: no files in {url!r}")
         for file in files:

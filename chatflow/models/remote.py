@@ -16,10 +16,12 @@ from chatflow.models.calls import RemoteModel
 from chatflow.models.clients import Client
 from chatflow.models.handlers import METRICS, LanguageModelHandler
 from chatflow.models.requests import (
+    FIRST,
     ONE_BUNDLE,
     Batching,
     RemoteSettings,
     Request,
+    Version,
 )
 
 
@@ -125,6 +127,9 @@ class RemoteLanguageModelHandler(
         self.settings = settings
 
     def create_client(self) -> RemoteModel:
+        return self.load()
+
+    def load(self, version: Version = FIRST) -> RemoteModel:
         return shared_model(self.name, self.settings)
 
     def request(

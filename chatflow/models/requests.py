@@ -45,6 +45,36 @@ class Part:
     check: Callable[[str], object] | None = dataclasses.field(default=None, compare=False)
 
 
+class Version(NamedTuple):
+    """Which weights of a model; later ones are greater.
+
+    Attributes:
+      seen: when they were seen to be the newest, in seconds since 1970.
+      path: a preset's folder, an adapter or a state dict; empty: those that `--model` names.
+      modified: when they were written; the same path may hold other weights later.
+    """
+
+    seen: float = 0.0
+    path: str = ""
+    modified: float = 0.0
+
+    @property
+    def weights(self) -> tuple[str, float]:
+        """What is loaded for it."""
+        return self.path, self.modified
+
+    def named(self, model: str) -> str:
+        """How results call a model with these weights.
+
+        >>> Version(path="gs://b/german.lora.h5").named("gemma3-270m")
+        'gemma3-270m@gs://b/german.lora.h5'
+        """
+        return f"{model}@{self.path}" if self.path else model
+
+
+FIRST = Version()
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """All that one model call (or one row of a batch) needs.
@@ -52,6 +82,8 @@ class Request:
     Attributes:
       id: deterministic; see `records.Identity`.
       task: `analysis` or `apology`.
+      model: which of a pipeline's models is asked, where there are several.
+      version: of its weights; a model that has no later ones takes them up.
     """
 
     id: str
@@ -59,6 +91,8 @@ class Request:
     chat_id: str
     user_id: str
     parts: tuple[Part, ...]
+    model: str = ""
+    version: Version = FIRST
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,15 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import ElementError, UsageError
 from chatflow.models.handlers import LanguageModel, LanguageModelHandler
-from chatflow.models.requests import ONE_BUNDLE, Answer, Batching, Failure, Request
+from chatflow.models.requests import (
+    FIRST,
+    ONE_BUNDLE,
+    Answer,
+    Batching,
+    Failure,
+    Request,
+    Version,
+)
 
 _FIELDS = frozenset(
     ("task", "chat_id", "user_id", "match", "answer", "error", "crash", "stall_seconds", "times")
@@ -129,9 +137,11 @@ class ScriptedModelHandler(LanguageModelHandler[ScriptedModel]):
         function: Callable[[Request], str],
         name: str = "scripted",
         batching: Batching = ONE_BUNDLE,
+        refreshing: Version | None = None,
     ):
-        super().__init__(name, batching)
+        super().__init__(name, batching, refreshing=refreshing)
         self.function = function
 
-    def load_model(self) -> ScriptedModel:
-        return ScriptedModel(self.name, self.function)
+    def load(self, version: Version = FIRST) -> ScriptedModel:
+        function = load_script(version.path) if version.path else self.function
+        return ScriptedModel(version.named(self.name), function)

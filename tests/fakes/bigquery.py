@@ -21,9 +21,15 @@ SERVICE = "google.cloud.bigquery.storage.v1.BigQueryWrite"
 FIELD = descriptor_pb2.FieldDescriptorProto
 WIRE = {
     "STRING": FIELD.TYPE_STRING, "JSON": FIELD.TYPE_STRING,
-    "INTEGER": FIELD.TYPE_INT64, "TIMESTAMP": FIELD.TYPE_INT64,
+    "INTEGER": FIELD.TYPE_INT64, "TIMESTAMP": FIELD.TYPE_INT64, "FLOAT": FIELD.TYPE_DOUBLE,
 }  # fmt: skip
-TYPES = {"STRING": "STRING", "INTEGER": "INT64", "TIMESTAMP": "TIMESTAMP", "JSON": "JSON"}
+TYPES = {
+    "STRING": "STRING",
+    "INTEGER": "INT64",
+    "TIMESTAMP": "TIMESTAMP",
+    "JSON": "JSON",
+    "FLOAT": "DOUBLE",
+}
 
 
 class Table:

@@ -1,0 +1,115 @@
+"""How often the weights are in memory: by process, by worker, N times; and let go again."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+from conftest import JOB_SERVICE, chat
+from tiny import tiny_gemma
+
+from chatflow.cli import main
+from chatflow.models import copies
+from chatflow.models.gemma import GemmaModelHandler
+from chatflow.models.requests import Part, Request, WorkerSettings
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("gemma3"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Notes of copies, beside those of other tests."""
+    monkeypatch.setattr(copies, "notes", lambda: tmp_path / "loaded")
+
+
+def load(preset, **settings):
+    return GemmaModelHandler(
+        preset, False, WorkerSettings(dtype="float32", **settings)
+    ).load_model()
+
+
+def test_a_copy_is_noted_as_long_as_it_is_in_memory(preset, capsys):
+    assert main(["model", "copies"]) == 0
+    assert "no model is loaded" in capsys.readouterr().out
+    one, two = load(preset), load(preset)
+    assert main(["model", "copies", "--summary=json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(copy["model"], copy["pid"]) for copy in found] == [(preset, os.getpid())] * 2
+    assert found[0]["resident_mb"] > 100
+    assert main(["model", "copies"]) == 0
+    assert "2 copies of models in 1 processes" in capsys.readouterr().out
+    del one
+    gc.collect()
+    assert len(copies.loaded()) == 1
+    del two
+
+
+def test_a_note_of_a_process_that_died_is_removed(tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    (tmp_path / "loaded").mkdir()
+    note = tmp_path / "loaded" / "x.json"
+    note.write_text(json.dumps(copies.Copy("m", done.pid, "7", 0.0)._asdict()))
+    (tmp_path / "loaded" / "half.json").write_text("{")
+    assert copies.loaded() == []
+    assert not note.exists()
+
+
+def test_the_weights_of_a_model_that_is_let_go_are_freed(preset):
+    """JAX keeps what it compiled for ever; what the model held must not stay with it."""
+    import jax
+
+    def held():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    model = load(preset)
+    part = Part("summary", "the parcel is late", max_tokens=4)
+    request = Request("id", "analysis", "7", "c", (part,))
+    model.answer([request])
+    threads = threading.active_count()
+    gone = weakref.ref(model)
+    with_one = held()
+    del model
+    assert gone() is None
+    without = held()
+    weights = 316 * 16 * 4
+    assert with_one - without > weights
+    again = load(preset)
+    again.answer([request])
+    assert held() <= with_one + 1000
+    assert threading.active_count() <= threads
+
+
+ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
+
+SETUPS = {
+    "by process": (["--large_model=false"], 2),
+    "by worker": ([], 1),
+    "two by worker": (["--model_copies=2"], 2),
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_two_processes_of_a_worker_load_as_many_copies_as_they_are_told(
+    preset, lines, tmp_path, capsys, setup
+):
+    """Beam's job service, with two worker processes of two threads, and both inference steps."""
+    flags, expected = SETUPS[setup]
+    path = lines(*(chat("the parcel is late", chat_id=str(n)) for n in range(24)))
+    arguments = [
+        "run", f"--input={path}", f"--output={tmp_path}/out", f"--model={preset}",
+        "--max_prompt_tokens=400", "--max_batch_size=2", "--dtype=float32", "--summary=json",
+        *flags, *JOB_SERVICE, "--direct_num_workers=2",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    counts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert counts["lost"] == 0
+    assert counts["copies_loaded"] == expected

@@ -1,0 +1,220 @@
+"""New weights and templates, taken up by a running pipeline; broken ones are refused."""
+
+import gc
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import time
+import weakref
+
+import pytest
+from conftest import chat
+from test_pipeline import ANGRY, APOLOGY
+
+from chatflow.errors import ModelError
+from chatflow.models.handlers import LanguageModel
+from chatflow.models.refreshing import RefreshedModel
+from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
+from chatflow.options import NO_CLOUD, Options
+from chatflow.pipeline import spec_of
+from chatflow.routes import routes_of
+from chatflow.templates import default_folder
+from chatflow.updates import look, newest_version
+
+REQUEST = Request("id", "analysis", "7", "c", ())
+
+
+def version(seen, path="", modified=0.0):
+    return Version(seen, path, modified)
+
+
+class Named(LanguageModel):
+    """Answers with its name; can be told to break."""
+
+    def __init__(self, name, result=None):
+        self.name, self.result = name, result
+
+    def answer(self, requests):
+        return [self.result or Answer(self.name, self.name) for _ in requests]
+
+
+def said(model, wanted=FIRST):
+    (answer,) = model.answer([Request("id", "analysis", "7", "c", (), version=wanted)])
+    return answer.text
+
+
+def test_later_weights_take_the_place_of_earlier_ones_and_stragglers_get_the_newest():
+    model = RefreshedModel(lambda wanted: Named(wanted.path or "first"))
+    assert said(model) == "first"
+    assert said(model, version(2, "b")) == "b"
+    assert said(model, version(1, "a")) == "b"
+    assert said(model) == "b"
+    assert said(model, version(3)) == "first"  # the newer file was removed
+    assert model.counts() == {"updates": 2}
+    assert model.counts() == {}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        RuntimeError("not a model"),
+        Named("bad", Failure("model_error", "cannot")),
+        Named("bad", Answer("{}", "bad", tone_scores=(("angry", math.nan),))),
+    ],
+)
+def test_broken_weights_are_refused_once_and_the_old_go_on(broken, caplog):
+    tried = []
+
+    def load(wanted):
+        tried.append(wanted.weights)
+        if wanted.path == "bad" and wanted.modified == 1.0:
+            if isinstance(broken, Exception):
+                raise broken
+            return broken
+        return Named(wanted.path or "first")
+
+    model = RefreshedModel(load, trials=[REQUEST])
+    assert [said(model, version(seen, "bad", 1.0)) for seen in (1, 2, 3)] == ["first"] * 3
+    assert tried == [FIRST.weights, ("bad", 1.0)]
+    assert model.counts() == {"updates_refused": 1}
+    assert "bad are refused, the old go on" in caplog.text
+    assert said(model, version(4, "bad", 2.0)) == "bad"  # written anew
+
+
+def test_while_new_weights_are_loaded_others_are_answered_by_the_old():
+    inside = []
+
+    def load(wanted):
+        if wanted.path:
+            inside.append(said(model, version(1, "new")))
+        return Named(wanted.path or "first")
+
+    model = RefreshedModel(load)
+    assert said(model, version(1, "new")) == "new"
+    assert inside == ["first"]
+
+
+def test_a_first_version_that_is_broken_leaves_those_that_the_flag_names():
+    def load(wanted):
+        if wanted.path:
+            raise ModelError("broken", "broken")
+        return Named("first")
+
+    model = RefreshedModel(load, version(1, "bad"))
+    assert said(model, version(2, "bad")) == "first"
+    assert model.counts() == {"updates_refused": 1}
+
+
+def test_old_weights_are_let_go():
+    models = []
+
+    def load(wanted):
+        model = Named(wanted.path)
+        models.append(weakref.ref(model))
+        return model
+
+    model = RefreshedModel(load)
+    said(model, version(1, "new"))
+    gc.collect()
+    assert [found() is None for found in models] == [True, False]
+
+
+def test_the_file_that_was_written_last_counts_and_markers_stand_for_their_folder(tmp_path):
+    assert newest_version(f"{tmp_path}/*/config.json", 5.0) == version(5.0)
+    for number, name in enumerate(("b", "a"), 1):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (number, number))
+    assert newest_version(f"{tmp_path}/*/config.json", 5.0) == version(5.0, f"{tmp_path}/a", 2.0)
+    (tmp_path / "x.lora.h5").write_text("")
+    found = newest_version(f"{tmp_path}/*.lora.h5", 5.0)
+    assert found.path == f"{tmp_path}/x.lora.h5"
+
+
+def routes(**flags):
+    return routes_of(Options(**flags), lambda options: spec_of(options, NO_CLOUD, True))
+
+
+def test_broken_templates_are_refused_and_the_old_go_on(tmp_path, script, caplog):
+    folder = tmp_path / "prompts"
+    shutil.copytree(default_folder() / "instruct", folder)
+    one = routes(model=script(ANGRY, APOLOGY), prompts=str(folder))
+    first = look(one)
+    good = (folder / "analysis.jinja").read_text()
+    (folder / "analysis.jinja").write_text(good + "{% block x %}{{ oh no }}")
+    second = look(one, first)
+    assert second.analysis.version == first.analysis.version
+    assert "new templates are refused, the old go on" in caplog.text
+    (folder / "analysis.jinja").write_text(good.replace("support", "customer support"))
+    third = look(one, second)
+    assert third.analysis.version != first.analysis.version
+    assert look(one, second, watch_prompts=False).analysis.version == first.analysis.version
+    assert pickle.loads(pickle.dumps(third)).analysis.version == third.analysis.version
+
+
+def by_chat(inbox):
+    return {analysis["chat_id"]: analysis for analysis in inbox.analyses}
+
+
+def until(pubsub, inbox, says):
+    """Sends chats, one after another, until the analysis of one says it; all of them."""
+    seen = []
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        chat_id = f"chat-{next(NUMBERS)}"
+        pubsub.send(chat("My parcel is late!", chat_id=chat_id))
+        inbox.wait(lambda inbox, chat_id=chat_id: chat_id in by_chat(inbox))
+        seen.append(by_chat(inbox)[chat_id])
+        if says(seen[-1]):
+            return seen
+    raise AssertionError(f"never said: {seen[-1]}")
+
+
+NUMBERS = itertools.count()
+
+
+def test_a_stream_takes_up_weights_and_templates_and_refuses_broken_ones(
+    pubsub, tmp_path, script, caplog
+):
+    folder = tmp_path / "prompts"
+    shutil.copytree(default_folder() / "instruct", folder)
+    happy = {"task": "analysis", "answer": {"sentiment": 1, "summary": "All is well now."}}
+    model = script(ANGRY, APOLOGY)
+    options = pubsub.options(
+        model=model, prompts=str(folder), prompt_updates="true", update_seconds=0.2,
+        model_updates=f"{tmp_path}/updates/*.jsonl",
+    )  # fmt: skip
+    (tmp_path / "updates").mkdir()
+
+    def publish(name, text):
+        (tmp_path / name).write_text(text)
+        os.replace(tmp_path / name, tmp_path / "updates" / name)
+
+    with pubsub.inbox() as inbox, pubsub.pipeline(options) as run:
+        (before,) = until(pubsub, inbox, lambda analysis: True)
+        assert (before["model"], before["sentiment"]) == ("scripted", -1)
+        publish("v2.jsonl", json.dumps(happy))
+        *_, after = until(pubsub, inbox, lambda analysis: analysis["sentiment"] == 1)
+        assert after["model"] == f"scripted@{tmp_path}/updates/v2.jsonl"
+        assert after["prompt_version"] == before["prompt_version"]
+
+        publish("v3.jsonl", "no script")
+        good = (folder / "analysis.jinja").read_text()
+        (folder / "analysis.jinja").write_text(good.replace("support", "customer support"))
+        *_, fresh = until(
+            pubsub, inbox, lambda one: one["prompt_version"] != before["prompt_version"]
+        )
+        assert (fresh["model"], fresh["sentiment"]) == (after["model"], 1)
+        (folder / "analysis.jinja").write_text("{% broken")
+        while "new templates are refused" not in caplog.text:
+            (last,) = until(pubsub, inbox, lambda analysis: True)
+        assert last["prompt_version"] == fresh["prompt_version"]
+    counts = run.summary.to_dict()
+    assert counts["lost"] == 0
+    assert not inbox.dead_letters
+    assert counts["updates"] == {"taken_up": 1, "refused": 1, "templates_refused": 1}
+    assert counts["copies_loaded"] == 2  # one for both steps, and the new one
+    assert "v3.jsonl are refused, the old go on" in caplog.text
