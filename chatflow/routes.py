@@ -105,13 +105,15 @@ class Route:
             raise UsageError(
                 f"--models: settings: no template in {self.folder!r} sets {sorted(unknown)[0]!r}"
             )
-        put = dataclasses.replace
-        return (
-            AnalysisPrompt(
-                put(analysis, overrides=self.overrides), self.spec, self.max_prompt_tokens
-            ),
-            DraftPrompt(put(apology, overrides=self.overrides), self.spec, self.max_prompt_tokens),
-        )
+        put = functools.partial(dataclasses.replace, overrides=self.overrides)
+        try:
+            return (
+                AnalysisPrompt(put(analysis), self.spec, self.max_prompt_tokens),
+                DraftPrompt(put(apology), self.spec, self.max_prompt_tokens),
+            )
+        except UsageError as error:
+            where = "--models: settings, or the template that they are for: "
+            raise UsageError(f"{where if self.overrides else ''}{error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import threading
 import weakref
 
 import pytest
-from conftest import JOB_SERVICE, chat
+from conftest import chat
 from tiny import tiny_gemma
 
 from chatflow.cli import main
@@ -101,13 +101,13 @@ SETUPS = {
 def test_two_processes_of_a_worker_load_as_many_copies_as_they_are_told(
     preset, lines, tmp_path, capsys, setup
 ):
-    """Beam's job service, with two worker processes of two threads, and both inference steps."""
+    """Both inference steps run in both processes."""
     flags, expected = SETUPS[setup]
     path = lines(*(chat("the parcel is late", chat_id=str(n)) for n in range(24)))
     arguments = [
         "run", f"--input={path}", f"--output={tmp_path}/out", f"--model={preset}",
         "--max_prompt_tokens=400", "--max_batch_size=2", "--dtype=float32", "--summary=json",
-        *flags, *JOB_SERVICE, "--direct_num_workers=2",
+        *flags, "--direct_running_mode=multi_processing", "--direct_num_workers=2",
     ]  # fmt: skip
     assert main(arguments) == 0
     counts = json.loads(capsys.readouterr().out.splitlines()[-1])

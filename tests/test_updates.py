@@ -10,17 +10,21 @@ import shutil
 import time
 import weakref
 
+import numpy as np
 import pytest
 from conftest import chat
-from test_pipeline import ANGRY, APOLOGY
+from test_pipeline import ANGRY, APOLOGY, read
+from tiny import tiny_gemma
 
 from chatflow.errors import ModelError
 from chatflow.models.handlers import LanguageModel
+from chatflow.models.presets import use_jax
 from chatflow.models.refreshing import RefreshedModel
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import spec_of
 from chatflow.routes import routes_of
+from chatflow.run import execute
 from chatflow.templates import default_folder
 from chatflow.updates import look, newest_version
 
@@ -218,3 +222,89 @@ def test_a_stream_takes_up_weights_and_templates_and_refuses_broken_ones(
     assert counts["updates"] == {"taken_up": 1, "refused": 1, "templates_refused": 1}
     assert counts["copies_loaded"] == 2  # one for both steps, and the new one
     assert "v3.jsonl are refused, the old go on" in caplog.text
+
+
+# Real weights.
+
+GEMMA = {"dtype": "float32", "max_prompt_tokens": 400}
+
+
+def publish_preset(folder, made):
+    """A preset comes file by file; the one that is watched for comes last."""
+    os.makedirs(folder)
+    for name in sorted(os.listdir(made), key=lambda name: name == "config.json"):
+        source = os.path.join(made, name)
+        copy = shutil.copytree if os.path.isdir(source) else shutil.copy
+        copy(source, os.path.join(folder, name))
+
+
+def test_a_stream_takes_up_a_gemma_and_refuses_one_of_nans(pubsub, tmp_path, caplog):
+    first = tiny_gemma(tmp_path / "first")
+    options = pubsub.options(
+        model=first, model_updates=f"{tmp_path}/new/*/config.json", update_seconds=0.2, **GEMMA
+    )
+    with pubsub.inbox() as inbox, pubsub.pipeline(options) as run:
+        (before,) = until(pubsub, inbox, lambda analysis: True)
+        assert before["model"] == first
+        second = tiny_gemma(tmp_path / "second", seed=8)
+        publish_preset(tmp_path / "new" / "v2", second)
+        *_, after = until(pubsub, inbox, lambda analysis: analysis["model"] != first)
+        assert after["model"] == f"{first}@{tmp_path}/new/v2"
+        assert after["tone_scores"] != before["tone_scores"]
+        publish_preset(tmp_path / "new" / "v3", tiny_gemma(tmp_path / "third", broken=True))
+        while "v3 are refused, the old go on" not in caplog.text:
+            (last,) = until(pubsub, inbox, lambda analysis: True)
+        assert last["model"] == after["model"]
+    counts = run.summary.to_dict()
+    assert counts["lost"] == 0
+    assert counts["updates"] == {"taken_up": 1, "refused": 1, "templates_refused": 0}
+    assert all(letter["stage"] != "model" for letter in inbox.dead_letters)
+
+
+def test_a_batch_begins_with_the_newest_adapter(tmp_path, lines):
+    preset = tiny_gemma(tmp_path / "first")
+    adapter = str(tmp_path / "adapters" / "tone.lora.h5")
+    save_adapter(preset, adapter)
+    path = lines(chat("the parcel is late", chat_id="1"))
+    found = []
+    for number, updates in enumerate(("", f"{tmp_path}/adapters/*.lora.h5")):
+        output = f"{tmp_path}/out{number}"
+        options = Options(input=path, output=output, model=preset, model_updates=updates, **GEMMA)
+        assert execute(options, []).lost == 0
+        found += read(output, "analyses")
+    plain, adapted = found
+    assert (plain["model"], adapted["model"]) == (preset, f"{preset}@{adapter}")
+    assert plain["analysis_id"] != adapted["analysis_id"]
+    by_hand = scores_by_hand(preset, adapter)
+    assert list(adapted["tone_scores"].values()) == pytest.approx(by_hand, abs=1e-3)
+    assert list(plain["tone_scores"].values()) != pytest.approx(by_hand, abs=1e-3)
+
+
+def save_adapter(preset, path):
+    use_jax()
+    import keras_hub
+
+    backbone = keras_hub.models.Backbone.from_preset(preset, dtype="float32")
+    backbone.enable_lora(2)
+    rng = np.random.default_rng(3)
+    for variable in backbone.trainable_variables:
+        variable.assign(rng.normal(0, 0.5, variable.shape))
+    os.makedirs(os.path.dirname(path))
+    backbone.save_lora_weights(path)
+
+
+def scores_by_hand(preset, adapter):
+    """Log-probabilities of the tone words, by Keras's own model with its LoRA layers."""
+    use_jax()
+    import keras_hub
+
+    from chatflow.models.engine import Engine
+    from chatflow.models.gemma import _row
+
+    backbone = keras_hub.models.Backbone.from_preset(preset, dtype="float32")
+    backbone.load_lora_weights(adapter)
+    engine = Engine(backbone, keras_hub.tokenizers.Tokenizer.from_preset(preset))
+    prompt = look(routes(model=preset, **GEMMA)).analysis
+    tone = prompt.question(chat("the parcel is late"), "c").request.parts[0]
+    (result,) = engine.run([_row(tone)])
+    return result.scores

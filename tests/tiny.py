@@ -13,11 +13,19 @@ from chatflow.models.presets import use_jax
 CORPUS = "the parcel is late and the customer is angry about it but the agent said sorry . " * 4
 
 
-def tiny_gemma(folder: str | os.PathLike[str], generation: str = "gemma3", seed: int = 7) -> str:
+def tiny_gemma(
+    folder: str | os.PathLike[str],
+    generation: str = "gemma3",
+    seed: int = 7,
+    broken: bool = False,
+) -> str:
     """A folder with a Gemma of a generation (`gemma`, `gemma2`, `gemma3`), as keras_hub saves it.
 
     Tokens that no text may hold, and single bytes, which a grammar mostly forbids, are unlikely,
     so that most of what is written is what is likeliest.
+
+    Args:
+      broken: the weights are no numbers.
     """
     use_jax()
     import keras_hub
@@ -49,7 +57,7 @@ def tiny_gemma(folder: str | os.PathLike[str], generation: str = "gemma3", seed:
         tokenizer = keras_hub.models.GemmaTokenizer(proto.getvalue())
     rng = np.random.default_rng(seed)
     for variable in backbone.weights:
-        variable.assign(rng.normal(0, 0.3, variable.shape))
+        variable.assign(rng.normal(0, 0.3, variable.shape) + (np.nan if broken else 0))
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     table = np.array(backbone.token_embedding.embeddings)
     table[
