@@ -37,8 +37,9 @@ $(foreach name,PROJECT REGION NAME INFERENCE MODEL GPU WORKERS WEIGHTS TAG BUCKE
   SUBNETWORK DATASET INPUT PRESETS,$(eval override $(name) := $(strip $($(name)))))
 
 # Images differ by what the model runs on.
-VARIANT     := $(if $(filter remote,$(INFERENCE)),remote,$(if $(GPU),gpu,cpu))
-IN_IMAGE    := $(if $(filter remote,$(VARIANT)),none,$(WEIGHTS))
+VARIANT     := $(strip $(if $(filter remote,$(INFERENCE)),remote,$(if $(filter vllm:%,$(MODEL)),vllm,\
+  $(if $(filter torch:%,$(MODEL)),torch$(if $(GPU),-gpu),$(if $(GPU),gpu,cpu)))))
+IN_IMAGE    := $(if $(filter cpu gpu,$(VARIANT))$(PRESETS),$(WEIGHTS),none)
 MODEL_IMAGE := $(REPOSITORY)/model:$(VARIANT)-$(IN_IMAGE)
 IMAGE       ?= $(REPOSITORY)/pipeline:$(TAG)-$(VARIANT)
 TEMPLATES   := gs://$(BUCKET)/templates
@@ -161,12 +162,16 @@ bench-remote: setup ## Measure the remote path beside Beam's own handlers, on th
 docs: setup ## Write anew what is made from code: README's options, template, table schemas
 	$(BIN)/python tests/test_docs.py
 
-COMPILE = uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+LOCK    = uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
+COMPILE = $(LOCK) --universal
 lock: setup ## Resolve the dependencies anew, for development, images and linters
 	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
 	$(COMPILE) -c requirements.lock --extra gemma pyproject.toml -o infra/docker/requirements-cpu.lock
 	$(COMPILE) -c requirements.lock --extra gpu pyproject.toml -o infra/docker/requirements-gpu.lock
 	$(COMPILE) -c requirements.lock pyproject.toml -o infra/docker/requirements-remote.lock
+	$(COMPILE) -c requirements.lock --extra torch pyproject.toml -o infra/docker/requirements-torch.lock
+	$(LOCK) --no-config --python-platform x86_64-manylinux_2_31 --extra vllm pyproject.toml \
+	  -o infra/docker/requirements-vllm.lock
 	$(COMPILE) infra/lint.in -o infra/lint.lock
 
 wheel: setup ## Build the package into dist/

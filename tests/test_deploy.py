@@ -404,7 +404,7 @@ def test_the_boot_program_is_of_the_locked_version_of_beam():
     assert re.findall(r"beam_python3\.11_sdk:(\S+)", text) == [locked]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gpu", "remote"])
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "torch", "remote"])
 def test_images_have_the_versions_that_are_tested(kind):
     tested = dict(re.findall(r"^([\w.-]+)==(\S+)", read("requirements.lock"), re.MULTILINE))
     text = read(f"infra/docker/requirements-{kind}.lock")
@@ -416,7 +416,17 @@ def test_images_have_the_versions_that_are_tested(kind):
     # Only the accelerator's own packages are not among those of development.
     assert kind == "gpu" or not others
     assert all(name.startswith(("nvidia-", "jax-cuda12")) for name in others)
-    assert ("keras-hub" in inside) == (kind != "remote")
+    assert ("keras-hub" in inside) == (kind in ("cpu", "gpu"))
+    assert ("transformers" in inside) == (kind == "torch")
+
+
+def test_the_image_with_vllm_has_the_runner_that_is_tested():
+    tested, inside = (
+        dict(re.findall(r"^([\w.-]+)==(\S+)", read(path), re.MULTILINE))
+        for path in ("requirements.lock", "infra/docker/requirements-vllm.lock")
+    )
+    assert inside["apache-beam"] == tested["apache-beam"]
+    assert {"vllm", "torch", "openai"} <= inside.keys()
 
 
 def test_the_image_converts_the_model_with_one_file_of_ours():

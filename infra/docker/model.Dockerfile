@@ -11,11 +11,18 @@ FROM ${PYTHON_IMAGE} AS installed
 # uv is several times faster than pip, and stays in this stage. It trusts what the image trusts,
 # so that a PYTHON_IMAGE with a company's certificates will do.
 RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/venv
-# cpu, gpu (with CUDA; the driver is the host's) or remote (no Gemma, no JAX)
+# cpu or gpu (with CUDA; the driver is the host's): Gemma on JAX; torch or torch-gpu: PyTorch; vllm
+# (with CUDA); remote: no model.
 ARG ACCELERATOR=cpu
-COPY infra/docker/requirements-${ACCELERATOR}.lock /requirements.lock
-RUN uv pip install --system-certs --no-cache --python /opt/venv/bin/python \
-      --no-deps --require-hashes -r /requirements.lock
+RUN --mount=type=bind,source=infra/docker,target=/locks \
+    uv pip install --system-certs --no-cache --python /opt/venv/bin/python \
+      --no-deps --require-hashes -r "/locks/requirements-${ACCELERATOR%-gpu}.lock"
+# PyTorch has a build for processors, and one for each CUDA, at an index of its own.
+ARG TORCH=torch==2.13.0
+ARG TORCH_INDEX=https://download.pytorch.org/whl
+RUN case "$ACCELERATOR" in torch) builds=cpu ;; torch-gpu) builds=cu130 ;; *) exit 0 ;; esac && \
+    uv pip install --system-certs --no-cache --python /opt/venv/bin/python \
+      --default-index "$TORCH_INDEX/$builds" "$TORCH"
 
 FROM installed AS converted
 # Only this file of the code, so that no other change converts anew. One time for all files, so
