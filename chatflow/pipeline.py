@@ -99,6 +99,7 @@ def plan(
             options.response_format,
             options.thinking,
         ),
+        state_dict_path=options.state_dict_path,
     )
     rules = Rules(
         timedelta(seconds=options.quiet_seconds),

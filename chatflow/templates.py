@@ -160,10 +160,7 @@ def load_folder(path: str) -> dict[str, Template]:
     folder = default_folder() / path if path in ("base", "instruct") else Path(path)
     if not folder.is_dir():
         raise UsageError(f"--prompts: no folder {path!r}; give a folder with analysis.jinja in it")
-    try:
-        sources = {p.name: p.read_text("utf-8") for p in sorted(folder.glob("*.jinja"))}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts: {path!r} cannot be read: {error}") from None
+    sources = _sources(folder, f"--prompts: {path!r}")
     for name in ("analysis.jinja", "apology.jinja"):
         if name not in sources:
             raise UsageError(f"--prompts: {path!r} has no {name}")
@@ -172,6 +169,26 @@ def load_folder(path: str) -> dict[str, Template]:
         name.removesuffix(".jinja"): Template(name, where, tuple(sources.items()))
         for name in sources
     }
+
+
+def load_template(path: str | os.PathLike[str]) -> Template:
+    """One template, with those of its folder that it may include.
+
+    Raises:
+      UsageError: no such file, or one that cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"no template {os.fspath(path)!r}")
+    sources = _sources(file.parent, f"the template {os.fspath(path)!r}")
+    return Template(file.name, os.fspath(file.parent), tuple(sources.items()))
+
+
+def _sources(folder: Path, what: str) -> dict[str, str]:
+    try:
+        return {p.name: p.read_text("utf-8") for p in sorted(folder.glob("*.jinja"))}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what} cannot be read: {error}") from None
 
 
 def default_folder() -> Path:

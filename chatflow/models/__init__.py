@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chatflow.errors import UsageError
 from chatflow.models import embedded
 from chatflow.models.requests import (
     ONE_BUNDLE,
@@ -19,7 +20,7 @@ from chatflow.models.requests import (
     WorkerSettings,
 )
 
-SCRIPTED = "scripted:"
+SCRIPTED, TORCH = "scripted:", "torch:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +51,18 @@ class ModelSpec:
 
     Attributes:
       name: `gemma3-270m` (embedded), a preset of keras_hub's, a folder, `hf://…`,
-        `kaggle://…`, `gs://…`, `scripted:FILE`; or, remotely, `gemini-…` or
+        `kaggle://…`, `gs://…`, `scripted:FILE`; `torch:NAME` for a text model of Hugging
+        Face's on PyTorch (a name of the hub, a folder, `gs://…`); or, remotely, `gemini-…` or
         `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
       kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
       batching: how requests are put together for one call.
       worker: how the weights are kept; unused remotely.
       remote: where the service is; unused on the worker.
+      state_dict_path: weights of a `torch:` model, instead of its folder's own.
 
     Raises:
-      UsageError: no such model.
+      UsageError: no such model, or one that cannot be kept so.
     """
 
     name: str = embedded.NAME
@@ -68,15 +71,32 @@ class ModelSpec:
     batching: Batching = ONE_BUNDLE
     worker: WorkerSettings = ONE_COPY
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
+    state_dict_path: str = ""
 
     def __post_init__(self) -> None:
+        if self.state_dict_path and not self.is_torch:
+            raise UsageError(
+                f"--state_dict_path: only with --model=torch:NAME, not with --model={self.name}"
+            )
         if self.is_scripted:
+            return
+        if self.is_torch:
+            if self.inference == "remote":
+                raise UsageError(f"--model={self.name}: runs on the workers, not remotely")
+            from chatflow.models.pytorch import check_torch
+
+            check_torch(self.name.removeprefix(TORCH), self.state_dict_path, self.worker)
             return
         if self.is_remote:
             from chatflow.models.remote import check_name
 
             check_name(self.name, self.remote)
             return
+        if self.worker.dtype == "float16":
+            raise UsageError(
+                f"--dtype=float16: only for torch: models; --model={self.name} runs in float32 or "
+                "bfloat16, for Gemma's activations are too large for float16"
+            )
         from chatflow.models.presets import check_preset
 
         check_preset(self.name)
@@ -84,6 +104,10 @@ class ModelSpec:
     @property
     def is_scripted(self) -> bool:
         return self.name.startswith(SCRIPTED)
+
+    @property
+    def is_torch(self) -> bool:
+        return self.name.startswith(TORCH)
 
     @property
     def result_name(self) -> str:
@@ -96,7 +120,7 @@ class ModelSpec:
 
     @property
     def is_remote(self) -> bool:
-        return self.inference == "remote" and not self.is_scripted
+        return self.inference == "remote" and not self.is_scripted and not self.is_torch
 
     @property
     def writes_json(self) -> bool:
@@ -109,7 +133,7 @@ class ModelSpec:
             return self.kind == "instruct"
         from chatflow.models.presets import is_instruct
 
-        return self.writes_json or is_instruct(self.name)
+        return self.writes_json or is_instruct(self.name.removeprefix(TORCH))
 
     def model(
         self, expected: Sequence[Request] = (), hints: Mapping[str, str] | None = None
@@ -133,6 +157,16 @@ class ModelSpec:
             from chatflow.models.remote import RemoteLanguageModelHandler
 
             return RemoteLanguageModelHandler(self.name, self.remote, self.batching)
+        if self.is_torch:
+            from chatflow.models.pytorch import TorchModelHandler
+
+            return TorchModelHandler(
+                self.name.removeprefix(TORCH),
+                self.instruct,
+                self.state_dict_path,
+                self.worker,
+                self.batching,
+            )
         from chatflow.models.gemma import GemmaModelHandler
 
         return GemmaModelHandler(self.name, self.instruct, self.worker, self.batching, expected)

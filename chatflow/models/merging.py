@@ -32,6 +32,7 @@ class Merger(Generic[T, R]):
             collections.deque()
         )
         self._arrived = threading.Condition()
+        self._closed = False
         threading.Thread(target=self._serve, name="merger", daemon=True).start()
 
     def __call__(self, items: Sequence[T]) -> list[R]:
@@ -45,9 +46,14 @@ class Merger(Generic[T, R]):
             self._arrived.notify()
         return [future.result() for future in futures]
 
+    def close(self) -> None:
+        """Ends the thread, when nobody can call any more."""
+        with self._arrived:
+            self._closed = True
+            self._arrived.notify()
+
     def _serve(self) -> None:
-        while True:
-            batch = self._next()
+        while batch := self._next():
             try:
                 results = self._run([item for item, _, _ in batch])
                 for (_, _, future), result in zip(batch, results, strict=True):
@@ -59,7 +65,9 @@ class Merger(Generic[T, R]):
 
     def _next(self) -> list[tuple[T, float, concurrent.futures.Future[R]]]:
         with self._arrived:
-            self._arrived.wait_for(lambda: self._waiting)
+            self._arrived.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return []
             until = self._waiting[0][1] + self._seconds
             self._arrived.wait_for(
                 lambda: len(self._waiting) >= self._most, max(0.0, until - time.monotonic())

@@ -20,10 +20,13 @@ def is_instruct(preset: str) -> bool:
 
     >>> is_instruct("gemma3_instruct_1b"), is_instruct("hf://google/gemma-3-1b-it")
     (True, True)
-    >>> is_instruct("gemma3-270m")
-    False
+    >>> is_instruct("google/flan-t5-small"), is_instruct("Llama-2-7b-chat-hf")
+    (True, True)
+    >>> is_instruct("gemma3-270m"), is_instruct("google/t5-v1_1-small")
+    (False, False)
     """
-    return re.search(r"(^|[-_/])(it|instruct)([-_/]|$)", preset.lower()) is not None
+    words = r"(^|[-_/])(it|instruct|flan)([-_/]|$)|[-_]chat([-_][^/]*)?$"
+    return re.search(words, preset.lower()) is not None
 
 
 def check_preset(preset: str) -> None:
@@ -108,20 +111,33 @@ def brought(preset: str) -> Path | None:
 
 
 def copied(url: str, progress: embedded.Progress) -> Path:
-    """A folder of any filesystem that Beam knows, in the local cache.
+    """A folder of any filesystem that Beam knows, in the local cache."""
+    base = url.rstrip("/") + "/"
+    return _copied(base + "**", base, progress)
+
+
+def local_file(path: str, progress: embedded.Progress) -> str:
+    """A local path of a file of any filesystem that Beam knows; copied to the cache if need be."""
+    if "://" not in path:
+        return path
+    folder, name = path.rsplit("/", 1)
+    return os.fspath(_copied(path, folder + "/", progress) / name)
+
+
+def _copied(pattern: str, base: str, progress: embedded.Progress) -> Path:
+    """The files of a pattern, in a folder of the cache for what is under `base`.
 
     A file is copied under another name first, so that a broken copy is never used.
     """
     import fasteners
     from apache_beam.io.filesystems import FileSystems
 
-    folder = embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", url)
+    folder = embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", base.rstrip("/"))
     folder.mkdir(parents=True, exist_ok=True)
     with fasteners.InterProcessLock(f"{folder}.lock"):
-        base = url.rstrip("/") + "/"
-        files = FileSystems.match([base + "**"])[0].metadata_list
+        files = FileSystems.match([pattern])[0].metadata_list
         if not files:
-            raise UsageError(f"--model: no files in {url!r}")
+            raise UsageError(f"--model: no files in {pattern.removesuffix('/**')!r}")
         for file in files:
             target = folder / file.path[len(base) :]
             if target.is_file() and target.stat().st_size == file.size_in_bytes:
