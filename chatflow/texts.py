@@ -20,7 +20,7 @@ from chatflow.records import Arrival, Chat, Response, digest, now
 from chatflow.templates import Template
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextQuestion(Question):
     """A request about a text. There is no chat that it is about.
 
@@ -28,7 +28,7 @@ class TextQuestion(Question):
       arrival: the text, as it came.
     """
 
-    arrival: Arrival = Arrival(b"")
+    arrival: Arrival
 
 
 @payload_of.register

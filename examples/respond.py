@@ -4,7 +4,7 @@
       --messages_topic projects/P/topics/messages \\
       --responses_topic projects/P/topics/responses --dead_letters projects/P/topics/dead
 
-Ctrl-C finishes what was read, and ends. For Dataflow add --runner=DataflowRunner --project=P …
+Ctrl-C finishes what was read. For Dataflow add --runner=DataflowRunner --project=P …
 """
 
 import argparse
@@ -24,8 +24,6 @@ from chatflow.sources import ReadMessages, check_messages
 from chatflow.templates import load_template
 from chatflow.texts import AskTexts
 
-TEMPLATE = Path(__file__).parent / "prompts" / "respond.jinja"
-
 
 def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
     options = beam_options(beam_flags, streaming=True)
@@ -34,9 +32,10 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
         flags.model,
         state_dict_path=flags.state_dict_path,
         worker=WorkerSettings(dtype=flags.dtype),
-        batching=Batching(flags.max_batch_size, seconds=0.2),  # others of the stream are waited for
+        batching=Batching(size=32, seconds=0.2),  # for which others of the stream are waited for
     )
-    ask = AskTexts(spec.model(), load_template(TEMPLATE))
+    template = load_template(Path(__file__).parent / "prompts" / "respond.jinja")
+    ask = AskTexts(spec.model(), template)
     messages = flags.messages_subscription or flags.messages_topic
     check_messages(messages)
     check_topics([flags.responses_topic, flags.dead_letters], is_local(options))
@@ -58,7 +57,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="torch:google/flan-t5-small")
     parser.add_argument("--state_dict_path", default="")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max_batch_size", type=int, default=32)
     try:
         main(*parser.parse_known_args())
     except UsageError as error:

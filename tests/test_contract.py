@@ -12,6 +12,7 @@ from conftest import SAMPLES, chat, run_stage
 from fakes.brain import SCRIPT, scripted_answer
 from fakes.vertex import ENDPOINTS
 from test_remote import settings_of
+from tiny import tiny_t5
 
 from chatflow.analysis import AnalyseChats
 from chatflow.drafts import DraftApologies
@@ -80,6 +81,42 @@ def on_worker(gemma, monkeypatch):
     return case
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A tiny T5 that has learnt its answers to two chats, and knows nothing else."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    folder = tiny_t5(tmp_path_factory.mktemp("taught"))
+    asked = Case(ModelSpec(f"torch:{folder}", kind="instruct"), None, None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
+    parts = [asked.request(about).parts for about in samples(ANGRY, HAPPY)]
+    prompts = [part.prompt for of_one in parts for part in of_one]
+    answers = ["angry", "the parcel is late", "happy", "the customer said sorry"]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    labels = tokenizer(answers, padding=True, return_tensors="pt").input_ids
+    batch["labels"] = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
+    learning = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(200):
+        loss = model(**batch).loss
+        if loss < 0.1:
+            break
+        learning.zero_grad()
+        loss.backward()
+        learning.step()
+    assert loss < 0.5
+    model.save_pretrained(folder)
+    return folder
+
+
+def on_pytorch(folder):
+    spec = ModelSpec(f"torch:{folder}", kind="instruct")
+    case = Case(spec, spec.model().handler, "longer " * 3_000)
+    case.analysis = AnalysisPrompt(case.analysis.template, case.spec, max_prompt_tokens=10**6)
+    return case
+
+
 def remote(vertex, name):
     vertex.reset(match={POISON: "400"}, rates={"429": 0.1}, retry_after=0.05)
     settings = settings_of(vertex, name)
@@ -87,7 +124,7 @@ def remote(vertex, name):
     return Case(spec, RemoteLanguageModelHandler(name, settings), POISON)
 
 
-MODELS = ["scripted", "gemma3-270m", "gemini-2.5-flash", *ENDPOINTS]
+MODELS = ["scripted", "gemma3-270m", "torch:T5", "gemini-2.5-flash", *ENDPOINTS]
 
 
 @pytest.fixture(params=[name for name in MODELS if name != "empty"])
@@ -96,6 +133,8 @@ def case(request, monkeypatch):
         return scripted()
     if request.param == "gemma3-270m":
         return on_worker(request.getfixturevalue("gemma"), monkeypatch)
+    if request.param == "torch:T5":
+        return on_pytorch(request.getfixturevalue("taught"))
     name = ENDPOINTS.get(request.param, request.param)
     return remote(request.getfixturevalue("vertex"), name)
 

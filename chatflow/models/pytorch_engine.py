@@ -116,6 +116,8 @@ class Engine:
         if self.encodes:
             start = [self.model.generation_config.decoder_start_token_id, *start]
         else:
+            if tokens[-1:] and tokens[-1] in self._ends and not self._chats:
+                tokens.pop()  # some tokenizers end a text that here goes on
             tokens, start = tokens + start, []
         written = part.max_tokens or max(map(len, map(self._choice, part.choices)), default=0)
         room = 0 if self.encodes else written

@@ -38,20 +38,17 @@ def load(path: str, state_dict_path: str = "", dtype: str = "auto") -> tuple[Any
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        kind = model_class(config)
+        empty = without_weights(config)
         if state_dict_path:
-            model, found = from_state_dict(kind, config, state_dict_path, _wanted(dtype))
+            model, found = from_state_dict(empty, state_dict_path, _wanted(dtype))
             with contextlib.suppress(OSError):  # not all have one
                 model.generation_config = transformers.GenerationConfig.from_pretrained(path)
         else:
             # Beam's Hugging Face handlers do the same, but are imported with TensorFlow only.
-            model, found = kind.from_pretrained(
-                path,
-                dtype=_wanted(dtype) or torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
+            model, found = type(empty).from_pretrained(
+                path, dtype=_wanted(dtype) or torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UsageError(f"--model=torch:{path}: {one_line(error)}") from None
     _check_fit(found, flag)
     _check_numbers(model, flag)
@@ -71,8 +68,8 @@ def _wanted(dtype: str) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def model_class(config: Any) -> Any:
-    """The class of the text model that a configuration describes.
+def without_weights(config: Any) -> Any:
+    """The text model that a configuration describes, for which nothing is allocated.
 
     Raises:
       ValueError: it describes none.
@@ -82,40 +79,42 @@ def model_class(config: Any) -> Any:
         if config.is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
-    with torch.device("meta"):  # nothing is allocated
-        return type(auto.from_config(config))
+    with torch.device("meta"):
+        return auto.from_config(config)
 
 
 def from_state_dict(
-    kind: Any, config: Any, path: str, dtype: torch.dtype | None
+    empty: Any, path: str, dtype: torch.dtype | None
 ) -> tuple[Any, Mapping[str, Any]]:
-    """A model with the weights of a state dict, and what did not fit.
+    """A model with the weights of a state dict, and what was missing in it, or too many.
 
     `torch.save`d ones are opened by Beam's PytorchModelHandlerTensor. Its plain way makes the
     model with random float32 weights first, and copies those of the file into them: twice the
-    memory, and float32 also where the file has halves.
+    memory, float32 also where the file has halves, and, for transformers 5 ties them, Flan-T5
+    with its output weights in place of its embeddings.
 
     Args:
+      empty: see `without_weights`.
       dtype: None: that of the file.
 
     Raises:
-      UsageError: the file holds no state dict.
+      UsageError: the file holds no state dict, or one of another model.
     """
+    flag = f"--state_dict_path={path}"
 
     class Weights(torch.nn.Module):
         """Takes the tensors of a state dict as they are; transformers adds what is in none."""
 
         def load_state_dict(self, state_dict: Any, *_: Any) -> Any:
-            check_state_dict(state_dict, path)
+            check_state_dict(state_dict, empty.state_dict(), flag)
             wanted = dtype or usual_dtype(state_dict)
-            convert(state_dict, wanted, getattr(kind, "_keep_in_fp32_modules", None) or ())
-            self.model, self.found = kind.from_pretrained(
+            convert(state_dict, wanted, getattr(empty, "_keep_in_fp32_modules", None) or ())
+            self.model, self.found = type(empty).from_pretrained(
                 None,
-                config=config,
+                config=empty.config,
                 state_dict=state_dict,
                 dtype=wanted,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,
             )
 
     if path.endswith(".safetensors"):
@@ -130,18 +129,23 @@ def from_state_dict(
         except UsageError:
             raise
         except Exception as error:  # of unpickling there are all kinds
-            said = f"--state_dict_path={path}: no state dict can be read: {one_line(error)}"
-            raise UsageError(said) from None
+            raise UsageError(f"{flag}: no state dict can be read: {one_line(error)}") from None
     return weights.model, weights.found
 
 
-def check_state_dict(value: Any, path: str) -> None:
-    """Raises a UsageError where a file holds something else."""
+def check_state_dict(value: Any, expected: Mapping[str, torch.Tensor], flag: str) -> None:
+    """Raises a UsageError where a file holds something else than weights of the model's shapes."""
     if not isinstance(value, dict) or not all(torch.is_tensor(v) for v in value.values()):
         raise UsageError(
-            f"--state_dict_path={path}: holds no state dict; save it with "
-            "torch.save(model.state_dict(), PATH)"
+            f"{flag}: holds no state dict; save it with torch.save(model.state_dict(), PATH)"
         )
+    for name in sorted(value.keys() & expected.keys()):
+        ours, theirs = tuple(expected[name].shape), tuple(value[name].shape)
+        if ours != theirs:
+            raise UsageError(
+                f"{flag}: the weights do not fit the model: {name} has the shape {theirs}, where "
+                f"the configuration says {ours}"
+            )
 
 
 def usual_dtype(state_dict: Mapping[str, torch.Tensor]) -> torch.dtype:
@@ -156,11 +160,10 @@ def usual_dtype(state_dict: Mapping[str, torch.Tensor]) -> torch.dtype:
 def convert(
     state_dict: MutableMapping[str, torch.Tensor], dtype: torch.dtype, kept: tuple[str, ...]
 ) -> None:
-    """Converts tensor by tensor, in place, so that two precisions of only one are in memory.
+    """Converts in place, tensor by tensor, so that of one only there are two in memory.
 
     Args:
-      kept: modules whose weights float16 is too narrow for: T5's `wo`. transformers keeps them
-        in float32.
+      kept: modules that float16 is too narrow for, and transformers keeps in float32: T5's `wo`.
     """
     done: dict[int, torch.Tensor] = {}  # of tied weights, which are one tensor of several names
     for name, tensor in state_dict.items():
@@ -173,26 +176,21 @@ def convert(
 
 
 def _check_fit(found: Mapping[str, Any], flag: str) -> None:
-    """Raises a UsageError where weights are missing, too many, or of other shapes."""
-    shapes = sorted(found["mismatched_keys"])
-    wrong = {
-        "lack": sorted(found["missing_keys"]),
-        "have too many": sorted(found["unexpected_keys"]),
-        "have other shapes than the configuration": [str(key[0]) for key in shapes],
-    }
-    said = [
-        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-        for what, names in wrong.items()
-        if names
-    ]
-    if said:
-        raise UsageError(f"{flag}: the weights do not fit the model; they {'; they '.join(said)}")
+    """Raises a UsageError where weights are missing, or too many."""
+    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have too many:")):
+        if names := sorted(found[kind]):
+            more = f" and {len(names) - 3} more" if names[3:] else ""
+            raise UsageError(
+                f"{flag}: the weights do not fit the model: they {what} "
+                f"{', '.join(names[:3])}{more}"
+            )
 
 
 def _check_numbers(model: torch.nn.Module, flag: str) -> None:
     """Raises a UsageError where a weight is infinite or not a number."""
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
+        ends = torch.stack(torch.aminmax(weight.detach()))  # takes no memory; a NaN is both ends
+        if not ends.isfinite().all():
             raise UsageError(
                 f"{flag}: the weights {name} are not all finite numbers; were they saved in a "
                 "precision that is too narrow?"
