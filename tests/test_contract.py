@@ -1,5 +1,6 @@
 """What every model keeps to, wherever it runs: scripted, on the worker, and behind a service."""
 
+import dataclasses
 import json
 import pickle
 
@@ -82,39 +83,31 @@ def on_worker(gemma, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
-    """A tiny T5 that has learnt its answers to two chats, and knows nothing else."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-    folder = tiny_t5(tmp_path_factory.mktemp("taught"))
-    asked = Case(ModelSpec(f"torch:{folder}", kind="instruct"), None, None)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
-    parts = [asked.request(about).parts for about in samples(ANGRY, HAPPY)]
-    prompts = [part.prompt for of_one in parts for part in of_one]
-    answers = ["angry", "the parcel is late", "happy", "the customer said sorry"]
-    batch = tokenizer(prompts, padding=True, return_tensors="pt")
-    labels = tokenizer(answers, padding=True, return_tensors="pt").input_ids
-    batch["labels"] = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
-    learning = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(200):
-        loss = model(**batch).loss
-        if loss < 0.1:
+def on_pytorch(tmp_path_factory):
+    """A random T5, with a tone_bias by which it tells two chats from each other."""
+    pytest.importorskip("torch").set_num_threads(1)  # others of a busy machine are waited for
+    folder = tmp_path_factory.mktemp("t5")
+    for seed in range(20):
+        spec = ModelSpec(f"torch:{tiny_t5(folder, seed)}", kind="instruct")
+        case = Case(spec, spec.model().handler, "longer " * 3_000)
+        template = with_settings(case.analysis.template, "answer_tokens = 256", "answer_tokens = 8")
+        case.analysis = AnalysisPrompt(template, spec, max_prompt_tokens=10**6)
+        asked = [case.request(about) for about in samples(ANGRY, HAPPY)]
+        answers = case.handler.load_model().answer(asked)
+        scores = [dict(answer.tone_scores) for answer in answers]
+        angry, happy = (score["angry"] - score["happy"] for score in scores)
+        if angry > happy + 0.01 and all(json.loads(answer.text)["summary"] for answer in answers):
             break
-        learning.zero_grad()
-        loss.backward()
-        learning.step()
-    assert loss < 0.5
-    model.save_pretrained(folder)
-    return folder
-
-
-def on_pytorch(folder):
-    spec = ModelSpec(f"torch:{folder}", kind="instruct")
-    case = Case(spec, spec.model().handler, "longer " * 3_000)
-    case.analysis = AnalysisPrompt(case.analysis.template, case.spec, max_prompt_tokens=10**6)
+    bias = {"angry": (angry + happy) / 2, "neutral": 1000.0, "happy": 0.0}
+    fitted = f"tone_bias = {json.dumps({spec.result_name: bias})}"
+    template = with_settings(template, "tone_bias = {}", fitted)
+    case.analysis = AnalysisPrompt(template, spec, max_prompt_tokens=10**6)
     return case
+
+
+def with_settings(template, old, new):
+    sources = tuple((name, text.replace(old, new)) for name, text in template.sources)
+    return dataclasses.replace(template, sources=sources)
 
 
 def remote(vertex, name):
@@ -134,7 +127,7 @@ def case(request, monkeypatch):
     if request.param == "gemma3-270m":
         return on_worker(request.getfixturevalue("gemma"), monkeypatch)
     if request.param == "torch:T5":
-        return on_pytorch(request.getfixturevalue("taught"))
+        return request.getfixturevalue("on_pytorch")
     name = ENDPOINTS.get(request.param, request.param)
     return remote(request.getfixturevalue("vertex"), name)
 

@@ -31,6 +31,8 @@ from chatflow.options import Options  # noqa: E402
 from chatflow.run import execute  # noqa: E402
 from chatflow.tail import follow  # noqa: E402
 
+torch.set_num_threads(1)  # others of a busy machine are waited for
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 PROMPTS = [
