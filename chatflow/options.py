@@ -80,7 +80,8 @@ class Options:
     model: str = _flag(
         DEFAULT_MODEL,
         "The model. On the worker: gemma3-270m (embedded, needs no download), any Gemma preset of "
-        "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…. "
+        "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…; torch:NAME for "
+        "T5 and other text models on PyTorch (torch:google/flan-t5-small, a folder, gs://…). "
         "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI. "
         "scripted:FILE answers from a script, for tests.",
         _MODEL,
@@ -124,9 +125,14 @@ class Options:
         "", "In streams, lengths of prompts in tokens, e.g. 256,512, between which requests are "
         "batched apart; default: together.", _MODEL,
     )  # fmt: skip
+    state_dict_path: str = _flag(
+        "", "Weights of a torch: model, instead of its folder's: a state dict of PyTorch's "
+        "(torch.save) or a file of safetensors, local or gs://.", _WORKER,
+    )  # fmt: skip
     dtype: str = _flag(
-        "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else float32.",
-        _WORKER, choices=("auto", "float32", "bfloat16"),
+        "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else that of "
+        "--state_dict_path, else float32. float16: for torch: models.",
+        _WORKER, choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     quantization: str = _flag(
         "none", "Weights of 8 bits, by Keras: a quarter of the memory of float32, answers that "

@@ -133,6 +133,7 @@ def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
             options.response_format,
             options.thinking,
         ),
+        state_dict_path=options.state_dict_path,
     )
 
 

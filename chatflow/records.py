@@ -189,6 +189,26 @@ class Draft(Record):
     drafted_at: Time
 
 
+class Response(Record):
+    """What a model said to a text that is no chat; see `chatflow.texts`.
+
+    Attributes:
+      response_id: deterministic: the same message, or the same text of a file, has the same.
+      message_id, attributes: of the Pub/Sub message that the text came as.
+      finish_reason: `stop`, or `length` where the response was cut at its limit.
+    """
+
+    response_id: str
+    text: str
+    response: str
+    message_id: str | None = None
+    attributes: dict[str, str] | None = None
+    finish_reason: str = "stop"
+    model: str
+    prompt_version: str
+    responded_at: Time
+
+
 class DeadLetter(Record):
     """An element that could not be handled, with all that is needed to try it again.
 
@@ -234,6 +254,8 @@ def record_id(record: Record) -> str:
         return record.draft_id
     if isinstance(record, Analysis):
         return record.analysis_id
+    if isinstance(record, Response):
+        return record.response_id
     assert isinstance(record, DeadLetter)
     return digest(record.stage, record.reason, record.payload, record.answer or "")
 

@@ -40,7 +40,7 @@ PromptT = TypeVar("PromptT", bound=Prompt)
 _log = logging.getLogger(__name__)
 
 FIELDS = (
-    "inference", "model", "model_kind", "prompts", "max_prompt_tokens", "dtype",
+    "inference", "model", "model_kind", "state_dict_path", "prompts", "max_prompt_tokens", "dtype",
     "quantization", "model_updates",
 )  # fmt: skip
 """The flags that an entry may set."""

@@ -141,7 +141,7 @@ def size_of(
     """
     shape = architecture_of(model)
     usual = 2 if accelerator else 4
-    width = {"float32": 4, "bfloat16": 2}.get(dtype, usual)
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, usual)
     weights = shape.parameters * width / 1e9
     kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width)
     needed = weights + CACHE_ROOM * batch * kv / 1e9 + PROCESS_GB

@@ -164,14 +164,7 @@ def load_folder(path: str) -> dict[str, Template]:
     """
     own = path in ("base", "instruct")
     where = os.fspath(default_folder() / path) if own else path.rstrip("/")
-    try:
-        files = FileSystems.match([FileSystems.join(where, "*.jinja")])[0].metadata_list
-        sources = {}
-        for file in sorted(file.path for file in files):
-            with FileSystems.open(file) as opened:
-                sources[FileSystems.split(file)[1]] = opened.read().decode()
-    except Exception as error:  # each filesystem has its own
-        raise UsageError(f"--prompts: {path!r} cannot be read: {one_line(error)}") from None
+    sources = _sources(where, f"--prompts: {path!r}")
     if not sources and "://" not in where and not os.path.isdir(where):
         raise UsageError(f"--prompts: no folder {path!r}; give a folder with analysis.jinja in it")
     for name in ("analysis.jinja", "apology.jinja"):
@@ -181,6 +174,32 @@ def load_folder(path: str) -> dict[str, Template]:
         name.removesuffix(".jinja"): Template(name, where, tuple(sources.items()))
         for name in sources
     }
+
+
+def load_template(path: str | os.PathLike[str]) -> Template:
+    """One template, with those of its folder that it may include.
+
+    Raises:
+      UsageError: no such file, or one that cannot be read.
+    """
+    folder, name = os.path.split(os.fspath(path))
+    sources = _sources(folder or ".", f"the template {os.fspath(path)!r}")
+    if name not in sources:
+        raise UsageError(f"no template {os.fspath(path)!r}; its name must end with .jinja")
+    return Template(name, folder, tuple(sources.items()))
+
+
+def _sources(folder: str, what: str) -> dict[str, str]:
+    """The templates of a folder of any filesystem that Beam knows, by name."""
+    sources = {}
+    try:
+        files = FileSystems.match([FileSystems.join(folder, "*.jinja")])[0].metadata_list
+        for path in sorted(file.path for file in files):
+            with FileSystems.open(path) as file:
+                sources[FileSystems.split(path)[1]] = file.read().decode()
+    except Exception as error:  # each filesystem has its own
+        raise UsageError(f"{what} cannot be read: {one_line(error)}") from None
+    return sources
 
 
 def default_folder() -> Path:

@@ -1,5 +1,6 @@
 """What every model keeps to, wherever it runs: scripted, on the worker, and behind a service."""
 
+import dataclasses
 import json
 import pickle
 
@@ -12,6 +13,7 @@ from conftest import SAMPLES, chat, run_stage
 from fakes.brain import SCRIPT, scripted_answer
 from fakes.vertex import ENDPOINTS
 from test_remote import settings_of
+from tiny import tiny_t5
 
 from chatflow.analysis import AnalyseChats
 from chatflow.drafts import DraftApologies
@@ -80,6 +82,34 @@ def on_worker(gemma, monkeypatch):
     return case
 
 
+@pytest.fixture(scope="module")
+def on_pytorch(tmp_path_factory):
+    """A random T5, with a tone_bias by which it tells two chats from each other."""
+    pytest.importorskip("torch").set_num_threads(1)  # others of a busy machine are waited for
+    folder = tmp_path_factory.mktemp("t5")
+    for seed in range(20):
+        spec = ModelSpec(f"torch:{tiny_t5(folder, seed)}", kind="instruct")
+        case = Case(spec, spec.model().handler, "longer " * 3_000)
+        template = with_settings(case.analysis.template, "answer_tokens = 256", "answer_tokens = 8")
+        case.analysis = AnalysisPrompt(template, spec, max_prompt_tokens=10**6)
+        asked = [case.request(about) for about in samples(ANGRY, HAPPY)]
+        answers = case.handler.load_model().answer(asked)
+        scores = [dict(answer.tone_scores) for answer in answers]
+        angry, happy = (score["angry"] - score["happy"] for score in scores)
+        if angry > happy + 0.01 and all(json.loads(answer.text)["summary"] for answer in answers):
+            break
+    bias = {"angry": (angry + happy) / 2, "neutral": 1000.0, "happy": 0.0}
+    fitted = f"tone_bias = {json.dumps({spec.result_name: bias})}"
+    template = with_settings(template, "tone_bias = {}", fitted)
+    case.analysis = AnalysisPrompt(template, spec, max_prompt_tokens=10**6)
+    return case
+
+
+def with_settings(template, old, new):
+    sources = tuple((name, text.replace(old, new)) for name, text in template.sources)
+    return dataclasses.replace(template, sources=sources)
+
+
 def remote(vertex, name):
     vertex.reset(match={POISON: "400"}, rates={"429": 0.1}, retry_after=0.05)
     settings = settings_of(vertex, name)
@@ -87,7 +117,7 @@ def remote(vertex, name):
     return Case(spec, RemoteLanguageModelHandler(name, settings), POISON)
 
 
-MODELS = ["scripted", "gemma3-270m", "gemini-2.5-flash", *ENDPOINTS]
+MODELS = ["scripted", "gemma3-270m", "torch:T5", "gemini-2.5-flash", *ENDPOINTS]
 
 
 @pytest.fixture(params=[name for name in MODELS if name != "empty"])
@@ -96,6 +126,8 @@ def case(request, monkeypatch):
         return scripted()
     if request.param == "gemma3-270m":
         return on_worker(request.getfixturevalue("gemma"), monkeypatch)
+    if request.param == "torch:T5":
+        return request.getfixturevalue("on_pytorch")
     name = ENDPOINTS.get(request.param, request.param)
     return remote(request.getfixturevalue("vertex"), name)
 

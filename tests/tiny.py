@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,9 +73,39 @@ def tiny_gemma(
 
 def tiny_t5(folder: str | os.PathLike[str], seed: int = 7) -> str:
     """A folder with a T5 of the newer kind (gated, as Flan-T5), as Hugging Face saves it."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = _t5_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    return _saved(folder, T5ForConditionalGeneration, config, tokenizer, seed)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} . {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}agent . {% endif %}"
+)
+
+
+def tiny_llama(folder: str | os.PathLike[str], seed: int = 7) -> str:
+    """The same for a decoder-only model with a chat template: of 128 tokens at most."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _t5_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return _saved(folder, LlamaForCausalLM, config, tokenizer, seed)
+
+
+def _t5_tokenizer() -> Any:
     import sentencepiece
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+    from transformers import T5Tokenizer
 
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -84,17 +115,25 @@ def tiny_t5(folder: str | os.PathLike[str], seed: int = 7) -> str:
     )  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
-    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=10)
+    return T5Tokenizer(vocab=vocabulary, extra_ids=10)
+
+
+def _saved(
+    folder: str | os.PathLike[str], kind: Any, config: Any, tokenizer: Any, seed: int
+) -> str:
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-            decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        )
-    )  # fmt: skip
+    model = kind(config)
+    # As in Flan-T5, the output has weights of its own; transformers makes it the embedding's.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
+        # Tokens that no text holds are unlikely.
+        model.lm_head.weight[[*{*tokenizer.all_special_ids} - {tokenizer.eos_token_id}]] = 0
     tokenizer.save_pretrained(folder)
     model.save_pretrained(Path(folder))
     return os.fspath(folder)

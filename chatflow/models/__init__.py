@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chatflow.errors import UsageError
 from chatflow.models import embedded
 from chatflow.models.requests import (
     ONE_BUNDLE,
@@ -22,7 +23,7 @@ from chatflow.models.requests import (
     WorkerSettings,
 )
 
-SCRIPTED = "scripted:"
+SCRIPTED, TORCH = "scripted:", "torch:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +56,18 @@ class ModelSpec:
 
     Attributes:
       name: `gemma3-270m` (embedded), a preset of keras_hub's, a folder, `hf://…`,
-        `kaggle://…`, `gs://…`, `scripted:FILE`; or, remotely, `gemini-…` or
+        `kaggle://…`, `gs://…`, `scripted:FILE`; `torch:NAME` for a text model of Hugging
+        Face's on PyTorch (a name of the hub, a folder, `gs://…`); or, remotely, `gemini-…` or
         `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
       kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
       batching: how requests are put together for one call.
       worker: how the weights are kept; unused remotely.
       remote: where the service is; unused on the worker.
+      state_dict_path: weights of a `torch:` model, instead of its folder's own.
 
     Raises:
-      UsageError: no such model.
+      UsageError: no such model, or one that cannot be kept so.
     """
 
     name: str = embedded.NAME
@@ -73,15 +76,32 @@ class ModelSpec:
     batching: Batching = ONE_BUNDLE
     worker: WorkerSettings = ONE_COPY
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
+    state_dict_path: str = ""
 
     def __post_init__(self) -> None:
+        if self.state_dict_path and not self.is_torch:
+            raise UsageError(
+                f"--state_dict_path: only with --model=torch:NAME, not with --model={self.name}"
+            )
         if self.is_scripted:
+            return
+        if self.is_torch:
+            if self.inference == "remote":
+                raise UsageError(f"--model={self.name}: runs on the workers, not remotely")
+            from chatflow.models.pytorch import check_torch
+
+            check_torch(self.name.removeprefix(TORCH), self.state_dict_path, self.worker)
             return
         if self.is_remote:
             from chatflow.models.remote import check_name
 
             check_name(self.name, self.remote)
             return
+        if self.worker.dtype == "float16":
+            raise UsageError(
+                f"--dtype=float16: only for torch: models; --model={self.name} runs in float32 or "
+                "bfloat16, for Gemma's activations are too large for float16"
+            )
         from chatflow.models.presets import check_preset
 
         check_preset(self.name)
@@ -89,6 +109,10 @@ class ModelSpec:
     @property
     def is_scripted(self) -> bool:
         return self.name.startswith(SCRIPTED)
+
+    @property
+    def is_torch(self) -> bool:
+        return self.name.startswith(TORCH)
 
     @property
     def result_name(self) -> str:
@@ -111,7 +135,7 @@ class ModelSpec:
 
     @property
     def is_remote(self) -> bool:
-        return self.inference == "remote" and not self.is_scripted
+        return self.inference == "remote" and not self.is_scripted and not self.is_torch
 
     @property
     def writes_json(self) -> bool:
@@ -124,7 +148,7 @@ class ModelSpec:
             return self.kind == "instruct"
         from chatflow.models.presets import is_instruct
 
-        return self.writes_json or is_instruct(self.name)
+        return self.writes_json or is_instruct(self.name.removeprefix(TORCH))
 
     def handler(self, expected: Sequence[Request] = (), refreshing: Version | None = None) -> Any:
         """A Beam model handler; nothing is loaded yet.
@@ -142,6 +166,18 @@ class ModelSpec:
             from chatflow.models.remote import RemoteLanguageModelHandler
 
             return RemoteLanguageModelHandler(self.name, self.remote, self.batching)
+        if self.is_torch:
+            from chatflow.models.pytorch import TorchModelHandler
+
+            return TorchModelHandler(
+                self.name.removeprefix(TORCH),
+                self.instruct,
+                self.state_dict_path,
+                self.worker,
+                self.batching,
+                expected,
+                refreshing,
+            )
         from chatflow.models.gemma import GemmaModelHandler
 
         return GemmaModelHandler(

@@ -13,7 +13,6 @@ token and runs the whole prompt each time. Here
 from __future__ import annotations
 
 import collections
-import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import sentencepiece
 from chatflow.chat_text import CONTROL_TOKEN
 from chatflow.models.forward import Cache, Forward, Rules, Writing
 from chatflow.models.grammar import DONE, ENDLESS, Text, Vocabulary, compile_texts
+from chatflow.models.parts import Result
 from chatflow.models.shapes import STEPS, TOTALS, PromptTooLongError, Shape, bucket
 
 PREFIXES_KEPT = 16
@@ -53,27 +53,6 @@ class Row(NamedTuple):
     text: Text | None = None
     max_tokens: int = 0
     max_characters: int = ENDLESS
-
-
-@dataclasses.dataclass
-class Result:
-    """The answer of a row.
-
-    Attributes:
-      scores: log-probability of each choice, in nats.
-      choice: the number of the likeliest, less its bias.
-      text: what was written.
-      cut: the text reached a limit before it ended by itself.
-      tokens: those that were written, with the one that ended the text.
-      prompt_tokens: how many were read.
-    """
-
-    prompt_tokens: int
-    scores: tuple[float, ...] = ()
-    choice: int = -1
-    text: str = ""
-    cut: bool = False
-    tokens: tuple[int, ...] = ()
 
 
 class _Prompt(NamedTuple):

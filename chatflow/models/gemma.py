@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import collections
-import json
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from chatflow.errors import ElementError
 from chatflow.models import embedded
 from chatflow.models.grammar import ENDLESS, Text, json_answer
 from chatflow.models.handlers import LanguageModel, LanguageModelHandler, ask
-from chatflow.models.merging import Merger
+from chatflow.models.merging import merged
+from chatflow.models.parts import put_together
 from chatflow.models.presets import is_instruct, local_file, local_preset, use_jax
 from chatflow.models.requests import (
     FIRST,
@@ -31,7 +29,7 @@ from chatflow.models.requests import (
 )
 
 if TYPE_CHECKING:
-    from chatflow.models.engine import Result, Row
+    from chatflow.models.engine import Row
 
 _log = logging.getLogger(__name__)
 
@@ -68,11 +66,7 @@ class GemmaModel(LanguageModel):
         self.name = name
         self.engine = load_engine(preset, settings.dtype, instruct, settings.quantization, adapter)
         self._most = most
-        run = weakref.WeakMethod(self._run)
-        self._merged: Merger[Request, Answer | Failure] = Merger(
-            lambda requests: ask(_alive(run), requests), most, settings.merge_seconds
-        )
-        weakref.finalize(self, self._merged.close).atexit = False
+        self._merged = merged(self._ask, most, settings.merge_seconds)
         self._counted: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         _log.info("loaded %s in %.1f s", preset, time.monotonic() - started)
@@ -99,62 +93,16 @@ class GemmaModel(LanguageModel):
             self._counted = now
         return dict(new)
 
+    def _ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        return ask(self._run, requests)
+
     def _run(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         """Answers in the order of the requests; all parts of all of them in one go."""
         started = time.monotonic()
         results = iter(self.engine.run([_row(part) for r in requests for part in r.parts]))
         by_request = [[(part, next(results)) for part in r.parts] for r in requests]
         seconds = time.monotonic() - started
-        return [self._put_together(result, seconds) for result in by_request]
-
-    def _put_together(
-        self, results: Sequence[tuple[Part, Result | ElementError]], seconds: float
-    ) -> Answer | Failure:
-        """One answer of a request's parts: the model writes no JSON that code can write."""
-        fields: dict[str, Any] = {}
-        text, finish_reason, scores = "", "stop", {}
-        prompt_tokens = answer_tokens = 0
-        for part, result in results:
-            if isinstance(result, ElementError):
-                return Failure(result.reason, str(result))
-            prompt_tokens += result.prompt_tokens
-            answer_tokens += len(result.tokens)
-            said = result.text
-            if result.cut:
-                finish_reason = "length"
-                said += "…"
-            if part.choices:
-                fields[str(part.field)] = part.values[result.choice]
-                for choice, score in zip(part.choices, result.scores, strict=True):
-                    scores[choice.strip()] = round(score, 4)
-            elif part.schema:
-                form = json_answer(part.schema)
-                enum, string = form.fields
-                fields |= {enum: json.loads(form.choices[result.choice]), string: said}
-            else:
-                said = (part.lead + said).strip()
-                if part.tail:
-                    said = said.rstrip(" ,.!?…") + part.tail
-                if part.field:
-                    fields[part.field] = said
-                else:
-                    text = said
-        return Answer(
-            json.dumps(fields, ensure_ascii=False) if fields else text,
-            self.name,
-            prompt_tokens=prompt_tokens,
-            answer_tokens=answer_tokens,
-            seconds=seconds,
-            finish_reason=finish_reason,
-            tone_scores=tuple(scores.items()),
-        )
-
-
-def _alive(method: weakref.WeakMethod[Any]) -> Any:
-    """A method of an object that is there as long as it is called."""
-    found = method()
-    assert found is not None
-    return found
+        return [put_together(result, self.name, seconds) for result in by_request]
 
 
 def _row(part: Part) -> Row:
@@ -208,12 +156,12 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         """A Gemma of the preset; with a version that is a folder, of that; else adapted by it."""
         preset, adapter = self.preset, ""
         if version.path.endswith(ADAPTER):
-            adapter = local_file(version.path, _log.info, version.modified)
+            adapter = local_file(version.path, _log.info)
         elif version.path:
             preset = version.path
         return GemmaModel(
             version.named(self.name),
-            local_preset(preset, _log.info, version.modified),
+            local_preset(preset, _log.info),
             self.settings,
             self.instruct,
             self.most,

@@ -6,8 +6,9 @@ import collections
 import concurrent.futures
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,7 +48,7 @@ class Merger(Generic[T, R]):
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Ends the thread; nobody may call any more."""
+        """Ends the thread, when nobody can call any more."""
         with self._arrived:
             self._closed = True
             self._arrived.notify()
@@ -73,3 +74,18 @@ class Merger(Generic[T, R]):
                 lambda: len(self._waiting) >= self._most, max(0.0, until - time.monotonic())
             )
             return [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+
+
+def merged(method: Callable[[Sequence[T]], Sequence[R]], most: int, seconds: float) -> Merger[T, R]:
+    """Batches for the method of an object, which they do not keep in memory."""
+    weak: weakref.WeakMethod[Any] = weakref.WeakMethod(method)
+
+    def run(items: Sequence[T]) -> Sequence[R]:
+        alive = weak()
+        assert alive is not None  # who waits for the answers has the object
+        answers: Sequence[R] = alive(items)
+        return answers
+
+    merger: Merger[T, R] = Merger(run, most, seconds)
+    weakref.finalize(method.__self__, merger.close).atexit = False  # type: ignore[attr-defined]
+    return merger

@@ -20,10 +20,13 @@ def is_instruct(preset: str) -> bool:
 
     >>> is_instruct("gemma3_instruct_1b"), is_instruct("hf://google/gemma-3-1b-it")
     (True, True)
-    >>> is_instruct("gemma3-270m")
-    False
+    >>> is_instruct("google/flan-t5-small"), is_instruct("Llama-2-7b-chat-hf")
+    (True, True)
+    >>> is_instruct("gemma3-270m"), is_instruct("google/t5-v1_1-small")
+    (False, False)
     """
-    return re.search(r"(^|[-_/])(it|instruct)([-_/]|$)", preset.lower()) is not None
+    words = r"(^|[-_/])(it|instruct|flan)([-_/]|$)|[-_]chat([-_][^/]*)?$"
+    return re.search(words, preset.lower()) is not None
 
 
 def check_preset(preset: str) -> None:
@@ -85,9 +88,7 @@ def use_jax(alone: bool = True) -> None:
         raise UsageError(f"keras runs on {keras.config.backend()}; set KERAS_BACKEND=jax")
 
 
-def local_preset(
-    preset: str, progress: embedded.Progress = lambda _: None, modified: float = 0.0
-) -> str:
+def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> str:
     """A name that keras_hub can load: the embedded model made, `gs://` copied to the cache.
 
     A preset that an image has brought along, as a folder of that name in the folder
@@ -99,15 +100,15 @@ def local_preset(
         return os.fspath(embedded.ensure(progress))
     if preset.startswith(("kaggle://", "hf://")) or "://" not in preset:
         return preset
-    return os.fspath(copied(preset, progress, modified))
+    return os.fspath(copied(preset, progress))
 
 
-def local_file(path: str, progress: embedded.Progress, modified: float) -> str:
+def local_file(path: str, progress: embedded.Progress = lambda _: None) -> str:
     """A file of any filesystem that Beam knows, as one of this machine."""
     if "://" not in path:
         return path
     folder, _, name = path.rpartition("/")
-    return os.fspath(copied(folder, progress, modified, name) / name)
+    return os.fspath(copied(folder, progress, name) / name)
 
 
 def brought(preset: str) -> Path | None:
@@ -117,20 +118,19 @@ def brought(preset: str) -> Path | None:
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
-def copied(url: str, progress: embedded.Progress, modified: float = 0.0, names: str = "**") -> Path:
+def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
     """A folder of any filesystem that Beam knows, in the local cache.
 
-    A file is copied under another name first, so that a broken copy is never used.
+    A file is copied under another name first, so that a broken copy is never used. One that was
+    written anew is copied again.
 
     Args:
-      modified: tells versions of the folder apart.
       names: of the files that are copied.
     """
     import fasteners
     from apache_beam.io.filesystems import FileSystems
 
-    version = f"-{modified:.0f}" if modified else ""
-    folder = embedded.cache_root() / "presets" / (re.sub(r"[^\w.-]+", "_", url) + version)
+    folder = embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", url)
     folder.mkdir(parents=True, exist_ok=True)
     with fasteners.InterProcessLock(f"{folder}.lock"):
         base = url.rstrip("/") + "/"
@@ -139,13 +139,17 @@ def copied(url: str, progress: embedded.Progress, modified: float = 0.0, names: 
             raise UsageError(f"--model: no files in {url!r}")
         for file in files:
             target = folder / file.path[len(base) :]
-            if target.is_file() and target.stat().st_size == file.size_in_bytes:
-                continue
+            written = file.last_updated_in_seconds
+            if target.is_file():
+                there = target.stat()
+                if (there.st_size, round(there.st_mtime)) == (file.size_in_bytes, round(written)):
+                    continue
             progress(f"copying {file.path} ({file.size_in_bytes / 1e6:,.0f} MB)")
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(target.name + ".part")
             source = FileSystems.open(file.path, compression_type="uncompressed")
             with source, part.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 22)
+            os.utime(part, (written, written))
             part.replace(target)
     return folder

@@ -165,7 +165,7 @@ class WorkerSettings(NamedTuple):
     """How a model is kept on a worker.
 
     Attributes:
-      dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on an accelerator.
+      dtype: `float32`, `bfloat16`, `float16` (PyTorch), or `auto`: bfloat16 on an accelerator.
       quantization: `int8` or `none`.
       large_model: one copy of the weights serves all processes of a worker; else each
         process loads its own.

@@ -1,0 +1,63 @@
+"""Messages of a Pub/Sub topic through Flan-T5, each response to another topic, as they come.
+
+    python examples/respond.py --model torch:google/flan-t5-small \\
+      --messages_topic projects/P/topics/messages \\
+      --responses_topic projects/P/topics/responses --dead_letters projects/P/topics/dead
+
+Ctrl-C finishes what was read. For Dataflow add --runner=DataflowRunner --project=P …
+"""
+
+import argparse
+from pathlib import Path
+
+import apache_beam as beam
+from rich.console import Console
+
+from chatflow.errors import UsageError
+from chatflow.models import Model, ModelSpec
+from chatflow.models.requests import Batching, WorkerSettings
+from chatflow.options import beam_options, is_local
+from chatflow.publishing import check_topics
+from chatflow.run import finish, quieten
+from chatflow.sinks import WriteRecords
+from chatflow.sources import ReadMessages, check_messages
+from chatflow.templates import load_template
+from chatflow.texts import AskTexts
+
+
+def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
+    options = beam_options(beam_flags, streaming=True)
+    quieten(is_local(options))
+    spec = ModelSpec(
+        flags.model,
+        state_dict_path=flags.state_dict_path,
+        worker=WorkerSettings(dtype=flags.dtype),
+        batching=Batching(size=32, seconds=0.2),  # for which others of the stream are waited for
+    )
+    template = load_template(Path(__file__).parent / "prompts" / "respond.jinja")
+    ask = AskTexts(Model(spec.handler()), template)
+    messages = flags.messages_subscription or flags.messages_topic
+    check_messages(messages)
+    check_topics([flags.responses_topic, flags.dead_letters], is_local(options))
+    pipeline = beam.Pipeline(options=options)
+    asked = pipeline | "ReadMessages" >> ReadMessages(messages) | "AskTexts" >> ask
+    asked.ok | "WriteResponses" >> WriteRecords([flags.responses_topic], streaming=True)
+    asked.dead_letters | "WriteDeadLetters" >> WriteRecords([flags.dead_letters], streaming=True)
+    finish(pipeline.run(), Console(stderr=True))
+    ask.model.forget()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--messages_topic", default="", help="read from now on")
+    source.add_argument("--messages_subscription", default="", help="loses nothing between runs")
+    parser.add_argument("--responses_topic", required=True)
+    parser.add_argument("--dead_letters", required=True, help="a topic, or a prefix of files")
+    parser.add_argument("--model", default="torch:google/flan-t5-small")
+    parser.add_argument("--state_dict_path", default="")
+    parser.add_argument("--dtype", default="auto")
+    try:
+        main(*parser.parse_known_args())
+    except UsageError as error:
+        parser.error(str(error))
