@@ -79,6 +79,8 @@ def plan(
             options.quantization,
             options.large_model == "true",
             options.model_copies,
+            max_prompt_tokens=options.max_prompt_tokens,
+            vllm_args=options.vllm_args,
         ),
         batching=Batching(
             options.max_batch_size,

@@ -149,6 +149,7 @@ def prepare(
         check_messages(options.input)
     else:
         check_credentials(beam_flags)
+        check_accelerator(planned, beam_flags)
     check_topics(destinations, local)
     check_tables(planned.destinations, local)
     if local:
@@ -185,16 +186,21 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def is_dataflow(options: Any) -> bool:
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    return bool(options.view_as(StandardOptions).runner == "DataflowRunner")
+
+
 def check_credentials(options: Any) -> None:
     """Makes sure that a job can be sent to Google Cloud at all.
 
     Raises:
       UsageError: there are no credentials.
     """
-    from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
 
-    google_cloud = options.view_as(GoogleCloudOptions)
-    if options.view_as(StandardOptions).runner != "DataflowRunner" or google_cloud.no_auth:
+    if not is_dataflow(options) or options.view_as(GoogleCloudOptions).no_auth:
         return
     import google.auth
 
@@ -205,6 +211,24 @@ def check_credentials(options: Any) -> None:
             "--runner=DataflowRunner: there are no credentials of Google Cloud here; run "
             "`gcloud auth application-default login`"
         ) from None
+
+
+def check_accelerator(planned: Plan, options: Any) -> None:
+    """Makes sure that vLLM has a GPU on Dataflow.
+
+    Raises:
+      UsageError: no flag asks for one.
+    """
+    from apache_beam.options.pipeline_options import DebugOptions, GoogleCloudOptions
+
+    services = options.view_as(GoogleCloudOptions).dataflow_service_options or ()
+    experiments = options.view_as(DebugOptions).experiments or ()
+    asked = any("worker_accelerator=" in flag for flag in (*services, *experiments))
+    if planned.spec.is_vllm and is_dataflow(options) and not (planned.options.accelerator or asked):
+        raise UsageError(
+            f"--model={planned.spec.name}: vLLM needs a GPU; give e.g. "
+            "--accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
+        )
 
 
 def quieten(local: bool) -> None:
@@ -262,7 +286,15 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
 
 
 def prepare_model(planned: Plan, console: Console) -> None:
-    """Makes the embedded model now, with progress, if it is asked for and not there yet."""
+    """Makes the embedded model now, with progress, if it is asked for and not there yet.
+
+    Raises:
+      UsageError: it cannot be made, or what another one needs is not installed.
+    """
+    if planned.spec.is_vllm:
+        from chatflow.models.vllm import check_installed
+
+        check_installed(planned.spec.name)
     if not planned.spec.is_embedded:
         return
     from chatflow.models import embedded

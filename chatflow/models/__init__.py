@@ -20,6 +20,7 @@ from chatflow.models.requests import (
 )
 
 SCRIPTED = "scripted:"
+VLLM = "vllm:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,13 @@ class Model:
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
     def forget(self) -> None:
-        """Removes the small files by which Beam finds a shared copy on this machine."""
+        """Releases a copy that this process holds, and removes the small files by which Beam
+        finds one on this machine."""
+        from apache_beam.utils import multi_process_shared
+
+        held = multi_process_shared._process_level_singleton_manager.entries
+        for tag in [tag for tag in held if tag.startswith(self.identifier)]:
+            held.pop(tag).unsafe_hard_delete()
         for path in Path(tempfile.gettempdir()).glob(f"{self.identifier}*"):
             path.unlink(missing_ok=True)
 
@@ -50,13 +57,13 @@ class ModelSpec:
 
     Attributes:
       name: `gemma3-270m` (embedded), a preset of keras_hub's, a folder, `hf://…`,
-        `kaggle://…`, `gs://…`, `scripted:FILE`; or, remotely, `gemini-…` or
+        `kaggle://…`, `gs://…`, `vllm:NAME`, `scripted:FILE`; or, remotely, `gemini-…` or
         `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
       kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
       batching: how requests are put together for one call.
       worker: how the weights are kept; unused remotely.
-      remote: where the service is; unused on the worker.
+      remote: where the service is, and how it is called; on the worker, only vLLM's is.
 
     Raises:
       UsageError: no such model.
@@ -76,6 +83,11 @@ class ModelSpec:
             from chatflow.models.remote import check_name
 
             check_name(self.name, self.remote)
+            return
+        if self.is_vllm:
+            from chatflow.models.vllm import check
+
+            check(self.name, self.worker)
             return
         from chatflow.models.presets import check_preset
 
@@ -99,9 +111,13 @@ class ModelSpec:
         return self.inference == "remote" and not self.is_scripted
 
     @property
+    def is_vllm(self) -> bool:
+        return self.inference == "on_worker" and self.name.startswith(VLLM)
+
+    @property
     def writes_json(self) -> bool:
         """The model writes the JSON answer itself."""
-        return self.is_scripted or self.is_remote
+        return self.is_scripted or self.is_remote or (self.is_vllm and self.instruct)
 
     @property
     def instruct(self) -> bool:
@@ -109,7 +125,7 @@ class ModelSpec:
             return self.kind == "instruct"
         from chatflow.models.presets import is_instruct
 
-        return self.writes_json or is_instruct(self.name)
+        return self.is_scripted or self.is_remote or is_instruct(self.name)
 
     def model(
         self, expected: Sequence[Request] = (), hints: Mapping[str, str] | None = None
@@ -133,6 +149,12 @@ class ModelSpec:
             from chatflow.models.remote import RemoteLanguageModelHandler
 
             return RemoteLanguageModelHandler(self.name, self.remote, self.batching)
+        if self.is_vllm:
+            from chatflow.models.vllm import VllmModelHandler
+
+            return VllmModelHandler(
+                self.name, self.instruct, self.worker, self.remote, self.batching
+            )
         from chatflow.models.gemma import GemmaModelHandler
 
         return GemmaModelHandler(self.name, self.instruct, self.worker, self.batching, expected)
