@@ -80,8 +80,8 @@ class Options:
     model: str = _flag(
         DEFAULT_MODEL,
         "The model. On the worker: gemma3-270m (embedded, needs no download), any Gemma preset of "
-        "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…; vllm:NAME with a "
-        "name of Hugging Face's, a folder or gs://… is served by vLLM on the worker's GPU. "
+        "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…; vllm:NAME (of "
+        "Hugging Face, a folder or gs://…) is served by vLLM on the worker's GPU. "
         "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI. "
         "scripted:FILE answers from a script, for tests.",
         _MODEL,

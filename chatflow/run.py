@@ -139,6 +139,7 @@ def prepare(
     quieten(local)
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
+    check_accelerator(planned, beam_flags)
     try:
         pipeline = beam.Pipeline(options=beam_flags)
         build(pipeline, planned)
@@ -149,7 +150,6 @@ def prepare(
         check_messages(options.input)
     else:
         check_credentials(beam_flags)
-        check_accelerator(planned, beam_flags)
     check_topics(destinations, local)
     check_tables(planned.destinations, local)
     if local:

@@ -40,13 +40,16 @@ class Model:
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
     def forget(self) -> None:
-        """Releases a copy that this process holds, and removes the small files by which Beam
+        """Closes the copy that this process holds, and removes the small files by which Beam
         finds one on this machine."""
         from apache_beam.utils import multi_process_shared
 
+        from chatflow.models.handlers import LanguageModel
+
         held = multi_process_shared._process_level_singleton_manager.entries
-        for tag in [tag for tag in held if tag.startswith(self.identifier)]:
-            held.pop(tag).unsafe_hard_delete()
+        for tag, entry in held.items():
+            if tag.startswith(self.identifier) and isinstance(entry.obj, LanguageModel):
+                entry.obj.close()
         for path in Path(tempfile.gettempdir()).glob(f"{self.identifier}*"):
             path.unlink(missing_ok=True)
 

@@ -49,6 +49,9 @@ class LanguageModel(abc.ABC):
         """What the model counted since it was last asked, by name, for Beam's metrics."""
         return {}
 
+    def close(self) -> None:  # noqa: B027 (not all have something to end)
+        """Ends what the model has started; it is asked no more."""
+
 
 ModelT = TypeVar("ModelT", bound=LanguageModel)
 

@@ -52,10 +52,15 @@ def check(name: str, worker: WorkerSettings) -> None:
     """
     model = name.removeprefix(VLLM)
     folder = Path(model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if model and folder.is_dir() and not (folder / "config.json").is_file():
         raise UsageError(f"--model={name}: the folder has no config.json, so it is no model")
-    known = folder.is_dir() or folder.is_absolute() or brought(model) or _HUB_NAME.fullmatch(model)
-    if not known and ("://" not in model or model.startswith(("hf://", "kaggle://"))):
+    scheme, bucket, _ = model.partition("://")
+    known = (
+        scheme not in ("hf", "kaggle")
+        if bucket
+        else model and (folder.is_dir() or folder.is_absolute() or brought(model))
+    )
+    if not known and not _HUB_NAME.fullmatch(model):
         raise UsageError(
             f"--model={name}: give vllm:ORGANISATION/NAME of Hugging Face's, a folder on the "
             "workers, or one of Cloud Storage (gs://…)"
