@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import pickle
+import subprocess
 import sys
 import time
 import types
@@ -13,7 +14,8 @@ import types
 import apache_beam as beam
 import pytest
 from apache_beam.ml.inference import vllm_inference
-from conftest import JOB_SERVICE, SAMPLES, chat, mistake
+from apache_beam.utils.multi_process_shared import MultiProcessShared
+from conftest import SAMPLES, chat, mistake
 from fakes import environment
 from fakes.vllm import Place
 from rich.console import Console
@@ -256,13 +258,32 @@ def test_chats_in_files_become_analyses_and_drafts(place, name):
     assert place.all_gone(), "the run is over"
 
 
-def test_worker_processes_share_a_server_which_ends_with_them(place):
-    options = Options(input=str(SAMPLES), output=str(place.folder / "out"), model=NAME)
-    counts = execute(options, [*JOB_SERVICE, "--direct_num_workers=2"]).to_dict()
-    assert (counts["lost"], counts["dead_letters"]) == (0, 0)
-    assert counts["analysed"] == counts["asked"] > 50
+OWNER = """
+import signal, sys
+from apache_beam.utils.multi_process_shared import MultiProcessShared
+from chatflow.models import ModelSpec
+
+name, tag, folder = sys.argv[1:]
+load = ModelSpec(name).model().handler.load_model
+held = MultiProcessShared(load, tag=tag, path=folder, always_proxy=True).acquire()
+print("loaded", flush=True)
+signal.pause()
+"""
+
+
+def test_processes_of_a_worker_share_a_server_which_ends_with_its_owner(place):
+    """As RunInference does it: the first that comes loads, and the others ask that one."""
+    where = ("shared", str(place.folder))
+    command = [sys.executable, "-c", OWNER, NAME, *where]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "loaded\n"
+        tag, folder = where
+        model = MultiProcessShared(pytest.fail, tag=tag, path=folder, always_proxy=True).acquire()
+        found = model.answer([request(f"number {i}") for i in range(3)])
+        assert [type(each) for each in found] == [Answer] * 3
+        owner.kill()
     assert len(place.started) == 1
-    assert place.all_gone(), "the workers were killed, and left it"
+    assert place.all_gone()
 
 
 def test_a_stream_survives_a_crash(place, pubsub):
