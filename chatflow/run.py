@@ -295,6 +295,10 @@ def prepare_model(planned: Plan, console: Console) -> None:
         from chatflow.models.vllm import check_installed
 
         check_installed(planned.spec.name)
+        console.print(
+            f"{planned.spec.name}: the first chats wait for vLLM's server; --debug shows its log",
+            highlight=False,
+        )
     if not planned.spec.is_embedded:
         return
     from chatflow.models import embedded

@@ -177,7 +177,11 @@ def test_a_base_models_answer_is_put_together_by_code(place):
     model.close()
 
 
-def test_beams_handler_starts_one_server_with_the_flags_of_a_run(place):
+def test_beams_handler_starts_one_server_with_the_flags_of_a_run(place, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):  # which knows nothing of this machine
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "metadata.google.internal")
     worker = WorkerSettings(
         "bfloat16", max_prompt_tokens=500, vllm_args="max-num-seqs=4,enforce_eager"
     )
@@ -187,7 +191,8 @@ def test_beams_handler_starts_one_server_with_the_flags_of_a_run(place):
     assert start["argv"] == [
         "--model", "google/gemma-3-1b-it", "--port", port, "--host", "127.0.0.1",
         "--served-model-name", "google/gemma-3-1b-it", "--max-model-len", "2024",
-        "--max-num-seqs", "4", "--dtype", "bfloat16", "--enforce-eager",
+        "--max-num-seqs", "4", "--disable-uvicorn-access-log", "--dtype", "bfloat16",
+        "--enforce-eager",
     ]  # fmt: skip
     assert model.answer([request()])[0].model == NAME
     assert model.counts() == {"requests": 1}

@@ -48,8 +48,9 @@ class Model:
 
         held = multi_process_shared._process_level_singleton_manager.entries
         for tag, entry in held.items():
-            if tag.startswith(self.identifier) and isinstance(entry.obj, LanguageModel):
-                entry.obj.close()
+            model = getattr(entry, "obj", None)
+            if tag.startswith(self.identifier) and isinstance(model, LanguageModel):
+                model.close()
         for path in Path(tempfile.gettempdir()).glob(f"{self.identifier}*"):
             path.unlink(missing_ok=True)
 

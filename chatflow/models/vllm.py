@@ -131,14 +131,15 @@ def server_arguments(name: str, worker: WorkerSettings, most: int) -> dict[str, 
     Args:
       most: requests at once.
     """
-    # Only for us: the server asks nobody for a key. Prompts are budgeted by an estimate, and one
-    # that is asked again holds the first answer, too; without a limit, vLLM does not start where
-    # the longest context that the model knows has no room.
+    # Only for us: the server asks nobody for a key. It would log each call. Prompts are budgeted by
+    # an estimate, and one that is asked again holds the first answer, too; without a limit, vLLM
+    # does not start where the longest context that the model knows has no room.
     arguments: dict[str, str | None] = {
         "host": "127.0.0.1",
         "served-model-name": name.removeprefix(VLLM),
         "max-model-len": str(2 * worker.max_prompt_tokens + 1024),
         "max-num-seqs": str(most),
+        "disable-uvicorn-access-log": None,
     }
     if worker.dtype != "auto":
         arguments["dtype"] = worker.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -49,6 +50,7 @@ class VllmServer:
             True: vllm_inference.VLLMChatModelHandler,
             False: vllm_inference.VLLMCompletionsModelHandler,
         }
+        _without_proxy()
         handler = handlers[instruct](model, vllm_server_kwargs=dict(arguments))
         with self._starting():
             self._server = handler.load_model()
@@ -121,6 +123,14 @@ def _listen(said: IO[bytes], lines: collections.deque[str]) -> None:
             if line:
                 lines.append(line)
                 _log.info("%s", line)
+
+
+def _without_proxy() -> None:
+    """Beam's client would ask a proxy for the server, and Beam end it as one that never answers."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = os.environ.get(name, "")
+        if "localhost" not in hosts:
+            os.environ[name] = ",".join(filter(None, (hosts, "localhost", "127.0.0.1")))
 
 
 _lock = threading.Lock()

@@ -194,7 +194,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for flag in FLAGS:
         parser.add_argument(f"--{flag}", type=int if flag == "port" else str)
-    parser.add_argument("--enforce-eager", action="store_true")
+    for flag in ("enforce-eager", "disable-uvicorn-access-log"):
+        parser.add_argument(f"--{flag}", action="store_true")
     flags = parser.parse_args()
     place = Place(Path(os.environ[FOLDER]))
     if (broken := place.folder / "broken").exists():
