@@ -30,9 +30,9 @@ from chatflow.models.requests import Answer, Failure, Part, RemoteSettings, Requ
 from chatflow.models.vllm import VllmModelHandler, check, server_arguments
 from chatflow.models.vllm_client import VllmClient
 from chatflow.models.vllm_server import VllmServer
-from chatflow.options import Options
+from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
-from chatflow.run import execute, prepare
+from chatflow.run import check_accelerator, execute, prepare
 from chatflow.stream import Run
 
 NAME = "vllm:google/gemma-3-1b-it"
@@ -230,6 +230,10 @@ def test_a_server_that_does_not_come_back_fails_what_waits_and_is_tried_again(pl
     (found,) = model.answer([request("good")])
     assert isinstance(found, Answer)
     model.close()
+    started = len(place.started)
+    with pytest.raises(RuntimeError, match="is closed"):
+        model.answer([request("good")])
+    assert len(place.started) == started
 
 
 def test_a_server_that_never_comes_up_ends_the_run_with_its_last_words(place, lines, capsys):
@@ -333,6 +337,25 @@ def test_mistakes_are_found_at_launch(flags, says, place, lines, capsys):
     output = f"--output={place.folder / 'out'}"
     assert says in mistake(["run", f"--input={lines()}", output, *flags], places, capsys)
     assert place.started == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "accelerator"),
+    [
+        ([], "type:nvidia-l4;count:1"),
+        (["--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1"], ""),
+        (["--experiments=worker_accelerator=type:nvidia-l4;count:1"], ""),
+    ],
+)
+def test_a_gpu_on_dataflow_can_be_asked_for_in_beams_ways_too(flags, accelerator, lines):
+    options = Options(input=lines(), output="out", model=NAME, accelerator=accelerator)
+    planned = plan(options)
+    assert planned.model.hints == ({"accelerator": accelerator} if accelerator else {})
+    check_accelerator(planned, beam_options([*DATAFLOW, *flags]))
+    without = dataclasses.replace(planned, options=Options(input="x", model=NAME))
+    check_accelerator(without, beam_options([]))
+    with pytest.raises(UsageError, match="vLLM needs a GPU"):
+        check_accelerator(without, beam_options(DATAFLOW))
 
 
 def test_where_it_is_not_installed_the_extra_is_named(lines, tmp_path, capsys):

@@ -71,6 +71,8 @@ class VllmServer:
         Raises:
           ModelError: as when it is made.
         """
+        if not self._stop.alive:
+            raise ModelError("no_server", f"{self.model}: its server was stopped")
         _log.warning("the vLLM server of %s has ended, and is started again", self.model)
         with self._starting():
             if self._server._server_process is None:  # the last start failed
