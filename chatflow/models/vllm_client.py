@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from chatflow.models.clients import Client, Reply, Turn, post
-from chatflow.models.faults import Fault, Kind
+from chatflow.models.faults import Fault, Kind, MalformedReplyError
 from chatflow.models.requests import Part, RemoteSettings
 from chatflow.models.vertex import body, reply_of, schema_fields
 
@@ -64,7 +64,7 @@ class VllmClient(Client):
             raw = self.settings._replace(request_format="raw_predict")
             content = body(turns, part, raw)
         else:
-            prompt = "".join(turn.text for turn in turns)
+            prompt = "\n\n".join(turn.text for turn in turns)
             schema = schema_fields(part.schema, self.settings.response_format)
             limits = {"max_tokens": part.max_tokens, "temperature": 0}
             content = {"prompt": prompt, **limits, **schema}
@@ -87,29 +87,30 @@ class VllmClient(Client):
 
 
 def _scores_of(content: Any, part: Part) -> Reply | Fault:
-    """The log-probability of each choice's first token, in place of a text; as JSON."""
-    reply = reply_of(content)
-    if isinstance(reply, Fault):
-        return reply
-    found = content["choices"][0].get("logprobs") or {}
-    if "content" in found:
-        tops = {top["token"]: top["logprob"] for top in found["content"][0]["top_logprobs"]}
-    else:
-        tops = dict((found.get("top_logprobs") or [{}])[0])
-    scores = {
-        choice: max(
-            (score for token, score in tops.items() if _begins(choice, token)), default=None
-        )
+    """The log-probability of each choice's first token, in place of a text; as JSON.
+
+    Raises:
+      MalformedReplyError: the reply has no log-probabilities.
+    """
+    try:
+        usage, found = content.get("usage") or {}, content["choices"][0]["logprobs"]
+        paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        if "content" in found:
+            tops = {top["token"]: top["logprob"] for top in found["content"][0]["top_logprobs"]}
+        else:
+            tops = dict(found["top_logprobs"][0])
+        least = min(tops.values())  # of a choice that is not among them, at most
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        said = f"no log-probabilities in the reply: {error!r}"
+        raise MalformedReplyError("bad_reply", said, json.dumps(content)[:2000]) from None
+    by_choice = [
+        [score for token, score in tops.items() if _begins(choice, token)]
         for choice in part.choices
-    }
-    known = [score for score in scores.values() if score is not None]
-    if not known:
-        said = f"none of {list(part.choices)} is among the {TOP} likeliest tokens"
-        paid = (reply.prompt_tokens, reply.answer_tokens)
-        return Fault(Kind.FATAL, "no_choice", said, 0.0, reply.text, *paid)
-    least = min(tops.values())  # of one that is not there, at most
-    text = json.dumps([least if score is None else score for score in scores.values()])
-    return reply._replace(text=text, finish_reason="stop")
+    ]
+    if not any(by_choice):
+        said = f"none of {list(part.choices)} is among the {TOP} likeliest tokens: {list(tops)}"
+        return Fault(Kind.FATAL, "no_choice", said, 0.0, None, *paid)
+    return Reply(json.dumps([max(scores, default=least) for scores in by_choice]), *paid)
 
 
 def _begins(choice: str, token: str) -> bool:

@@ -146,6 +146,7 @@ class FakeVllm(FakeVertex):
             if content.get("logprobs"):
                 choice["logprobs"] = _logprobs(call.prompts[0], chat)
                 choice["finish_reason"] = "length"
+                choice["message"]["content"] = "\n"  # no choice is the likeliest of all
             if not chat:
                 choice["text"] = choice.pop("message")["content"]
         return reply
@@ -157,7 +158,7 @@ TONES = {-1: "angry", 0: "neutral", 1: "happy"}
 def _logprobs(prompt: str, chat: bool) -> dict[str, Any]:
     """The likeliest first tokens: the words of all tones but one that is far behind."""
     tone = TONES[tone_of(own_words(prompt))]
-    likely = {"\n": -3.0, " the": -4.0, **{f" {word}": -5.0 for word in ("angry", "neutral")}}
+    likely = {"\n": -0.05, " the": -4.0, **{f" {word}": -5.0 for word in ("angry", "neutral")}}
     likely[f" {tone}"] = -0.1
     if not chat:
         return {"top_logprobs": [likely]}
