@@ -81,7 +81,8 @@ class Options:
         DEFAULT_MODEL,
         "The model. On the worker: gemma3-270m (embedded, needs no download), any Gemma preset of "
         "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…; torch:NAME for "
-        "T5 and other text models on PyTorch (torch:google/flan-t5-small, a folder, gs://…). "
+        "T5 and other text models on PyTorch, vllm:NAME for one that vLLM serves on the worker's "
+        "GPU (google/flan-t5-small, google/gemma-3-1b-it, a folder, gs://…). "
         "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI. "
         "scripted:FILE answers from a script, for tests.",
         _MODEL,
@@ -115,7 +116,10 @@ class Options:
         "says so.", _MODEL, least=64,
     )  # fmt: skip
     max_batch_size: int = _flag(
-        32, "Most requests in one batch to a model on the worker.", _MODEL, least=1
+        32,
+        "Most requests in one batch to a model on the worker; to vLLM, at once.",
+        _MODEL,
+        least=1,
     )
     max_batch_duration_secs: float = _flag(
         0.2, "In streams, how long a request waits for others to fill its batch; 0: only those "
@@ -144,6 +148,10 @@ class Options:
     )  # fmt: skip
     model_copies: int = _flag(
         1, "Copies of the weights by worker, which take requests in turn.", _WORKER, least=1,
+    )  # fmt: skip
+    vllm_args: str = _flag(
+        "", "Flags of vLLM's server, e.g. tensor-parallel-size=2,gpu-memory-utilization=0.9; they "
+        "go before chatflow's.", _WORKER,
     )  # fmt: skip
     accelerator: str = _flag(
         "", "Resource hint of the inference steps, e.g. "
@@ -177,8 +185,8 @@ class Options:
         choices=("chat_completions", "raw_predict", "prompt"),
     )  # fmt: skip
     response_format: str = _flag(
-        "response_format", "How an endpoint is told the JSON schema of its answer: as OpenAI, as "
-        "vLLM from 0.12 on, as vLLM before, or not at all.", _REMOTE,
+        "response_format", "How an endpoint or vLLM is told the JSON schema of its answer: as "
+        "OpenAI, as vLLM from 0.12 on, as vLLM before, or not at all.", _REMOTE,
         choices=("response_format", "structured_outputs", "guided_json", "none"),
     )  # fmt: skip
     thinking: str = _flag(
@@ -198,8 +206,8 @@ class Options:
         "(domain chatflow, descriptor model).", _REMOTE,
     )  # fmt: skip
     request_timeout: float = _flag(
-        60.0, "Seconds for one call to a remote model, to the last byte of its answer.", _REMOTE,
-        least=0.1,
+        60.0, "Seconds for one call to a remote model or to vLLM, to the last byte of its answer.",
+        _REMOTE, least=0.1,
     )  # fmt: skip
     retry_seconds: float = _flag(
         120.0, "What failed calls for one prompt, and the waiting after them, may take, before "
@@ -229,6 +237,8 @@ class Options:
                 f"--quiet_seconds={self.quiet_seconds}: must be less than "
                 f"--retention_hours={self.retention_hours} ({self.retention_hours * 3600:.0f} s)"
             )
+        if self.vllm_args and not self.model.startswith("vllm:"):
+            raise UsageError("--vllm_args: only with --model=vllm:…")
         if self.model_copies > 1 and self.large_model == "false":
             raise UsageError("--model_copies: only with --large_model=true, which counts them")
         _ = self.bucket_boundaries, self.resource_hints

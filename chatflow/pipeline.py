@@ -113,6 +113,8 @@ def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
             options.quantization,
             options.large_model == "true",
             options.model_copies,
+            max_prompt_tokens=options.max_prompt_tokens,
+            vllm_args=options.vllm_args,
         ),
         batching=Batching(
             options.max_batch_size,

@@ -139,6 +139,7 @@ def prepare(
     quieten(local)
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
+    check_accelerator(planned, beam_flags)
     try:
         pipeline = beam.Pipeline(options=beam_flags)
         build(pipeline, planned)
@@ -186,16 +187,21 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def is_dataflow(options: Any) -> bool:
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    return bool(options.view_as(StandardOptions).runner == "DataflowRunner")
+
+
 def check_credentials(options: Any) -> None:
     """Makes sure that a job can be sent to Google Cloud at all.
 
     Raises:
       UsageError: there are no credentials.
     """
-    from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
 
-    google_cloud = options.view_as(GoogleCloudOptions)
-    if options.view_as(StandardOptions).runner != "DataflowRunner" or google_cloud.no_auth:
+    if not is_dataflow(options) or options.view_as(GoogleCloudOptions).no_auth:
         return
     import google.auth
 
@@ -206,6 +212,30 @@ def check_credentials(options: Any) -> None:
             "--runner=DataflowRunner: there are no credentials of Google Cloud here; run "
             "`gcloud auth application-default login`"
         ) from None
+
+
+def check_accelerator(planned: Plan, options: Any) -> None:
+    """Makes sure that vLLM has a GPU on Dataflow.
+
+    Raises:
+      UsageError: no flag asks for one.
+    """
+    from apache_beam.options.pipeline_options import DebugOptions, GoogleCloudOptions
+
+    services = options.view_as(GoogleCloudOptions).dataflow_service_options or ()
+    experiments = options.view_as(DebugOptions).experiments or ()
+    if (
+        planned.options.accelerator
+        or not is_dataflow(options)
+        or any("worker_accelerator=" in flag for flag in (*services, *experiments))
+    ):
+        return
+    for spec in planned.routes.specs:
+        if spec.is_vllm:
+            raise UsageError(
+                f"--model={spec.name}: vLLM needs a GPU; give e.g. "
+                "--accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
+            )
 
 
 def quieten(local: bool) -> None:
@@ -263,7 +293,20 @@ def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
 
 
 def prepare_model(planned: Plan, console: Console) -> None:
-    """Makes the embedded model now, with progress, if it is asked for and not there yet."""
+    """Makes the embedded model now, with progress, if it is asked for and not there yet.
+
+    Raises:
+      UsageError: it cannot be made, or what another one needs is not installed.
+    """
+    for spec in planned.routes.specs:
+        if spec.is_vllm:
+            from chatflow.models.vllm import check_installed
+
+            check_installed(spec.name)
+            console.print(
+                f"{spec.name}: the first chats wait for vLLM's server; --debug shows its log",
+                highlight=False,
+            )
     if not any(spec.is_embedded for spec in planned.routes.specs):
         return
     from chatflow.models import embedded

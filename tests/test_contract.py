@@ -10,8 +10,10 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from conftest import SAMPLES, chat, run_stage
+from fakes import environment
 from fakes.brain import SCRIPT, scripted_answer
 from fakes.vertex import ENDPOINTS
+from fakes.vllm import Place
 from test_remote import settings_of
 from tiny import tiny_t5
 
@@ -23,6 +25,7 @@ from chatflow.models.gemma import GemmaModelHandler
 from chatflow.models.remote import RemoteLanguageModelHandler
 from chatflow.models.requests import Answer, Failure
 from chatflow.models.scripted import ScriptedModelHandler
+from chatflow.models.vllm import VllmModelHandler
 from chatflow.options import LOCAL_RUNNER
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import load_object, read_chat
@@ -117,7 +120,43 @@ def remote(vertex, name):
     return Case(spec, RemoteLanguageModelHandler(name, settings), POISON)
 
 
-MODELS = ["scripted", "gemma3-270m", "torch:T5", "gemini-2.5-flash", *ENDPOINTS]
+class LoadedVllm(VllmModelHandler):
+    """Gives the server that all tests share, which does not travel."""
+
+    loaded = None
+
+    def load_model(self):
+        return LoadedVllm.loaded[self.name]
+
+    def share_model_across_processes(self):
+        return False
+
+
+VLLMS = ["vllm:google/gemma-3-1b-it", "vllm:google/gemma-3-1b-pt"]
+
+
+@pytest.fixture(scope="session")
+def vllms(tmp_path_factory):
+    """Models of each kind behind stand-ins for vLLM's server."""
+    place = Place(tmp_path_factory.mktemp("vllm"))
+    place.behave(match={POISON: "400"}, rates={"500": 0.1})
+    with environment(place.install()):
+        loaded = {name: ModelSpec(name).handler().load_model() for name in VLLMS}
+    yield loaded
+    for model in loaded.values():
+        model.close()
+    assert place.all_gone()
+
+
+def vllm(loaded, name):
+    LoadedVllm.loaded = loaded
+    spec = ModelSpec(name)
+    return Case(spec, LoadedVllm(name, spec.instruct), POISON)
+
+
+MODELS = [
+    "scripted", "gemma3-270m", "torch:T5", *VLLMS, "gemini-2.5-flash", *ENDPOINTS,
+]  # fmt: skip
 
 
 @pytest.fixture(params=[name for name in MODELS if name != "empty"])
@@ -128,6 +167,8 @@ def case(request, monkeypatch):
         return on_worker(request.getfixturevalue("gemma"), monkeypatch)
     if request.param == "torch:T5":
         return request.getfixturevalue("on_pytorch")
+    if request.param in VLLMS:
+        return vllm(request.getfixturevalue("vllms"), request.param)
     name = ENDPOINTS.get(request.param, request.param)
     return remote(request.getfixturevalue("vertex"), name)
 

@@ -23,7 +23,7 @@ from chatflow.models.requests import (
     WorkerSettings,
 )
 
-SCRIPTED, TORCH = "scripted:", "torch:"
+SCRIPTED, TORCH, VLLM = "scripted:", "torch:", "vllm:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,15 @@ class Model:
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
     def forget(self) -> None:
-        """Removes the small files by which Beam finds a shared copy on this machine."""
+        """Closes the copy that this process holds, and removes the small files by which Beam
+        finds one on this machine."""
+        from apache_beam.utils import multi_process_shared
+
+        held = multi_process_shared._process_level_singleton_manager.entries
+        for tag, entry in held.items():
+            close = getattr(getattr(entry, "obj", None), "close", None)
+            if tag.startswith(self.identifier) and close is not None:
+                close()
         for path in Path(tempfile.gettempdir()).glob(f"{self.identifier}*"):
             path.unlink(missing_ok=True)
 
@@ -57,13 +65,14 @@ class ModelSpec:
     Attributes:
       name: `gemma3-270m` (embedded), a preset of keras_hub's, a folder, `hf://…`,
         `kaggle://…`, `gs://…`, `scripted:FILE`; `torch:NAME` for a text model of Hugging
-        Face's on PyTorch (a name of the hub, a folder, `gs://…`); or, remotely, `gemini-…` or
+        Face's on PyTorch, `vllm:NAME` for one that vLLM serves on the worker (a name of the hub,
+        a folder, `gs://…`); or, remotely, `gemini-…` or
         `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
       kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
       batching: how requests are put together for one call.
       worker: how the weights are kept; unused remotely.
-      remote: where the service is; unused on the worker.
+      remote: where the service is, and how it is called; on the worker, only vLLM's is.
       state_dict_path: weights of a `torch:` model, instead of its folder's own.
 
     Raises:
@@ -97,10 +106,15 @@ class ModelSpec:
 
             check_name(self.name, self.remote)
             return
+        if self.is_vllm:
+            from chatflow.models.vllm import check
+
+            check(self.name, self.worker)
+            return
         if self.worker.dtype == "float16":
             raise UsageError(
-                f"--dtype=float16: only for torch: models; --model={self.name} runs in float32 or "
-                "bfloat16, for Gemma's activations are too large for float16"
+                f"--dtype=float16: only for torch: and vllm: models; --model={self.name} runs in "
+                "float32 or bfloat16, for Gemma's activations are too large for float16"
             )
         from chatflow.models.presets import check_preset
 
@@ -127,7 +141,7 @@ class ModelSpec:
     @property
     def takes_updates(self) -> bool:
         """Whether it has weights, or a script, that `--model_updates` may replace."""
-        return not self.is_remote
+        return not (self.is_remote or self.is_vllm)
 
     @property
     def is_embedded(self) -> bool:
@@ -138,9 +152,13 @@ class ModelSpec:
         return self.inference == "remote" and not self.is_scripted and not self.is_torch
 
     @property
+    def is_vllm(self) -> bool:
+        return self.inference == "on_worker" and self.name.startswith(VLLM)
+
+    @property
     def writes_json(self) -> bool:
         """The model writes the JSON answer itself."""
-        return self.is_scripted or self.is_remote
+        return self.is_scripted or self.is_remote or (self.is_vllm and self.instruct)
 
     @property
     def instruct(self) -> bool:
@@ -148,7 +166,7 @@ class ModelSpec:
             return self.kind == "instruct"
         from chatflow.models.presets import is_instruct
 
-        return self.writes_json or is_instruct(self.name.removeprefix(TORCH))
+        return self.is_scripted or self.is_remote or is_instruct(self.name)
 
     def handler(self, expected: Sequence[Request] = (), refreshing: Version | None = None) -> Any:
         """A Beam model handler; nothing is loaded yet.
@@ -177,6 +195,12 @@ class ModelSpec:
                 self.batching,
                 expected,
                 refreshing,
+            )
+        if self.is_vllm:
+            from chatflow.models.vllm import VllmModelHandler
+
+            return VllmModelHandler(
+                self.name, self.instruct, self.worker, self.remote, self.batching
             )
         from chatflow.models.gemma import GemmaModelHandler
 

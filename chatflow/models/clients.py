@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from chatflow.models.faults import Fault, Kind
+import aiohttp
+
+from chatflow.models.faults import Fault, HttpError, Kind, MalformedReplyError
 from chatflow.models.requests import Part
 
 
@@ -65,3 +69,32 @@ class Client(abc.ABC):
     @abc.abstractmethod
     async def close(self) -> None:
         """Ends all connections."""
+
+
+async def post(
+    http: aiohttp.ClientSession,
+    url: str,
+    content: Mapping[str, Any],
+    headers: Mapping[str, str] | None = None,
+) -> Any:
+    """Sends JSON, and gives the JSON of the reply.
+
+    Raises:
+      HttpError: the status is not 200.
+      MalformedReplyError: the reply is no JSON.
+      aiohttp.ClientError: there is no reply.
+    """
+    data = json.dumps(content).encode()
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    async with http.post(url, data=data, headers=headers) as response:
+        if response.status != 200:
+            text = ""
+            with contextlib.suppress(aiohttp.ClientError):
+                text = await response.text(errors="replace")
+            raise HttpError(response.status, text, response.headers)
+        text = await response.text(errors="replace")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        said = f"the reply is no JSON: {error}"
+        raise MalformedReplyError("malformed", said, text[:2000]) from None

@@ -67,6 +67,9 @@ class LanguageModel(abc.ABC):
         loads, self.loads = self.loads, 0
         return {**self.counts(), "copies_loaded": loads}
 
+    def close(self) -> None:  # noqa: B027 (not all have something to end)
+        """Ends what the model has started; it is asked no more."""
+
 
 ModelT = TypeVar("ModelT", bound=LanguageModel)
 

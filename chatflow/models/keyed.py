@@ -136,6 +136,13 @@ class ModelManager(_ModelHandlerManager):
             self._users[key] -= 1
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """Lets all models go."""
+        with self._changed:
+            while self._tag_map:
+                handle, reference = self._proxy_map.pop(self._tag_map.popitem()[1])
+                handle.release(reference)
+
     def _has_room(self, key: str) -> bool:
         in_use = sum(users > 0 for users in self._users.values())
         return key in self._tag_map or not self._max_models or in_use < self._max_models

@@ -25,7 +25,7 @@ def is_instruct(preset: str) -> bool:
     >>> is_instruct("gemma3-270m"), is_instruct("google/t5-v1_1-small")
     (False, False)
     """
-    words = r"(^|[-_/])(it|instruct|flan)([-_/]|$)|[-_]chat([-_][^/]*)?$"
+    words = r"(^|[-_/:])(it|instruct|flan)([-_/]|$)|[-_]chat([-_][^/]*)?$"
     return re.search(words, preset.lower()) is not None
 
 

@@ -62,6 +62,9 @@ class RefreshedModel(LanguageModel):
     def new_counts(self) -> dict[str, int]:
         return {**self.counts(), "copies_loaded": self._model.new_counts()["copies_loaded"]}
 
+    def close(self) -> None:
+        self._model.close()
+
     def _take_up(self, wanted: Version) -> None:
         if wanted <= self._version:  # another caller did meanwhile
             return

@@ -171,6 +171,8 @@ class WorkerSettings(NamedTuple):
         process loads its own.
       model_copies: copies of the weights by worker, each of which serves all processes.
       merge_seconds: how long a request may wait for those of other callers.
+      max_prompt_tokens: the budget of one prompt, as estimated; for vLLM.
+      vllm_args: flags of vLLM's server; see `vllm.parse_arguments`.
     """
 
     dtype: str = "auto"
@@ -178,6 +180,8 @@ class WorkerSettings(NamedTuple):
     large_model: bool = True
     model_copies: int = 1
     merge_seconds: float = 0.02
+    max_prompt_tokens: int = 1536
+    vllm_args: str = ""
 
 
 ONE_COPY = WorkerSettings()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import google.auth.transport.requests
 from google.auth.credentials import AnonymousCredentials
 
 from chatflow.errors import UsageError
-from chatflow.models.clients import Client, Reply, Turn, checked
+from chatflow.models.clients import Client, Reply, Turn, checked, post
 from chatflow.models.faults import Fault, HttpError, MalformedReplyError
 from chatflow.models.requests import Part, RemoteSettings
 
@@ -140,24 +139,13 @@ class EndpointClient(Client):
                 timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
                 trust_env=True,
             )
-        headers = {"Content-Type": "application/json"}
-        if url.startswith("https://"):
-            headers |= await self._token.header()
-        data = json.dumps(content).encode()
-        async with self._http.post(url, data=data, headers=headers) as response:
-            if response.status != 200:
-                text = ""
-                with contextlib.suppress(aiohttp.ClientError):
-                    text = await response.text(errors="replace")
-                if response.status == 404:  # perhaps it was deployed anew, elsewhere
-                    self._address = None
-                raise HttpError(response.status, text, response.headers)
-            text = await response.text(errors="replace")
+        headers = await self._token.header() if url.startswith("https://") else {}
         try:
-            return json.loads(text)
-        except ValueError as error:
-            said = f"the reply is no JSON: {error}"
-            raise MalformedReplyError("malformed", said, text[:2000]) from None
+            return await post(self._http, url, content, headers)
+        except HttpError as error:
+            if error.status == 404:  # perhaps it was deployed anew, elsewhere
+                self._address = None
+            raise
 
     async def check(self) -> str:
         if self.settings.endpoint_override:
@@ -278,7 +266,7 @@ def _prediction(content: Any) -> Any:
 
 
 def reply_of(prediction: Any) -> Reply | Fault:
-    """Reads a chat completion, or the text of a container that knows prompts only.
+    """Reads a chat completion, a completion, or the text of a container that knows prompts only.
 
     Raises:
       MalformedReplyError: it is neither.
@@ -288,9 +276,10 @@ def reply_of(prediction: Any) -> Reply | Fault:
         return checked(Reply(prediction.split("\nOutput:\n", 1)[-1], finish_reason="unknown"))
     try:
         choice, usage = prediction["choices"][0], prediction.get("usage") or {}
-        text, said = choice["message"]["content"] or "", str(choice.get("finish_reason"))
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        said = str(choice.get("finish_reason"))
         paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        reply = Reply(str(text), *paid, said)
+        reply = Reply(str(text or ""), *paid, said)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise MalformedReplyError(
             "bad_reply", f"no chat completion in the reply: {error!r}", _raw(prediction)

@@ -177,7 +177,7 @@ class FakeVertex:
         elif "instances" in call.body:
             value = self.predicted(call)
         else:
-            value = self.completion(call.prompts[0], fault)
+            value = self.completed(call)
         raw = json.dumps(value).encode()
         if fault == "malformed":
             raw = raw[: len(raw) // 2]
@@ -244,6 +244,10 @@ class FakeVertex:
         chats = "messages" in call.body["instances"][0]
         listed = self.brain.behaviour.listed or not chats or not values
         return {"predictions": values if listed else values[0], "deployedModelId": "7"}
+
+    def completed(self, call: Call) -> dict[str, Any]:
+        """A reply of a chat completion's own route."""
+        return self.completion(call.prompts[0], call.fault)
 
     def completion(self, prompt: str, fault: str) -> dict[str, Any]:
         text = "" if fault == "safety" else self.said(prompt, fault)
