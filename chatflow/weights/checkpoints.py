@@ -19,7 +19,7 @@ Find = Callable[[str], Path | None]
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = ("model.safetensors", "pytorch_model.bin")
 
-RUN_BYTES = 256_000_000
+RUN_BYTES = 64_000_000
 """A shard is opened anew after so many bytes, for what was read of a mapped file counts as the
 process's memory until it is closed."""
 

@@ -109,7 +109,8 @@ def _shape(name: str) -> Architecture | EncoderDecoder | _Counted:
     try:
         return architecture_of(f"{TORCH}{name}")
     except UsageError as error:
-        raise UsageError(str(error).replace(f"--model={TORCH}", "NAME=")) from None
+        said = str(error).replace("--model=", "NAME=").replace(TORCH, "")
+        raise UsageError(said) from None
 
 
 def _counted(path: Path) -> _Counted:

@@ -19,7 +19,7 @@ from chatflow.weights.checkpoints import Find, Stored, contents, needs_torch, sh
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 
-CHUNK = 16_000_000
+CHUNK = 4_000_000
 """Numbers of a tensor that are converted at once."""
 
 _SAFETENSORS_NAMES = {

@@ -1,0 +1,606 @@
+"""`chatflow model save-state-dict`: what is in the file, what it took, and what is not left behind.
+
+Models are real ones with random weights, written by transformers; Cloud Storage, the hub and
+Vertex AI are stand-ins on loopback.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import mistake
+from fakes import environment
+from fakes.dataflow import FakeCloud
+from fakes.jobs import FakeJobs
+from tiny import tiny_t5
+
+from chatflow.cli import main
+
+torch = pytest.importorskip("torch")
+BUCKET = "gs://proj-1-chatflow"
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A T5 as transformers 5 makes it: its output is its input's embedding."""
+    return tiny_t5(tmp_path_factory.mktemp("t5") / "t5")
+
+
+@pytest.fixture(scope="module")
+def flan(t5, tmp_path_factory):
+    """The same as Google's Flan-T5 are on the hub: with an output of its own."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("flan") / "flan"
+    shutil.copytree(t5, folder)
+    weights = load_file(folder / "model.safetensors")
+    torch.manual_seed(8)
+    weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["scale_decoder_outputs"]
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return str(folder)
+
+
+def loaded(folder):
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    kind = AutoModelForSeq2SeqLM if config["model_type"] == "t5" else AutoModelForCausalLM
+    return kind.from_pretrained(folder).eval()
+
+
+def save(folder, path, *flags, capsys=None):
+    """Runs the command; gives its summary."""
+    if capsys is not None:
+        capsys.readouterr()
+    assert main(["model", "save-state-dict", str(folder), str(path), "--summary=json", *flags]) == 0
+    return json.loads(capsys.readouterr().out) if capsys is not None else None
+
+
+def read(path):
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, weights_only=True)
+
+
+def edited(folder, to, change):
+    """A copy of a model whose weights were changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    change(weights)
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["t5.pt", "t5.pth", "t5.safetensors"])
+@pytest.mark.parametrize("kind", ["t5", "flan"])
+def test_the_file_is_the_models_state_dict(request, kind, name, dtype, tmp_path, capsys):
+    folder = request.getfixturevalue(kind)
+    summary = save(folder, tmp_path / "made" / name, f"--dtype={dtype}", capsys=capsys)
+    found, model = read(tmp_path / "made" / name), loaded(folder)
+    wanted = {key: value.to(getattr(torch, dtype)) for key, value in model.state_dict().items()}
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value), key
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert summary["bytes"] == (tmp_path / "made" / name).stat().st_size
+    assert {"t5.pt", "t5.pth"} & {name} or zipfile.is_zipfile(tmp_path / "made" / name) is False
+    assert sorted(os.listdir(tmp_path / "made")) == [name, f"{name}.sha256"]
+
+
+def test_tied_weights_are_in_the_file_once(t5, flan, tmp_path):
+    tied = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    for folder, same in ((t5, {*tied, "lm_head.weight"}), (flan, tied)):
+        save(folder, tmp_path / "tied.pt", "--overwrite")
+        found = read(tmp_path / "tied.pt")
+        at = found["shared.weight"].data_ptr()
+        assert {key for key, value in found.items() if value.data_ptr() == at} == same
+
+
+def test_the_file_is_a_whole_zip_file_and_its_sum_is_beside_it(t5, tmp_path, capsys):
+    summary = save(t5, tmp_path / "t5.pt", capsys=capsys)
+    with zipfile.ZipFile(tmp_path / "t5.pt") as archive:
+        assert archive.testzip() is None
+    sha256 = hashlib.sha256((tmp_path / "t5.pt").read_bytes()).hexdigest()
+    assert summary["sha256"] == sha256
+    assert (tmp_path / "t5.pt.sha256").read_text() == f"{sha256}  t5.pt\n"
+
+
+def test_float16_answers_as_float32_does(t5, tmp_path):
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    save(t5, tmp_path / "t5.pt", "--dtype=float16")
+    reference = loaded(t5)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(t5)).eval()
+    model.load_state_dict(read(tmp_path / "t5.pt"))
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    with torch.no_grad():
+        logits = [m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (reference, model)]
+        answers = [m.generate(tokens, do_sample=False, max_length=20) for m in (reference, model)]
+    torch.testing.assert_close(*logits, atol=0.05, rtol=0.02)
+    assert torch.equal(*answers)
+
+
+def test_beams_handler_loads_it(t5, tmp_path):
+    from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    save(t5, tmp_path / "t5.pt", "--dtype=bfloat16")
+    handler = PytorchModelHandlerTensor(
+        state_dict_path=str(tmp_path / "t5.pt"),
+        model_class=AutoModelForSeq2SeqLM.from_config,
+        model_params={"config": AutoConfig.from_pretrained(t5)},
+    )
+    model = handler.load_model()
+    assert torch.equal(model.shared.weight, loaded(t5).shared.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "one bin", "old bin"])
+def test_all_forms_of_checkpoints_give_the_same_file(form, flan, tmp_path):
+    """Torch's hold tied weights under each of their names."""
+    model = loaded(flan)
+    (folder := tmp_path / "model").mkdir()
+    shutil.copy(Path(flan) / "config.json", folder)
+    if form == "safetensors":
+        model.save_pretrained(folder, max_shard_size="20KB")
+        shutil.copy(Path(flan) / "config.json", folder)
+        assert len(list(folder.glob("*.safetensors"))) > 3
+    else:
+        state = model.state_dict()
+        keys = list(state)
+        halves = [keys] if form != "bin" else [keys[:20], keys[20:]]
+        names = [f"pytorch_model-{i}-of-{len(halves)}.bin" for i in range(len(halves))]
+        if len(names) == 1:
+            names = ["pytorch_model.bin"]
+        for name, half in zip(names, halves, strict=True):
+            part = {key: state[key] for key in half}
+            torch.save(part, folder / name, _use_new_zipfile_serialization=form != "old bin")
+        if len(names) > 1:
+            where = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+            index = json.dumps({"metadata": {}, "weight_map": where})
+            (folder / "pytorch_model.bin.index.json").write_text(index)
+    save(folder, tmp_path / "found.pt")
+    found, wanted = read(tmp_path / "found.pt"), model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value.half()) for key, value in wanted.items())
+    assert found["shared.weight"].data_ptr() == found["decoder.embed_tokens.weight"].data_ptr()
+
+
+def test_a_decoder_alone_and_integers(tmp_path):
+    """A GPT-2 as its checkpoints are: without the head's prefix, and with leftovers."""
+    from safetensors.torch import save_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_ctx=8))
+    model.save_pretrained(tmp_path / "gpt")
+    body = {k.removeprefix("transformer."): v for k, v in model.state_dict().items()}
+    del body["lm_head.weight"]
+    body["h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    save_file(body, tmp_path / "gpt" / "model.safetensors")
+    save(tmp_path / "gpt", tmp_path / "gpt.pt")
+    found = read(tmp_path / "gpt.pt")
+    assert found.keys() == model.state_dict().keys()
+    assert torch.equal(found["lm_head.weight"], model.transformer.wte.weight.half())
+
+
+def test_integers_keep_their_type(t5, tmp_path):
+    from chatflow.weights.checkpoints import finder
+    from chatflow.weights.state_dict import plan
+
+    name = "encoder.final_layer_norm.weight"
+    whole = edited(t5, tmp_path / "t5", lambda w: w.update({name: w[name].to(torch.int32)}))
+    for path in ("whole.pt", "whole.safetensors"):
+        save(whole, tmp_path / path)
+        assert read(tmp_path / path)[name].dtype == torch.int32
+    assert plan(finder(str(whole)), "t5", "float16").dtypes[name] == torch.int32
+
+
+MEMORY = """
+import resource, sys, threading
+from chatflow.cli import main
+def save(folder, path):
+    assert main(["model", "save-state-dict", folder, path, "--dtype=float16"]) == 0
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+small, *large = sys.argv[1:]
+save(small, large[-1] + "/small.pt")  # all that is imported is there now
+for folder in large[:-1]:
+    before = peak()
+    save(folder, large[-1] + "/" + folder.rsplit("/")[-1] + ".pt")
+    print(peak() - before, peak())
+"""
+
+
+def test_a_large_model_is_never_in_memory(t5, tmp_path):
+    """A model of Flan-T5-small's size, 308 MB as float32."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from chatflow.weights.info import needs_of
+
+    config = T5Config(
+        vocab_size=32128, d_model=512, d_kv=64, d_ff=1024, num_layers=10, num_heads=8,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100MB")
+    (tmp_path / "bin").mkdir()
+    shutil.copy(tmp_path / "shards" / "config.json", tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    size = sum(p.numel() for p in model.parameters()) * 4
+    assert size > 290e6
+
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, t5, tmp_path / "shards", tmp_path / "bin", tmp_path],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    numbers = [line for line in done.stdout.splitlines() if line.replace(" ", "").isdigit()]
+    assert len(numbers) == 2
+    for line in numbers:
+        growth, peak = map(int, line.split())
+        assert growth < size / 2.5
+        assert peak < needs_of("google/flan-t5-small").save_gb * 1e9
+    assert (tmp_path / "bin.pt").stat().st_size == pytest.approx(size / 2, rel=0.02)
+    assert "tensors, " in done.stderr
+
+
+def large_wo(weights):
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"][3, 5] = -70_000.0
+
+
+def test_a_value_beyond_float16_is_said(t5, tmp_path, capsys):
+    large = edited(t5, tmp_path / "t5", large_wo)
+    out = tmp_path / "out"
+    said = mistake_of(large, out / "t5.pt", capsys)
+    assert "encoder.block.1.layer.1.DenseReluDense.wo.weight holds 7e+04" in said
+    assert "take --dtype=bfloat16" in said
+    assert os.listdir(out) == []
+    save(large, out / "t5.pt", "--dtype=bfloat16")
+    assert sorted(os.listdir(out)) == ["t5.pt", "t5.pt.sha256"]
+
+
+def mistake_of(folder, path, capsys, *flags):
+    """What the command says in its last line; exit code 2."""
+    capsys.readouterr()
+    assert main(["model", "save-state-dict", str(folder), str(path), *flags]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_there_is_only_replaced_when_told_to(t5, tmp_path, capsys):
+    path = tmp_path / "t5.pt"
+    path.write_text("of another")
+    assert f"PATH={path} is there already; --overwrite" in mistake_of(t5, path, capsys)
+    assert path.read_text() == "of another"
+    save(t5, path, "--overwrite")
+    assert len(read(path)) == 54
+    first = (tmp_path / "t5.pt.sha256").read_text()
+    save(t5, path, "--overwrite", "--dtype=float32")
+    assert (tmp_path / "t5.pt.sha256").read_text() != first
+
+
+def cut(weights):
+    del weights["encoder.block.0.layer.0.SelfAttention.q.weight"]
+
+
+def grown(weights):
+    weights["encoder.block.9.layer.0.SelfAttention.q.weight"] = torch.zeros(2)
+
+
+def reshaped(weights):
+    weights["encoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (cut, "the checkpoint lacks encoder.block.0.layer.0.SelfAttention.q.weight, so it is not"),
+        (grown, "holds, beside its model's, encoder.block.9.layer.0.SelfAttention.q.weight"),
+        (reshaped, "q.weight has the shape (2, 3); by its config.json it is (32, 32)"),
+    ],
+)
+def test_weights_of_another_class_are_said(t5, tmp_path, capsys, change, said):
+    other = edited(t5, tmp_path / "t5", change)
+    assert said in mistake_of(other, tmp_path / "t5.pt", capsys)
+    assert not (tmp_path / "t5.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x08" + b"\0" * 20), "is broken"),
+        (lambda f: os.truncate(f / "model.safetensors", 10_000), "model.safetensors is broken"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights there; looked for"),
+        (lambda f: (f / "config.json").unlink(), "there is no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "its config.json cannot be used"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-1.safetensors"}}'
+            ),
+            "model-1.safetensors is missing, which model.safetensors.index.json names",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+            "model.safetensors.index.json is broken",
+        ),
+        (
+            lambda f: (
+                (f / "model.safetensors").unlink(),
+                (f / "pytorch_model.bin").write_bytes(b"PK nothing"),
+            ),
+            "pytorch_model.bin is broken",
+        ),
+    ],
+)
+def test_a_broken_checkpoint_is_said(t5, tmp_path, capsys, break_it, said):
+    shutil.copytree(t5, tmp_path / "t5")
+    break_it(tmp_path / "t5")
+    assert said in mistake_of(tmp_path / "t5", tmp_path / "t5.pt", capsys)
+    assert not (tmp_path / "t5.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x", "out.bin"], "PATH=out.bin: must end in .pt, .pth, .safetensors"),
+        (["./nowhere", "out.pt"], "there is no folder ./nowhere"),
+        (["x", "out.pt", "--region=r"], "--region: only with --on=vertex"),
+        (["x", "out.pt", "--dtype=int8"], "--dtype"),
+        (["x", "s3x://b/out.pt"], "PATH=s3x://b/out.pt cannot be written"),
+        (["x", "out.pt", "--nonsense"], "unknown flag --nonsense; see chatflow model save-"),
+    ],
+)
+def test_what_is_wrong_is_said(capsys, arguments, said):
+    assert said in mistake(["model", "save-state-dict", *arguments], {}, capsys)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from chatflow.cli import main
+from chatflow.weights import save
+write = save.write
+def interrupted(planned, path, progress):
+    def counted(tensors, size):
+        progress(tensors, size)
+        if tensors:
+            print(path.stat().st_size, flush=True)
+            os.kill(os.getpid(), signal.{how})
+    write(planned, path, counted)
+save.write = interrupted
+sys.exit(main(["model", "save-state-dict", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_nothing_is_found_under_the_name_after_an_interruption(t5, tmp_path, how):
+    path = tmp_path / "out" / "t5.pt"
+    code = INTERRUPTED.format(how=how)
+    done = subprocess.run([sys.executable, "-c", code, t5, path], capture_output=True, text=True)
+    assert done.returncode == (130 if how == "SIGINT" else -signal.SIGKILL)
+    assert int(done.stdout) > 0  # it was being written
+    left = os.listdir(tmp_path / "out")
+    assert left == [] if how == "SIGINT" else "t5.pt" not in left
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory):
+    names = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    with FakeCloud("proj-1-chatflow") as fake, environment({**fake.environment, **names}):
+        yield fake
+
+
+def test_from_and_to_cloud_storage(cloud, t5, tmp_path, capsys):
+    for file in ("config.json", "model.safetensors"):
+        cloud.put("proj-1-chatflow", f"models/t5/{file}", (Path(t5) / file).read_bytes())
+    target = f"{BUCKET}/dicts/t5.pt"
+    summary = save(f"{BUCKET}/models/t5", target, capsys=capsys)
+    assert cloud.objects("proj-1-chatflow", "dicts/") == ["dicts/t5.pt", "dicts/t5.pt.sha256"]
+    content = cloud.staged(target)
+    assert hashlib.sha256(content).hexdigest() == summary["sha256"]
+    assert cloud.staged(f"{target}.sha256").decode() == f"{summary['sha256']}  t5.pt\n"
+    (tmp_path / "t5.pt").write_bytes(content)
+    assert len(read(tmp_path / "t5.pt")) == 54
+    assert "is there already" in mistake_of(t5, target, capsys)
+    save(t5, target, "--overwrite", "--dtype=float32")
+    assert len(cloud.staged(target)) > len(content) * 1.8
+
+
+def test_places_of_cloud_storage_that_are_not_there_are_said(cloud, t5, capsys):
+    said = mistake_of(t5, "gs://no-such-bucket/t5.pt", capsys)
+    assert "PATH=gs://no-such-bucket/t5.pt cannot be written" in said
+    assert "no files in" in mistake_of(f"{BUCKET}/nothing", f"{BUCKET}/n.pt", capsys)
+
+
+class Hub:
+    """A stand-in for the hub: one model, for who has the token."""
+
+    def __init__(self, folder, token):
+        files = Path(folder)
+        self.asked = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                self.answer(False)
+
+            def do_GET(self):
+                self.answer(True)
+
+            def answer(self, whole):
+                hub.asked.append(self.path)
+                name = self.path.removeprefix("/acme/tiny-t5/resolve/main/")
+                headers, data, status = {}, b"", 200
+                if name == self.path:
+                    status, headers = 404, {"X-Error-Code": "RepoNotFound"}
+                elif self.headers.get("Authorization") != f"Bearer {token}":
+                    status, headers = 403, {"X-Error-Code": "GatedRepo"}
+                elif not (files / name).is_file():
+                    status, headers = 404, {"X-Error-Code": "EntryNotFound"}
+                else:
+                    data = (files / name).read_bytes()
+                    tag = hashlib.sha256(data).hexdigest()
+                    headers = {"ETag": f'"{tag}"', "X-Repo-Commit": "1" * 40}
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if whole:
+                    self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_from_the_hub(t5, tmp_path):
+    """The address and the token are read when the hub's library is imported."""
+    hub = Hub(t5, "hf_secret")
+    script = "import sys; from chatflow.cli import main\n" + (
+        "for name in sys.argv[2:]: main(['model', 'save-state-dict', name, sys.argv[1],"
+        " '--overwrite'])"
+    )
+
+    def run(token, *names):
+        places = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hub"), "HF_TOKEN": token}
+        done = subprocess.run(
+            [sys.executable, "-c", script, tmp_path / "t5.pt", *names],
+            capture_output=True, text=True, timeout=120, env={**os.environ, **places},
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    said = run("hf_secret", "acme/tiny-t5", "acme/nothing")
+    assert len(read(tmp_path / "t5.pt")) == 54, said
+    assert "acme/nothing is neither a folder here nor a model on the hub" in said
+    assert "acme/tiny-t5 is gated: accept its terms" in run("hf_other", "acme/tiny-t5")
+    hub.stop()
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    for name in ("HF_ENDPOINT", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION"):
+        monkeypatch.delenv(name, raising=False)
+    with FakeJobs() as fake:
+        yield fake
+
+
+@pytest.fixture
+def on_vertex(jobs, cloud):
+    place = ["--on=vertex", "--project=p", "--region=us-central1", "--image=docker/chatflow:v1-cpu"]
+    return [*place, f"--api_endpoint={jobs.address}"]
+
+
+def submit(name, path, *flags):
+    return main(["model", "save-state-dict", name, path, *flags])
+
+
+def test_the_job_is_the_same_command(jobs, on_vertex, capsys):
+    path = f"{BUCKET}/flan-t5-xxl.pt"
+    more = ["--service_account=a@p.iam.gserviceaccount.com", f"--staging_bucket={BUCKET}/staging"]
+    arguments = [*on_vertex, *more, "--dtype=bfloat16", "--summary=json"]
+    jobs.busy = 1
+    assert submit("google/flan-t5-xxl", path, *arguments) == 0
+    out, shown = capsys.readouterr()
+    ((name, job),) = jobs.jobs.items()
+    assert name == "projects/p/locations/us-central1/customJobs/1"
+    assert json.loads(out) == {"job": name, "state": "JOB_STATE_SUCCEEDED", "path": path}
+    for state in ("PENDING", "RUNNING", "SUCCEEDED"):
+        assert f"{name}: JOB_STATE_{state}" in shown
+    assert job["displayName"] == "save-state-dict google/flan-t5-xxl"
+    spec = job["jobSpec"]
+    assert spec["serviceAccount"] == "a@p.iam.gserviceaccount.com"
+    assert spec["baseOutputDirectory"] == {"outputUriPrefix": f"{BUCKET}/staging"}
+    (pool,) = spec["workerPoolSpecs"]
+    assert pool["machineSpec"]["machineType"] == "e2-standard-2"
+    assert pool["diskSpec"]["bootDiskSizeGb"] == 100
+    container = pool["containerSpec"]
+    assert (container["imageUri"], container["command"]) == ("docker/chatflow:v1-cpu", ["chatflow"])
+    from chatflow.cli import _parser
+
+    said, rest = _parser().parse_known_args(container["args"])
+    assert (said.name, said.path, said.dtype, said.on) == (
+        "google/flan-t5-xxl", path, "bfloat16", "here",
+    )  # fmt: skip
+    assert not rest
+
+
+def test_machine_and_disk_are_those_that_are_given_or_fit(jobs, on_vertex):
+    assert submit("google/flan-ul2", f"{BUCKET}/u.pt", *on_vertex) == 0
+    own = ["--machine_type=e2-highmem-4", "--disk_size_gb=300"]
+    assert submit("acme/anything", f"{BUCKET}/a.pt", *on_vertex, *own) == 0
+    pools = [job["jobSpec"]["workerPoolSpecs"][0] for job in jobs.jobs.values()]
+    found = [(p["machineSpec"]["machineType"], p["diskSpec"]["bootDiskSizeGb"]) for p in pools]
+    assert found == [("e2-standard-2", 140), ("e2-highmem-4", 300)]
+
+
+def test_a_job_that_is_not_waited_for(jobs, on_vertex, capsys):
+    flags = [*on_vertex, "--no_wait_until_finish"]
+    assert submit("google/flan-t5-xl", f"{BUCKET}/xl.pt", *flags) == 0
+    ((name, job),) = jobs.jobs.items()
+    assert job["state"] == "JOB_STATE_PENDING"
+    assert name in capsys.readouterr().out
+
+
+def test_a_job_that_fails_ends_with_its_error(jobs, on_vertex, capsys):
+    jobs.error = "the replica workerpool0-0 exited with a non-zero status of 2"
+    assert submit("google/flan-t5-xl", f"{BUCKET}/xl.pt", *on_vertex) == 1
+    assert "JOB_STATE_FAILED: the replica workerpool0-0 exited" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "flags", "said"),
+    [
+        ("google/flan-t5-xl", "here.pt", [], "with --on=vertex, it must be gs://"),
+        ("google/flan-t5-xl", "", ["--image="], "--image is missing: chatflow's container image"),
+        ("google/flan-t5-xl", "", ["--project="], "--project is missing"),
+        ("google/flan-t5-xl", "", ["--region="], "--region is missing"),
+        ("google/flan-t5-xl", "", ["--disk_size_gb=50"], "--disk_size_gb=50: must be a number, at"),
+        ("google/flan-t5-xl", "", ["--disk_size_gb=big"], "--disk_size_gb=big: must be a number"),
+        ("google/flan-t5-xl", "", ["--staging_bucket=b"], "--staging_bucket=b: must be gs://"),
+        ("FOLDER", "", [], "is a folder of this machine: copy it to gs://"),
+        ("llama", "", [], "or give --machine_type and --disk_size_gb"),
+    ],
+)
+def test_what_is_wrong_with_a_job_is_said(on_vertex, tmp_path, capsys, name, path, flags, said):
+    name = str(tmp_path) if name == "FOLDER" else name
+    path = path or f"{BUCKET}/xl.pt"
+    assert said in mistake_of(name, path, capsys, *on_vertex, *flags)
+
+
+def test_what_vertex_refuses_is_said(jobs, on_vertex, capsys):
+    jobs.refusal = (403, "the caller does not have permission")
+    said = mistake_of("google/flan-t5-xl", f"{BUCKET}/xl.pt", capsys, *on_vertex)
+    assert "--on=vertex: 403" in said
+    assert "the caller does not have permission" in said
