@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,8 @@ def _on_hub(name: str) -> Find:
 
     def find(file: str) -> Path | None:
         try:
-            return Path(hf_hub_download(name, file))
+            # None: as the library read it from the environment when it was imported.
+            return Path(hf_hub_download(name, file, endpoint=os.environ.get("HF_ENDPOINT")))
         except errors.GatedRepoError:
             said = "is gated: accept its terms on the hub, and set HF_TOKEN"
         except errors.RepositoryNotFoundError:

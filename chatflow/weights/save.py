@@ -14,10 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
-from google.api_core.exceptions import GoogleAPIError
-from google.auth.exceptions import GoogleAuthError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -72,34 +69,15 @@ def save(name: str, path: str, dtype: str) -> dict[str, Any]:
     """
     started = time.monotonic()
     planned = plan(finder(name), name, dtype)
-    base = path.rsplit("/", 1)[-1]
-    remote = "://" in path
-    folder = tempfile.gettempdir() if remote else os.path.dirname(path) or "."
     with reached(path):
-        if not remote:
-            os.makedirs(folder, exist_ok=True)
-        if (free := shutil.disk_usage(folder).free) < planned.bytes:
-            raise UsageError(
-                f"{folder} has {free / 1e9:.1f} GB free, and the file needs "
-                f"{planned.bytes / 1e9:.1f} GB" + (" (TMPDIR names another)" if remote else "")
-            )
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{base}-") as made:
-            part = Path(made) / f"{base}.part"
-            with shown(planned, name) as progress:
-                write(planned, part, progress)
-            size = part.stat().st_size
-            if remote:
-                sha256 = _copy(part, f"{path}.part")
-            else:
-                with part.open("rb") as file:
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            _remove(path, f"{path}.sha256")
-            if remote:
-                FileSystems.rename([f"{path}.part"], [path])
-            else:
-                part.replace(path)
-        with FileSystems.create(f"{path}.sha256", "text/plain", "uncompressed") as file:
-            file.write(f"{sha256}  {base}\n".encode())
+        made = _workplace(path, planned.bytes)
+    with made:
+        part = Path(made.name) / f"{path.rsplit('/', 1)[-1]}.part"
+        with shown(planned, name) as progress, reached(path, OSError):
+            write(planned, part, progress)
+        size = part.stat().st_size
+        with reached(path):
+            sha256 = _publish(part, path)
     return {
         "model": name, "path": path, "dtype": dtype, "parameters": planned.parameters,
         "tensors": len(planned.stored), "bytes": size, "sha256": sha256,
@@ -108,28 +86,52 @@ def save(name: str, path: str, dtype: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reached(path: str) -> Iterator[None]:
-    """Says of a filesystem's error what it was about."""
+def reached(path: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Says of an error what it was about; each filesystem has its own."""
     try:
         yield
-    except (OSError, ValueError, BeamIOError, GoogleAPIError, GoogleAuthError) as error:
-        raise UsageError(f"PATH={path} cannot be written: {one_line(error)}") from None
+    except UsageError:
+        raise
+    except kind as error:
+        raise UsageError(f"PATH={path} cannot be written: {one_line(error)}") from error
 
 
-def _copy(part: Path, target: str) -> str:
-    """Copies a file to another filesystem; gives its SHA-256."""
+def _workplace(path: str, needed: int) -> tempfile.TemporaryDirectory[str]:
+    """A folder with room: beside a local file, so that it only has to be renamed."""
+    remote = "://" in path
+    folder = tempfile.gettempdir() if remote else os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UsageError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the file needs {needed / 1e9:.1f} GB"
+            + (" (TMPDIR names another folder)" if remote else "")
+        )
+    return tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.rsplit('/', 1)[-1]}-")
+
+
+def _publish(part: Path, path: str) -> str:
+    """Puts a whole file under its name, and its SHA-256 beside it."""
     total = hashlib.sha256()
+    remote = f"{path}.part" if "://" in path else ""
     kind = "application/octet-stream"
-    with part.open("rb") as source, FileSystems.create(target, kind, "uncompressed") as copy:
+    with (
+        part.open("rb") as source,
+        FileSystems.create(remote, kind, "uncompressed")
+        if remote
+        else open(os.devnull, "wb") as to,
+    ):
         while data := source.read(COPY_BYTES):
             total.update(data)
-            copy.write(data)
-    return total.hexdigest()
-
-
-def _remove(*paths: str) -> None:
-    if there := [path for path in paths if FileSystems.exists(path)]:
+            to.write(data)
+    if there := [name for name in (path, f"{path}.sha256") if FileSystems.exists(name)]:
         FileSystems.delete(there)
+    if remote:
+        FileSystems.rename([remote], [path])
+    else:
+        part.replace(path)
+    with FileSystems.create(f"{path}.sha256", "text/plain", "uncompressed") as file:
+        file.write(f"{total.hexdigest()}  {path.rsplit('/', 1)[-1]}\n".encode())
+    return total.hexdigest()
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from chatflow.errors import UsageError, one_line
 from chatflow.weights.checkpoints import Find, Stored, contents, needs_torch, shards, tensors
@@ -163,32 +163,55 @@ def write(planned: Plan, path: Path, progress: Callable[[int, int], None]) -> No
     sums: dict[int, int] = {}
     with path.open("r+b") as file:
         for name, tensor in tensors(planned.stored):
-            done = check = 0
-            for part in tensor.reshape(-1).split(CHUNK):
-                data = _converted(part, planned.dtypes[name], name)
-                for place in places[name]:
-                    file.seek(place + done)
-                    file.write(data)
-                check = zlib.crc32(data, check)
-                done += len(data)
-                progress(0, len(data))
+            check = _put(
+                file, places[name], _converted(tensor, planned.dtypes[name], name), progress
+            )
             sums |= dict.fromkeys(places[name], check)
             progress(1, 0)
-            del tensor
+            del tensor  # and with it the shard, before the next one is opened
     if torch_form:
         _put_sums(path, sums)
 
 
-def _converted(part: Any, dtype: Any, name: str) -> memoryview:
+def _put(
+    file: IO[bytes],
+    places: Iterable[int],
+    parts: Iterable[memoryview],
+    progress: Callable[[int, int], None],
+) -> int:
+    """Writes a tensor to its places; gives its check sum."""
+    done = check = 0
+    for data in parts:
+        for place in places:
+            file.seek(place + done)
+            file.write(data)
+        check = zlib.crc32(data, check)
+        done += len(data)
+        progress(0, len(data))
+    return check
+
+
+def _converted(tensor: Any, dtype: Any, name: str) -> Iterator[memoryview]:
+    """The numbers of a tensor in another precision, part by part."""
     import torch
 
-    made = part.to(dtype)
-    if dtype == torch.float16 and bool((made.isinf() & part.isfinite()).any()):
-        raise UsageError(
-            f"{name} holds {part[part.isfinite()].abs().max().item():.4g}, and float16 ends at "
-            "65504: take --dtype=bfloat16, which has float32's range"
-        )
-    return memoryview(made.view(torch.uint8).numpy())
+    for part in tensor.reshape(-1).split(CHUNK):
+        made = part.to(dtype)
+        if dtype == torch.float16 and _overflows(part, made):
+            raise UsageError(
+                f"{name} holds {part[part.isfinite()].abs().max().item():.4g}, and float16 ends "
+                "at 65504: take --dtype=bfloat16, which has float32's range"
+            )
+        yield memoryview(made.view(torch.uint8).numpy())
+
+
+def _overflows(part: Any, made: Any) -> bool:
+    if not part.numel():
+        return False
+    least, most = (extreme.item() for extreme in part.aminmax())
+    if least >= -65504 and most <= 65504:  # neither, where there is a NaN
+        return False
+    return bool((made.isinf() & part.isfinite()).any())
 
 
 def _lay_out_torch(planned: Plan, path: Path) -> dict[str, list[int]]:
