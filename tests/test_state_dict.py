@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import zipfile
 from pathlib import Path
 
@@ -352,6 +353,15 @@ def test_a_broken_checkpoint_is_said(t5, tmp_path, capsys, break_it, said):
     break_it(tmp_path / "t5")
     assert said in mistake_of(tmp_path / "t5", tmp_path / "t5.pt", capsys)
     assert not (tmp_path / "t5.pt").exists()
+
+
+def test_what_is_to_be_installed_is_said(t5, tmp_path, capsys, monkeypatch):
+    (path := tmp_path / "t5.pt").touch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = "needs PyTorch and transformers: pip install 'chatflow[torch]'"
+    assert said in mistake_of(t5, tmp_path / "new.pt", capsys)
+    assert said in mistake(["model", "info", str(path)], {}, capsys)
+    assert main(["model", "info", "google/flan-t5-xl"]) == 0
 
 
 @pytest.mark.parametrize(

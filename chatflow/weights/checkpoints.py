@@ -179,8 +179,11 @@ def _runs(stored: Mapping[str, Stored]) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Iterable[str], Callable[[str], Any]]]:
     """The names in a shard, and its tensors by name: mapped, and read when they are used."""
-    import torch
-    from safetensors import SafetensorError, safe_open
+    try:
+        import torch
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise needs_torch(str(path)) from None
 
     broken = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, UnpicklingError)
     try:
