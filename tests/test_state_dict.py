@@ -197,6 +197,14 @@ def test_a_decoder_alone_and_integers(tmp_path):
     assert torch.equal(found["lm_head.weight"], model.transformer.wte.weight.half())
 
 
+@pytest.mark.gemma
+def test_the_embedded_gemma(tmp_path, capsys):
+    summary = save("gemma3-270m", tmp_path / "gemma.pt", capsys=capsys)
+    assert (summary["parameters"], summary["tensors"]) == (268_098_176, 236)
+    found = read(tmp_path / "gemma.pt")
+    assert found["lm_head.weight"].data_ptr() == found["model.embed_tokens.weight"].data_ptr()
+
+
 def test_integers_keep_their_type(t5, tmp_path):
     from chatflow.weights.checkpoints import finder
     from chatflow.weights.state_dict import plan

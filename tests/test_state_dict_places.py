@@ -53,6 +53,8 @@ def test_places_of_cloud_storage_that_are_not_there_are_said(cloud, t5, capsys):
     said = mistake_of(t5, "gs://no-such-bucket/t5.pt", capsys)
     assert "PATH=gs://no-such-bucket/t5.pt cannot be written" in said
     assert "no files in" in mistake_of(f"{BUCKET}/nothing", f"{BUCKET}/n.pt", capsys)
+    said = mistake_of("gs://no-such-bucket/t5", f"{BUCKET}/n.pt", capsys)
+    assert "gs://no-such-bucket/t5" in said
 
 
 class Hub:

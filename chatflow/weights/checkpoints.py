@@ -49,6 +49,8 @@ class Stored(NamedTuple):
 def finder(name: str) -> Find:
     """How to get the files of a model of Hugging Face's hub, or of a folder, local or gs://.
 
+    The embedded Gemma, and what an image has brought along, are known by their names, too.
+
     The hub is asked at `HF_ENDPOINT`, with `HF_TOKEN`, and what it gives is kept in its own cache.
 
     Raises:
@@ -56,12 +58,15 @@ def finder(name: str) -> Find:
     """
     if Path(name).is_dir():
         return _in_folder(Path(name))
-    if "://" in name and not name.startswith("hf://"):
-        from chatflow.models.presets import copied
+    from chatflow.models.embedded import NAME
+    from chatflow.models.presets import brought, local_preset
 
+    if name == NAME or brought(name) or ("://" in name and not name.startswith("hf://")):
         try:
-            return _in_folder(copied(name, print_step))
-        except OSError as error:
+            return _in_folder(Path(local_preset(name, print_step)))
+        except UsageError:
+            raise
+        except Exception as error:  # each filesystem has its own
             raise UsageError(f"{name} cannot be read: {one_line(error)}") from None
     if name.startswith((".", "/", "~")) or (name.count("/") > 1 and not name.startswith("hf://")):
         raise UsageError(f"there is no folder {name}")
