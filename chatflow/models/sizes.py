@@ -49,6 +49,10 @@ class Architecture(NamedTuple):
         """A row's cache: keys and values of all layers for so many tokens."""
         return 2 * self.layers * self.kv_heads * self.head * width * tokens
 
+    def score_bytes(self, tokens: int, width: int) -> int:
+        """Prompts are read in pieces, so that what attention computes is small beside the cache."""
+        return 0
+
     def operations(self, read: int, written: int) -> float:
         """Reading passes the layers; each token that is written, the output as well."""
         layers = self.parameters - self.embedding
@@ -95,6 +99,14 @@ class EncoderDecoder(NamedTuple):
     def kv_bytes(self, tokens: int, width: int) -> int:
         """A row's cache: of the text that is read, and of what is written, for so many tokens."""
         return 2 * self.decoder_layers * self.heads * self.head * width * tokens
+
+    def score_bytes(self, tokens: int, width: int) -> int:
+        """A row's attention of the layer that reads, each token to each, while it is computed.
+
+        Measured on transformers 5.23: 2.2 to 2.4 times the scores as float32, 2.0 to 2.5 times as
+        bfloat16, for distances and mask are added to them.
+        """
+        return 5 * width * self.heads * tokens**2 // 2
 
     def operations(self, read: int, written: int) -> float:
         """What is read passes the encoder, and becomes the decoder's keys and values."""

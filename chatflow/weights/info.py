@@ -74,6 +74,9 @@ class _Counted(NamedTuple):
     def kv_bytes(self, tokens: int, width: int) -> int:
         return 0
 
+    def score_bytes(self, tokens: int, width: int) -> int:
+        return 0
+
 
 def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
     """Computes what a model needs.
@@ -92,8 +95,9 @@ def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
     # Of the largest tensor, mapped; of a part of it, the converted one and masks.
     tensors = max(RUN_BYTES, 4 * shape.embedding) + (width + 4) * CHUNK
     save = SAVE_PROCESS_GB + tensors / 1e9
-    cache = BATCH * shape.kv_bytes(PROMPT_TOKENS + ANSWER_TOKENS, width) / 1e9
-    load, run = 2 * weights + PROCESS_GB, weights + CACHE_ROOM * cache + PROCESS_GB
+    cache = CACHE_ROOM * shape.kv_bytes(PROMPT_TOKENS + ANSWER_TOKENS, width)
+    rows = BATCH * (cache + shape.score_bytes(PROMPT_TOKENS, width)) / 1e9
+    load, run = 2 * weights + PROCESS_GB, weights + rows + PROCESS_GB
     disk = 10 * math.ceil((4 * shape.parameters / 1e9 + weights + SYSTEM_DISK_GB) / 10)
     saver = first_that_fits(table["save_machine"], "", save, "machine_type", name)
     runner = first_that_fits(table["machine"], "", max(load, run), "machine_type", name)
