@@ -149,7 +149,7 @@ def tables(found: Sequence[Needs]) -> Iterable[tuple[str, Sequence[str], list[Se
     """Two tables as title, head and rows: to write the state dict, and to run it."""
     dtype = found[0].dtype if found else ""
     yield (
-        f"chatflow model save-state-dict, {dtype}",
+        f"writing the state dict, {dtype}",
         ("model", "parameters", "file", "memory", "machine", "disk"),
         [
             (
