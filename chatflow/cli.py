@@ -198,7 +198,15 @@ def _parser() -> argparse.ArgumentParser:
         """,
         epilog=None,
     )
-    size.add_argument("--model", default="", help="as for `chatflow run`, on the worker")
+    size.add_argument(
+        "--model", default="", help="as for `chatflow run`, on the worker; or torch:NAME, a T5"
+    )
+    size.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="precision of the weights; auto: bfloat16 on an accelerator, else float32",
+    )
     size.add_argument(
         "--chats_per_hour", type=positive, default=1000.0, help="(default: %(default)s)"
     )
@@ -222,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "chatflow/machines.toml",
     )
     size.add_argument("--summary", choices=("table", "json", "flags"), default="table")
-    add_flags(size, only=("inference", "dtype", "max_batch_size", "max_prompt_tokens"))
+    add_flags(size, only=("inference", "max_batch_size", "max_prompt_tokens"))
     size.set_defaults(run=_size)
 
     model = command(

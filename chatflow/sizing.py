@@ -16,7 +16,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
 from chatflow.models import embedded
-from chatflow.models.sizes import GEMMAS, Architecture, architecture_of
+from chatflow.models.sizes import GEMMAS, TORCH, Architecture, EncoderDecoder, architecture_of
 
 MACHINES = Path(__file__).parent / "machines.toml"
 
@@ -32,6 +32,9 @@ Measured: 32 prompts of 1,470 tokens with Gemma 3 270M peaked at 5.2 GB; this sa
 
 USABLE = 0.9
 """Part of a machine's or accelerator's memory that is not the system's."""
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
 
 WORK = (230, 40)
 """Tokens of a chat that are read, and written, where work is estimated; of both prompts,
@@ -141,16 +144,19 @@ def size_of(
     """
     shape = architecture_of(model)
     usual = 2 if accelerator else 4
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, usual)
+    width = WIDTHS.get(dtype, usual)
     weights = shape.parameters * width / 1e9
     kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width)
-    needed = weights + CACHE_ROOM * batch * kv / 1e9 + PROCESS_GB
+    row = CACHE_ROOM * kv + shape.score_bytes(prompt_tokens, width)
+    needed = weights + batch * row / 1e9 + PROCESS_GB
+    if model.startswith(TORCH):  # Beam's handler has the file's content beside the model at first
+        needed = max(needed, 2 * weights + PROCESS_GB)
     if accelerator:
-        gpu = _first_that_fits(table["accelerator"], accelerator, needed, "accelerator", model)
+        gpu = first_that_fits(table["accelerator"], accelerator, needed, "accelerator", model)
         machine, vcpus, memory = gpu["machine"], gpu["vcpus"], gpu["machine_gb"]
         estimate = 1 / _gpu_seconds(shape, gpu, weights * 1e9, batch * kv, batch)
     else:
-        found = _first_that_fits(table["machine"], machine_type, needed, "machine_type", model)
+        found = first_that_fits(table["machine"], machine_type, needed, "machine_type", model)
         gpu, machine = None, found["name"]
         vcpus, memory = found["vcpus"], found["memory_gb"]
         estimate = _cpu_rate(shape, vcpus, table["measured"])
@@ -174,9 +180,14 @@ def size_of(
     )  # fmt: skip
 
 
-def _first_that_fits(
+def first_that_fits(
     choices: Sequence[Mapping[str, Any]], name: str, needed: float, flag: str, model: str
 ) -> Mapping[str, Any]:
+    """The first machine or accelerator of this name, or of any, that has so many GB.
+
+    Raises:
+      UsageError: none has.
+    """
     named = [choice for choice in choices if name in ("", "any", choice["name"])]
     if not named:
         known = ", ".join(choice["name"] for choice in choices)
@@ -192,27 +203,26 @@ def _first_that_fits(
     return fitting[0]
 
 
-def _operations(shape: Architecture) -> float:
-    """Of one chat: reading passes the layers; each token that is written, the output as well."""
-    read, written = WORK
-    layers = shape.parameters - shape.embedding
-    return 2.0 * ((read + written) * layers + written * shape.embedding)
-
-
-def _cpu_rate(shape: Architecture, vcpus: int, measured: Sequence[Mapping[str, Any]]) -> float:
+def _cpu_rate(
+    shape: Architecture | EncoderDecoder, vcpus: int, measured: Sequence[Mapping[str, Any]]
+) -> float:
     """Scaled from what was measured, by operations and by processors."""
     base = next((entry for entry in measured if not entry.get("accelerator")), None)
     if base is None:
         raise UsageError("--prices: the table has no [[measured]] of a machine without accelerator")
-    ratio = _operations(architecture_of(base["model"])) / _operations(shape)
+    ratio = architecture_of(base["model"]).operations(*WORK) / shape.operations(*WORK)
     return float(base["chats_per_second"] * ratio * vcpus / base["vcpus"])
 
 
 def _gpu_seconds(
-    shape: Architecture, gpu: Mapping[str, Any], weights: float, caches: float, batch: int
+    shape: Architecture | EncoderDecoder,
+    gpu: Mapping[str, Any],
+    weights: float,
+    caches: float,
+    batch: int,
 ) -> float:
     """Of one chat: arithmetic, and reading weights and caches for each token that is written."""
-    arithmetic = _operations(shape) / (gpu["tflops"] * 1e12 * GPU_EFFICIENCY)
+    arithmetic = shape.operations(*WORK) / (gpu["tflops"] * 1e12 * GPU_EFFICIENCY)
     reading = WORK[1] * (weights + caches) / batch / (gpu["gb_second"] * 1e9 * GPU_EFFICIENCY)
     return float(arithmetic + reading)
 

@@ -131,7 +131,10 @@ def test_it_prints_the_flags_of_a_run(capsys, arguments, said):
     ("arguments", "said"),
     [
         (["--model", "llama"], "--model=llama: its size is not known"),
-        (["--model", "file:///nowhere"], "--model=file:///nowhere: no Gemma's config.json can be"),
+        (
+            ["--model", "file:///nowhere"],
+            "--model=file:///nowhere: no Gemma's or T5's config",
+        ),
         (["--accelerator", "tpu", "--model", "gemma3_1b"], "--accelerator=tpu: not in the table"),
         (["--machine_type", "e2-micro", "--model", "gemma3_1b"], "--machine_type=e2-micro: not in"),
         (["--model", "gemma3_27b", "--accelerator", "any"], "72 GB can be used"),

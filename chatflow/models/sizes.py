@@ -1,4 +1,4 @@
-"""How large a Gemma is, by its name or its configuration; nothing is loaded."""
+"""How large a Gemma or a T5 is, by its name or its configuration; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -49,6 +49,71 @@ class Architecture(NamedTuple):
         """A row's cache: keys and values of all layers for so many tokens."""
         return 2 * self.layers * self.kv_heads * self.head * width * tokens
 
+    def score_bytes(self, tokens: int, width: int) -> int:
+        """Prompts are read in pieces, so that what attention computes is small beside the cache."""
+        return 0
+
+    def operations(self, read: int, written: int) -> float:
+        """Reading passes the layers; each token that is written, the output as well."""
+        layers = self.parameters - self.embedding
+        return 2.0 * ((read + written) * layers + written * self.embedding)
+
+
+class EncoderDecoder(NamedTuple):
+    """What decides a T5's size: https://arxiv.org/abs/1910.10683, and published configurations.
+
+    Attributes:
+      layers, decoder_layers: of the half that reads, and of the one that writes.
+      newer: as T5 1.1, Flan-T5 and UL2: gated feed-forward layers, and an output of its own.
+      buckets: of distances between tokens, for which each half has a bias by head.
+    """
+
+    layers: int
+    decoder_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    head: int
+    newer: bool = True
+    vocabulary: int = 32_128
+    buckets: int = 32
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def attention(self) -> int:
+        return 4 * self.hidden * self.head * self.heads
+
+    def half(self, layers: int, attentions: int) -> int:
+        ffn = (3 if self.newer else 2) * self.hidden * self.ffn
+        layer = attentions * (self.attention + self.hidden) + ffn + self.hidden
+        return layers * layer + self.hidden + self.buckets * self.heads
+
+    @property
+    def parameters(self) -> int:
+        halves = self.half(self.layers, 1) + self.half(self.decoder_layers, 2)
+        return halves + (2 if self.newer else 1) * self.embedding
+
+    def kv_bytes(self, tokens: int, width: int) -> int:
+        """A row's cache: of the text that is read, and of what is written, for so many tokens."""
+        return 2 * self.decoder_layers * self.heads * self.head * width * tokens
+
+    def score_bytes(self, tokens: int, width: int) -> int:
+        """A row's attention of the layer that reads, each token to each, while it is computed.
+
+        Measured on transformers 5.23: 2.2 to 2.4 times the scores as float32, 2.0 to 2.5 times as
+        bfloat16, for distances and mask are added to them.
+        """
+        return 5 * width * self.heads * tokens**2 // 2
+
+    def operations(self, read: int, written: int) -> float:
+        """What is read passes the encoder, and becomes the decoder's keys and values."""
+        seen = self.decoder_layers * self.attention // 2
+        decoder = self.half(self.decoder_layers, 2) - seen + self.embedding
+        return 2.0 * (read * (self.half(self.layers, 1) + seen) + written * decoder)
+
 
 GEMMAS: Mapping[str, Architecture] = {
     "gemma_2b": Architecture(18, 2048, 16384, 8, 1, 256, 256_000, 2, False),
@@ -63,47 +128,84 @@ GEMMAS: Mapping[str, Architecture] = {
     "gemma3_27b": Architecture(62, 5376, 21504, 32, 16, 128, 262_144),
 }
 
+T5S: Mapping[str, EncoderDecoder] = {
+    "t5-small": EncoderDecoder(6, 6, 512, 2048, 8, 64, False),
+    "t5-base": EncoderDecoder(12, 12, 768, 3072, 12, 64, False),
+    "t5-large": EncoderDecoder(24, 24, 1024, 4096, 16, 64, False),
+    "t5-3b": EncoderDecoder(24, 24, 1024, 16384, 32, 128, False),
+    "t5-11b": EncoderDecoder(24, 24, 1024, 65536, 128, 128, False),
+    "flan-t5-small": EncoderDecoder(8, 8, 512, 1024, 6, 64),
+    "flan-t5-base": EncoderDecoder(12, 12, 768, 2048, 12, 64),
+    "flan-t5-large": EncoderDecoder(24, 24, 1024, 2816, 16, 64),
+    "flan-t5-xl": EncoderDecoder(24, 24, 2048, 5120, 32, 64),
+    "flan-t5-xxl": EncoderDecoder(24, 24, 4096, 10240, 64, 64),
+    "flan-ul2": EncoderDecoder(32, 32, 4096, 16384, 16, 256),
+}
+"""T5 1.1 has the sizes of Flan-T5, and UL2 that of Flan-UL2."""
 
 _NAME = re.compile(
     r"(?<![a-z])gemma[-_]?(?P<family>[23]?)(?:[-_](?:text|instruct|it|1\.1))*[-_](?P<size>\d+[bm])"
 )
 
+_T5_NAME = re.compile(
+    r"(?<![a-z])(?:(?P<newer>flan[-_])?t5(?P<v11>[-_]v1_1)?[-_]"
+    r"(?P<size>small|base|large|xl|xxl|3b|11b)|(?P<ul2>ul2))(?![a-z\d])(?P<adapted>-lm-adapt)?"
+)
 
-def architecture_of(model: str) -> Architecture:
+TORCH = "torch:"
+"""Before the name of a model that PyTorch runs."""
+
+
+def architecture_of(model: str) -> Architecture | EncoderDecoder:
     """From the `config.json` of a folder, or by the name of a preset.
 
-    A folder of Cloud Storage is only read where its name does not tell.
+    A folder of Cloud Storage is only read, and Hugging Face's hub only asked (for `torch:NAME`),
+    where the name does not tell.
 
     Raises:
       UsageError: neither tells.
     """
-    folder = brought(model) or Path(model)
+    name = model.removeprefix(TORCH)
+    folder = brought(name) or Path(name)
     if (folder / "config.json").is_file():
         return _read(str(folder))
-    if found := _NAME.search(model.lower().rsplit("/", 1)[-1]):
+    last = name.lower().rsplit("/", 1)[-1]
+    if found := _NAME.search(last):
         key = f"gemma{found['family']}_{found['size']}"
         if key in GEMMAS:
             return GEMMAS[key]
-    if "://" in model and not model.startswith(("hf:", "kaggle:")):
-        return _read(model)
+    if found := _T5_NAME.search(last):
+        newer = found["newer"] or found["v11"] or found["adapted"] or "xl" in str(found["size"])
+        key = "flan-ul2" if found["ul2"] else f"{'flan-' if newer else ''}t5-{found['size']}"
+        if key in T5S:
+            return T5S[key]
+    if "://" in name and not name.startswith(("hf:", "kaggle:")):
+        return _read(name)
+    if model.startswith(TORCH) and name.removeprefix("hf://").count("/") == 1:
+        from chatflow.weights.checkpoints import finder
+
+        if config := finder(name)("config.json"):
+            return _read(str(config.parent))
     raise UsageError(
-        f"--model={model}: its size is not known; give a folder with a Gemma's config.json, "
-        f"or a name with one of {', '.join(GEMMAS)} in it"
+        f"--model={model}: its size is not known; give a folder with a Gemma's or a T5's "
+        f"config.json, or a name with one of {', '.join([*GEMMAS, *T5S])} in it"
     )
 
 
-def _read(folder: str) -> Architecture:
+def _read(folder: str) -> Architecture | EncoderDecoder:
     try:
         with FileSystems.open(FileSystems.join(folder, "config.json")) as file:
             return _from_config(json.loads(file.read()))
     except Exception as error:  # each filesystem has its own
         raise UsageError(
-            f"--model={folder}: no Gemma's config.json can be read there: {one_line(error)}"
+            f"--model={folder}: no Gemma's or T5's config.json can be read there: {one_line(error)}"
         ) from None
 
 
-def _from_config(config: Mapping[str, Any]) -> Architecture:
+def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder:
     """A configuration of Hugging Face's, or of Keras's."""
+    if config.get("model_type") in ("t5", "mt5"):
+        return _from_t5(config)
     if "config" in config:
         third = "Gemma3" in config["registered_name"]
         own = config["config"]
@@ -112,6 +214,8 @@ def _from_config(config: Mapping[str, Any]) -> Architecture:
         ffn = own["intermediate_dim"] // (1 if third else 2)
         names = "num_layers hidden_dim num_query_heads num_key_value_heads head_dim vocabulary_size"
     else:
+        if not config["model_type"].startswith("gemma"):
+            raise ValueError(f"it is of the kind {config['model_type']}")
         third = "gemma3" in config["model_type"]
         norms = 2 if config["model_type"] == "gemma" else 4
         own = config.get("text_config", config)
@@ -124,3 +228,16 @@ def _from_config(config: Mapping[str, Any]) -> Architecture:
     return Architecture(
         layers, hidden, ffn, heads, kv_heads, head, vocabulary, norms, head_norms=third
     )
+
+
+def _from_t5(config: Mapping[str, Any]) -> EncoderDecoder:
+    names = "num_layers d_model d_ff num_heads d_kv vocab_size"
+    layers, hidden, ffn, heads, head, vocabulary = (int(config[name]) for name in names.split())
+    # transformers 5 writes every T5's embeddings as tied, and the truth into the other field.
+    ties = ("tie_word_embeddings", "scale_decoder_outputs")
+    return EncoderDecoder(
+        layers, int(config.get("num_decoder_layers") or layers), hidden, ffn, heads, head,
+        str(config.get("feed_forward_proj")).startswith("gated")
+        or any(config.get(name) is False for name in ties),
+        vocabulary, int(config.get("relative_attention_num_buckets", 32)),
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from chatflow.options import Parser
-from chatflow.weights import copies
+from chatflow.weights import copies, parsers
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -14,4 +14,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands: Any = parser.add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=Parser
     )
+    parsers.add_save(commands)
+    parsers.add_info(commands)
     copies.add(commands)

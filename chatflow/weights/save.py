@@ -1,0 +1,162 @@
+"""`chatflow model save-state-dict`: a model's weights as one file that workers load."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from chatflow.errors import UsageError, one_line
+from chatflow.report import lines
+from chatflow.weights import vertex_job
+from chatflow.weights.checkpoints import finder
+from chatflow.weights.state_dict import SUFFIXES, Plan, plan, write
+
+COPY_BYTES = 1 << 24
+
+
+def act(parsed: argparse.Namespace) -> int:
+    """The command: here, or on Vertex AI."""
+    check_path(parsed.path, parsed.overwrite)
+    if parsed.on == "vertex":
+        return vertex_job.run(parsed)
+    vertex_job.check_unused(parsed)
+    saved = save(parsed.name, parsed.path, parsed.dtype)
+    if parsed.summary == "json":
+        print(json.dumps(saved))
+    else:
+        print(
+            f"{saved['path']}: {saved['parameters']:,} parameters as {saved['dtype']}, "
+            f"{saved['bytes'] / 1e6:,.1f} MB in {saved['seconds']} s\nSHA-256 {saved['sha256']}"
+        )
+    return 0
+
+
+def check_path(path: str, overwrite: bool) -> None:
+    """Makes sure that a file can be made under this name.
+
+    Raises:
+      UsageError: it has another suffix, is there already, or its place cannot be asked.
+    """
+    if not path.endswith(SUFFIXES):
+        raise UsageError(f"PATH={path}: must end in {', '.join(SUFFIXES)}")
+    with reached(path):
+        there = FileSystems.exists(path)
+    if there and not overwrite:
+        raise UsageError(f"PATH={path} is there already; --overwrite replaces it")
+
+
+def save(name: str, path: str, dtype: str) -> dict[str, Any]:
+    """Writes the file and its sum; returns what was written, for the summary.
+
+    The file is written under another name first, so that no broken one is ever found at `path`.
+    What is bound for another filesystem is made in the temporary folder (`TMPDIR`).
+
+    Raises:
+      UsageError: as `state_dict.plan` and `write`; or there is no room, or no way to write there.
+    """
+    started = time.monotonic()
+    planned = plan(finder(name), name, dtype)
+    with reached(path):
+        made = _workplace(path, planned.bytes)
+    with made:
+        part = Path(made.name) / f"{path.rsplit('/', 1)[-1]}.part"
+        with shown(planned, name) as progress, reached(path, OSError):
+            write(planned, part, progress)
+        size = part.stat().st_size
+        with reached(path):
+            sha256 = _publish(part, path)
+    return {
+        "model": name, "path": path, "dtype": dtype, "parameters": planned.parameters,
+        "tensors": len(planned.stored), "bytes": size, "sha256": sha256,
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def reached(path: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Says of an error what it was about; each filesystem has its own."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except kind as error:
+        raise UsageError(f"PATH={path} cannot be written: {one_line(error)}") from error
+
+
+def _workplace(path: str, needed: int) -> tempfile.TemporaryDirectory[str]:
+    """A folder with room: beside a local file, so that it only has to be renamed."""
+    remote = "://" in path
+    folder = tempfile.gettempdir() if remote else os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UsageError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the file needs {needed / 1e9:.1f} GB"
+            + (" (TMPDIR names another folder)" if remote else "")
+        )
+    return tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.rsplit('/', 1)[-1]}-")
+
+
+def _publish(part: Path, path: str) -> str:
+    """Puts a whole file under its name, and its SHA-256 beside it."""
+    total = hashlib.sha256()
+    remote = f"{path}.part" if "://" in path else ""
+    kind = "application/octet-stream"
+    with (
+        part.open("rb") as source,
+        FileSystems.create(remote, kind, "uncompressed")
+        if remote
+        else open(os.devnull, "wb") as to,
+    ):
+        while data := source.read(COPY_BYTES):
+            total.update(data)
+            to.write(data)
+    if there := [name for name in (path, f"{path}.sha256") if FileSystems.exists(name)]:
+        FileSystems.delete(there)
+    if remote:
+        FileSystems.rename([remote], [path])
+    else:
+        part.replace(path)
+    with FileSystems.create(f"{path}.sha256", "text/plain", "uncompressed") as file:
+        file.write(f"{total.hexdigest()}  {path.rsplit('/', 1)[-1]}\n".encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def shown(planned: Plan, name: str) -> Iterator[Any]:
+    """Shows on stderr how many tensors and bytes are written; a bar, or lines in a log."""
+    console = Console(stderr=True)
+    of, done = len(planned.stored), [0, 0]
+
+    def text() -> str:
+        size = f"{done[1] / 1e6:,.0f} of {planned.bytes / 1e6:,.0f} MB"
+        return f"{name}: {done[0]} of {of} tensors, {size}"
+
+    columns = (
+        TextColumn(f"{{task.fields[tensors]}} of {of} tensors"), BarColumn(), DownloadColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    watched = console.is_terminal
+    bars = Progress(*columns, console=console, transient=True, disable=not watched)
+    bar = bars.add_task(name, total=planned.bytes, tensors=0)
+
+    def progress(tensors: int, size: int) -> None:
+        done[:] = done[0] + tensors, done[1] + size
+        bars.update(bar, completed=done[1], tensors=done[0])
+
+    with bars, contextlib.nullcontext() if watched else lines(console, text):
+        yield progress
+    if not watched:
+        console.print(text(), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""A stand-in for Vertex AI's JobService on loopback: CreateCustomJob and GetCustomJob over HTTP.
+
+A job is pending, runs, and ends, a state further each time it is asked for. Nothing is run. The
+shapes are those of Google's documentation (v1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+JOBS = re.compile(r"/v1/(projects/[^/]+/locations/[^/]+/customJobs)(/\d+)?")
+
+
+class FakeJobs:
+    """Starts on a free port; use as a context manager.
+
+    Attributes:
+      address: for `--api_endpoint`.
+      jobs: by name, each as it was sent, with its `state`.
+      error: why jobs fail; empty: they succeed.
+      busy: how many times a job that is asked for is answered with 503.
+      refusal: a status, and what is said with it, to who makes a job.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.error = ""
+        self.busy = 0
+        self.refusal: tuple[int, str] | None = None
+
+    def __enter__(self) -> FakeJobs:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                path = self.path.partition("?")[0]
+                status, value = fake.answer(self.command, path, json.loads(body or b"{}"))
+                answer = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_GET = do_POST = handle_any  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        found = JOBS.fullmatch(path)
+        if found and method == "POST":
+            if self.refusal:
+                return _error(*self.refusal)
+            name = f"{found[1]}/{len(self.jobs) + 1}"
+            self.jobs[name] = {**body, "name": name, "state": "JOB_STATE_PENDING"}
+            return 200, self.jobs[name]
+        job = self.jobs.get(path.removeprefix("/v1/"))
+        if job is None:
+            return _error(404, "not found")
+        if self.busy:
+            self.busy -= 1
+            return _error(503, "busy")
+        if job["state"] == "JOB_STATE_PENDING":
+            job["state"] = "JOB_STATE_RUNNING"
+        elif self.error:
+            job |= {"state": "JOB_STATE_FAILED", "error": {"code": 3, "message": self.error}}
+        else:
+            job["state"] = "JOB_STATE_SUCCEEDED"
+        return 200, job
+
+
+def _error(status: int, said: str) -> tuple[int, dict[str, Any]]:
+    return status, {"error": {"code": status, "message": said}}
