@@ -116,7 +116,8 @@ class TorchModel(LanguageModel):
         from chatflow.models.pytorch_loading import load
 
         self.name = name
-        self.engine = Engine(*load(path, state_dict_path, settings.dtype), instruct, most)
+        loaded = load(path, state_dict_path, settings.dtype, name)
+        self.engine = Engine(*loaded, instruct, most)
         # The merger's thread must not keep the weights.
         run = weakref.WeakMethod(self._run)
 
