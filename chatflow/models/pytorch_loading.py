@@ -99,7 +99,7 @@ def from_state_dict(
     model with random float32 weights first, and copies those of the file into them: twice the
     memory, float32 also where the file has halves, and, for transformers 5 ties them, Flan-T5
     with its output weights in place of its embeddings. Measured with float32 weights of 242 MB:
-    251 MB here and 490 MB there at most; with the same as halves, 164 MB and 443 MB.
+    235 MB here and 471 MB there at most; with the same as halves, 155 MB and 394 MB.
 
     Args:
       empty: see `without_weights`.
