@@ -16,7 +16,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
 from chatflow.models import embedded
-from chatflow.models.sizes import GEMMAS, TORCH, Architecture, EncoderDecoder, architecture_of
+from chatflow.models.sizes import GEMMAS, Architecture, EncoderDecoder, architecture_of
 
 MACHINES = Path(__file__).parent / "machines.toml"
 
@@ -145,12 +145,10 @@ def size_of(
     shape = architecture_of(model)
     usual = 2 if accelerator else 4
     width = WIDTHS.get(dtype, usual)
-    weights = shape.parameters * width / 1e9
+    weights = (shape.parameters * width + (2 * shape.wide if dtype == "float16" else 0)) / 1e9
     kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width)
     row = CACHE_ROOM * kv + shape.score_bytes(prompt_tokens, width)
     needed = weights + batch * row / 1e9 + PROCESS_GB
-    if model.startswith(TORCH):  # Beam's handler has the file's content beside the model at first
-        needed = max(needed, 2 * weights + PROCESS_GB)
     if accelerator:
         gpu = first_that_fits(table["accelerator"], accelerator, needed, "accelerator", model)
         machine, vcpus, memory = gpu["machine"], gpu["vcpus"], gpu["machine_gb"]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from chatflow.errors import UsageError
 from chatflow.models import Model, ModelSpec
-from chatflow.models.requests import Batching, WorkerSettings
+from chatflow.models.requests import Batching
 from chatflow.options import beam_options, is_local
 from chatflow.publishing import check_topics
 from chatflow.run import finish, quieten
@@ -31,13 +31,11 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
     spec = ModelSpec(
         flags.model,
         state_dict_path=flags.state_dict_path,
-        worker=WorkerSettings(dtype=flags.dtype),
         batching=Batching(size=32, seconds=0.2),  # for which others of the stream are waited for
     )
     template = load_template(Path(__file__).parent / "prompts" / "respond.jinja")
     ask = AskTexts(Model(spec.handler()), template)
-    messages = flags.messages_subscription or flags.messages_topic
-    check_messages(messages)
+    check_messages(messages := flags.messages_subscription or flags.messages_topic)
     check_topics([flags.responses_topic, flags.dead_letters], is_local(options))
     pipeline = beam.Pipeline(options=options)
     asked = pipeline | "ReadMessages" >> ReadMessages(messages) | "AskTexts" >> ask
@@ -56,7 +54,6 @@ if __name__ == "__main__":
     parser.add_argument("--dead_letters", required=True, help="a topic, or a prefix of files")
     parser.add_argument("--model", default="torch:google/flan-t5-small")
     parser.add_argument("--state_dict_path", default="")
-    parser.add_argument("--dtype", default="auto")
     try:
         main(*parser.parse_known_args())
     except UsageError as error:

@@ -89,7 +89,7 @@ def test_chatflow_size_knows_t5(dtype):
     assert size.kv_mb == pytest.approx(2 * 24 * 32 * 64 * width * 1000 / 1e6)
     scores = 2.5 * width * 32 * 808**2 / 1e9
     memory = size.weights_gb + 1.5 * size.kv_mb / 1e3 + scores + 1.2
-    assert size.memory_gb == pytest.approx(max(memory, 2 * size.weights_gb + 1.2))
+    assert size.memory_gb == pytest.approx(memory)
 
 
 def test_chatflow_size_takes_float16(capsys):

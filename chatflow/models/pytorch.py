@@ -120,7 +120,8 @@ class TorchModel(LanguageModel):
         from chatflow.models.pytorch_loading import load
 
         self.name = name
-        self.engine = Engine(*load(path, state_dict_path, settings.dtype), instruct, most)
+        loaded = load(path, state_dict_path, settings.dtype, name)
+        self.engine = Engine(*loaded, instruct, most)
         self._merged = merged(self._ask, most, settings.merge_seconds)
         self._counted: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()

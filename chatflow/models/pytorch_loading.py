@@ -18,14 +18,20 @@ from chatflow.models.presets import local_file
 _log = logging.getLogger(__name__)
 
 
-def load(path: str, state_dict_path: str = "", dtype: str = "auto") -> tuple[Any, Any]:
+def load(
+    path: str, state_dict_path: str = "", dtype: str = "auto", name: str = ""
+) -> tuple[Any, Any]:
     """A model that is ready to answer, on the GPU if there is one, and its tokenizer.
+
+    Measured on processors with AVX512-BF16, with a T5 of 60 M parameters: bfloat16 takes half
+    the time of float32 to score, and two thirds to write; float16 takes three times as much.
 
     Args:
       path: a local folder, or a name of the hub.
       state_dict_path: weights instead of those at `path`; local or of a filesystem of Beam's.
       dtype: `float32`, `bfloat16`, `float16` or `auto`: on a GPU bfloat16, or float16 where it
         has none; on processors what the state dict has, else float32.
+      name: what messages call the model.
 
     Raises:
       UsageError: no text model is there, or its weights do not fit or are no numbers.
@@ -34,7 +40,8 @@ def load(path: str, state_dict_path: str = "", dtype: str = "auto") -> tuple[Any
         noise: Any = transformers.logging
         noise.set_verbosity_error()
         noise.disable_progress_bar()
-    flag = f"--state_dict_path={state_dict_path}" if state_dict_path else f"--model=torch:{path}"
+    model_flag = f"--model={name or path}"
+    flag = f"--state_dict_path={state_dict_path}" if state_dict_path else model_flag
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -49,7 +56,7 @@ def load(path: str, state_dict_path: str = "", dtype: str = "auto") -> tuple[Any
                 path, dtype=_wanted(dtype) or torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"--model=torch:{path}: {one_line(error)}") from None
+        raise UsageError(f"{model_flag}: {one_line(error)}") from None
     _check_fit(found, flag)
     _check_numbers(model, flag)
     model.requires_grad_(False).eval()
@@ -91,7 +98,8 @@ def from_state_dict(
     `torch.save`d ones are opened by Beam's PytorchModelHandlerTensor. Its plain way makes the
     model with random float32 weights first, and copies those of the file into them: twice the
     memory, float32 also where the file has halves, and, for transformers 5 ties them, Flan-T5
-    with its output weights in place of its embeddings.
+    with its output weights in place of its embeddings. Measured with float32 weights of 242 MB:
+    235 MB here and 471 MB there at most; with the same as halves, 155 MB and 394 MB.
 
     Args:
       empty: see `without_weights`.

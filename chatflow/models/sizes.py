@@ -45,6 +45,11 @@ class Architecture(NamedTuple):
         layer = attention + 3 * self.hidden * self.ffn + norms
         return self.embedding + self.layers * layer + self.hidden
 
+    @property
+    def wide(self) -> int:
+        """Parameters that stay float32 where the others are float16: see `EncoderDecoder`."""
+        return 0
+
     def kv_bytes(self, tokens: int, width: int) -> int:
         """A row's cache: keys and values of all layers for so many tokens."""
         return 2 * self.layers * self.kv_heads * self.head * width * tokens
@@ -95,6 +100,11 @@ class EncoderDecoder(NamedTuple):
     def parameters(self) -> int:
         halves = self.half(self.layers, 1) + self.half(self.decoder_layers, 2)
         return halves + (2 if self.newer else 1) * self.embedding
+
+    @property
+    def wide(self) -> int:
+        """Parameters that transformers keeps in float32 where the others are float16."""
+        return (self.layers + self.decoder_layers) * self.ffn * self.hidden
 
     def kv_bytes(self, tokens: int, width: int) -> int:
         """A row's cache: of the text that is read, and of what is written, for so many tokens."""
