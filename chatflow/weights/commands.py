@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from chatflow.options import Parser
+from chatflow.weights import fetch
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -13,4 +14,4 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands: Any = parser.add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=Parser
     )
-    _ = commands
+    fetch.add(commands)
