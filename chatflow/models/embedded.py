@@ -82,7 +82,7 @@ def ensure(progress: Progress = lambda _: None) -> Path:
 
 def convert(
     gguf_file: Path, out: Path, progress: Progress = lambda _: None, dtype: str = "float16"
-) -> None:
+) -> dict[str, Any]:
     """Writes a Gemma text model in GGUF as a folder in Hugging Face format.
 
     Args:
@@ -91,6 +91,9 @@ def convert(
       out: the folder to make: `config.json`, `model.safetensors`, `tokenizer.model`, and
         `SHA256SUMS.json` over them.
       dtype: of the written weights, `float16` or `float32`.
+
+    Returns:
+      what the file's header says of the model as a whole: its fields `general.*`.
 
     Raises:
       EmbeddedModelError: the file holds something else, or lacks a field.
@@ -134,6 +137,9 @@ def convert(
     (out / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
     sums = {path.name: _sha256(path) for path in sorted(out.iterdir())}
     (out / "SHA256SUMS.json").write_text(json.dumps(sums, indent=1))
+    return {
+        key: field.contents() for key, field in reader.fields.items() if key.startswith("general.")
+    }
 
 
 def _field(reader: Any, gguf_file: Path, key: str, *default: Any) -> Any:
@@ -183,7 +189,9 @@ def _config(reader: Any, gguf_file: Path) -> dict[str, Any]:
         "query_pre_attn_scalar": hidden // heads if largest else head_dim,
         "max_position_embeddings": own("context_length"),
         "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
-        "sliding_window": own("attention.sliding_window", 4096),
+        "sliding_window": own(
+            "attention.sliding_window", *([] if architecture == "gemma3" else [4096])
+        ),
         "rope_theta": theta,
     }
     if architecture == "gemma2":

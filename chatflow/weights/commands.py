@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from chatflow.options import Parser
-from chatflow.weights import fetch
+from chatflow.weights import convert, fetch
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -15,3 +15,4 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         dest="action", required=True, metavar="ACTION", parser_class=Parser
     )
     fetch.add(commands)
+    convert.add(commands)

@@ -48,16 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--summary", choices=("table", "json"), default="table")
 
 
-def name_warning(source: str, folder: str) -> str:
-    """What to say where a name hides that a model follows instructions; else nothing."""
-    if not is_instruct(source) or is_instruct(folder):
-        return ""
-    return (
-        f"warning: {source} was tuned to follow instructions, and the name {folder} does not say "
-        "so: prompts will not be wrapped as its turns; put -it or instruct into the name"
-    )
-
-
 @contextlib.contextmanager
 def shown(progress: Progressing, folder: Folder, console: Console) -> Iterator[None]:
     """Shows on a terminal, or as lines in a log, how far it has come."""
@@ -72,26 +62,24 @@ def shown(progress: Progressing, folder: Folder, console: Console) -> Iterator[N
     from chatflow.report import in_background, lines
 
     def text() -> str:
-        if not progress.total:
-            return f"{folder.url}: looking for the files"
-        there = progress.here if folder.path is not None else progress.sent
-        return f"{folder.url}: {there / 1e6:,.0f} of {progress.total / 1e6:,.0f} MB"
+        there = progress.sent if progress.sending else progress.here
+        done = f" {there / 1e6:,.0f} of {progress.total / 1e6:,.0f} MB" if progress.total else ""
+        return f"{folder.url}: {progress.doing}{done}"
 
     def bars(done: threading.Event) -> None:
         columns = (
-            TextColumn("{task.description:>8}"),
+            TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
         )
         with Progress(*columns, console=console, transient=True) as bars:
-            fetched = bars.add_task("fetched", total=None)
-            sent = None if folder.path is not None else bars.add_task("sent", total=None)
+            here = bars.add_task("", total=None)
+            sent = bars.add_task("sending", total=None, visible=False)
             while not done.wait(0.2):
                 total = progress.total or None
-                bars.update(fetched, completed=progress.here, total=total)
-                if sent is not None:
-                    bars.update(sent, completed=progress.sent, total=total)
+                bars.update(here, completed=progress.here, total=total, description=progress.doing)
+                bars.update(sent, completed=progress.sent, total=total, visible=progress.sending)
 
     with in_background(bars) if console.is_terminal else lines(console, text):
         yield
@@ -111,16 +99,32 @@ def _fetch(parsed: argparse.Namespace) -> int:
     progress = Progressing()
     with shown(progress, folder, console):
         fetched = fetch(open_source(parsed.source), folder, progress)
-    say(parsed, "fetched", fetched.to_dict(), str(fetched), started)
+    instruct = is_instruct(parsed.source)
+    say(parsed, "fetched", fetched.to_dict(), str(fetched), started, instruct)
     return 0
 
 
 def say(
-    parsed: argparse.Namespace, done: str, values: Mapping[str, Any], text: str, started: float
+    parsed: argparse.Namespace,
+    done: str,
+    values: Mapping[str, Any],
+    text: str,
+    started: float,
+    instruct: bool,
 ) -> None:
-    """The end of a command: a warning where one is due, and one line for people or machines."""
-    if warning := name_warning(parsed.source, parsed.destination):
-        print(warning, file=sys.stderr)
+    """The end of a command: one line for people or machines, and a warning where one is due.
+
+    Args:
+      instruct: whether the source follows instructions, which the name of the destination
+        has to say.
+    """
+    if instruct and not is_instruct(parsed.destination):
+        print(
+            f"warning: {parsed.source} was tuned to follow instructions, and the name "
+            f"{parsed.destination} does not say so: its prompts would not be wrapped as turns; "
+            "put -it or instruct into the name",
+            file=sys.stderr,
+        )
     seconds = round(time.monotonic() - started, 2)
     if parsed.summary == "json":
         places = {"source": parsed.source, "destination": parsed.destination}

@@ -37,8 +37,7 @@ class Folder:
         """Where files are made before they get their names: here, on the same disk if it can be."""
         if self.path is not None:
             return self.path / ".staging"
-        slug = re.sub(r"[^\w.-]+", "_", self.url)
-        return embedded.cache_root() / "staging" / slug
+        return embedded.cache_root() / "staging" / slug(self.url)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file by its name; without hidden ones. Empty where there is no folder."""
@@ -156,3 +155,8 @@ class Folder:
             full = getattr(error, "errno", None) == errno.ENOSPC
             said = "the disk is full; make room" if full else one_line(error)
             raise UsageError(f"{self.url}: {what}: {said}") from error
+
+
+def slug(url: str) -> str:
+    """A name for a folder of the cache."""
+    return re.sub(r"[^\w.-]+", "_", url)

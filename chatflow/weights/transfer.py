@@ -19,14 +19,23 @@ class Progressing:
     """How far it has come, in bytes.
 
     Attributes:
+      doing: in words.
       got, sent: brought here, and sent on to a bucket; of whole files.
       part: the file that is being brought.
+      sending: whether there is a bucket.
     """
 
+    doing: str = "looking for the files"
     total: int = 0
     got: int = 0
     sent: int = 0
     part: Path | None = None
+    sending: bool = False
+
+    def step(self, text: str) -> None:
+        """Says what is done now, without a measure."""
+        self.doing, self.total, self.got, self.sent = text, 0, 0, 0
+        self.sending = False
 
     @property
     def here(self) -> int:
@@ -78,7 +87,9 @@ def fetch(source: Source, folder: Folder, progress: Progressing | None = None) -
       UsageError: the source or the folder cannot be used, or a hash is wrong.
     """
     progress = progress or Progressing()
+    progress.step("looking for the files")
     wanted = source.files()
+    progress.doing, progress.sending = "fetching", folder.path is None
     progress.total = sum(file.size for file in wanted)
     there, before = folder.sizes(), folder.sums()
     stale = there.keys() - {file.name for file in wanted} - {SUMS}
