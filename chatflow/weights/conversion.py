@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from chatflow.errors import UsageError, one_line
 from chatflow.models import embedded
 from chatflow.models.presets import is_instruct, use_jax
-from chatflow.weights.folders import Folder, slug
+from chatflow.weights.folders import SUMS, Folder, slug
 from chatflow.weights.sources import FolderSource, open_source
 from chatflow.weights.transfer import Fetched, Progressing, fetch
 
@@ -29,6 +30,11 @@ Gemma 3 270M, whose source is float16, is off by 0, 0 and 0.0047."""
 GEMMAS = {"gemma", "gemma2", "gemma3", "gemma3_text"}
 BASES = {"gemma": 1e4, "gemma2": 1e4, "gemma3_text": 1e6}
 """Of the rotary embedding, as keras_hub has them."""
+
+_MADE = re.compile(
+    r"(config|metadata|tokenizer)\.json|model(_\d+)?\.weights\.(h5|json)|assets/tokenizer/.*"
+)
+"""What keras_hub writes, which a conversion that was ended may have left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +113,12 @@ def convert(
         ) from None
 
     progress = progress or Progressing()
+    ours = folder.sums().keys()
+    for name in folder.sizes().keys() - ours - {SUMS}:
+        if not _MADE.fullmatch(name):  # else after an hour of work
+            raise UsageError(
+                f"{folder.url}: holds other files, such as {name}; name a folder of its own"
+            )
     with _scratch(folder) as scratch:
         weights, instruct = _loadable(source, scratch, progress)
         reference, off, same = None, None, 0.0

@@ -141,8 +141,8 @@ class Folder:
             free = shutil.disk_usage(self.staging).free
         if size > free:
             raise UsageError(
-                f"{self.staging.parent}: {size / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are "
-                "free; make room, or name another destination"
+                f"{self.staging.parent}: {size / 1e9:,.3f} GB are needed, {free / 1e9:,.3f} GB "
+                "are free; make room, or name another destination"
             )
 
     @contextlib.contextmanager

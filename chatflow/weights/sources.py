@@ -270,7 +270,9 @@ def needed(names: Iterable[str], source: str) -> list[str]:
     plain = [name for name in names if "/" not in name and name != SUMS]
     weights: list[str] = []
     for pattern in WEIGHTS:
-        weights = weights or [name for name in plain if re.fullmatch(pattern, name)]
+        found = [name for name in plain if re.fullmatch(pattern, name)]
+        if not weights and not all(name.endswith(".json") for name in found):
+            weights = found
     if not weights:
         raise UsageError(
             f"{source}: has no weights that can be loaded: no model.safetensors, "

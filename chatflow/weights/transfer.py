@@ -158,9 +158,9 @@ def _staging(folder: Folder, size: int) -> Iterator[None]:
     """A place for so many bytes before they are moved to a folder; gone afterwards."""
     bringing = folder.staging / "bringing"
     shutil.rmtree(bringing, ignore_errors=True)
-    folder.check_room(size)
-    bringing.mkdir()
     try:
+        folder.check_room(size)
+        bringing.mkdir()
         yield
     finally:
         shutil.rmtree(folder.staging, ignore_errors=True)
