@@ -246,7 +246,8 @@ def _rows(folder: Path) -> int:
 def _check_config(source: str, config: dict[str, Any]) -> None:
     """Raises a `UsageError` for what keras_hub would read as something else."""
     base = BASES[config["model_type"]]
-    theta = config.get("rope_theta") or base
+    rope = config.get("rope_parameters") or {}  # where transformers 5 has it
+    theta = config.get("rope_theta") or rope.get("full_attention", rope).get("rope_theta") or base
     if theta != base:
         raise UsageError(f"{source}: rope_theta is {theta:g}; keras_hub has only {base:g} for it")
 
