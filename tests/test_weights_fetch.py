@@ -234,10 +234,25 @@ def test_a_folder_with_other_files_is_left_alone(hub, tmp_path, capsys):
 def test_a_name_that_hides_what_the_model_is(hub, tmp_path, capsys):
     hub.repositories["org/tiny-it"] = MODEL
     for name, warned in (("m", True), ("m-it", False)):
-        assert main(["model", "fetch", "org/tiny-it", str(tmp_path / name)]) == 0
+        assert main(["model", "fetch", "org/tiny-it@main", str(tmp_path / name)]) == 0
         said = capsys.readouterr().err
         assert ("was tuned to follow instructions" in said) is warned
         assert f"fetched {tmp_path / name} in " in said
+
+
+def test_a_model_of_kaggles_by_its_librarys_cache(tmp_path, capsys, monkeypatch):
+    """What was downloaded before is asked of nobody."""
+    kept = tmp_path / "kaggle" / "models" / "org" / "tiny" / "keras" / "tiny_en"
+    (kept / "1").mkdir(parents=True)
+    (kept / "1.complete").touch()
+    for name in ("config.json", "model.weights.h5", "README.md"):
+        (kept / "1" / name).write_text(name)
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kaggle"))
+    fetch("kaggle://org/tiny/keras/tiny_en/1", tmp_path / "m", capsys)
+    assert held(tmp_path / "m").keys() == {"config.json", "model.weights.h5"}
+    assert held(kept / "1").keys() == {"config.json", "model.weights.h5", "README.md"}
+    error = mistake(["model", "fetch", "kaggle://tiny", "TO"], {"TO": "m"}, capsys)
+    assert "kaggle://tiny: cannot be fetched: ValueError: Invalid model handle" in error
 
 
 def test_by_way_of_a_bucket(hub, google, tmp_path, capsys):

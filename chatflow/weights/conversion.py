@@ -17,6 +17,7 @@ import numpy as np
 from chatflow.errors import UsageError, one_line
 from chatflow.models import embedded
 from chatflow.models.presets import is_instruct, use_jax
+from chatflow.weights.fetch import names_instruct
 from chatflow.weights.folders import SUMS, Folder, slug
 from chatflow.weights.sources import FolderSource, open_source
 from chatflow.weights.transfer import Fetched, Progressing, fetch
@@ -113,8 +114,9 @@ def convert(
         ) from None
 
     progress = progress or Progressing()
-    ours = folder.sums().keys()
-    for name in folder.sizes().keys() - ours - {SUMS}:
+    there = folder.sizes()
+    ours = folder.sums() if SUMS in there else {}
+    for name in there.keys() - ours.keys() - {SUMS}:
         if not _MADE.fullmatch(name):  # else after an hour of work
             raise UsageError(
                 f"{folder.url}: holds other files, such as {name}; name a folder of its own"
@@ -169,7 +171,7 @@ def _loadable(source: str, scratch: Path, progress: Progressing) -> tuple[Path, 
         # In the cache, so that another conversion does not fetch it again.
         here = embedded.cache_root() / "sources" / slug(source)
         fetch(found, Folder(str(here)), progress)
-    instruct = is_instruct(source) or _has_chat_template(here)
+    instruct = names_instruct(source) or _has_chat_template(here)
     return _text_only(source, here, scratch), instruct
 
 
@@ -191,16 +193,18 @@ def _of_gguf(source: str, scratch: Path, progress: Progressing) -> tuple[Path, b
         Folder(base).copy(name, path)
     if not path.is_file():
         raise UsageError(f"{source}: there is no such file")
+    from safetensors import SafetensorError
+
     weights = scratch / "weights"
     try:
         header = embedded.convert(path, weights, progress.step, "float32")
     except embedded.EmbeddedModelError as error:
         raise UsageError(str(error).replace(str(path), source)) from None
-    except OSError as error:
-        raise UsageError(f"{source}: {one_line(error)}") from None
+    except (OSError, SafetensorError) as error:  # the disk is full, say
+        raise UsageError(f"{weights} cannot be written: {one_line(error)}") from None
     _check_config(source, json.loads((weights / "config.json").read_text()))
-    names = (source, *(header.get(f"general.{key}", "") for key in ("name", "finetune")))
-    return weights, any(is_instruct(str(name).replace(" ", "-")) for name in names)
+    own = (str(header.get(f"general.{key}", "")) for key in ("name", "finetune"))
+    return weights, names_instruct(source) or any(is_instruct(n.replace(" ", "-")) for n in own)
 
 
 def _text_only(source: str, folder: Path, scratch: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import threading
 import time
@@ -99,9 +100,18 @@ def _fetch(parsed: argparse.Namespace) -> int:
     progress = Progressing()
     with shown(progress, folder, console):
         fetched = fetch(open_source(parsed.source), folder, progress)
-    instruct = is_instruct(parsed.source)
+    instruct = names_instruct(parsed.source)
     say(parsed, "fetched", fetched.to_dict(), str(fetched), started, instruct)
     return 0
+
+
+def names_instruct(source: str) -> bool:
+    """Whether the name of a source says that it was tuned to follow instructions.
+
+    >>> names_instruct("google/gemma-3-1b-it@main"), names_instruct("gemma-3-1b-it.gguf")
+    (True, True)
+    """
+    return is_instruct(re.sub(r"(@.*|\.gguf)$", "", source))
 
 
 def say(

@@ -86,9 +86,10 @@ class FolderSource:
         self.moved = moved
 
     def files(self) -> list[File]:
-        sizes, sums = self.folder.sizes(), self.folder.sums()
+        sizes = self.folder.sizes()
         if not sizes:
             raise UsageError(f"{self.name}: there is no such folder, or it is empty")
+        sums = self.folder.sums() if SUMS in sizes else {}
         return [File(name, sizes[name], sums.get(name, "")) for name in needed(sizes, self.name)]
 
     def bring(self, file: File, target: Path) -> None:
