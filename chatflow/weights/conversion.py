@@ -274,6 +274,10 @@ def _read(source: str, folder: Path, dtype: str) -> tuple[Any, Any]:
         raise UsageError(
             f"{source}: holds a {type(backbone).__name__}; Gemma 1, 2 and 3 can be converted"
         )
+    if getattr(backbone, "vision_encoder", None) is not None:
+        raise UsageError(
+            f"{source}: sees pictures, too; its text model is taken from Hugging Face's format only"
+        )
     return backbone, tokenizer
 
 

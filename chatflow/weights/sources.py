@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -117,6 +118,10 @@ class HubSource:
             raise UsageError(
                 f"{name}: needs huggingface_hub: pip install 'chatflow[torch]'"
             ) from None
+        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+        if not logging.getLogger().isEnabledFor(logging.DEBUG):
+            for client in ("httpx", "httpx2"):  # a line for each request
+                logging.getLogger(client).setLevel(logging.WARNING)
         self.name = name
         self.repository, _, revision = name.removeprefix("hf://").partition("@")
         self._revision: str | None = revision or None

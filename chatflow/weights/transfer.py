@@ -89,7 +89,8 @@ def fetch(source: Source, folder: Folder, progress: Progressing | None = None) -
     progress = progress or Progressing()
     progress.step("looking for the files")
     wanted = source.files()
-    progress.doing, progress.sending = "fetching", folder.path is None
+    progress.doing = "writing" if source.moved else "fetching"
+    progress.sending = folder.path is None
     progress.total = sum(file.size for file in wanted)
     there = folder.sizes()
     before = folder.sums() if SUMS in there else {}
