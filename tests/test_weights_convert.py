@@ -192,7 +192,7 @@ def encoded(proto, text):
 def test_from_the_hub_to_a_bucket_and_the_engine_answers_the_same(
     pieces, tmp_path, capsys, monkeypatch
 ):
-    model = made("gemma3")
+    model = made("gemma2")
     source = saved(model, tmp_path / "source", pieces)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with FakeHub() as hub, FakeCloud("models") as google:
@@ -206,7 +206,7 @@ def test_from_the_hub_to_a_bucket_and_the_engine_answers_the_same(
         assert warned.count("warning") == 0
         assert set(google.objects("models")) == {f"tiny-it/{name}" for name in PRESET}
         assert main(["model", "fetch", "gs://models/tiny-it", str(tmp_path / "preset-it")]) == 0
-        as_gguf(model, tmp_path / "tiny.gguf", pieces, "gemma3", name="Tiny It")
+        as_gguf(model, tmp_path / "tiny.gguf", pieces, "gemma2", name="Tiny It")
         google.put("models", "tiny.gguf", (tmp_path / "tiny.gguf").read_bytes())
         said, warned = convert(capsys, "gs://models/tiny.gguf", tmp_path / "g", "--check=false")
         assert "put -it or instruct into the name" in warned
