@@ -17,6 +17,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 NAME = "gemma3-270m"
 """What `--model` calls the embedded model, and what results say made them."""
@@ -79,76 +80,133 @@ def ensure(progress: Progress = lambda _: None) -> Path:
     return folder
 
 
-def convert(gguf_file: Path, out: Path, progress: Progress = lambda _: None) -> None:
-    """Writes a Gemma 3 text model in GGUF as a folder in Hugging Face format.
+def convert(
+    gguf_file: Path, out: Path, progress: Progress = lambda _: None, dtype: str = "float16"
+) -> dict[str, Any]:
+    """Writes a Gemma text model in GGUF as a folder in Hugging Face format.
 
     Args:
-      gguf_file: a GGUF file of architecture `gemma3`, any quantisation that the
-        package `gguf` can dequantise.
-      out: the folder to make: `config.json`, `model.safetensors` (float16),
-        `tokenizer.model`, and `SHA256SUMS.json` over them.
+      gguf_file: a GGUF file of architecture `gemma`, `gemma2` or `gemma3`, any size, any
+        quantisation that the package `gguf` can dequantise.
+      out: the folder to make: `config.json`, `model.safetensors`, `tokenizer.model`, and
+        `SHA256SUMS.json` over them.
+      dtype: of the written weights, `float16` or `float32`.
+
+    Returns:
+      what the file's header says of the model as a whole: its fields `general.*`.
 
     Raises:
-      EmbeddedModelError: the file holds another architecture.
+      EmbeddedModelError: the file holds something else, or lacks a field.
     """
-    import numpy as np
     from gguf import GGUFReader, dequantize
     from safetensors.numpy import save_file
 
-    reader = GGUFReader(gguf_file)
-
-    def field(key: str) -> object:
-        return reader.fields[key].contents()
-
-    architecture = field("general.architecture")
-    if architecture != "gemma3":
+    try:
+        reader = GGUFReader(gguf_file)
+    except (OSError, ValueError, IndexError) as error:
+        raise EmbeddedModelError(f"{gguf_file} is no GGUF file: {error}") from None
+    if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
         raise EmbeddedModelError(
-            f"{gguf_file} holds a {architecture!r} model; only gemma3 is known"
+            f"{gguf_file} is one part of several; merge them with llama-gguf-split --merge"
         )
-
+    config = _config(reader, gguf_file)
     tensors = {}
     for number, tensor in enumerate(reader.tensors, 1):
-        name, values = _hugging_face_name(tensor.name), dequantize(tensor.data, tensor.tensor_type)
+        name = _hugging_face_name(tensor.name, config["model_type"])
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise EmbeddedModelError(f"{gguf_file}: {tensor.name}: {error}") from None
         # llama.cpp stores the scale of a Gemma RMSNorm as 1 + weight.
         if name.endswith("norm.weight"):
             values = values - 1.0
-        tensors[name] = values.astype(np.float16)
+        tensors[name] = values.astype(dtype)
         if number % 40 == 0 or number == len(reader.tensors):
             progress(f"dequantising the weights: {number} of {len(reader.tensors)} tensors")
 
-    config = {
-        "model_type": "gemma3_text",
-        "architectures": ["Gemma3ForCausalLM"],
-        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
-        "hidden_size": field("gemma3.embedding_length"),
-        "intermediate_size": field("gemma3.feed_forward_length"),
-        "num_hidden_layers": field("gemma3.block_count"),
-        "num_attention_heads": field("gemma3.attention.head_count"),
-        "num_key_value_heads": field("gemma3.attention.head_count_kv"),
-        "head_dim": field("gemma3.attention.key_length"),
-        "query_pre_attn_scalar": field("gemma3.attention.key_length"),
-        "max_position_embeddings": field("gemma3.context_length"),
-        "rms_norm_eps": field("gemma3.attention.layer_norm_rms_epsilon"),
-        "sliding_window": field("gemma3.attention.sliding_window"),
-        "rope_theta": field("gemma3.rope.freq_base"),
-    }
-
     out.mkdir(parents=True)
     progress("writing the weights and the tokenizer")
+    config["vocab_size"] = tensors["model.embed_tokens.weight"].shape[0]
     (out / "config.json").write_text(json.dumps(config, indent=1))
     save_file(tensors, out / "model.safetensors")
     pieces = zip(
-        field("tokenizer.ggml.tokens"),  # type: ignore[call-overload]
-        field("tokenizer.ggml.scores"),
-        field("tokenizer.ggml.token_type"),
+        *(_field(reader, gguf_file, f"tokenizer.ggml.{n}") for n in ("tokens", "scores")),
+        _field(reader, gguf_file, "tokenizer.ggml.token_type"),
         strict=True,
     )
     (out / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
     sums = {path.name: _sha256(path) for path in sorted(out.iterdir())}
     (out / "SHA256SUMS.json").write_text(json.dumps(sums, indent=1))
+    return {
+        key: field.contents() for key, field in reader.fields.items() if key.startswith("general.")
+    }
 
 
-def _hugging_face_name(name: str) -> str:
+def _field(reader: Any, gguf_file: Path, key: str, *default: Any) -> Any:
+    """A value of the file's header."""
+    if key in reader.fields:
+        return reader.fields[key].contents()
+    if default:
+        return default[0]
+    raise EmbeddedModelError(f"{gguf_file} lacks the field {key}")
+
+
+def _config(reader: Any, gguf_file: Path) -> dict[str, Any]:
+    """The `config.json` of a GGUF file's model, as transformers names the fields.
+
+    What llama.cpp knows without being told is from its `src/models/gemma*.cpp`: bases of the
+    rotary embedding, and the scale of queries in the models of 27B.
+    """
+    architecture = _field(reader, gguf_file, "general.architecture")
+    if architecture not in ("gemma", "gemma2", "gemma3"):
+        raise EmbeddedModelError(
+            f"{gguf_file} holds a {architecture!r} model; gemma, gemma2 and gemma3 are known"
+        )
+    if (kind := _field(reader, gguf_file, "tokenizer.ggml.model")) != "llama":
+        raise EmbeddedModelError(
+            f"{gguf_file} has a tokenizer of kind {kind!r}; only SentencePiece ('llama') is known"
+        )
+
+    def own(key: str, *default: Any) -> Any:
+        return _field(reader, gguf_file, f"{architecture}.{key}", *default)
+
+    layers, hidden, heads = (
+        own(key) for key in ("block_count", "embedding_length", "attention.head_count")
+    )
+    head_dim = own("attention.key_length")
+    largest = (architecture, layers) in (("gemma2", 46), ("gemma3", 62))
+    theta = own("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4)
+    config = {
+        "model_type": "gemma3_text" if architecture == "gemma3" else architecture,
+        "architectures": [f"{architecture.capitalize()}ForCausalLM"],
+        "vocab_size": 0,  # in its place; known when the weights are
+        "hidden_size": hidden,
+        "intermediate_size": own("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": own("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": hidden // heads if largest else head_dim,
+        "max_position_embeddings": own("context_length"),
+        "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
+        "sliding_window": own(
+            "attention.sliding_window", *([] if architecture == "gemma3" else [4096])
+        ),
+        "rope_theta": theta,
+    }
+    if architecture == "gemma2":
+        config["attn_logit_softcapping"] = own("attn_logit_softcapping", 50.0)
+        config["final_logit_softcapping"] = own("final_logit_softcapping", 30.0)
+    if (scaling := own("rope.scaling.type", "none")) != "none":
+        if scaling != "linear" or architecture != "gemma3":
+            raise EmbeddedModelError(
+                f"{gguf_file}: rope.scaling.type {scaling!r}: only linear of gemma3 is known"
+            )
+        config["rope_scaling"] = {"rope_type": "linear", "factor": own("rope.scaling.factor")}
+    return config
+
+
+def _hugging_face_name(name: str, model_type: str) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     whole = {
         "token_embd.weight": "model.embed_tokens.weight",
@@ -169,10 +227,14 @@ def _hugging_face_name(name: str) -> str:
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     }
+    if model_type == "gemma":  # has two norms a layer, and this name for the second
+        in_block["ffn_norm"] = "post_attention_layernorm"
     if name in whole:
         return whole[name]
-    _, block, kind, suffix = name.split(".")
-    return f"model.layers.{block}.{in_block[kind]}.{suffix}"
+    kind = name.split(".")
+    if len(kind) != 4 or kind[0] != "blk" or kind[2] not in in_block:
+        raise EmbeddedModelError(f"the tensor {name} is none of a Gemma text model's")
+    return f"model.layers.{kind[1]}.{in_block[kind[2]]}.{kind[3]}"
 
 
 def sentencepiece_model(pieces: Iterable[tuple[str, float, int]]) -> bytes:

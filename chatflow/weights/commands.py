@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from chatflow.options import Parser
-from chatflow.weights import copies, parsers
+from chatflow.weights import convert, copies, fetch, parsers
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +14,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands: Any = parser.add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=Parser
     )
+    fetch.add(commands)
+    convert.add(commands)
     parsers.add_save(commands)
     parsers.add_info(commands)
     copies.add(commands)

@@ -1,0 +1,162 @@
+"""A model's folder, here or on any filesystem that Beam knows, with the hashes of its files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow.errors import UsageError, one_line
+from chatflow.models import embedded
+
+SUMS = "SHA256SUMS.json"
+"""Name -> SHA-256 of each other file, written when all of them are there."""
+
+_CHUNK = 1 << 22
+_RAW = "uncompressed"  # whatever the name ends in
+
+
+class Folder:
+    """A folder by its path or URL. What cannot be read or written is a `UsageError`."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/") or url
+        self.path = None if "://" in url else Path(url).expanduser()
+
+    @property
+    def staging(self) -> Path:
+        """Where files are made before they get their names: here, on the same disk if it can be."""
+        if self.path is not None:
+            return self.path / ".staging"
+        return embedded.cache_root() / "staging" / slug(self.url)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file by its name; without hidden ones. Empty where there is no folder."""
+        with self._reporting("cannot be read"):
+            if self.path is None:
+                base = self.url + "/"
+                found = FileSystems.match([base + "**"])[0].metadata_list
+                sizes = {file.path[len(base) :]: file.size_in_bytes for file in found}
+            else:
+                files = (path for path in self.path.rglob("*") if path.is_file())
+                sizes = {
+                    path.relative_to(self.path).as_posix(): path.stat().st_size for path in files
+                }
+        return {
+            name: size
+            for name, size in sorted(sizes.items())
+            if not any(part.startswith(".") for part in name.split("/"))
+        }
+
+    def sums(self) -> dict[str, str]:
+        """What its `SHA256SUMS.json` says, or nothing where there is none that can be read."""
+        try:
+            with self.open(SUMS) as file:
+                sums = json.loads(file.read())
+        except (UsageError, ValueError):
+            return {}
+        return sums if isinstance(sums, dict) else {}
+
+    def open(self, name: str) -> IO[bytes]:
+        with self._reporting(f"{name} cannot be read"):
+            if self.path is not None:
+                return (self.path / name).open("rb")
+            opened: IO[bytes] = FileSystems.open(f"{self.url}/{name}", compression_type=_RAW)
+            return opened
+
+    def sha256(self, name: str) -> str:
+        with self._reporting(f"{name} cannot be read"), self.open(name) as file:
+            hashed = hashlib.sha256()
+            while chunk := file.read(_CHUNK):
+                hashed.update(chunk)
+            return hashed.hexdigest()
+
+    def copy(self, name: str, target: Path) -> None:
+        """A file of the folder, here."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            self._reporting(f"{name} cannot be copied"),
+            self.open(name) as file,
+            target.open("wb") as copy,
+        ):
+            shutil.copyfileobj(file, copy, _CHUNK)
+
+    def put(self, made: Path, name: str, wrote: Callable[[int], None] = lambda _: None) -> None:
+        """Moves a file from here into the folder; it has its name when it is whole.
+
+        Args:
+          wrote: called with the bytes of each part that was sent.
+        """
+        with self._reporting(f"{name} cannot be written"):
+            if self.path is not None:
+                target = self.path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(made, target)
+                return
+            target_url = f"{self.url}/{name}"
+            try:
+                with (
+                    made.open("rb") as file,
+                    FileSystems.create(target_url + ".part", compression_type=_RAW) as copy,
+                ):
+                    while chunk := file.read(_CHUNK):
+                        copy.write(chunk)
+                        wrote(len(chunk))
+            except BaseException:
+                # What was sent before a fault is an object, too.
+                with contextlib.suppress(Exception):
+                    FileSystems.delete([target_url + ".part"])
+                raise
+            FileSystems.rename([target_url + ".part"], [target_url])
+            made.unlink()
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            with self._reporting(f"{name} cannot be deleted"):
+                if self.path is not None:
+                    (self.path / name).unlink(missing_ok=True)
+                else:
+                    FileSystems.delete([f"{self.url}/{name}"])
+
+    def finish(self, sums: Mapping[str, str]) -> None:
+        """Writes `SHA256SUMS.json`, after which the folder is whole."""
+        with self._reporting(f"{SUMS} cannot be written"):
+            self.staging.mkdir(parents=True, exist_ok=True)
+            (self.staging / SUMS).write_text(json.dumps(dict(sorted(sums.items())), indent=1))
+        self.put(self.staging / SUMS, SUMS)
+
+    def check_room(self, size: int) -> None:
+        """Raises a `UsageError` where the disk has less room than so many bytes."""
+        with self._reporting("cannot be written"):
+            self.staging.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.staging).free
+        if size > free:
+            raise UsageError(
+                f"{self.staging.parent}: {size / 1e9:,.3f} GB are needed, {free / 1e9:,.3f} GB "
+                "are free; make room, or name another destination"
+            )
+
+    @contextlib.contextmanager
+    def _reporting(self, what: str) -> Any:
+        try:
+            yield
+        except UsageError:
+            raise
+        except Exception as error:  # each filesystem has its own
+            full = getattr(error, "errno", None) == errno.ENOSPC
+            said = "the disk is full; make room" if full else one_line(error)
+            raise UsageError(f"{self.url}: {what}: {said}") from error
+
+
+def slug(url: str) -> str:
+    """A name for a folder of the cache."""
+    return re.sub(r"[^\w.-]+", "_", url)
