@@ -16,9 +16,11 @@ from chatflow import sizing
 from chatflow.bigquery import columns
 from chatflow.options import LOCAL_RUNNER, Options, markdown_table, template_parameters
 from chatflow.records import KINDS
+from chatflow.weights import info
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+SYSTEMS = ROOT / "docs" / "systems.md"
 TABLE = r"(<!-- {0}: .*? -->\n).*?(<!-- end of {0} -->)"
 
 
@@ -27,11 +29,16 @@ INFRA = ROOT / "infra"
 
 def generated() -> dict[Path, str]:
     """The files that are made from code, and what they should hold."""
-    readme = README.read_text()
-    for name, table in (("options", markdown_table()), ("sizes", sizing.markdown_table())):
+    tables = (
+        (README, "options", markdown_table()),
+        (README, "sizes", sizing.markdown_table()),
+        (SYSTEMS, "models", info.markdown_table()),
+    )
+    pages = {path: path.read_text() for path, _, _ in tables}
+    for path, name, table in tables:
         place = re.compile(TABLE.format(name), re.DOTALL)
-        before, after = place.search(readme).groups()
-        readme = place.sub(lambda _: f"{before}{table}\n{after}", readme)  # noqa: B023
+        before, after = place.search(pages[path]).groups()
+        pages[path] = place.sub(lambda _: f"{before}{table}\n{after}", pages[path])  # noqa: B023
     metadata = {
         "name": "chatflow",
         "description": "Sentiment, summaries and apology drafts of support chats, by an LLM",
@@ -43,7 +50,7 @@ def generated() -> dict[Path, str]:
         path: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         for path, value in files.items()
     }
-    return {README: readme, **texts}
+    return {**pages, **texts}
 
 
 @pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
