@@ -92,7 +92,7 @@ def on_pytorch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
     for seed in range(20):
         spec = ModelSpec(f"torch:{tiny_t5(folder, seed)}", kind="instruct")
-        case = Case(spec, spec.model().handler, "longer " * 3_000)
+        case = Case(spec, spec.handler(), "longer " * 3_000)
         template = with_settings(case.analysis.template, "answer_tokens = 256", "answer_tokens = 8")
         case.analysis = AnalysisPrompt(template, spec, max_prompt_tokens=10**6)
         asked = [case.request(about) for about in samples(ANGRY, HAPPY)]

@@ -1,6 +1,8 @@
 """How often the weights are in memory: by process, by worker, N times; and let go again."""
 
+import dataclasses
 import gc
+import io
 import json
 import os
 import subprocess
@@ -8,14 +10,23 @@ import sys
 import threading
 import weakref
 
+import apache_beam as beam
 import pytest
 from conftest import chat
+from rich.console import Console
+from test_pipeline import answer_any
 from tiny import tiny_gemma
 
 from chatflow.cli import main
-from chatflow.models import copies
+from chatflow.models import Model, copies
 from chatflow.models.gemma import GemmaModelHandler
-from chatflow.models.requests import Part, Request, WorkerSettings
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.requests import Batching, Part, Request, WorkerSettings
+from chatflow.models.scripted import ScriptedModelHandler
+from chatflow.options import Options, beam_options
+from chatflow.pipeline import build
+from chatflow.report import Summary
+from chatflow.run import prepare
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +99,50 @@ def test_the_weights_of_a_model_that_is_let_go_are_freed(preset):
     assert threading.active_count() <= threads
 
 
-ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
+class Sized(ScriptedModelHandler):
+    """A model that loads at once, kept as the settings say."""
+
+    def __init__(self, settings):
+        LanguageModelHandler.__init__(self, "sized", Batching(2), settings)
+        self.function = answer_any
+
 
 SETUPS = {
-    "by process": (["--large_model=false"], 2),
-    "by worker": ([], 1),
-    "two by worker": (["--model_copies=2"], 2),
+    "by process": (WorkerSettings(large_model=False), 2),
+    "by worker": (WorkerSettings(), 1),
+    "three by worker": (WorkerSettings(model_copies=3), 3),
 }
+TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_two_processes_of_a_worker_load_as_many_copies_as_they_are_told(
-    preset, lines, tmp_path, capsys, setup
+    lines, tmp_path, script, monkeypatch, setup
 ):
     """Both inference steps run in both processes."""
-    flags, expected = SETUPS[setup]
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # they import this file
+    settings, expected = SETUPS[setup]
     path = lines(*(chat("the parcel is late", chat_id=str(n)) for n in range(24)))
+    options = Options(input=path, output=f"{tmp_path}/out", model=script({"answer": "unused"}))
+    planned, _ = prepare(options, TWO_PROCESSES, Console(file=io.StringIO()))
+    planned = dataclasses.replace(planned, model=Model(Sized(settings)))
+    pipeline = beam.Pipeline(options=beam_options(TWO_PROCESSES))
+    build(pipeline, planned)
+    result = pipeline.run()
+    result.wait_until_finish()
+    planned.model.forget()
+    counts = Summary.of(result, 1, planned).to_dict()
+    assert (counts["analysed"], counts["drafted"], counts["lost"]) == (24, 24, 0)
+    assert counts["copies_loaded"] == expected
+
+
+def test_two_copies_of_a_gemma_serve_two_processes(preset, lines, tmp_path, capsys):
+    path = lines(*(chat("the parcel is late", chat_id=str(n)) for n in range(8)))
     arguments = [
         "run", f"--input={path}", f"--output={tmp_path}/out", f"--model={preset}",
-        "--max_prompt_tokens=400", "--max_batch_size=2", "--dtype=float32", "--summary=json",
-        *flags, "--direct_running_mode=multi_processing", "--direct_num_workers=2",
+        "--max_prompt_tokens=400", "--max_batch_size=1", "--dtype=float32", "--summary=json",
+        "--model_copies=2", *TWO_PROCESSES,
     ]  # fmt: skip
     assert main(arguments) == 0
     counts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert counts["lost"] == 0
-    assert counts["copies_loaded"] == expected
+    assert (counts["lost"], counts["copies_loaded"]) == (0, 2)

@@ -137,7 +137,7 @@ def test_the_tables_have_all_models(capsys):
 
 
 def test_one_model_of_a_folder_and_its_state_dict(tmp_path, capsys):
-    folder = tiny_t5(tmp_path / "t5")
+    folder = tiny_t5(tmp_path / "t5", tied=True)
     path = str(tmp_path / "tiny.pt")
     assert main(["model", "save-state-dict", folder, path, "--dtype=float32"]) == 0
     capsys.readouterr()

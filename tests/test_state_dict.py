@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch")
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     """A T5 as transformers 5 makes it: its output is its input's embedding."""
-    return tiny_t5(tmp_path_factory.mktemp("t5") / "t5")
+    return tiny_t5(tmp_path_factory.mktemp("t5") / "t5", tied=True)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ BUCKET = "gs://proj-1-chatflow"
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    return tiny_t5(tmp_path_factory.mktemp("t5") / "t5")
+    return tiny_t5(tmp_path_factory.mktemp("t5") / "t5", tied=True)
 
 
 @pytest.fixture(scope="module")

@@ -423,7 +423,7 @@ def test_what_is_no_model_is_refused(t5, tmp_path):
         (["--model=torch:T5", "--inference=remote"], "runs on the workers"),
         (["--model=torch:T5", "--quantization=int8"], "only for Gemma"),
         (["--state_dict_path=x.pt"], "only with --model=torch:NAME, not with --model=gemma3-270m"),
-        (["--dtype=float16"], "only for torch: models"),
+        (["--dtype=float16"], "only for torch: and vllm: models"),
     ],
 )
 def test_what_cannot_be_is_refused_at_launch(t5, tmp_path, capsys, flags, says):

@@ -193,9 +193,9 @@ def test_a_stream_takes_up_weights_and_templates_and_refuses_broken_ones(
     )  # fmt: skip
     (tmp_path / "updates").mkdir()
 
-    def publish(name, text):
+    def publish(name, text, to="updates"):
         (tmp_path / name).write_text(text)
-        os.replace(tmp_path / name, tmp_path / "updates" / name)
+        os.replace(tmp_path / name, tmp_path / to / name)
 
     with pubsub.inbox() as inbox, pubsub.pipeline(options) as run:
         (before,) = until(pubsub, inbox, lambda analysis: True)
@@ -207,12 +207,12 @@ def test_a_stream_takes_up_weights_and_templates_and_refuses_broken_ones(
 
         publish("v3.jsonl", "no script")
         good = (folder / "analysis.jinja").read_text()
-        (folder / "analysis.jinja").write_text(good.replace("support", "customer support"))
+        publish("analysis.jinja", good.replace("support", "customer support"), "prompts")
         *_, fresh = until(
             pubsub, inbox, lambda one: one["prompt_version"] != before["prompt_version"]
         )
         assert (fresh["model"], fresh["sentiment"]) == (after["model"], 1)
-        (folder / "analysis.jinja").write_text("{% broken")
+        publish("analysis.jinja", "{% broken", "prompts")
         while "new templates are refused" not in caplog.text:
             (last,) = until(pubsub, inbox, lambda analysis: True)
         assert last["prompt_version"] == fresh["prompt_version"]

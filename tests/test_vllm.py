@@ -159,7 +159,7 @@ def test_a_base_models_answer_is_put_together_by_code(place):
     planned = plan(Options(input=str(SAMPLES), output=str(place.folder / "out"), model=BASE))
     model = planned.routes.specs[0].handler().load_model()
     late = chat("My parcel is broken and nobody answers", chat_id="1")
-    question = planned.analysis_prompt.question(late, "c")
+    question = planned.first.analysis.question(late, "c")
     tone, summary = question.request.parts
     (found,) = model.answer([question.request])
     fields = json.loads(found.text)

@@ -134,9 +134,11 @@ def as_gguf(model, path, pieces, architecture, kind=GGMLQuantizationType.F32, na
 
 def logits(preset):
     """What the engine's model says after each of the tokens."""
-    model = load_engine(str(preset), "float32").forward.model
+    engine = load_engine(str(preset), "float32")
     ids = np.array([IDS], np.int32)
-    return np.asarray(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}))[0]
+    return np.asarray(engine.forward.model({"token_ids": ids, "padding_mask": np.ones_like(ids)}))[
+        0
+    ]
 
 
 def theirs(model):

@@ -71,8 +71,12 @@ def tiny_gemma(
     return os.fspath(folder)
 
 
-def tiny_t5(folder: str | os.PathLike[str], seed: int = 7) -> str:
-    """A folder with a T5 of the newer kind (gated, as Flan-T5), as Hugging Face saves it."""
+def tiny_t5(folder: str | os.PathLike[str], seed: int = 7, tied: bool = False) -> str:
+    """A folder with a T5 of the newer kind (gated, as Flan-T5), as Hugging Face saves it.
+
+    Args:
+      tied: the output has the embedding's weights, and none of its own as in Flan-T5.
+    """
     from transformers import T5Config, T5ForConditionalGeneration
 
     tokenizer = _t5_tokenizer()
@@ -80,7 +84,7 @@ def tiny_t5(folder: str | os.PathLike[str], seed: int = 7) -> str:
         vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
         decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
-    return _saved(folder, T5ForConditionalGeneration, config, tokenizer, seed)
+    return _saved(folder, T5ForConditionalGeneration, config, tokenizer, seed, tied)
 
 
 CHAT_TEMPLATE = (
@@ -119,7 +123,12 @@ def _t5_tokenizer() -> Any:
 
 
 def _saved(
-    folder: str | os.PathLike[str], kind: Any, config: Any, tokenizer: Any, seed: int
+    folder: str | os.PathLike[str],
+    kind: Any,
+    config: Any,
+    tokenizer: Any,
+    seed: int,
+    tied: bool = False,
 ) -> str:
     import torch
     import transformers
@@ -127,8 +136,8 @@ def _saved(
     transformers.logging.disable_progress_bar()
     torch.manual_seed(seed)
     model = kind(config)
-    # As in Flan-T5, the output has weights of its own; transformers makes it the embedding's.
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    if not tied:  # transformers makes the output the embedding
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
