@@ -148,7 +148,7 @@ def size_of(
     weights = (shape.parameters * width + (2 * shape.wide if dtype == "float16" else 0)) / 1e9
     kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width)
     row = CACHE_ROOM * kv + shape.score_bytes(prompt_tokens, width)
-    needed = weights + batch * row / 1e9 + PROCESS_GB
+    needed = weights + shape.rows(batch, prompt_tokens) * row / 1e9 + PROCESS_GB
     if accelerator:
         gpu = first_that_fits(table["accelerator"], accelerator, needed, "accelerator", model)
         machine, vcpus, memory = gpu["machine"], gpu["vcpus"], gpu["machine_gb"]

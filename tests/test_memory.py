@@ -110,7 +110,6 @@ class Sized(ScriptedModelHandler):
 SETUPS = {
     "by process": (WorkerSettings(large_model=False), 2),
     "by worker": (WorkerSettings(), 1),
-    "three by worker": (WorkerSettings(model_copies=3), 3),
 }
 TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 

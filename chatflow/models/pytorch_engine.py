@@ -19,13 +19,11 @@ from transformers import LogitsProcessor, StoppingCriteria
 from chatflow.errors import ElementError, ModelError
 from chatflow.models.parts import Result
 from chatflow.models.requests import Part
+from chatflow.models.sizes import rows_at_once
 
 LONGEST = 4096
 """Tokens of a prompt, where the model itself names no limit: T5's relative positions have none,
 but its attention takes memory by the square (flan-t5-xl: 2 GB a prompt at this length)."""
-
-ATTENTION_BYTES = 1 << 30
-"""Of the attention scores of one call, at most."""
 
 
 class _Prompt(NamedTuple):
@@ -152,7 +150,7 @@ class Engine:
         prompts = sorted(prompts, key=lambda prompt: len(prompt.tokens), reverse=True)
         while prompts:
             longest = len(prompts[0].tokens)
-            rows = max(1, min(self.most, ATTENTION_BYTES // (4 * self._heads * longest**2)))
+            rows = rows_at_once(self.most, self._heads, longest)
             like = itertools.takewhile(lambda p: 2 * len(p.tokens) > longest, prompts)  # noqa: B023
             block = list(itertools.islice(like, rows))
             prompts = prompts[len(block) :]

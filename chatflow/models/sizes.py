@@ -13,6 +13,14 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow.errors import UsageError, one_line
 from chatflow.models.presets import brought
 
+ATTENTION_BYTES = 1 << 30
+"""Of the attention scores of one call of PyTorch's, as float32, at most."""
+
+
+def rows_at_once(batch: int, heads: int, tokens: int) -> int:
+    """How many prompts a call of PyTorch's has; one at least, however long."""
+    return max(1, min(batch, ATTENTION_BYTES // (4 * heads * tokens**2)))
+
 
 class Architecture(NamedTuple):
     """What decides a Gemma's size. Embeddings are tied: they are input and output.
@@ -53,6 +61,10 @@ class Architecture(NamedTuple):
     def kv_bytes(self, tokens: int, width: int) -> int:
         """A row's cache: keys and values of all layers for so many tokens."""
         return 2 * self.layers * self.kv_heads * self.head * width * tokens
+
+    def rows(self, batch: int, tokens: int) -> int:
+        """How many prompts of a batch are run at once."""
+        return batch
 
     def score_bytes(self, tokens: int, width: int) -> int:
         """Prompts are read in pieces, so that what attention computes is small beside the cache."""
@@ -109,6 +121,10 @@ class EncoderDecoder(NamedTuple):
     def kv_bytes(self, tokens: int, width: int) -> int:
         """A row's cache: of the text that is read, and of what is written, for so many tokens."""
         return 2 * self.decoder_layers * self.heads * self.head * width * tokens
+
+    def rows(self, batch: int, tokens: int) -> int:
+        """How many prompts of a batch are run at once, for the memory of their attention."""
+        return rows_at_once(batch, self.heads, tokens)
 
     def score_bytes(self, tokens: int, width: int) -> int:
         """A row's attention of the layer that reads, each token to each, while it is computed.

@@ -73,6 +73,9 @@ class _Counted(NamedTuple):
     embedding: int
     wide: int = 0
 
+    def rows(self, batch: int, tokens: int) -> int:
+        return batch
+
     def kv_bytes(self, tokens: int, width: int) -> int:
         return 0
 
@@ -98,7 +101,8 @@ def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
     tensors = max(RUN_BYTES, 4 * shape.embedding) + (width + 4) * CHUNK
     save = SAVE_PROCESS_GB + tensors / 1e9
     cache = CACHE_ROOM * shape.kv_bytes(PROMPT_TOKENS + ANSWER_TOKENS, width)
-    rows = BATCH * (cache + shape.score_bytes(PROMPT_TOKENS, width)) / 1e9
+    row = cache + shape.score_bytes(PROMPT_TOKENS, width)
+    rows = shape.rows(BATCH, PROMPT_TOKENS) * row / 1e9
     load = weights + (2 * shape.wide / 1e9 if dtype == "float16" else 0) + PROCESS_GB
     run = load + rows
     disk = 10 * math.ceil((4 * shape.parameters / 1e9 + weights + SYSTEM_DISK_GB) / 10)
