@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ from chatflow.models import ModelSpec, calls
 from chatflow.models.calls import RemoteModel
 from chatflow.models.requests import Answer, Failure, Part, RemoteSettings, Request, WorkerSettings
 from chatflow.models.vllm import VllmModelHandler, check, server_arguments
-from chatflow.models.vllm_client import VllmClient
-from chatflow.models.vllm_server import VllmServer
+from chatflow.models.vllm_client import VllmClient, _scores_of
+from chatflow.models.vllm_server import GUARD, VllmServer
 from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
 from chatflow.run import check_accelerator, execute, prepare
@@ -146,6 +147,17 @@ def test_the_tone_of_a_base_model_is_a_scored_choice(shared):
     words = dataclasses.replace(asked, choices=("red", "green"))
     (found,) = ask(server, Request("id", "analysis", "7", "u", (words,)), instruct=False)
     assert found.reason == "no_choice"
+
+
+def test_a_token_that_begins_several_choices_scores_none_of_them():
+    def scored(tops):
+        part = Part("sentiment", "Tone:", choices=(" angry", " negative", " neutral"))
+        return _scores_of({"choices": [{"logprobs": {"top_logprobs": [tops]}}]}, part)
+
+    tops = {" ne": -0.1, " negative": -3.0, " an": -4.0, " the": -5.0}
+    assert json.loads(scored(tops).text) == [-4.0, -3.0, -5.0]
+    fault = scored({" ne": -0.1, " the": -5.0})
+    assert fault.reason == "no_choice"
 
 
 def loaded(name=NAME, **remote):
@@ -293,6 +305,37 @@ def test_processes_of_a_worker_share_a_server_which_ends_with_its_owner(place):
         owner.kill()
     assert len(place.started) == 1
     assert place.all_gone()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children")
+def test_a_server_whose_guard_is_killed_ends_and_is_started_again(place):
+    arguments = server_arguments(NAME, WorkerSettings(), 32)
+    server = VllmServer("google/gemma-3-1b-it", arguments, instruct=True)
+    server._server._server_process.kill()
+    assert place.all_gone(), "server and engine"
+    assert isinstance(ask(server, request())[0], Answer)
+    assert len(place.started) == 2
+    server.stop()
+
+
+TOLD_AT_ONCE = """
+import os, runpy, signal, subprocess, sys
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+subprocess.Popen = Popen
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_guard_that_is_told_to_end_while_the_command_starts_ends_it():
+    command = [sys.executable, "-c", TOLD_AT_ONCE, str(GUARD), "sleep", "60"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as guard:
+        assert guard.wait(20) == 128 + signal.SIGTERM  # as the command ended
 
 
 def test_a_stream_survives_a_crash(place, pubsub):

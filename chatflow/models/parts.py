@@ -52,7 +52,8 @@ def put_together(
         said = result.text
         if result.cut:
             finish_reason = "length"
-            said += "…"
+            if result.choice >= 0 or not part.schema:  # else the model wrote JSON itself
+                said += "…"
         if part.choices:
             fields[str(part.field)] = part.values[result.choice]
             for choice, score in zip(part.choices, result.scores, strict=True):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
+from chatflow.models import TORCH
 from chatflow.models.presets import brought
 
 ATTENTION_BYTES = 1 << 30
@@ -177,9 +178,6 @@ _T5_NAME = re.compile(
     r"(?<![a-z])(?:(?P<newer>flan[-_])?t5(?P<v11>[-_]v1_1)?[-_]"
     r"(?P<size>small|base|large|xl|xxl|3b|11b)|(?P<ul2>ul2))(?![a-z\d])(?P<adapted>-lm-adapt)?"
 )
-
-TORCH = "torch:"
-"""Before the name of a model that PyTorch runs."""
 
 
 def architecture_of(model: str) -> Architecture | EncoderDecoder:

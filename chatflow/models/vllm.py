@@ -12,12 +12,13 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chatflow.errors import UsageError
 from chatflow.models import VLLM
 from chatflow.models.calls import RemoteModel
 from chatflow.models.handlers import LanguageModel, LanguageModelHandler
+from chatflow.models.parts import Result, put_together
 from chatflow.models.presets import brought, copied
 from chatflow.models.requests import (
     FIRST,
@@ -176,7 +177,7 @@ class VllmModel(LanguageModel):
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         calls = [dataclasses.replace(r, parts=(part,)) for r in requests for part in r.parts]
         answers = iter(self._calls.answer(calls))
-        return [put_together(r.parts, [next(answers) for _ in r.parts]) for r in requests]
+        return [_together(r.parts, [next(answers) for _ in r.parts]) for r in requests]
 
     def counts(self) -> dict[str, int]:
         return self._calls.counts()
@@ -191,46 +192,30 @@ def _release(calls: RemoteModel, server: VllmServer) -> None:
     server.stop()
 
 
-def put_together(parts: Sequence[Part], found: Sequence[Answer | Failure]) -> Answer | Failure:
-    """One answer from those of a request's parts: a base model writes no JSON, so code does."""
+def _together(parts: Sequence[Part], found: Sequence[Answer | Failure]) -> Answer | Failure:
+    """One answer from those to a request's parts, or the first failure; all are paid for."""
     read = sum(each.prompt_tokens for each in found)
     written = sum(each.answer_tokens for each in found)
-    fields: dict[str, Any] = {}
-    text, finish_reason = "", "stop"
-    scores: tuple[tuple[str, float], ...] = ()
     answers: list[Answer] = []
-    for part, each in zip(parts, found, strict=True):
+    for each in found:
         if isinstance(each, Failure):
             return dataclasses.replace(each, prompt_tokens=read, answer_tokens=written)
         answers.append(each)
-        if part.choices:
-            scored = json.loads(each.text)  # see VllmClient
-            biased = [score - bias for score, bias in zip(scored, part.bias, strict=True)]
-            fields[str(part.field)] = part.values[biased.index(max(biased))]
-            words = (choice.strip() for choice in part.choices)
-            scores = tuple(zip(words, (round(score, 4) for score in scored), strict=True))
-            continue
-        said = each.text
-        if each.finish_reason == "length":
-            finish_reason = "length"
-            said += "" if part.schema else "…"
-        said = (part.lead + said).strip()
-        if part.tail:
-            said = said.rstrip(" ,.!?…") + part.tail
-        if part.field:
-            fields[part.field] = said
-        else:
-            text = said
-    return dataclasses.replace(
-        answers[0],
-        text=json.dumps(fields, ensure_ascii=False) if fields else text,
-        prompt_tokens=read,
-        answer_tokens=written,
-        seconds=max(each.seconds for each in answers),
-        finish_reason=finish_reason,
-        tone_scores=scores,
-        repairs=tuple(repair for each in answers for repair in each.repairs),
-    )
+    results = [(part, _result(part, each)) for part, each in zip(parts, answers, strict=True)]
+    made = put_together(results, answers[0].model, max(each.seconds for each in answers))
+    if isinstance(made, Answer):
+        repairs = tuple(repair for each in answers for repair in each.repairs)
+        made = dataclasses.replace(made, repairs=repairs)
+    return dataclasses.replace(made, prompt_tokens=read, answer_tokens=written)
+
+
+def _result(part: Part, answer: Answer) -> Result:
+    if not part.choices:
+        cut = answer.finish_reason == "length"
+        return Result(answer.prompt_tokens, text=answer.text, cut=cut)
+    scores = tuple(json.loads(answer.text))  # see VllmClient
+    biased = [score - bias for score, bias in zip(scores, part.bias, strict=True)]
+    return Result(answer.prompt_tokens, scores, biased.index(max(biased)))
 
 
 class VllmModelHandler(LanguageModelHandler[VllmModel]):

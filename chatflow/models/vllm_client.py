@@ -89,6 +89,8 @@ class VllmClient(Client):
 def _scores_of(content: Any, part: Part) -> Reply | Fault:
     """The log-probability of each choice's first token, in place of a text; as JSON.
 
+    A token that begins several choices says nothing of one of them, and is left out.
+
     Raises:
       MalformedReplyError: the reply has no log-probabilities.
     """
@@ -103,14 +105,16 @@ def _scores_of(content: Any, part: Part) -> Reply | Fault:
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         said = f"no log-probabilities in the reply: {error!r}"
         raise MalformedReplyError("bad_reply", said, json.dumps(content)[:2000]) from None
-    by_choice = [
-        [score for token, score in tops.items() if _begins(choice, token)]
-        for choice in part.choices
-    ]
-    if not any(by_choice):
-        said = f"none of {list(part.choices)} is among the {TOP} likeliest tokens: {list(tops)}"
+    by_choice: dict[str, list[float]] = {choice: [] for choice in part.choices}
+    for token, score in tops.items():
+        begun = [choice for choice in by_choice if _begins(choice, token)]
+        if len(begun) == 1:
+            by_choice[begun[0]].append(score)
+    if not any(by_choice.values()):
+        choices = list(part.choices)
+        said = f"none of the {TOP} likeliest tokens begins just one of {choices}: {list(tops)}"
         return Fault(Kind.FATAL, "no_choice", said, 0.0, None, *paid)
-    return Reply(json.dumps([max(scores, default=least) for scores in by_choice]), *paid)
+    return Reply(json.dumps([max(scores, default=least) for scores in by_choice.values()]), *paid)
 
 
 def _begins(choice: str, token: str) -> bool:

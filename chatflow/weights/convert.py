@@ -53,7 +53,7 @@ def _convert(parsed: argparse.Namespace) -> int:
     started = time.monotonic()
     folder = Folder(parsed.destination)
     progress = Progressing()
-    with shown(progress, folder, Console(stderr=True)):
+    with shown(progress, folder.url, Console(stderr=True)):
         made = convert(parsed.source, folder, parsed.dtype, parsed.check == "true", progress)
     say(parsed, "converted", made.to_dict(), str(made), started, made.instruct)
     return 0

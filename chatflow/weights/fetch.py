@@ -17,7 +17,6 @@ from chatflow.models.presets import is_instruct
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chatflow.weights.folders import Folder
     from chatflow.weights.transfer import Progressing
 
 FETCH = """
@@ -50,13 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def shown(progress: Progressing, folder: Folder, console: Console) -> Iterator[None]:
+def shown(progress: Progressing, name: str, console: Console) -> Iterator[None]:
     """Shows on a terminal, or as lines in a log, how far it has come."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         Progress,
         TextColumn,
+        TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
@@ -64,8 +64,8 @@ def shown(progress: Progressing, folder: Folder, console: Console) -> Iterator[N
 
     def text() -> str:
         there = progress.sent if progress.sending else progress.here
-        done = f" {there / 1e6:,.0f} of {progress.total / 1e6:,.0f} MB" if progress.total else ""
-        return f"{folder.url}: {progress.doing}{done}"
+        done = f", {there / 1e6:,.0f} of {progress.total / 1e6:,.0f} MB" if progress.total else ""
+        return f"{name}: {progress.doing}{done}"
 
     def bars(done: threading.Event) -> None:
         columns = (
@@ -73,6 +73,7 @@ def shown(progress: Progressing, folder: Folder, console: Console) -> Iterator[N
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
+            TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as bars:
             here = bars.add_task("", total=None)
@@ -98,7 +99,7 @@ def _fetch(parsed: argparse.Namespace) -> int:
     console = Console(stderr=True)
     folder = Folder(parsed.destination)
     progress = Progressing()
-    with shown(progress, folder, console):
+    with shown(progress, folder.url, console):
         fetched = fetch(open_source(parsed.source), folder, progress)
     instruct = names_instruct(parsed.source)
     say(parsed, "fetched", fetched.to_dict(), str(fetched), started, instruct)

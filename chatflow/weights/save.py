@@ -10,19 +10,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from chatflow.errors import UsageError, one_line
-from chatflow.report import lines
 from chatflow.weights import vertex_job
 from chatflow.weights.checkpoints import finder
-from chatflow.weights.state_dict import SUFFIXES, Plan, plan, write
+from chatflow.weights.fetch import shown
+from chatflow.weights.state_dict import SUFFIXES, plan, write
+from chatflow.weights.transfer import Progressing
 
 COPY_BYTES = 1 << 24
 
@@ -73,8 +73,9 @@ def save(name: str, path: str, dtype: str) -> dict[str, Any]:
         made = _workplace(path, planned.bytes)
     with made:
         part = Path(made.name) / f"{path.rsplit('/', 1)[-1]}.part"
-        with shown(planned, name) as progress, reached(path, OSError):
-            write(planned, part, progress)
+        progress = Progressing("no tensor yet", planned.bytes)
+        with shown(progress, name, Console(stderr=True)), reached(path, OSError):
+            write(planned, part, _counting(progress, len(planned.stored)))
         size = part.stat().st_size
         with reached(path):
             sha256 = _publish(part, path)
@@ -134,29 +135,14 @@ def _publish(part: Path, path: str) -> str:
     return total.hexdigest()
 
 
-@contextlib.contextmanager
-def shown(planned: Plan, name: str) -> Iterator[Any]:
-    """Shows on stderr how many tensors and bytes are written; a bar, or lines in a log."""
-    console = Console(stderr=True)
-    of, done = len(planned.stored), [0, 0]
+def _counting(progress: Progressing, tensors: int) -> Callable[[int, int], None]:
+    """Counts what is written of so many tensors."""
+    written = 0
 
-    def text() -> str:
-        size = f"{done[1] / 1e6:,.0f} of {planned.bytes / 1e6:,.0f} MB"
-        return f"{name}: {done[0]} of {of} tensors, {size}"
+    def count(more: int, size: int) -> None:
+        nonlocal written
+        written += more
+        progress.got += size
+        progress.doing = f"{written} of {tensors} tensors"
 
-    columns = (
-        TextColumn(f"{{task.fields[tensors]}} of {of} tensors"), BarColumn(), DownloadColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    watched = console.is_terminal
-    bars = Progress(*columns, console=console, transient=True, disable=not watched)
-    bar = bars.add_task(name, total=planned.bytes, tensors=0)
-
-    def progress(tensors: int, size: int) -> None:
-        done[:] = done[0] + tensors, done[1] + size
-        bars.update(bar, completed=done[1], tensors=done[0])
-
-    with bars, contextlib.nullcontext() if watched else lines(console, text):
-        yield progress
-    if not watched:
-        console.print(text(), highlight=False, markup=False, soft_wrap=True)
+    return count
