@@ -56,7 +56,7 @@ class Plan:
     @property
     def watches(self) -> bool:
         """New weights or templates are taken up while the pipeline runs."""
-        updates = any(route.updates for route in self.routes.routes)
+        updates = any(spec.updates for spec in self.routes.specs)
         return self.streaming and (updates or self.options.prompt_updates == "true")
 
     def write(self, kind: str) -> WriteRecords:
@@ -136,6 +136,7 @@ def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
             options.thinking,
         ),
         state_dict_path=options.state_dict_path,
+        updates=options.model_updates,
     )
 
 
@@ -145,10 +146,9 @@ def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str
     for route, (analysis, draft) in zip(routes.routes, first.by_route, strict=True):
         probes = (analysis.probe, draft.probe)
         # In a stream somebody waits for the first answers, so the model is readied as it loads.
-        expected = probes if streaming or route.updates else ()
-        refreshing = analysis.weights if route.updates else None
+        expected = probes if streaming or route.spec.updates else ()
         if route.spec.key not in handlers:
-            handlers[route.spec.key] = route.spec.handler(expected, refreshing)
+            handlers[route.spec.key] = route.spec.handler(expected)
     if not routes.attribute:
         return Model(next(iter(handlers.values())), hints)
     return Model(PerKeyModelHandler(handlers, routes.max_models), hints, several=True)

@@ -86,6 +86,21 @@ class Prompt:
                     raise UsageError(self.template.error_at(error)) from None
                 if number == 0 and not text:
                     raise UsageError(f"{self.template.where}: block {block} is empty")
+        try:
+            _ = self.probe
+        except BadInputError as error:
+            raise UsageError(str(error)) from None
+
+    def texts(self, name: str, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """A constant of the template that lists texts, if it is there.
+
+        Raises:
+          UsageError: it is something else.
+        """
+        found = self.template.settings.get(name, usual)
+        if not isinstance(found, (list, tuple)) or not all(isinstance(x, str) for x in found):
+            raise UsageError(f"{self.template.where}: {name} must list texts; found {found!r}")
+        return tuple(found)
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -101,7 +116,8 @@ class Prompt:
     @property
     def result_name(self) -> str:
         """What results will say made them."""
-        return self.weights.named(self.model.result_name)
+        path = self.weights.path
+        return self.weights.named(self.model.base_name) if path else self.model.result_name
 
     def of(self, chat: Chat) -> Self:
         """The prompt for a chat; others than this one may differ by chat, see `routes.Routed`."""
@@ -263,7 +279,10 @@ class AnalysisPrompt(Prompt):
             raise UsageError(f"{where}: summary_grounding must be 0 to 1; found {grounding}")
         if self.template.setting("answer_tokens", int) < 1:
             raise UsageError(f"{where}: answer_tokens must be at least 1")
-        for model, bias in self.template.settings.get("tone_bias", {}).items():
+        fitted = self.template.settings.get("tone_bias", {})
+        if not isinstance(fitted, dict):
+            raise UsageError(f"{where}: tone_bias must map models to numbers by tone")
+        for model, bias in fitted.items():
             if not isinstance(bias, dict) or set(bias) != set(tones):
                 raise UsageError(
                     f"{where}: tone_bias of {model!r} must have a number for each of {list(tones)}"
@@ -313,7 +332,7 @@ class AnalysisPrompt(Prompt):
             field="summary",
             lead=lead,
             tail=tail,
-            stop=tuple(settings.get("stop", ("\n",))),
+            stop=self.texts("stop", ("\n",)),
             characters=max(1, characters - len(lead) - len(tail)),
             **common,
         )
@@ -337,6 +356,12 @@ class DraftPrompt(Prompt):
         least = self.template.settings.get("draft_confidence", 0)
         if not isinstance(least, (int, float)) or not 0 <= least <= 1:
             raise UsageError(f"{where}: draft_confidence must be 0 to 1; found {least!r}")
+        if least and self.model.writes_json:
+            raise UsageError(
+                f"{where}: draft_confidence: {self.model.name} does not score the tone, so that "
+                "nothing is known of how sure it is; leave it out"
+            )
+        self.texts("refused_phrases")
 
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         settings = self.template.settings
@@ -347,7 +372,7 @@ class DraftPrompt(Prompt):
             lead=lead,
             tail=tail,
             max_tokens=settings["answer_tokens"],
-            stop=tuple(settings.get("stop", ())),
+            stop=self.texts("stop"),
         )
 
 

@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 FIELDS = (
     "inference", "model", "model_kind", "state_dict_path", "prompts", "max_prompt_tokens", "dtype",
-    "quantization", "model_updates",
+    "quantization", "vllm_args", "model_updates",
 )  # fmt: skip
 """The flags that an entry may set."""
 
@@ -82,7 +82,6 @@ class Route:
       keys: values of the attribute; empty: of the default.
       folder: of the prompts.
       overrides: constants of the templates that are set here.
-      updates: the files among which the newest has the model's weights; empty: none.
     """
 
     spec: ModelSpec
@@ -90,7 +89,6 @@ class Route:
     max_prompt_tokens: int
     keys: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Any], ...] = ()
-    updates: str = ""
 
     def prompts(self) -> tuple[AnalysisPrompt, DraftPrompt]:
         """Its prompts, as their templates are now.
@@ -160,12 +158,15 @@ def routes_of(options: Options, spec_of: SpecOf) -> Routes:
     """
     if not options.models:
         return Routes((_route(options, spec_of),))
-    if options.model_copies > 1:
-        raise UsageError("--model_copies: only with one model; --models has one copy of each")
+    if options.model_copies > 1 or options.large_model == "false":
+        raise UsageError(
+            "--model_copies, --large_model: only with one model; of --models, a worker has one "
+            "copy of each"
+        )
     try:
         with FileSystems.open(options.models) as file:
             value = yaml.safe_load(file.read())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # each filesystem has its own, and YAML
         raise UsageError(f"--models={options.models}: cannot be read: {one_line(error)}") from None
     where = f"--models={options.models}"
     _check_fields(where, value, {"attribute", "models", "default", "max_models"})
@@ -217,13 +218,15 @@ def _entry(
     where: str, entry: Mapping[str, Any], options: Options, spec_of: SpecOf, keys: tuple[str, ...]
 ) -> Route:
     settings = entry.get("settings", {})
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise UsageError(f"{where}: settings: must map names to values")
     flags = {name: entry[name] for name in FIELDS if name in entry}
     for name, value in flags.items():
         kind = type(getattr(options, name))
         if type(value) is not kind:
             raise UsageError(f"{where}: {name}: must be {kind.__name__}; found {value!r}")
+    if "model" in flags:  # these belong to a model
+        options = dataclasses.replace(options, state_dict_path="", vllm_args="", model_updates="")
     try:
         own = dataclasses.replace(options, **flags)
         return _route(own, spec_of, keys, tuple(sorted(settings.items())))
@@ -239,6 +242,4 @@ def _route(
 ) -> Route:
     spec = spec_of(options)
     folder = options.prompts or ("instruct" if spec.instruct else "base")
-    if options.model_updates and not spec.takes_updates:
-        raise UsageError(f"--model_updates: {options.model} has no weights here to be updated")
-    return Route(spec, folder, options.max_prompt_tokens, keys, overrides, options.model_updates)
+    return Route(spec, folder, options.max_prompt_tokens, keys, overrides)

@@ -18,19 +18,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.transforms import trigger, window
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from apache_beam.utils.timestamp import Timestamp
 
 from chatflow import metrics
 from chatflow.errors import UsageError, one_line
+from chatflow.models.refreshing import newest_version
 from chatflow.models.requests import FIRST, Version
 from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.routes import Route, Routed, Routes
-
-MARKERS = ("SHA256SUMS.json", "config.json")
-"""Files that stand for the folder that they are in, which holds a model."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,52 +67,58 @@ def look(routes: Routes, before: Updates | None = None, watch_prompts: bool = Tr
     """What is the newest now.
 
     Args:
-      before: whose prompts stay where templates have a mistake, or are not watched.
+      before: what stays where templates have a mistake, or files cannot be listed.
 
     Raises:
-      UsageError: a template has a mistake, and there are none before.
+      UsageError: the same, and there is none before.
     """
     seen = time.time()
     prompts = []
     for number, route in enumerate(routes.routes):
-        analysis, draft = _prompts(
-            route, before.by_route[number] if before else None, watch_prompts
-        )
-        weights = newest_version(route.updates, seen) if route.updates else FIRST
+        known = before.by_route[number] if before else None
+        kept = known is not None and not watch_prompts
+        analysis, draft = known if known and kept else _prompts(route, known)
+        weights = _weights(route.spec.updates, seen, known)
         put = functools.partial(dataclasses.replace, weights=weights)
         prompts.append((put(analysis), put(draft)))
     return Updates(seen, routes, tuple(prompts))
 
 
-_refused: set[str] = set()
+Pair = tuple[AnalysisPrompt, DraftPrompt]
 
 
-def _prompts(
-    route: Route, before: tuple[AnalysisPrompt, DraftPrompt] | None, watched: bool
-) -> tuple[AnalysisPrompt, DraftPrompt]:
-    if before and not watched:
-        return before
+def _prompts(route: Route, known: Pair | None) -> Pair:
     try:
         return route.prompts()
-    except UsageError as error:
-        if before is None:
+    except Exception as error:  # also of templates that do what nobody thought of
+        if known is None:
             raise
-        if str(error) not in _refused:  # said once, not at each look
-            _refused.add(str(error))
-            metrics.count("updates/prompts_refused")
-            _log.warning("new templates are refused, the old go on: %s", one_line(error))
-        return before
+        _say_once("updates/prompts_refused", f"new templates are refused: {one_line(error)}")
+        return known
 
 
-def newest_version(pattern: str, seen: float) -> Version:
-    """The file of a pattern that was written last, as weights; `FIRST` where there is none."""
-    files = FileSystems.match([pattern])[0].metadata_list
-    if not files:
-        return FIRST._replace(seen=seen)
-    latest = max(files, key=lambda file: (file.last_updated_in_seconds, file.path))
-    folder, name = FileSystems.split(latest.path)
-    path = folder if name in MARKERS else latest.path
-    return Version(seen, path, latest.last_updated_in_seconds)
+def _weights(pattern: str, seen: float, known: Pair | None) -> Version:
+    if not pattern:
+        return FIRST
+    try:
+        return newest_version(pattern, seen)
+    except Exception as error:  # each filesystem has its own
+        said = f"--model_updates={pattern}: cannot be listed: {one_line(error)}"
+        if known is None:
+            raise UsageError(said) from None
+        _say_once("updates/looks_failed", said)
+        return known[0].weights
+
+
+_said: set[str] = set()
+
+
+def _say_once(counter: str, text: str) -> None:
+    """Not at each look again."""
+    if text not in _said:
+        _said.add(text)
+        metrics.count(counter)
+        _log.warning("%s; the old go on", text)
 
 
 @dataclasses.dataclass
@@ -156,10 +159,5 @@ class _Look(beam.DoFn):
         self.routes, self.latest, self.watch_prompts = routes, first, watch_prompts
 
     def process(self, tick: Any) -> Iterator[Updates]:
-        try:
-            self.latest = look(self.routes, self.latest, self.watch_prompts)
-        except Exception as error:  # a file system that is away for a while
-            metrics.count("updates/looks_failed")
-            _log.warning("looking for updates failed, the old go on: %s", one_line(error))
-            return
+        self.latest = look(self.routes, self.latest, self.watch_prompts)
         yield self.latest

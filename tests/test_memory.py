@@ -145,3 +145,21 @@ def test_two_copies_of_a_gemma_serve_two_processes(preset, lines, tmp_path, caps
     assert main(arguments) == 0
     counts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (counts["lost"], counts["copies_loaded"]) == (0, 2)
+
+
+def test_models_that_come_and_go_take_no_more_memory_each(preset):
+    """What is compiled for a model goes with it."""
+
+    def resident_mb():
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    request = Request("id", "analysis", "7", "c", (Part("summary", "the parcel", max_tokens=4),))
+    sizes = []
+    for _ in range(5):
+        model = load(preset)
+        model.answer([request])
+        del model
+        sizes.append(resident_mb())
+    assert sizes[-1] - sizes[1] < 3 * 40, sizes  # it was 130 for each

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import json
+import os
 
 import pytest
 from conftest import chat, mistake
@@ -121,13 +122,13 @@ def test_thresholds_and_prompts_are_those_of_the_key(script, models, tmp_path):
         "    settings: {summary_grounding: 0.9, draft_confidence: 0.7}\n"
         "default: {}\n"
     )
-    found = look(routes(file, model=script(ANGRY, APOLOGY)))
+    found = look(routes(file, model="gemma3-270m"))
     strict = chat("x", attributes={"tenant": "strict"})
     analysis, draft = found.analysis.of(strict), found.draft.of(strict)
     assert analysis.template.settings["summary_grounding"] == 0.9
     assert draft.template.settings["draft_confidence"] == 0.7
     other = found.analysis.of(chat("x"))
-    assert other.template.settings["summary_grounding"] == 0
+    assert other.template.settings["summary_grounding"] == 0.8
     assert analysis.version != other.version
     question = analysis.question(strict, "c")
     assert question.settings["summary_grounding"] == 0.9
@@ -173,6 +174,9 @@ def test_a_mistake_in_the_file_is_one_clear_line(
 
 
 # Room for so many models.
+
+
+PID = os.getpid()
 
 
 class Loads(ScriptedModelHandler):
@@ -231,20 +235,63 @@ def test_no_more_models_are_in_memory_than_there_is_room_for():
     assert Loads.most == 2
 
 
+def test_a_model_that_is_loaded_holds_up_no_other():
+    handler, manager = ready("ab", 0)
+    asked(handler, manager, "a")
+    began, may = threading.Event(), threading.Event()
+
+    def slow(version=None):
+        began.set()
+        assert may.wait(30)
+        return ScriptedModelHandler.load(handlers["b"])
+
+    handlers = {key: one._unkeyed for key, one in manager._mh_map.items()}
+    handlers["b"].load = slow
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        other = threads.submit(asked, handler, manager, "b")
+        assert began.wait(30)
+        assert asked(handler, manager, "a")[0][2].model == "a"
+        may.set()
+        assert other.result(timeout=30)[0][2].model == "b"
+
+
+def test_what_a_process_used_that_died_is_free_again():
+    _, manager = ready("ab", 1)
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    assert manager.enter("a", done.pid) == ""
+    assert manager.enter("b", PID) == ""
+    assert Loads.now == {"a": 0, "b": 1}
+
+
+def test_models_behind_a_service_take_no_room():
+    handler = PerKeyModelHandler({"a": Loads("a"), "far": Far("far")}, 1)
+    handler.override_metrics("test")
+    manager = handler.load_model()
+    assert manager.enter("far", PID) == manager.enter("a", PID) == ""
+
+
+class Far(ScriptedModelHandler):
+    holds_weights = False
+
+    def __init__(self, name):
+        super().__init__(lambda request: "far", name)
+
+
 def test_who_waits_for_room_is_not_overtaken():
     _, manager = ready("ab", 1)
-    assert manager.enter("a") == ""
+    assert manager.enter("a", PID) == ""
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        other = threads.submit(manager.enter, "b")
+        other = threads.submit(manager.enter, "b", PID)
         with manager._changed:
             assert manager._changed.wait_for(lambda: True, 10)
         while not manager._waiting:
             concurrent.futures.wait([other], timeout=0.01)
-        again = threads.submit(manager.enter, "a")
+        again = threads.submit(manager.enter, "a", PID)
         assert not concurrent.futures.wait([again], timeout=0.05).done
-        manager.leave("a")
+        manager.leave("a", PID)
         assert other.result(timeout=10) == ""
-        manager.leave("b")
+        manager.leave("b", PID)
         assert again.result(timeout=10) == ""
     assert Loads.most == 1
 

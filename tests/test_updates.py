@@ -12,21 +12,23 @@ import weakref
 
 import numpy as np
 import pytest
+from apache_beam.io.filesystems import FileSystems
 from conftest import chat
 from test_pipeline import ANGRY, APOLOGY, read
 from tiny import tiny_gemma
 
-from chatflow.errors import ModelError
+from chatflow.errors import ModelError, UsageError
+from chatflow.models import refreshing
 from chatflow.models.handlers import LanguageModel
 from chatflow.models.presets import use_jax
-from chatflow.models.refreshing import RefreshedModel
+from chatflow.models.refreshing import RefreshedModel, newest_version
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import spec_of
 from chatflow.routes import routes_of
 from chatflow.run import execute
 from chatflow.templates import default_folder
-from chatflow.updates import look, newest_version
+from chatflow.updates import _Look, look
 
 REQUEST = Request("id", "analysis", "7", "c", ())
 
@@ -57,8 +59,8 @@ def test_later_weights_take_the_place_of_earlier_ones_and_stragglers_get_the_new
     assert said(model, version(1, "a")) == "b"
     assert said(model) == "b"
     assert said(model, version(3)) == "first"  # the newer file was removed
-    assert model.counts() == {"updates": 2}
-    assert model.counts() == {}
+    assert model.new_counts() == {"updates": 2, "copies_loaded": 3}
+    assert model.new_counts() == {"copies_loaded": 0}
 
 
 @pytest.mark.parametrize(
@@ -83,9 +85,26 @@ def test_broken_weights_are_refused_once_and_the_old_go_on(broken, caplog):
     model = RefreshedModel(load, trials=[REQUEST])
     assert [said(model, version(seen, "bad", 1.0)) for seen in (1, 2, 3)] == ["first"] * 3
     assert tried == [FIRST.weights, ("bad", 1.0)]
-    assert model.counts() == {"updates_refused": 1}
+    assert model.new_counts()["updates_refused"] == 1
     assert "bad are refused, the old go on" in caplog.text
     assert said(model, version(4, "bad", 2.0)) == "bad"  # written anew
+
+
+def test_weights_that_cannot_be_loaded_are_tried_again_later(monkeypatch):
+    """A service that is away for a moment is no broken file."""
+    away = [True]
+
+    def load(wanted):
+        if wanted.path and away:
+            raise TimeoutError(away.pop())
+        return Named(wanted.path or "first")
+
+    model = RefreshedModel(load)
+    assert said(model, version(1, "new")) == "first"
+    assert said(model, version(2, "new")) == "first"  # not at once
+    monkeypatch.setattr(refreshing, "RETRY_SECONDS", 0.0)
+    model._refused = dict.fromkeys(model._refused, 0.0)
+    assert said(model, version(3, "new")) == "new"
 
 
 def test_while_new_weights_are_loaded_others_are_answered_by_the_old():
@@ -109,7 +128,7 @@ def test_a_first_version_that_is_broken_leaves_those_that_the_flag_names():
 
     model = RefreshedModel(load, version(1, "bad"))
     assert said(model, version(2, "bad")) == "first"
-    assert model.counts() == {"updates_refused": 1}
+    assert model.new_counts() == {"updates_refused": 1, "copies_loaded": 1}
 
 
 def test_old_weights_are_let_go():
@@ -151,12 +170,53 @@ def test_broken_templates_are_refused_and_the_old_go_on(tmp_path, script, caplog
     (folder / "analysis.jinja").write_text(good + "{% block x %}{{ oh no }}")
     second = look(one, first)
     assert second.analysis.version == first.analysis.version
-    assert "new templates are refused, the old go on" in caplog.text
+    assert "new templates are refused: " in caplog.text
+    assert "the old go on" in caplog.text
     (folder / "analysis.jinja").write_text(good.replace("support", "customer support"))
     third = look(one, second)
     assert third.analysis.version != first.analysis.version
     assert look(one, second, watch_prompts=False).analysis.version == first.analysis.version
     assert pickle.loads(pickle.dumps(third)).analysis.version == third.analysis.version
+
+
+def test_a_route_that_cannot_be_looked_at_leaves_the_others_theirs(tmp_path, script, monkeypatch):
+    """The side input always has something, for whoever waits for it."""
+    file = tmp_path / "models.yaml"
+    file.write_text(
+        "attribute: tenant\nmodels:\n"
+        f"  - {{keys: [a], model_updates: '{tmp_path}/a/*.jsonl'}}\n"
+        f"  - {{keys: [b], model_updates: '{tmp_path}/b/*.jsonl'}}\n"
+    )
+    both = routes(models=str(file), model=script(ANGRY, APOLOGY))
+    assert len(both.specs) == 2  # each takes up weights of its own
+    first = look(both)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "new.jsonl").write_text("")
+    match = FileSystems.match
+
+    def fails(patterns):
+        if "/a/" in patterns[0]:
+            raise OSError("not allowed")
+        return match(patterns)
+
+    monkeypatch.setattr(FileSystems, "match", fails)
+    (found,) = _Look(both, first, False).process(None)
+    a, b = (found.analysis.by_key[key].weights.path for key in "ab")
+    assert (a, b) == ("", f"{tmp_path}/b/new.jsonl")
+
+
+@pytest.mark.parametrize(
+    "mistake", ["{% set stop = 5 %}", "{% set tone_bias = 5 %}", "{% set tone_bias = {'m': {}} %}"]
+)
+def test_a_template_that_would_fail_each_chat_is_refused(tmp_path, mistake):
+    shutil.copytree(default_folder() / "base", tmp_path / "prompts")
+    one = routes(model="gemma3-270m", prompts=f"{tmp_path}/prompts")
+    first = look(one)
+    template = tmp_path / "prompts" / "analysis.jinja"
+    template.write_text(template.read_text() + mistake)
+    assert look(one, first).analysis.version == first.analysis.version
+    with pytest.raises(UsageError, match=r"analysis\.jinja"):
+        look(one)
 
 
 def by_chat(inbox):

@@ -19,7 +19,6 @@ from chatflow.models.requests import (
     Batching,
     RemoteSettings,
     Request,
-    Version,
     WorkerSettings,
 )
 
@@ -74,6 +73,7 @@ class ModelSpec:
       worker: how the weights are kept; unused remotely.
       remote: where the service is, and how it is called; on the worker, only vLLM's is.
       state_dict_path: weights of a `torch:` model, instead of its folder's own.
+      updates: the files among which the newest has the weights; empty: they stay as they are.
 
     Raises:
       UsageError: no such model, or one that cannot be kept so.
@@ -86,8 +86,13 @@ class ModelSpec:
     worker: WorkerSettings = ONE_COPY
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
     state_dict_path: str = ""
+    updates: str = ""
 
     def __post_init__(self) -> None:
+        if self.updates:
+            from chatflow.models.refreshing import check_pattern
+
+            check_pattern(self)
         if self.state_dict_path and not self.is_torch:
             raise UsageError(
                 f"--state_dict_path: only with --model=torch:NAME, not with --model={self.name}"
@@ -131,17 +136,18 @@ class ModelSpec:
     @property
     def result_name(self) -> str:
         """What results say made them. A script is known by its kind, not by its path."""
+        own = self.state_dict_path
+        return f"{self.name}@{own}" if own else self.base_name
+
+    @property
+    def base_name(self) -> str:
+        """The same, whatever the weights."""
         return "scripted" if self.is_scripted else self.name
 
     @functools.cached_property
     def key(self) -> str:
         """Tells it apart from other models of the same pipeline."""
         return f"{self.name}#{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
-
-    @property
-    def takes_updates(self) -> bool:
-        """Whether it has weights, or a script, that `--model_updates` may replace."""
-        return not (self.is_remote or self.is_vllm)
 
     @property
     def is_embedded(self) -> bool:
@@ -168,18 +174,18 @@ class ModelSpec:
 
         return self.is_scripted or self.is_remote or is_instruct(self.name)
 
-    def handler(self, expected: Sequence[Request] = (), refreshing: Version | None = None) -> Any:
+    def handler(self, expected: Sequence[Request] = ()) -> Any:
         """A Beam model handler; nothing is loaded yet.
 
         Args:
-          expected, refreshing: see `handlers.LanguageModelHandler`; unused by remote models.
+          expected: see `handlers.LanguageModelHandler`; unused by remote models.
         """
         expected = tuple(expected)
         if self.is_scripted:
             from chatflow.models.scripted import ScriptedModelHandler, load_script
 
             script = load_script(self.name.removeprefix(SCRIPTED))
-            return ScriptedModelHandler(script, batching=self.batching, refreshing=refreshing)
+            return ScriptedModelHandler(script, batching=self.batching, updates=self.updates)
         if self.is_remote:
             from chatflow.models.remote import RemoteLanguageModelHandler
 
@@ -194,7 +200,7 @@ class ModelSpec:
                 self.worker,
                 self.batching,
                 expected,
-                refreshing,
+                self.updates,
             )
         if self.is_vllm:
             from chatflow.models.vllm import VllmModelHandler
@@ -205,5 +211,5 @@ class ModelSpec:
         from chatflow.models.gemma import GemmaModelHandler
 
         return GemmaModelHandler(
-            self.name, self.instruct, self.worker, self.batching, expected, refreshing
+            self.name, self.instruct, self.worker, self.batching, expected, self.updates
         )

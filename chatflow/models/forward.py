@@ -13,7 +13,8 @@ on the device.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,20 @@ class Writing(NamedTuple):
         return (self.state != DONE) & (self.tokens > 0)
 
 
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+
+def _compiled(**options: Any) -> Callable[[MethodT], MethodT]:
+    """A method that is compiled for each object by itself: JAX keeps what it compiled as long as
+    the function is there, and functions of classes always are."""
+
+    def marked(method: MethodT) -> MethodT:
+        method.compiled = options  # type: ignore[attr-defined]
+        return method
+
+    return marked
+
+
 class Forward:
     """A Gemma backbone and its compiled functions.
 
@@ -94,10 +109,18 @@ class Forward:
             for variable, turned in zip(self.model.variables, self._turned, strict=True)
         ]
         self.compilations = 0
+        self._own: list[Any] = []
+        for name, method in vars(Forward).items():
+            if (options := getattr(method, "compiled", None)) is not None:
+                function = jax.jit(functools.partial(method, self), **options)
+                setattr(self, name, function)
+                self._own.append(function)
 
     def release(self) -> None:
-        """Lets go of the weights; JAX keeps what it compiled, and this object with it."""
+        """Lets go of the weights, and of what was compiled for them."""
         self.weights, self.model = [], None
+        for function in self._own:
+            function.clear_cache()
 
     @property
     def cache_bytes(self) -> int:
@@ -121,7 +144,12 @@ class Forward:
             )
         )
 
-    @functools.partial(jax.jit, static_argnames=("self", "rows", "total"))
+    @_compiled(
+        static_argnames=(
+            "rows",
+            "total",
+        )
+    )
     def cache(self, prefix: Cache | None, *, rows: int, total: int) -> Cache:
         """A cache of so many rows, each of which begins with a prefix (one row) or empty."""
         self.compilations += 1
@@ -138,8 +166,8 @@ class Forward:
             prefix,
         )
 
-    @functools.partial(jax.jit, static_argnames="self", donate_argnames="to")
-    def place(self, to: Cache, rows: Cache, where: jax.Array) -> Cache:
+    @_compiled(donate_argnames="to")
+    def place(self, to: Cache, rows: Cache, where: Any) -> Cache:
         """Copies rows of a cache to others; those whose place is outside are left out."""
         self.compilations += 1
 
@@ -152,7 +180,7 @@ class Forward:
 
         return jax.tree.map(put, to, rows)
 
-    @functools.partial(jax.jit, static_argnames=("self", "chunk"), donate_argnames="cache")
+    @_compiled(static_argnames=("chunk",), donate_argnames="cache")
     def prefill(
         self, weights: Any, cache: Cache, tokens: Any, starts: Any, lengths: Any, *, chunk: int
     ) -> tuple[jax.Array, Cache]:
@@ -189,20 +217,20 @@ class Forward:
         hidden, cache = jax.lax.fori_loop(0, chunks, feed, (last, cache))
         return hidden, cache
 
-    @functools.partial(jax.jit, static_argnames="self")
+    @_compiled()
     def scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
         """Log-probability of each of `tokens` `[choices]` as the next: `[rows, choices]`."""
         self.compilations += 1
         logits = self._logits(weights, hidden).astype(jnp.float32)
         return jax.nn.log_softmax(logits)[:, tokens]
 
-    @functools.partial(jax.jit, static_argnames="self")
+    @_compiled()
     def first(self, weights: Any, hidden: Any, rules: Rules, writing: Writing) -> Writing:
         """Chooses each row's first token, after its prompt."""
         self.compilations += 1
         return self._choose(weights, hidden, rules, writing)
 
-    @functools.partial(jax.jit, static_argnames=("self", "steps"), donate_argnames="cache")
+    @_compiled(static_argnames=("steps",), donate_argnames="cache")
     def decode(
         self,
         weights: Any,

@@ -134,7 +134,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
       instruct: whether prompts are wrapped in the turns of Gemma's chat template;
         None: as the preset's name says.
       settings: how the weights are kept.
-      expected, refreshing: see `LanguageModelHandler`.
+      expected, updates: see `LanguageModelHandler`.
     """
 
     def __init__(
@@ -144,9 +144,9 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         settings: WorkerSettings = ONE_COPY,
         batching: Batching = ONE_BUNDLE,
         expected: tuple[Request, ...] = (),
-        refreshing: Version | None = None,
+        updates: str = "",
     ):
-        super().__init__(preset, batching, settings, expected, refreshing)
+        super().__init__(preset, batching, settings, expected, updates)
         self.preset = preset
         self.settings = settings
         self.most = batching.size

@@ -93,8 +93,8 @@ class LanguageModelHandler(
       batching: how requests are put together.
       settings: of a model that the worker holds; None: each process has its own.
       expected: requests for which the model is made ready when it is loaded.
-      refreshing: the version of the weights to begin with, where later ones are taken up;
-        None: they stay as they are.
+      updates: the files among which the newest has the weights, when it is loaded and while it
+        answers; empty: they stay as they are.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class LanguageModelHandler(
         batching: Batching = ONE_BUNDLE,
         settings: WorkerSettings | None = None,
         expected: tuple[Request, ...] = (),
-        refreshing: Version | None = None,
+        updates: str = "",
     ):
         shared = settings if settings and settings.large_model else None
         super().__init__(
@@ -118,7 +118,7 @@ class LanguageModelHandler(
         self._identity = uuid.uuid4().hex
         self.name = name
         self.expected = expected
-        self.refreshing = refreshing
+        self.updates = updates
 
     @abc.abstractmethod
     def load(self, version: Version = FIRST) -> ModelT:
@@ -138,11 +138,16 @@ class LanguageModelHandler(
             return cast(ModelT, model)
 
     def _new(self) -> ModelT:
-        if self.refreshing is None:
+        if not self.updates:
             return self._loaded()
-        from chatflow.models.refreshing import RefreshedModel
+        from chatflow.models.refreshing import RefreshedModel, newest_version
 
-        refreshed: Any = RefreshedModel(self._loaded, self.refreshing, self.expected)
+        try:
+            first = newest_version(self.updates)
+        except Exception as error:  # each filesystem has its own
+            _log.warning("--model_updates=%s cannot be listed: %s", self.updates, error)
+            first = FIRST
+        refreshed: Any = RefreshedModel(self._loaded, first, self.expected)
         return cast(ModelT, refreshed)
 
     def _loaded(self, version: Version = FIRST) -> ModelT:
@@ -150,6 +155,9 @@ class LanguageModelHandler(
         copies.note(model, version.named(self.name))
         model.warm_up(self.expected)
         return model
+
+    holds_weights = True
+    """The model is in the worker's memory, and not behind a service."""
 
     def get_metrics_namespace(self) -> str:
         return METRICS

@@ -149,6 +149,11 @@ class TorchModel(LanguageModel):
         return [put_together(result, self.name, seconds) for result in by_request]
 
 
+def _name(model: str, weights: str) -> str:
+    """What answers say made them."""
+    return f"{TORCH}{model}@{weights}" if weights else f"{TORCH}{model}"
+
+
 class TorchModelHandler(LanguageModelHandler[TorchModel]):
     """A text model of Hugging Face's on the worker: one copy for all its processes and steps.
 
@@ -161,7 +166,7 @@ class TorchModelHandler(LanguageModelHandler[TorchModel]):
         `state_dict()`, or a file of safetensors; of any filesystem that Beam knows. The folder
         is read for the configuration and the tokenizer only.
       settings: how the weights are kept.
-      expected, refreshing: see `LanguageModelHandler`.
+      expected, updates: see `LanguageModelHandler`.
     """
 
     def __init__(
@@ -172,9 +177,9 @@ class TorchModelHandler(LanguageModelHandler[TorchModel]):
         settings: WorkerSettings = ONE_COPY,
         batching: Batching = ONE_BUNDLE,
         expected: tuple[Request, ...] = (),
-        refreshing: Version | None = None,
+        updates: str = "",
     ):
-        super().__init__(TORCH + model, batching, settings, expected, refreshing)
+        super().__init__(_name(model, state_dict_path), batching, settings, expected, updates)
         self.model = model
         self.state_dict_path = state_dict_path
         self.settings = settings
@@ -189,7 +194,7 @@ class TorchModelHandler(LanguageModelHandler[TorchModel]):
         elif version.path:
             model, state_dict_path = version.path, ""
         return TorchModel(
-            version.named(self.name),
+            _name(self.model, version.path) if version.path else self.name,
             local_model(model),
             state_dict_path,
             self.settings,

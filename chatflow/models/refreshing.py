@@ -5,23 +5,82 @@ from __future__ import annotations
 import collections
 import logging
 import math
+import re
 import threading
+import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from chatflow.errors import one_line
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow.errors import UsageError, one_line
 from chatflow.models.handlers import LanguageModel
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 
+if TYPE_CHECKING:
+    from chatflow.models import ModelSpec
+
 _log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 300.0
+
+MARKERS = ("SHA256SUMS.json", "config.json")
+"""Files that stand for the folder that they are in, which holds a model."""
+
+KINDS = {
+    "script": r"\.jsonl$",
+    "torch": r"(SHA256SUMS\.json|config\.json|\.(pt|pth|bin|safetensors))$",
+    "gemma": r"(SHA256SUMS\.json|config\.json|\.lora\.h5)$",
+}
+"""How the patterns end by which the weights of a kind of model may be replaced."""
+
+
+def check_pattern(spec: ModelSpec) -> None:
+    """Makes sure that a model can take up what a pattern of `--model_updates` names.
+
+    Raises:
+      UsageError: it has no weights here, or not of this kind.
+    """
+    if spec.is_remote or spec.is_vllm:
+        raise UsageError(f"--model_updates: {spec.name} has no weights here to be updated")
+    kind = "script" if spec.is_scripted else "torch" if spec.is_torch else "gemma"
+    if not re.search(KINDS[kind], spec.updates):
+        raise UsageError(
+            f"--model_updates={spec.updates}: for --model={spec.name} it must end in one of "
+            f"{_ENDS[kind]}"
+        )
+
+
+_ENDS = {
+    "script": ".jsonl",
+    "torch": "SHA256SUMS.json or config.json (of a folder), .pt, .pth, .bin, .safetensors",
+    "gemma": "SHA256SUMS.json or config.json (of a preset's folder), .lora.h5",
+}
+
+
+def newest_version(pattern: str, seen: float = 0.0) -> Version:
+    """The file of a pattern that was written last, as weights; `FIRST` where there is none.
+
+    Args:
+      seen: when that is so, in seconds since 1970; 0: now.
+    """
+    files = FileSystems.match([pattern])[0].metadata_list
+    first = FIRST._replace(seen=seen or time.time())
+    if not files:
+        return first
+    latest = max(files, key=lambda file: (file.last_updated_in_seconds, file.path))
+    folder, name = FileSystems.split(latest.path)
+    path = folder if name in MARKERS else latest.path
+    return first._replace(path=path, modified=latest.last_updated_in_seconds)
 
 
 class RefreshedModel(LanguageModel):
     """Answers with the newest weights that its requests ask for.
 
     New weights are loaded beside the old ones, tried, and then take their place; whoever asks
-    meanwhile is answered by the old. Weights that cannot be loaded, or that do not answer the
-    requests they are tried with, are refused, and not tried again before they are written
-    anew. Needs room for both while it loads.
+    meanwhile is answered by the old. Weights that cannot be loaded are refused, and tried again
+    after `RETRY_SECONDS`; those that do not answer the requests they are tried with, when they
+    are written anew. Needs room for both while it loads.
 
     Args:
       load: gives a model with a version of the weights.
@@ -37,7 +96,7 @@ class RefreshedModel(LanguageModel):
     ):
         self._load, self._trials = load, tuple(trials)
         self._counts: collections.Counter[str] = collections.Counter()
-        self._refused: set[tuple[str, float]] = set()
+        self._refused: dict[tuple[str, float], float] = {}
         self._loading = threading.Lock()
         model = self._try(first) if first.path else None
         self._weights = first.weights if model else FIRST.weights
@@ -55,12 +114,10 @@ class RefreshedModel(LanguageModel):
 
     loads = 0
 
-    def counts(self) -> dict[str, int]:
-        new, self._counts = self._counts, collections.Counter()
-        return dict(new + collections.Counter(self._model.counts()))
-
     def new_counts(self) -> dict[str, int]:
-        return {**self.counts(), "copies_loaded": self._model.new_counts()["copies_loaded"]}
+        self._counts.update(self._model.new_counts())
+        new, self._counts = self._counts, collections.Counter()
+        return dict(new)
 
     def close(self) -> None:
         self._model.close()
@@ -69,19 +126,22 @@ class RefreshedModel(LanguageModel):
         if wanted <= self._version:  # another caller did meanwhile
             return
         if wanted.weights != self._weights and (model := self._try(wanted)):
-            self._model, self._weights = model, wanted.weights
+            old, self._model, self._weights = self._model, model, wanted.weights
+            self._counts.update(old.new_counts())
         self._version = wanted
 
     def _try(self, version: Version) -> LanguageModel | None:
         """A model that answers; None for one that is refused."""
-        if version.weights in self._refused:
+        if time.monotonic() < self._refused.get(version.weights, 0.0):
             return None
+        again = RETRY_SECONDS  # what they lack may come: a service that is away, room
         try:
             model = self._load(version)
+            again = math.inf
             for result in model.answer(self._trials) if self._trials else ():
                 check(result)
         except Exception as error:
-            self._refused.add(version.weights)
+            self._refused[version.weights] = time.monotonic() + again
             self._counts["updates_refused"] += 1
             _log.warning(
                 "the new weights %s are refused, the old go on: %s: %s",

@@ -126,6 +126,8 @@ class RemoteLanguageModelHandler(
         )
         self.settings = settings
 
+    holds_weights = False
+
     def create_client(self) -> RemoteModel:
         return self.load()
 

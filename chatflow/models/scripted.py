@@ -137,9 +137,9 @@ class ScriptedModelHandler(LanguageModelHandler[ScriptedModel]):
         function: Callable[[Request], str],
         name: str = "scripted",
         batching: Batching = ONE_BUNDLE,
-        refreshing: Version | None = None,
+        updates: str = "",
     ):
-        super().__init__(name, batching, refreshing=refreshing)
+        super().__init__(name, batching, updates=updates)
         self.function = function
 
     def load(self, version: Version = FIRST) -> ScriptedModel:
