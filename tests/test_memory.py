@@ -145,3 +145,15 @@ def test_two_copies_of_a_gemma_serve_two_processes(preset, lines, tmp_path, caps
     assert main(arguments) == 0
     counts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (counts["lost"], counts["copies_loaded"]) == (0, 2)
+
+
+def test_a_note_that_cannot_be_written_fails_no_load(preset, tmp_path):
+    (tmp_path / "loaded").write_text("a file, where the folder is to be")
+    assert load(preset).counts()["copies_loaded"] == 1
+    assert copies.loaded() == []
+
+
+def test_the_copy_of_a_process_that_has_just_ended_holds_nothing():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert copies.Copy("gemma", ended.pid, "1", 0.0).resident_mb == 0

@@ -22,14 +22,17 @@ torch = pytest.importorskip("torch")
 if not pytest.importorskip("transformers"):
     required("transformers", "pip install 'chatflow[torch]'")
 
-from chatflow.errors import UsageError  # noqa: E402
-from chatflow.models import ModelSpec  # noqa: E402
+from chatflow.errors import BadInputError, UsageError  # noqa: E402
+from chatflow.models import Model, ModelSpec  # noqa: E402
 from chatflow.models.pytorch import TorchModelHandler  # noqa: E402
 from chatflow.models.pytorch_engine import LONGEST  # noqa: E402
 from chatflow.models.requests import Failure, Part, Request, WorkerSettings  # noqa: E402
 from chatflow.options import Options  # noqa: E402
+from chatflow.records import Arrival  # noqa: E402
 from chatflow.run import execute  # noqa: E402
 from chatflow.tail import follow  # noqa: E402
+from chatflow.templates import load_template  # noqa: E402
+from chatflow.texts import AskTexts  # noqa: E402
 
 torch.set_num_threads(1)  # others of a busy machine are waited for
 
@@ -569,3 +572,24 @@ def test_the_examples_say_what_is_wrong(example, flags, says, monkeypatch, capsy
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_long_is_a_dead_letter(script):
+    model = Model(ModelSpec(script({"answer": "Das Paket."})).handler())
+    template = load_template(EXAMPLES / "prompts" / "respond.jinja")
+    ask = AskTexts(model, template, max_prompt_tokens=200)
+    (question,) = ask.ask(Arrival(b"The parcel."))
+    assert "The parcel." in question.request.parts[0].prompt
+    with pytest.raises(
+        BadInputError, match=r"about \d,\d\d\d tokens; max_prompt_tokens is 200"
+    ) as e:
+        ask.ask(Arrival(b"late " * 1000))
+    assert e.value.reason == "prompt_too_long"
+    with pytest.raises(UsageError, match="max_prompt_tokens is 1: shorten"):
+        AskTexts(model, template, max_prompt_tokens=1)
+
+
+def test_texts_are_asked_of_one_model(script):
+    model = Model(ModelSpec(script({"answer": "x"})).handler(), several=True)
+    with pytest.raises(UsageError, match="AskTexts: model: asks one model"):
+        AskTexts(model, load_template(EXAMPLES / "prompts" / "respond.jinja"))

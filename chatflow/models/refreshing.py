@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from chatflow.errors import one_line
 from chatflow.models.handlers import LanguageModel
+from chatflow.models.presets import forget
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ class RefreshedModel(LanguageModel):
         if wanted <= self._version:  # another caller did meanwhile
             return
         if wanted.weights != self._weights and (model := self._try(wanted)):
-            self._model, self._weights = model, wanted.weights
+            (old, _), self._model, self._weights = self._weights, model, wanted.weights
+            if old != wanted.path:  # else its copy is the new one's
+                forget(old)
         self._version = wanted
 
     def _try(self, version: Version) -> LanguageModel | None:
