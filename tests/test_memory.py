@@ -149,7 +149,7 @@ def test_two_copies_of_a_gemma_serve_two_processes(preset, lines, tmp_path, caps
 
 def test_a_note_that_cannot_be_written_fails_no_load(preset, tmp_path):
     (tmp_path / "loaded").write_text("a file, where the folder is to be")
-    assert load(preset).counts()["copies_loaded"] == 1
+    assert load(preset).new_counts()["copies_loaded"] == 1
     assert copies.loaded() == []
 
 

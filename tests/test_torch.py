@@ -585,8 +585,8 @@ def test_a_text_that_is_too_long_is_a_dead_letter(script):
     ) as e:
         ask.ask(Arrival(b"late " * 1000))
     assert e.value.reason == "prompt_too_long"
-    with pytest.raises(UsageError, match="max_prompt_tokens is 1: shorten"):
-        AskTexts(model, template, max_prompt_tokens=1)
+    with pytest.raises(UsageError, match="max_prompt_tokens is 0: shorten"):
+        AskTexts(model, template, max_prompt_tokens=0)
 
 
 def test_texts_are_asked_of_one_model(script):

@@ -141,9 +141,8 @@ def test_the_local_copies_of_old_weights_are_removed(tmp_path, monkeypatch):
 
     def kept():
         root = tmp_path / "cache" / "chatflow" / "presets"
-        return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {
-            f"{folder.name}.lock" for folder in root.iterdir()
-        }
+        files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
+        return {path.relative_to(root).as_posix() for path in files}
 
     with FakeCloud("models") as fake, environment(fake.environment):
         for name in names:
@@ -157,7 +156,7 @@ def test_the_local_copies_of_old_weights_are_removed(tmp_path, monkeypatch):
             assert said(model, version(seen, url, float(seen))) == (url or "gs://models/base")
             held.append(sorted(kept() - {"gs_models_base/config.json"}))
     one, two = ["gs_models_v1/config.json"], ["gs_models_v2/config.json"]
-    a, b = (["gs_models/a.lora.h5"], ["gs_models/b.lora.h5"])
+    a, b = ["gs_models/a.lora.h5"], ["gs_models/b.lora.h5"]
     assert held == [one, two, two, a, b, [], one, []]
     assert kept() == {"gs_models_base/config.json"}
 
