@@ -10,7 +10,7 @@ import apache_beam as beam
 import jinja2
 
 from chatflow.asking import Answered, AskModel
-from chatflow.chat_text import as_data
+from chatflow.chat_text import as_data, estimate_tokens
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import BadAnswerError, BadInputError, UsageError
 from chatflow.models import Model
@@ -46,20 +46,28 @@ class AskTexts(beam.PTransform):
       template: its block `prompt` sees the `text`, and `values`; it sets `answer_tokens`, and may
         set `stop`, texts that end a response.
       values: what else the template sees.
+      max_prompt_tokens: of a rendered prompt, as `chat_text.estimate_tokens` counts; a text
+        whose prompt is longer is a dead letter.
 
     Outputs:
       `ok`: a `Response` for each text.
-      `dead_letters`: a letter for each text that has none, with the reason.
+      `dead_letters`: a letter for each text that has none, with the reason. Its payload is the
+        line as it came: to ask again, publish it, or write it to a file of the input.
+        `chatflow replay` is for chats.
 
     Raises:
-      UsageError: the template has a mistake, with file and line.
+      UsageError: the template has a mistake, with file and line; it leaves no room for a text; or
+        there are several models.
     """
 
     model: Model
     template: Template
     values: dict[str, str] = dataclasses.field(default_factory=dict)
+    max_prompt_tokens: int = 1536
 
     def __post_init__(self) -> None:
+        if self.model.several:
+            raise UsageError("AskTexts: model: asks one model; give it a Model without several")
         if "prompt" not in self.template.blocks:
             raise UsageError(f"{self.template.where}: has no block prompt")
         if self.template.setting("answer_tokens", int) < 1:
@@ -84,7 +92,7 @@ class AskTexts(beam.PTransform):
         """The question of one text.
 
         Raises:
-          BadInputError: `not_utf8`, `no_text` or `template_error`.
+          BadInputError: `not_utf8`, `no_text`, `template_error` or `prompt_too_long`.
         """
         try:
             text = as_data(arrival.line.decode())
@@ -96,6 +104,12 @@ class AskTexts(beam.PTransform):
             prompt = self.template.render("prompt", text=text, **self.values)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
+        if (tokens := estimate_tokens(prompt)) > self.max_prompt_tokens:
+            raise BadInputError(
+                "prompt_too_long",
+                f"the prompt has about {tokens:,} tokens; max_prompt_tokens is "
+                f"{self.max_prompt_tokens:,}: shorten the text, or raise it",
+            )
         settings = self.template.settings
         part = Part(
             field=None,

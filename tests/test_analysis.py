@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 from conftest import chat, run_stage, scripted
@@ -7,9 +8,12 @@ from conftest import chat, run_stage, scripted
 from chatflow.analysis import AnalyseChats, content_words, extract, grounding, to_analysis
 from chatflow.asking import Answered
 from chatflow.drafts import DraftApologies
-from chatflow.errors import ElementError
+from chatflow.errors import ElementError, UsageError
+from chatflow.models import ModelSpec
 from chatflow.models.requests import Answer
+from chatflow.prompts import AnalysisPrompt, DraftPrompt
 from chatflow.records import AnalysedChat, Chat, Message, Sentiment
+from chatflow.templates import load_folder
 
 ANGRY = {"sentiment": -1, "summary": "The parcel is late."}
 LATE = chat("My parcel is late!", "Sorry.", chat_id="1")
@@ -186,3 +190,30 @@ def test_the_extract_is_the_first_message_that_says_something(own, taken):
 
 def test_the_extract_keeps_its_limit():
     assert len(extract(chat("word " * 500), "c", 512)) <= 512
+
+
+def test_below_the_confidence_that_is_asked_for_no_draft_is_written(draft_prompt):
+    spec = ModelSpec("torch:google/flan-t5-small", kind="instruct")
+    prompt = AnalysisPrompt(load_folder("instruct")["analysis"], spec)
+    question = prompt.question(LATE, "c")
+    template = dataclasses.replace(
+        load_folder("instruct")["apology"], overrides=(("draft_confidence", 0.6),)
+    )
+    draft = DraftPrompt(template, spec)
+    angry = []
+    for number, sure in enumerate((0.9, 0.5)):
+        scores = tuple(zip(("angry", "neutral", "happy"), logs(sure), strict=True))
+        answer = Answer(json.dumps(ANGRY), "m", tone_scores=scores)
+        about = dataclasses.replace(question, chat=LATE.model_copy(update={"chat_id": str(number)}))
+        angry.append(AnalysedChat(about.chat, to_analysis(Answered(about, answer))))
+    assert [one.analysis.confidence for one in angry] == [0.9, 0.5]
+    stage = DraftApologies(scripted({"apology": "We are sorry."}), draft)
+    found = run_stage(stage, angry, ("drafts", "dead_letters"))
+    assert [one.chat_id for one in found["drafts"]] == ["0"]
+    assert not found["dead_letters"]
+    with pytest.raises(UsageError, match="does not score the tone"):
+        dataclasses.replace(draft_prompt, template=template)
+
+
+def logs(sure):
+    return [math.log(sure), math.log((1 - sure) / 2), math.log((1 - sure) / 2)]

@@ -163,3 +163,15 @@ def test_models_that_come_and_go_take_no_more_memory_each(preset):
         del model
         sizes.append(resident_mb())
     assert sizes[-1] - sizes[1] < 3 * 40, sizes  # it was 130 for each
+
+
+def test_a_note_that_cannot_be_written_fails_no_load(preset, tmp_path):
+    (tmp_path / "loaded").write_text("a file, where the folder is to be")
+    assert load(preset).new_counts()["copies_loaded"] == 1
+    assert copies.loaded() == []
+
+
+def test_the_copy_of_a_process_that_has_just_ended_holds_nothing():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert copies.Copy("gemma", ended.pid, "1", 0.0).resident_mb == 0

@@ -4,6 +4,9 @@ import collections
 import concurrent.futures
 import json
 import os
+import subprocess
+import sys
+import threading
 
 import pytest
 from conftest import chat, mistake
@@ -245,7 +248,7 @@ def test_a_model_that_is_loaded_holds_up_no_other():
         assert may.wait(30)
         return ScriptedModelHandler.load(handlers["b"])
 
-    handlers = {key: one._unkeyed for key, one in manager._mh_map.items()}
+    handlers = {key: one._unkeyed for key, one in handler._id_to_mh_map.items()}
     handlers["b"].load = slow
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         other = threads.submit(asked, handler, manager, "b")

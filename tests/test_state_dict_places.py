@@ -117,12 +117,14 @@ def test_from_the_hub(t5, tmp_path, monkeypatch, capsys):
     # As HF_HOME does, which is read when the library is imported.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert "acme/tiny-t5 is gated: accept" in mistake_of("acme/tiny-t5", tmp_path / "x.pt", capsys)
+    said = mistake_of("acme/tiny-t5", tmp_path / "x.pt", capsys)
+    assert f"acme/tiny-t5: is gated: accept its licence at {hub.address}/acme/tiny-t5" in said
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     save("acme/tiny-t5", tmp_path / "t5.pt")
     assert len(read(tmp_path / "t5.pt")) == 54
     said = mistake_of("acme/nothing", tmp_path / "x.pt", capsys)
-    assert "acme/nothing is neither a folder here nor a model on the hub" in said
+    nowhere = f"acme/nothing: there is no such repository at {hub.address}, nor such a folder here"
+    assert nowhere in said
     hub.stop()
 
 

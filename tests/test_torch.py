@@ -22,14 +22,17 @@ torch = pytest.importorskip("torch")
 if not pytest.importorskip("transformers"):
     required("transformers", "pip install 'chatflow[torch]'")
 
-from chatflow.errors import UsageError  # noqa: E402
-from chatflow.models import ModelSpec  # noqa: E402
+from chatflow.errors import BadInputError, UsageError  # noqa: E402
+from chatflow.models import Model, ModelSpec  # noqa: E402
 from chatflow.models.pytorch import TorchModelHandler  # noqa: E402
 from chatflow.models.pytorch_engine import LONGEST  # noqa: E402
 from chatflow.models.requests import Failure, Part, Request, WorkerSettings  # noqa: E402
 from chatflow.options import Options  # noqa: E402
+from chatflow.records import Arrival  # noqa: E402
 from chatflow.run import execute  # noqa: E402
 from chatflow.tail import follow  # noqa: E402
+from chatflow.templates import load_template  # noqa: E402
+from chatflow.texts import AskTexts  # noqa: E402
 
 torch.set_num_threads(1)  # others of a busy machine are waited for
 
@@ -325,7 +328,8 @@ def test_weights_come_from_cloud_storage(t5, tmp_path, monkeypatch):
             spec = ModelSpec("torch:gs://models/t5", state_dict_path=path)
             handler = pickle.loads(pickle.dumps(spec.handler()))
             (answer,) = handler.load_model().answer([request(part(PROMPTS[0]))])
-            assert (answer.text, answer.model) == (expected, "torch:gs://models/t5")
+            named = "torch:gs://models/t5" + (f"@{path}" if path else "")
+            assert (answer.text, answer.model) == (expected, named)
         with pytest.raises(UsageError, match=r"--state_dict_path=gs://models/no.pt: no such file"):
             ModelSpec("torch:gs://models/t5", state_dict_path="gs://models/no.pt")
 
@@ -474,7 +478,7 @@ def test_chats_of_files_become_analyses(t5, tmp_path, lines):
     assert (counts["chats_read"], counts["lost"]) == (5, 0)
     found = [json.loads(line) for f in (tmp_path / "out").glob("analyses*") for line in f.open()]
     assert len(found) == counts["analysed"] > 0
-    assert {analysis["model"] for analysis in found} == {f"torch:{t5}"}
+    assert {analysis["model"] for analysis in found} == {f"torch:{t5}@{tmp_path}/half.pt"}
     assert all(set(a["tone_scores"]) == {"angry", "neutral", "happy"} for a in found)
 
 
@@ -569,3 +573,24 @@ def test_the_examples_say_what_is_wrong(example, flags, says, monkeypatch, capsy
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_long_is_a_dead_letter(script):
+    model = Model(ModelSpec(script({"answer": "Das Paket."})).handler())
+    template = load_template(EXAMPLES / "prompts" / "respond.jinja")
+    ask = AskTexts(model, template, max_prompt_tokens=200)
+    (question,) = ask.ask(Arrival(b"The parcel."))
+    assert "The parcel." in question.request.parts[0].prompt
+    with pytest.raises(
+        BadInputError, match=r"about \d,\d\d\d tokens; max_prompt_tokens is 200"
+    ) as e:
+        ask.ask(Arrival(b"late " * 1000))
+    assert e.value.reason == "prompt_too_long"
+    with pytest.raises(UsageError, match="max_prompt_tokens is 0: shorten"):
+        AskTexts(model, template, max_prompt_tokens=0)
+
+
+def test_texts_are_asked_of_one_model(script):
+    model = Model(ModelSpec(script({"answer": "x"})).handler(), several=True)
+    with pytest.raises(UsageError, match="AskTexts: model: asks one model"):
+        AskTexts(model, load_template(EXAMPLES / "prompts" / "respond.jinja"))

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from apache_beam.io.filesystems import FileSystems
 from conftest import chat
+from fakes import environment
+from fakes.dataflow import FakeCloud
 from test_pipeline import ANGRY, APOLOGY, read
 from tiny import tiny_gemma
 
 from chatflow.errors import ModelError, UsageError
 from chatflow.models import refreshing
 from chatflow.models.handlers import LanguageModel
-from chatflow.models.presets import use_jax
+from chatflow.models.presets import forget, local_file, local_preset, use_jax
 from chatflow.models.refreshing import RefreshedModel, newest_version
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import NO_CLOUD, Options
@@ -143,6 +145,52 @@ def test_old_weights_are_let_go():
     said(model, version(1, "new"))
     gc.collect()
     assert [found() is None for found in models] == [True, False]
+
+
+def test_the_local_copies_of_old_weights_are_removed(tmp_path, monkeypatch):
+    """Those that were replaced; not what `--model` names, nor what lies beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = ("base/config.json", "v1/config.json", "v2/config.json", "a.lora.h5", "b.lora.h5")
+    (tmp_path / "here").mkdir()
+
+    def load(wanted):
+        path = wanted.path or "gs://models/base"
+        (local_file if path.endswith(".h5") else local_preset)(path)
+        return Named(path)
+
+    def kept():
+        root = tmp_path / "cache" / "chatflow" / "presets"
+        files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
+        return {path.relative_to(root).as_posix() for path in files}
+
+    with FakeCloud("models") as fake, environment(fake.environment):
+        for name in names:
+            fake.put("models", name, b"{}")
+        model = RefreshedModel(load)
+        held = []
+        for seen, path in enumerate(
+            ("v1", "v2", "v2", "a.lora.h5", "b.lora.h5", f"{tmp_path}/here", "v1", ""), 1
+        ):
+            url = path if path.startswith("/") or not path else f"gs://models/{path}"
+            assert said(model, version(seen, url, float(seen))) == (url or "gs://models/base")
+            held.append(sorted(kept() - {"gs_models_base/config.json"}))
+    one, two = ["gs_models_v1/config.json"], ["gs_models_v2/config.json"]
+    a, b = ["gs_models/a.lora.h5"], ["gs_models/b.lora.h5"]
+    assert held == [one, two, two, a, b, [], one, []]
+    assert kept() == {"gs_models_base/config.json"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "gs://b/..", "gs://b/", "hf://a/b", "base"])
+def test_only_a_copy_is_removed(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "chatflow"
+    for path in ("presets/base", "presets/gs_b/x", "other"):
+        (cache / path).parent.mkdir(parents=True, exist_ok=True)
+        (cache / path).write_text("")
+    monkeypatch.chdir(cache / "presets")
+    forget(name)
+    assert (cache / "presets" / "base").exists()
+    assert (cache / "other").exists()
 
 
 def test_the_file_that_was_written_last_counts_and_markers_stand_for_their_folder(tmp_path):

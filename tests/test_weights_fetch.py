@@ -120,7 +120,10 @@ def test_one_format_of_the_weights_is_taken(names, taken):
 def test_a_second_run_takes_what_is_there_with_the_right_hash(hub, tmp_path, capsys):
     first = fetch("org/tiny", tmp_path / "m", capsys)
     hub.asked.clear()
+    written = (tmp_path / "m" / SUMS).stat()
     again = fetch("org/tiny", tmp_path / "m", capsys)
+    kept = (tmp_path / "m" / SUMS).stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert (again["new_bytes"], again["sums_sha256"]) == (0, first["sums_sha256"])
     assert hub.asked == []
     (tmp_path / "m" / "model.safetensors").write_bytes(bytes(len(WEIGHTS)))
@@ -194,6 +197,7 @@ def test_a_gated_repository_is_for_those_with_a_token(hub, tmp_path, capsys, mon
     ("source", "said"),
     [
         ("hf://org/none", "there is no such repository at http://127.0.0.1"),
+        ("org/none", ", nor such a folder here; if it is private or gated, accept its licence"),
         ("org/tiny@v9", "there is no revision 'v9'"),
         ("hf://a/b/c", "is no repository's name; give hf://ORG/NAME"),
         ("org/empty", "has no weights that can be loaded"),

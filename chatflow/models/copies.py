@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import time
 import weakref
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from chatflow.models.embedded import cache_root
 
+_log = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
@@ -30,10 +32,14 @@ class Copy(NamedTuple):
 
     @property
     def resident_mb(self) -> float:
-        """Memory of its process, in MB, with all that it holds; 0 where the system does not say."""
-        if not Path("/proc/self/statm").exists():
+        """Memory of its process, in MB, with all that it holds.
+
+        0 where the system does not say, or the process has ended.
+        """
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):
             return 0.0
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -42,12 +48,15 @@ def notes() -> Path:
 
 
 def note(model: Any, name: str) -> None:
-    """Says that a model is loaded, until it is no more."""
+    """Says that a model is loaded, until it is no more; where it cannot be written, nothing."""
     copy = Copy(name, os.getpid(), _started(os.getpid()), time.time())
     path = notes() / f"{copy.pid}-{next(_numbers)}-{time.time_ns()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(copy._asdict()))
-    weakref.finalize(model, path.unlink, missing_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weakref.finalize(model, path.unlink, missing_ok=True)
+        path.write_text(json.dumps(copy._asdict()))
+    except OSError as error:
+        _log.debug("no note of %s: %s", name, error)
 
 
 def loaded() -> list[Copy]:

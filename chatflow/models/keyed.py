@@ -102,6 +102,16 @@ class PerKeyModelHandler(KeyedModelHandler):
         return results
 
 
+class _Made:
+    """Gives a model that is loaded already, and keeps it no longer."""
+
+    def __init__(self, model: Any):
+        self._models = [model]
+
+    def load_model(self) -> Any:
+        return self._models.pop()
+
+
 class ModelManager(_ModelHandlerManager):
     """Beam's manager of a worker's models, with room for only so many.
 
@@ -112,7 +122,8 @@ class ModelManager(_ModelHandlerManager):
     """
 
     def __init__(self, handlers: dict[str, Any], weighty: Collection[str], max_models: int):
-        super().__init__(handlers)
+        super().__init__(dict(handlers))
+        self._handlers = handlers
         self._weighty, self._most = frozenset(weighty), max_models
         self._changed = threading.Condition()
         self._users: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -187,6 +198,8 @@ class ModelManager(_ModelHandlerManager):
         """Loads a model, while others are asked."""
         problem = ""
         try:
+            # Beam makes models under a lock of the process, which all that are asked need.
+            self._mh_map[key] = _Made(self._handlers[key].load_model())
             self.load(key)
         except Exception as error:
             problem = f"{type(error).__name__}: {one_line(error)}"

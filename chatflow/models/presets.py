@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -130,7 +131,7 @@ def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
     import fasteners
     from apache_beam.io.filesystems import FileSystems
 
-    folder = embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", url)
+    folder = _copy_of(url)
     folder.mkdir(parents=True, exist_ok=True)
     with fasteners.InterProcessLock(f"{folder}.lock"):
         base = url.rstrip("/") + "/"
@@ -153,3 +154,27 @@ def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
             os.utime(part, (written, written))
             part.replace(target)
     return folder
+
+
+def forget(url: str) -> None:
+    """Removes the local copy of a folder or file that `copied` made; what is no URL has none.
+
+    Whoever has mapped a file keeps it. One that cannot be removed stays.
+    """
+    import fasteners
+
+    if "://" not in url:
+        return
+    folder, (parent, _, name) = _copy_of(url), url.rstrip("/").rpartition("/")
+    file = _copy_of(parent) / name
+    with contextlib.suppress(OSError):
+        if folder.is_dir():
+            with fasteners.InterProcessLock(f"{folder}.lock"):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif file.is_file():
+            with fasteners.InterProcessLock(f"{file.parent}.lock"):
+                file.unlink(missing_ok=True)
+
+
+def _copy_of(url: str) -> Path:
+    return embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", url)

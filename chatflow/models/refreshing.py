@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
 from chatflow.models.handlers import LanguageModel
+from chatflow.models.presets import forget
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ RETRY_SECONDS = 300.0
 MARKERS = ("SHA256SUMS.json", "config.json")
 """Files that stand for the folder that they are in, which holds a model."""
 
-KINDS = {
-    "script": r"\.jsonl$",
-    "torch": r"(SHA256SUMS\.json|config\.json|\.(pt|pth|bin|safetensors))$",
-    "gemma": r"(SHA256SUMS\.json|config\.json|\.lora\.h5)$",
+ENDS = {
+    "script": (".jsonl",),
+    "torch": (*MARKERS, ".pt", ".pth", ".bin", ".safetensors"),
+    "gemma": (*MARKERS, ".lora.h5"),
 }
 """How the patterns end by which the weights of a kind of model may be replaced."""
 
@@ -44,18 +44,11 @@ def check_pattern(spec: ModelSpec) -> None:
     if spec.is_remote or spec.is_vllm:
         raise UsageError(f"--model_updates: {spec.name} has no weights here to be updated")
     kind = "script" if spec.is_scripted else "torch" if spec.is_torch else "gemma"
-    if not re.search(KINDS[kind], spec.updates):
+    if not spec.updates.endswith(ENDS[kind]):
         raise UsageError(
             f"--model_updates={spec.updates}: for --model={spec.name} it must end in one of "
-            f"{_ENDS[kind]}"
+            f"{', '.join(ENDS[kind])}"
         )
-
-
-_ENDS = {
-    "script": ".jsonl",
-    "torch": "SHA256SUMS.json or config.json (of a folder), .pt, .pth, .bin, .safetensors",
-    "gemma": "SHA256SUMS.json or config.json (of a preset's folder), .lora.h5",
-}
 
 
 def newest_version(pattern: str, seen: float = 0.0) -> Version:
@@ -126,8 +119,11 @@ class RefreshedModel(LanguageModel):
         if wanted <= self._version:  # another caller did meanwhile
             return
         if wanted.weights != self._weights and (model := self._try(wanted)):
-            old, self._model, self._weights = self._model, model, wanted.weights
+            old, (path, _) = self._model, self._weights
+            self._model, self._weights = model, wanted.weights
             self._counts.update(old.new_counts())
+            if path != wanted.path:  # else its copy is the new one's
+                forget(path)
         self._version = wanted
 
     def _try(self, version: Version) -> LanguageModel | None:

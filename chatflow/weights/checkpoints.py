@@ -70,7 +70,7 @@ def finder(name: str) -> Find:
             raise UsageError(f"{name} cannot be read: {one_line(error)}") from None
     if name.startswith((".", "/", "~")) or (name.count("/") > 1 and not name.startswith("hf://")):
         raise UsageError(f"there is no folder {name}")
-    return _on_hub(name.removeprefix("hf://"))
+    return _on_hub(name)
 
 
 def print_step(text: str) -> None:
@@ -89,25 +89,20 @@ def _in_folder(folder: Path) -> Find:
 def _on_hub(name: str) -> Find:
     try:
         import httpx
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import constants, errors, hf_hub_download
     except ImportError:
         raise needs_torch(f"{name}: the hub's files") from None
+    from chatflow.weights.sources import hub_error
 
     def find(file: str) -> Path | None:
         try:
             # None: as the library read it from the environment when it was imported.
-            return Path(hf_hub_download(name, file, endpoint=os.environ.get("HF_ENDPOINT")))
-        except errors.GatedRepoError:
-            said = "is gated: accept its terms on the hub, and set HF_TOKEN"
-        except errors.RepositoryNotFoundError:
-            said = "is neither a folder here nor a model on the hub (a private one needs HF_TOKEN)"
+            endpoint = os.environ.get("HF_ENDPOINT")
+            return Path(hf_hub_download(name.removeprefix("hf://"), file, endpoint=endpoint))
         except errors.RemoteEntryNotFoundError:
             return None
-        except errors.LocalEntryNotFoundError as error:
-            said = f"cannot be fetched from the hub: {one_line(error)}"
         except (errors.HFValidationError, httpx.HTTPError, OSError) as error:
-            said = f"cannot be fetched from the hub: {type(error).__name__}: {one_line(error)}"
-        raise UsageError(f"{name} {said}") from None
+            raise hub_error(name, error, endpoint or constants.ENDPOINT) from None
 
     return find
 

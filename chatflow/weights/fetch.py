@@ -23,7 +23,9 @@ FETCH = """
 Copies a model to a folder, here or at gs://, for `--model` of chatflow run. SOURCE is
 gemma3-270m (embedded), hf://ORG/NAME, ORG/NAME@REVISION, kaggle://…, a preset of keras_hub's,
 gs://… or a folder. SHA256SUMS.json is written last: where it is, the folder is whole. A
-second run takes what is there.
+second run takes what is there; where files have changed, SHA256SUMS.json is gone until all are new.
+So give each version a folder of its own where --model_updates watches: else workers go back to an
+older one meanwhile.
 
   HF_TOKEN=… chatflow model fetch google/gemma-3-1b-it gs://BUCKET/models/gemma-3-1b-it
 """

@@ -136,7 +136,7 @@ class HubSource:
                 self.repository, revision=self._revision, files_metadata=True
             )
         except Exception as error:
-            raise self._explained(error) from error
+            raise hub_error(self.name, error, self._endpoint) from error
         self._revision = info.sha  # the same for all files, whatever is pushed meanwhile
         by_name = {file.rfilename: file for file in info.siblings or ()}
         return [
@@ -158,40 +158,49 @@ class HubSource:
             )  # fmt: skip
             os.replace(made, target)
         except Exception as error:
-            raise self._explained(error) from error
+            raise hub_error(self.name, error, self._endpoint) from error
 
     def known(self, file: File) -> File:
         return file
 
-    def _explained(self, error: BaseException) -> UsageError:
-        from huggingface_hub import errors
 
-        while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        if isinstance(error, errors.HFValidationError):
-            said = "is no repository's name; give hf://ORG/NAME or hf://ORG/NAME@REVISION"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            said = f"there is no revision {self._revision!r}"
-        elif isinstance(error, errors.GatedRepoError) or status == 403:
-            said = (
-                f"is gated: accept its licence at {self._endpoint}/{self.repository}, and set "
-                "HF_TOKEN to a token of that account"
-            )
-        elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
-            said = (
-                f"there is no such repository at {self._endpoint}; if it is private or gated, "
-                "accept its licence there and set HF_TOKEN"
-            )
-        elif getattr(error, "errno", None) == errno.ENOSPC:
-            said = "cannot be fetched: the disk is full; make room, or name another destination"
-        else:
-            said = (
-                f"cannot be fetched from {self._endpoint}: {type(error).__name__}: "
-                f"{one_line(error) if isinstance(error, Exception) else error}; what is whole is "
-                "kept, so try again"
-            )
-        return UsageError(f"{self.name}: {said}")
+def hub_error(name: str, error: BaseException, endpoint: str) -> UsageError:
+    """What an error of Hugging Face's library means for who named a model.
+
+    Args:
+      name: ORG/NAME or ORG/NAME@REVISION, maybe after hf://.
+      endpoint: the address of the hub.
+    """
+    from huggingface_hub import errors
+
+    repository, _, revision = name.removeprefix("hf://").partition("@")
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if isinstance(error, errors.HFValidationError):
+        said = "is no repository's name; give hf://ORG/NAME or hf://ORG/NAME@REVISION"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        said = f"there is no revision {revision!r}"
+    elif isinstance(error, errors.GatedRepoError) or status == 403:
+        said = (
+            f"is gated: accept its licence at {endpoint}/{repository}, and set "
+            "HF_TOKEN to a token of that account"
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+        here = "" if name.startswith("hf://") else ", nor such a folder here"
+        said = (
+            f"there is no such repository at {endpoint}{here}; if it is private or gated, "
+            "accept its licence there and set HF_TOKEN"
+        )
+    elif getattr(error, "errno", None) == errno.ENOSPC:
+        said = "cannot be fetched: the disk is full; make room, or name another destination"
+    else:
+        said = (
+            f"cannot be fetched from {endpoint}: {type(error).__name__}: "
+            f"{one_line(error) if isinstance(error, Exception) else error}; what is whole is "
+            "kept, so try again"
+        )
+    return UsageError(f"{name}: {said}")
 
 
 def kaggle(handle: str, name: str) -> Source:

@@ -87,9 +87,10 @@ def blank_model(find: Find, name: str) -> Any:
       UsageError: there is no configuration, or none that transformers knows as a language model.
     """
     try:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import AutoConfig
         from transformers.utils import logging
+
+        from chatflow.models.pytorch_loading import without_weights
     except ImportError:
         raise needs_torch(name) from None
 
@@ -99,10 +100,7 @@ def blank_model(find: Find, name: str) -> Any:
     quiet: Any = logging
     quiet.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(file.parent)
-        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with torch.device("meta"):
-            return kind.from_config(config)
+        return without_weights(AutoConfig.from_pretrained(file.parent))
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UsageError(f"{name}: its config.json cannot be used: {one_line(error)}") from None
 
