@@ -132,7 +132,7 @@ class Routes:
         """The models, each once."""
         return tuple({route.spec.key: route.spec for route in self.routes}.values())
 
-    def put_together(self, prompts: list[PromptT]) -> PromptT | Routed[PromptT]:
+    def by_chat(self, prompts: list[PromptT]) -> PromptT | Routed[PromptT]:
         """Prompts, in the order of the routes, as the stages take them."""
         if not self.attribute:
             return prompts[0]

@@ -47,11 +47,11 @@ class Updates:
 
     @functools.cached_property
     def analysis(self) -> AnalysisPrompt | Routed[AnalysisPrompt]:
-        return self.routes.put_together([analysis for analysis, _ in self.by_route])
+        return self.routes.by_chat([analysis for analysis, _ in self.by_route])
 
     @functools.cached_property
     def draft(self) -> DraftPrompt | Routed[DraftPrompt]:
-        return self.routes.put_together([draft for _, draft in self.by_route])
+        return self.routes.by_chat([draft for _, draft in self.by_route])
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
