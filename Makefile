@@ -129,8 +129,8 @@ demo-remote: setup ## The same with a remote model: Gemini's client against a st
 stream: setup ## Run the event-driven system with live messages, on the Pub/Sub emulator
 	$(BIN)/chatflow stream --chats samples/chats.jsonl
 
-test: setup ## Run all tests, in two processes
-	$(BIN)/pytest -n 2 --dist loadfile
+test: setup ## Run all tests, in three processes
+	$(BIN)/pytest -n 3 --dist loadfile
 
 lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terraform
 	$(BIN)/ruff check .
