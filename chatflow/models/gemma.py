@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import collections
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatflow.models import embedded
 from chatflow.models.grammar import ENDLESS, Text, json_answer
-from chatflow.models.handlers import LanguageModel, LanguageModelHandler, ask
-from chatflow.models.merging import merged
-from chatflow.models.parts import put_together
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.parts import EngineModel
 from chatflow.models.presets import is_instruct, local_file, local_preset, use_jax
 from chatflow.models.requests import (
     FIRST,
     ONE_BUNDLE,
     ONE_COPY,
-    Answer,
     Batching,
-    Failure,
     Part,
     Request,
     Version,
@@ -37,16 +32,12 @@ ADAPTER = ".lora.h5"
 """How the names of adapters end: files that Keras's `save_lora_weights` writes."""
 
 
-class GemmaModel(LanguageModel):
+class GemmaModel(EngineModel):
     """A loaded Gemma that answers requests, part by part.
 
-    Requests of concurrent callers are run in common batches.
-
     Args:
-      name: what answers say made them.
       preset, settings: see `GemmaModelHandler`.
       instruct: prompts are wrapped as a user's turn.
-      most: requests in a batch.
       adapter: a local file with LoRA weights for the preset, as Keras saves them; empty: none.
     """
 
@@ -63,46 +54,24 @@ class GemmaModel(LanguageModel):
         use_jax(alone=settings.large_model and settings.model_copies == 1)
         from chatflow.models.loading import load_engine
 
-        self.name = name
-        self.engine = load_engine(preset, settings.dtype, instruct, settings.quantization, adapter)
-        self._most = most
-        self._merged = merged(self._ask, most, settings.merge_seconds)
-        self._counted: collections.Counter[str] = collections.Counter()
-        self._lock = threading.Lock()
+        engine = load_engine(preset, settings.dtype, instruct, settings.quantization, adapter)
+        super().__init__(name, engine, most, settings.merge_seconds)
         _log.info("loaded %s in %.1f s", preset, time.monotonic() - started)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        return self._merged(requests)
 
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Compiles what answers to such requests need, alone and in a full batch."""
         started = time.monotonic()
         rows = [_row(part) for request in requests for part in request.parts]
         if rows:
-            self.engine.warm_up(rows, self._most)
+            self.engine.warm_up(rows, self.most)
             _log.info(
                 "warmed up in %.1f s: %d compilations",
                 time.monotonic() - started,
                 self.engine.forward.compilations,
             )
 
-    def counts(self) -> dict[str, int]:
-        with self._lock:
-            now = self.engine.all_counts()
-            new = now - self._counted
-            self._counted = now
-        return dict(new)
-
-    def _ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        return ask(self._run, requests)
-
-    def _run(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        """Answers in the order of the requests; all parts of all of them in one go."""
-        started = time.monotonic()
-        results = iter(self.engine.run([_row(part) for r in requests for part in r.parts]))
-        by_request = [[(part, next(results)) for part in r.parts] for r in requests]
-        seconds = time.monotonic() - started
-        return [put_together(result, self.name, seconds) for result in by_request]
+    def prompt(self, part: Part) -> Row:
+        return _row(part)
 
 
 def _row(part: Part) -> Row:

@@ -1,14 +1,19 @@
-"""Answers of the parts of a request, put together as one: JSON that code writes."""
+"""Models that answer part by part, and their answers put together as one: JSON that code writes."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from chatflow.errors import ElementError
-from chatflow.models.requests import Answer, Failure, Part
+from chatflow.models.handlers import LanguageModel, ask
+from chatflow.models.merging import merged
+from chatflow.models.requests import Answer, Failure, Part, Request
 
 
 @dataclasses.dataclass
@@ -81,3 +86,47 @@ def put_together(
         finish_reason=finish_reason,
         tone_scores=tuple(scores.items()),
     )
+
+
+class EngineModel(LanguageModel):
+    """A model on the worker whose engine answers the parts of many requests in one go.
+
+    Requests of concurrent callers are run in common batches.
+
+    Args:
+      name: what answers say made them.
+      engine: its `run` gives a `Result` or an error for each prompt, `all_counts` what it counted.
+      most: requests in a batch.
+      merge_seconds: how long a request may wait for those of other callers.
+    """
+
+    def __init__(self, name: str, engine: Any, most: int, merge_seconds: float):
+        self.name, self.engine, self.most = name, engine, most
+        self._merged = merged(self._ask, most, merge_seconds)
+        self._counted: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        return self._merged(requests)
+
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            now = self.engine.all_counts()
+            new = now - self._counted
+            self._counted = now
+        return dict(new)
+
+    def prompt(self, part: Part) -> Any:
+        """What the engine is asked for a part."""
+        return part
+
+    def _ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        return ask(self._run, requests)
+
+    def _run(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """Answers in the order of the requests; all parts of all of them in one go."""
+        started = time.monotonic()
+        results = iter(self.engine.run([self.prompt(part) for r in requests for part in r.parts]))
+        by_request = [[(part, next(results)) for part in r.parts] for r in requests]
+        seconds = time.monotonic() - started
+        return [put_together(result, self.name, seconds) for result in by_request]

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import collections
 import importlib.util
 import logging
 import os
 import re
-import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from chatflow.errors import UsageError, one_line
 from chatflow.models import TORCH
-from chatflow.models.handlers import LanguageModel, LanguageModelHandler, ask
-from chatflow.models.merging import merged
-from chatflow.models.parts import put_together
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.parts import EngineModel
 from chatflow.models.presets import brought, is_instruct, local_preset
 from chatflow.models.requests import (
     FIRST,
     ONE_BUNDLE,
     ONE_COPY,
-    Answer,
     Batching,
-    Failure,
     Request,
     Version,
     WorkerSettings,
@@ -92,18 +86,15 @@ def local_model(name: str) -> str:
     return local_preset(name, _log.info)
 
 
-class TorchModel(LanguageModel):
+class TorchModel(EngineModel):
     """A loaded model that answers requests, part by part.
 
-    Requests of concurrent callers are run in common batches. The weights are let go with the
-    last reference to it.
+    The weights are let go with the last reference to it.
 
     Args:
-      name: what answers say made them.
       path: a local folder or a name of the hub.
       state_dict_path, settings: see `TorchModelHandler`.
       instruct: prompts are a user's turn of the tokenizer's chat template, if it has one.
-      most: requests in a batch.
     """
 
     def __init__(
@@ -119,34 +110,9 @@ class TorchModel(LanguageModel):
         from chatflow.models.pytorch_engine import Engine
         from chatflow.models.pytorch_loading import load
 
-        self.name = name
         loaded = load(path, state_dict_path, settings.dtype, name)
-        self.engine = Engine(*loaded, instruct, most)
-        self._merged = merged(self._ask, most, settings.merge_seconds)
-        self._counted: collections.Counter[str] = collections.Counter()
-        self._lock = threading.Lock()
+        super().__init__(name, Engine(*loaded, instruct, most), most, settings.merge_seconds)
         _log.info("loaded %s in %.1f s", name, time.monotonic() - started)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        return self._merged(requests)
-
-    def counts(self) -> dict[str, int]:
-        with self._lock:
-            now = self.engine.counts.copy()
-            new = now - self._counted
-            self._counted = now
-        return dict(new)
-
-    def _ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        return ask(self._run, requests)
-
-    def _run(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        """Answers in the order of the requests; all parts of all of them in one go."""
-        started = time.monotonic()
-        results = iter(self.engine.run([part for request in requests for part in request.parts]))
-        by_request = [[(part, next(results)) for part in r.parts] for r in requests]
-        seconds = time.monotonic() - started
-        return [put_together(result, self.name, seconds) for result in by_request]
 
 
 def _name(model: str, weights: str) -> str:

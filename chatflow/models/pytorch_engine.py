@@ -74,6 +74,9 @@ class Engine:
         self._pad: int = next(token for token in known if token is not None)
         settings.update(eos_token_id=list(self._ends) or None, pad_token_id=self._pad)
 
+    def all_counts(self) -> collections.Counter[str]:
+        return self.counts.copy()
+
     def run(self, parts: Sequence[Part]) -> list[Result | ElementError]:
         """Answers parts, in their order; an error for each that has no answer.
 
