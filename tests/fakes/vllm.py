@@ -110,12 +110,14 @@ class FakeVllm(FakeVertex):
     async def serve(self) -> None:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
+        done = asyncio.Event()  # before anybody can know that we are there
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
         await runner.setup()
         await web.TCPSite(runner, self.flags.host, self.flags.port).start()
         print("Application startup complete.", flush=True)
-        done = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
         await done.wait()
         await runner.cleanup()
 
@@ -204,5 +206,7 @@ def main() -> None:
         sys.exit(broken.read_text())
     engine = subprocess.Popen([sys.executable, "-ISc", "import time; time.sleep(600)"])
     place.note("started", {"argv": sys.argv[1:], "pid": os.getpid(), "engine": engine.pid})
-    asyncio.run(FakeVllm(place, flags).serve())
-    engine.terminate()
+    try:
+        asyncio.run(FakeVllm(place, flags).serve())
+    finally:
+        engine.terminate()
