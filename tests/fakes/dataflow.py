@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,15 @@ from gcp_storage_emulator.server import create_server
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
+from . import Loopback
+
 JOBS = re.compile(
     r"/v1b3/projects/([^/]+)/locations/([^/]+)/jobs(?:/([^/:]+))?(/messages|/metrics)?"
 )
 LAUNCH = re.compile(r"/v1b3/projects/([^/]+)/locations/([^/]+)/flexTemplates:launch")
 
 
-class FakeCloud:
+class FakeCloud(Loopback):
     """Starts on free ports; use as a context manager.
 
     Attributes:
@@ -67,38 +68,15 @@ class FakeCloud:
         self._storage.start()
         for bucket in self._buckets:
             self._storage._storage.create_bucket(bucket, {"name": bucket, "kind": "storage#bucket"})
-        cloud = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                sent = json.loads(body) if body.startswith(b"{") else {}
-                status, answer = cloud.answer(self.command, self.path.partition("?")[0], sent)
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answer.encode())))
-                self.end_headers()
-                self.wfile.write(answer.encode())
-
-            do_GET = do_POST = do_PUT = handle_any  # noqa: N815
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        super().__enter__()
         # Beam takes the API to be a local one by this name.
-        self.address = f"http://localhost:{self._server.server_port}"
+        self.address = f"http://localhost:{self.port}"
         self._credentials = Path(self._folder.name) / "account.json"
         self._credentials.write_text(json.dumps(service_account(f"{self.address}/token")))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__exit__()
         self._storage.stop()
         self._folder.cleanup()
 
@@ -125,13 +103,13 @@ class FakeCloud:
         if path == "/token":
             token = {"access_token": "a-token", "expires_in": 3600, "token_type": "Bearer"}
             return 200, json.dumps(token)
-        found = None if self.refusal else self.handle(method, path, body)
+        found = None if self.refusal else self._found(method, path, body)
         if found is not None:
             return 200, json.dumps(found)
         status, said = self.refusal or (404, "not found")
         return status, json.dumps({"error": {"code": status, "message": said}})
 
-    def handle(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
+    def _found(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
         if found := LAUNCH.fullmatch(path):
             self.launches.append(dict(body))
             job = {"name": body["launchParameter"]["jobName"], "type": "JOB_TYPE_STREAMING"}

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from http.server import BaseHTTPRequestHandler
+
+from . import Loopback
 
 LARGE = (".safetensors", ".bin", ".h5", ".model", ".gguf")
 
 
-class FakeHub:
+class FakeHub(Loopback):
     """Starts on a free port; use as a context manager.
 
     Attributes:
@@ -41,30 +41,6 @@ class FakeHub:
         self.refused: set[str] = set()
         self.asked: list[tuple[str, str]] = []
 
-    def __enter__(self) -> FakeHub:
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            do_HEAD = do_GET  # noqa: N815
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
     def fetched(self) -> list[str]:
         """Names of the files whose content was given, also in parts."""
         return [name for name, _ in self.asked]
@@ -72,7 +48,7 @@ class FakeHub:
     def commit(self, repository: str) -> str:
         return hashlib.sha1(repr(self.repositories[repository]).encode()).hexdigest()
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._facts(request, found[1], found[2])

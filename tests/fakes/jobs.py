@@ -6,16 +6,15 @@ shapes are those of Google's documentation (v1).
 
 from __future__ import annotations
 
-import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from . import Loopback
 
 JOBS = re.compile(r"/v1/(projects/[^/]+/locations/[^/]+/customJobs)(/\d+)?")
 
 
-class FakeJobs:
+class FakeJobs(Loopback):
     """Starts on a free port; use as a context manager.
 
     Attributes:
@@ -31,38 +30,6 @@ class FakeJobs:
         self.error = ""
         self.busy = 0
         self.refusal: tuple[int, str] | None = None
-
-    def __enter__(self) -> FakeJobs:
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                path = self.path.partition("?")[0]
-                status, value = fake.answer(self.command, path, json.loads(body or b"{}"))
-                answer = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            do_GET = do_POST = handle_any  # noqa: N815
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         found = JOBS.fullmatch(path)
