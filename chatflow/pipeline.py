@@ -14,7 +14,7 @@ from chatflow.analysis import AnalyseChats
 from chatflow.conversations import AssembleChats
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies
-from chatflow.models import Model, ModelSpec
+from chatflow.models import VLLM, Model, ModelSpec
 from chatflow.models.keyed import PerKeyModelHandler
 from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
@@ -104,6 +104,7 @@ def plan(
 
 def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
     """The model that the flags name."""
+    is_vllm = options.model.startswith(VLLM)
     return ModelSpec(
         name=options.model,
         inference=options.inference,
@@ -113,7 +114,8 @@ def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
             options.quantization,
             options.large_model == "true",
             options.model_copies,
-            max_prompt_tokens=options.max_prompt_tokens,
+            # Only vLLM's server needs it: other models are the same whatever the budget.
+            **({"max_prompt_tokens": options.max_prompt_tokens} if is_vllm else {}),
             vllm_args=options.vllm_args,
         ),
         batching=Batching(

@@ -103,6 +103,16 @@ def script_pair(script, tmp_path):
     return names
 
 
+def test_entries_that_differ_in_prompts_and_budget_alone_share_a_model(script, models):
+    file = models(
+        "attribute: tenant\nmodels:\n"
+        "  - {keys: [a], max_prompt_tokens: 800}\n"
+        "  - {keys: [b], prompts: base, settings: {summary_grounding: 0.5}}\n"
+        "default: {}\n"
+    )
+    assert len(routes(file, model="gemma3-270m").specs) == 1
+
+
 def test_a_default_takes_all_other_chats_with_the_flags_model(tmp_path, lines, script, models):
     shop, _ = script_pair(script, tmp_path)
     file = models(
