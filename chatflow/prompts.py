@@ -166,8 +166,9 @@ class Prompt:
             ]
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
+        identity = Identity(chat.chat_id, user_id, chat.revision, self.version, self.result_name)
         request = Request(
-            id="",
+            id=identity.digest(),
             task=self.template.name.removesuffix(".jinja"),
             chat_id=chat.chat_id,
             user_id=user_id,
@@ -175,12 +176,10 @@ class Prompt:
             model=self.model.key,
             version=self.weights,
         )
-        question = Question(
+        return Question(
             chat, user_id, request, kept.dropped, kept.cut,
             self.version, self.template.settings, analysis,
         )  # fmt: skip
-        request = dataclasses.replace(request, id=question.id_of(self.result_name))
-        return dataclasses.replace(question, request=request)
 
     @property
     def probe(self) -> Request:

@@ -82,7 +82,7 @@ class Template:
     def where(self) -> str:
         return f"{self.folder}/{self.name}"
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The constants that the template sets at its top level, with the overrides."""
         return {**self._compiled[1], **dict(self.overrides)}

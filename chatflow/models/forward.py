@@ -144,12 +144,7 @@ class Forward:
             )
         )
 
-    @_compiled(
-        static_argnames=(
-            "rows",
-            "total",
-        )
-    )
+    @_compiled(static_argnames=("rows", "total"))
     def cache(self, prefix: Cache | None, *, rows: int, total: int) -> Cache:
         """A cache of so many rows, each of which begins with a prefix (one row) or empty."""
         self.compilations += 1

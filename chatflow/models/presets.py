@@ -177,4 +177,9 @@ def forget(url: str) -> None:
 
 
 def _copy_of(url: str) -> Path:
-    return embedded.cache_root() / "presets" / re.sub(r"[^\w.-]+", "_", url)
+    return embedded.cache_root() / "presets" / slug(url)
+
+
+def slug(url: str) -> str:
+    """A name for a folder of the cache."""
+    return re.sub(r"[^\w.-]+", "_", url)

@@ -16,9 +16,9 @@ import numpy as np
 
 from chatflow.errors import UsageError, one_line
 from chatflow.models import embedded
-from chatflow.models.presets import is_instruct, use_jax
+from chatflow.models.presets import is_instruct, slug, use_jax
 from chatflow.weights.fetch import names_instruct
-from chatflow.weights.folders import SUMS, Folder, slug
+from chatflow.weights.folders import SUMS, Folder
 from chatflow.weights.sources import FolderSource, open_source
 from chatflow.weights.transfer import Fetched, Progressing, fetch
 

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
 from chatflow.models import embedded
+from chatflow.models.presets import slug
 
 SUMS = "SHA256SUMS.json"
 """Name -> SHA-256 of each other file, written when all of them are there."""
@@ -155,8 +155,3 @@ class Folder:
             full = getattr(error, "errno", None) == errno.ENOSPC
             said = "the disk is full; make room" if full else one_line(error)
             raise UsageError(f"{self.url}: {what}: {said}") from error
-
-
-def slug(url: str) -> str:
-    """A name for a folder of the cache."""
-    return re.sub(r"[^\w.-]+", "_", url)
