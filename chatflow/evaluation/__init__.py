@@ -1,0 +1,1 @@
+"""`chatflow evaluate`: how good a model and its prompts are, on labelled chats."""

@@ -1,0 +1,143 @@
+"""Labelled chats: what their customers feel, and which of them are near copies of others."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow.errors import BadInputError, UsageError
+from chatflow.records import Chat, Sentiment, load_object, read_chat
+
+Key = tuple[str, str]
+"""Chat and user: what an analysis is of, and so a label."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """How a user of a chat feels, as a person says.
+
+    Attributes:
+      source: where the chat comes from, e.g. `tweets`; empty if the file does not say.
+    """
+
+    sentiment: Sentiment
+    source: str
+    chat: Chat
+
+    @property
+    def user_id(self) -> str:
+        return self.chat.users()[0]
+
+    @property
+    def own_text(self) -> str:
+        """What the user wrote, message by message, one a line."""
+        return "\n".join(m.text for m in self.chat.messages if m.user_id == self.user_id)
+
+
+def read_labels(path: str) -> dict[Key, Label]:
+    """The labels of a file of chats by (chat, user); lines without a label are left out.
+
+    Raises:
+      UsageError: the file cannot be read, or a line has no usable label; with its number.
+    """
+    try:
+        with FileSystems.open(path) as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise UsageError(f"{path!r} cannot be read: {error}") from None
+    labels: dict[Key, Label] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = load_object(line)
+            chat = read_chat(value).chat
+            if "sentiment" not in value:
+                continue
+            source = str(value.get("source", "")).split("-")[0]
+            label = Label(Sentiment(value["sentiment"]), source, chat)
+        except (BadInputError, ValueError) as error:
+            raise UsageError(f"{path}:{number}: {error}") from None
+        if len(chat.users()) != 1:
+            raise UsageError(f"{path}:{number}: has a label and several customers; give user_id")
+        labels[chat.chat_id, label.user_id] = label
+    if not labels:
+        raise UsageError(f"{path!r} has no chat with a label; a label is the field sentiment")
+    return labels
+
+
+class NearCopy(NamedTuple):
+    """A chat that shares text with another.
+
+    Attributes:
+      share: of the distinct runs of five words of the smaller chat, those that both have.
+    """
+
+    chat_id: str
+    other_id: str
+    share: float
+
+
+RUN_WORDS, LEAST_RUNS, LEAST_SHARE, MESSAGE_WORDS = 5, 3, 0.2, 8
+
+
+def near_copies(chats: Iterable[Chat], others: Iterable[Chat]) -> list[NearCopy]:
+    """Which of `chats` share text with any of `others`, each with the one that it shares most with.
+
+    Two chats are near copies when at least 3 distinct runs of five words, and at least 20 %
+    of those of the smaller chat, are in both; or when they have a message in common of at
+    least 8 words. Case and punctuation do not count.
+    """
+    ids, sizes = [], []
+    having_run: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    having_message: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, other in enumerate(others):
+        runs, messages = _runs_and_messages(other)
+        ids.append(other.chat_id)
+        sizes.append(len(runs))
+        for run in runs:
+            having_run[run].append(index)
+        for message in messages:
+            having_message[message].append(index)
+    # As arrays: a run that many chats have, e.g. a greeting, would otherwise take long to count.
+    places = {run: np.array(indices) for run, indices in having_run.items()}
+    other_sizes = np.array(sizes)
+    found = []
+    for chat in chats:
+        runs, messages = _runs_and_messages(chat)
+        same_message = [index for message in messages for index in having_message.get(message, ())]
+        seen = [places[run] for run in runs if run in places]
+        if not seen and not same_message:
+            continue
+        shared = np.bincount(np.concatenate(seen) if seen else [], minlength=len(ids))
+        share = shared / np.maximum(np.minimum(other_sizes, len(runs)), 1)
+        near = (shared >= LEAST_RUNS) & (share >= LEAST_SHARE)
+        near[same_message] = True
+        if near.any():
+            best = int(np.argmax(np.where(near, share, -1)))
+            found.append(NearCopy(chat.chat_id, ids[best], round(float(share[best]), 4)))
+    return found
+
+
+def _runs_and_messages(
+    chat: Chat,
+) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """A chat's runs of five words, and its messages of at least eight."""
+    runs: set[tuple[str, ...]] = set()
+    messages: set[tuple[str, ...]] = set()
+    for words in map(words_of, (message.text for message in chat.messages)):
+        runs.update(zip(*(words[start:] for start in range(RUN_WORDS)), strict=False))
+        if len(words) >= MESSAGE_WORDS:
+            messages.add(tuple(words))
+    return runs, messages
+
+
+def words_of(text: str) -> Sequence[str]:
+    """The words of a text, lower-cased, without punctuation."""
+    return re.findall(r"\w+", text.lower().replace("'", "").replace("’", ""))
