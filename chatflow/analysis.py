@@ -135,7 +135,8 @@ def confidence(answered: Answered, sentiment: Sentiment) -> float | None:
         if scores and part.choices:
             words = [choice.strip() for choice in part.choices]
             weights = [
-                math.exp(scores[word] - bias) for word, bias in zip(words, part.bias, strict=True)
+                math.exp((scores[word] - bias) / part.temperature)
+                for word, bias in zip(words, part.bias, strict=True)
             ]
             return round(weights[part.values.index(sentiment)] / sum(weights), 4)
     return None

@@ -1,4 +1,4 @@
-"""The command line: `chatflow run | stream | publish | tail | replay | evaluate | size | model`."""
+"""The command line: `chatflow run`, `stream`, `evaluate`, `tune` and the others."""
 
 from __future__ import annotations
 
@@ -185,6 +185,49 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(evaluate, leave_out=("input", "show"))
     evaluate.set_defaults(run=_evaluate)
 
+    tune = command(
+        "tune",
+        "train an adapter on your own labelled chats",
+        """
+        Trains LoRA matrices, a small addition to the weights of a Gemma, by which it finds the
+        tone of chats like yours; on a GPU where there is one. What was best on a part that it
+        did not learn from is kept.
+
+          chatflow tune labelled.jsonl --adapter_output tone.lora.h5
+          chatflow run --adapter tone.lora.h5 --input 'chats/*.jsonl' --output results
+        """,
+        epilog=None,
+    )
+    tune.add_argument("labelled", metavar="LABELLED.jsonl", help="chats with labels")
+    tune.add_argument(
+        "--adapter_output", default="tone.lora.h5", help="the file to write (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--validation", default="", help="labelled chats to check it by; default: a part of them"
+    )
+    tune.add_argument("--validation_share", type=positive, default=0.1, help="(default: 0.1)")
+    tune.add_argument(
+        "--apart_from",
+        default="",
+        help="labelled chats for a later evaluation: what shares text with them is left out",
+    )
+    for name, kind, default, help in (
+        ("epochs", int, 3, "times that it sees each chat, at most"),
+        ("patience", int, 3, "checks without a lower loss after which it stops"),
+        ("learning_rate", positive, 1e-3, "at its highest"),
+        ("rank", int, 4, "of the matrices; that of --adapter, if it begins with one"),
+        ("batch", int, 16, "chats in a step"),
+        ("seed", int, 1, "of the division into parts, the order and the first values"),
+    ):
+        tune.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{help} (default: {default})"
+        )
+    add_flags(
+        tune,
+        only=("model", "model_kind", "prompts", "max_prompt_tokens", "adapter", "dtype", "summary"),
+    )
+    tune.set_defaults(run=_tune)
+
     size = command(
         "size",
         "which machines a model needs, how many, and what they cost",
@@ -283,6 +326,12 @@ def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.evaluate import evaluate
 
     return evaluate(parsed, rest)
+
+
+def _tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    from chatflow.tune import tune
+
+    return tune(parsed, rest)
 
 
 def _size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:

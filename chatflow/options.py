@@ -133,6 +133,10 @@ class Options:
         "", "Weights of a torch: model, instead of its folder's: a state dict of PyTorch's "
         "(torch.save) or a file of safetensors, local or gs://.", _WORKER,
     )  # fmt: skip
+    adapter: str = _flag(
+        "auto", "LoRA weights of a Gemma on the worker, as `chatflow tune` makes them, "
+        "*.lora.h5, local or gs://; auto: chatflow's own for the embedded model; none.", _WORKER,
+    )  # fmt: skip
     dtype: str = _flag(
         "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else that of "
         "--state_dict_path, else float32. float16: for torch: models.",

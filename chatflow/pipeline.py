@@ -138,6 +138,7 @@ def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
             options.thinking,
         ),
         state_dict_path=options.state_dict_path,
+        adapter=options.adapter,
         updates=options.model_updates,
     )
 

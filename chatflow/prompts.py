@@ -287,6 +287,12 @@ class AnalysisPrompt(Prompt):
                     f"{where}: tone_bias of {model!r} must have a number for each of {list(tones)}"
                 )
 
+        temperatures = self.template.settings.get("tone_temperature", {})
+        if not isinstance(temperatures, dict) or not all(
+            isinstance(value, (int, float)) and value > 0 for value in temperatures.values()
+        ):
+            raise UsageError(f"{where}: tone_temperature must map models to numbers above 0")
+
     @property
     def tones(self) -> dict[str, Sentiment]:
         return tones_of(self.template.settings)
@@ -297,9 +303,17 @@ class AnalysisPrompt(Prompt):
 
         New weights of a model have its constants, until there are some for their own name.
         """
-        fitted = self.template.settings.get("tone_bias", {})
-        found = fitted.get(self.result_name) or fitted.get(self.model.result_name)
+        found = self._fitted("tone_bias")
         return {word: float(value) for word, value in found.items()} if found else None
+
+    def _fitted(self, name: str) -> Any:
+        """What a constant that is a table by model has for this one; None: nothing."""
+        table = self.template.settings.get(name, {})
+        model = self.model
+        for known in (self.result_name, model.result_name, model.base_name):
+            if known in table:
+                return table[known]
+        return None
 
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         settings = self.template.settings
@@ -312,6 +326,7 @@ class AnalysisPrompt(Prompt):
                 choices=tuple(("" if self.model.instruct else " ") + word for word in self.tones),
                 values=tuple(int(value) for value in self.tones.values()),
                 bias=tuple(bias[word] for word in self.tones),
+                temperature=float(self._fitted("tone_temperature") or 1.0),
             )
         common: dict[str, Any] = {
             "prompt": text,

@@ -151,7 +151,8 @@ class Analysis(Record):
         grounded in the chat, and the user's own words stand in for them.
       tone_scores: log-probability of each tone word before `tone_bias` is taken off,
         for models whose tone is a scored choice.
-      confidence: probability of the sentiment by these scores, without the bias.
+      confidence: probability of the sentiment by these scores, less the bias, divided by the
+        template's `tone_temperature`.
       dropped_messages: oldest messages left out of the prompt to keep its token budget.
       cut_messages: messages of which only the end went into the prompt.
       repairs: what was mended in the model's answer: `json`, `summary_cut`, `control_tokens`.

@@ -40,8 +40,8 @@ PromptT = TypeVar("PromptT", bound=Prompt)
 _log = logging.getLogger(__name__)
 
 FIELDS = (
-    "inference", "model", "model_kind", "state_dict_path", "prompts", "max_prompt_tokens", "dtype",
-    "quantization", "vllm_args", "model_updates",
+    "inference", "model", "model_kind", "state_dict_path", "adapter", "prompts",
+    "max_prompt_tokens", "dtype", "quantization", "vllm_args", "model_updates",
 )  # fmt: skip
 """The flags that an entry may set."""
 
@@ -226,7 +226,9 @@ def _entry(
         if type(value) is not kind:
             raise UsageError(f"{where}: {name}: must be {kind.__name__}; found {value!r}")
     if "model" in flags:  # these belong to a model
-        options = dataclasses.replace(options, state_dict_path="", vllm_args="", model_updates="")
+        options = dataclasses.replace(
+            options, state_dict_path="", adapter="auto", vllm_args="", model_updates=""
+        )
     try:
         own = dataclasses.replace(options, **flags)
         return _route(own, spec_of, keys, tuple(sorted(settings.items())))

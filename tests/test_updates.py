@@ -407,12 +407,12 @@ def scores_by_hand(preset, adapter):
     import keras_hub
 
     from chatflow.models.engine import Engine
-    from chatflow.models.gemma import _row
+    from chatflow.models.gemma import row_of
 
     backbone = keras_hub.models.Backbone.from_preset(preset, dtype="float32")
     backbone.load_lora_weights(adapter)
     engine = Engine(backbone, keras_hub.tokenizers.Tokenizer.from_preset(preset))
     prompt = look(routes(model=preset, **GEMMA)).analysis
     tone = prompt.question(chat("the parcel is late"), "c").request.parts[0]
-    (result,) = engine.run([_row(tone)])
+    (result,) = engine.run([row_of(tone)])
     return result.scores

@@ -1,9 +1,11 @@
 """Makes labelled chats of the written ones, for `chatflow tune` and `chatflow evaluate`.
 
     python tuning/generate.py --output chats.jsonl
+    python tuning/generate.py --part eval --output tuning/eval.jsonl
 
 Each written chat comes `--variants` times, each time with other wordings where it has some,
-other names, and at times typed otherwise. The same seed gives the same file.
+other names, and at times typed otherwise. The same seed gives the same file. Ninety chats are
+held back from what is learned from: by them `make eval` sees whether answers stay as good.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import hashlib
 import json
 import random
 import re
@@ -21,6 +24,7 @@ from typing import Any
 
 TONES = {"angry": -1, "neutral": 0, "happy": 1}
 CHATS = Path(__file__).parent / "chats"
+EVAL = 30
 
 _LINE = re.compile(r"([A-E]): (.*\S)")
 _WORDINGS = re.compile(r"\{([^{}]*)\}")
@@ -72,6 +76,23 @@ def read(path: Path) -> Iterator[Written]:
             lines.append((found[1], found[2]))
         elif line:
             raise ValueError(f"{path}:{number}: neither a head nor a message: {line!r}")
+
+
+def divided(written: Sequence[Written]) -> dict[str, list[Written]]:
+    """What is learned from (`train`), and `EVAL` chats of each tone that are not (`eval`).
+
+    By their text, so that they stay the same when others are added.
+    """
+    parts: dict[str, list[Written]] = {"train": [], "eval": []}
+    for tone in TONES:
+        some = sorted((chat for chat in written if chat.tone == tone), key=_hash)
+        parts["eval"] += some[:EVAL]
+        parts["train"] += some[EVAL:]
+    return parts
+
+
+def _hash(chat: Written) -> str:
+    return hashlib.sha256(repr(chat.lines).encode()).hexdigest()
 
 
 def variants(written: Written, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -142,20 +163,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="", help="a file; default: standard output")
     parser.add_argument("--variants", type=int, default=2, help="of each chat (default: 2)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", choices=("train", "eval"), default="train")
     parsed = parser.parse_args(arguments)
     rng = random.Random(parsed.seed)
-    written = [chat for path in sorted(CHATS.glob("*.txt")) for chat in read(path)]
-    made = [chat for each in written for chat in variants(each, parsed.variants, rng)]
+    written = divided([chat for path in sorted(CHATS.glob("*.txt")) for chat in read(path)])
+    chats = written[parsed.part]
+    count = parsed.variants if parsed.part == "train" else 1
+    made = [chat for each in chats for chat in variants(each, count, rng)]
     rng.shuffle(made)
     text = "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in made)
     if parsed.output:
         Path(parsed.output).write_text(text)
     else:
         sys.stdout.write(text)
-    tones = collections.Counter(chat.tone for chat in written)
-    tags = collections.Counter(tag for chat in written for tag in chat.tags)
+    tones = collections.Counter(chat.tone for chat in chats)
+    tags = collections.Counter(tag for chat in chats for tag in chat.tags)
     print(
-        f"{len(made)} chats of {len(written)} written ones: {dict(tones)}; {dict(tags)}",
+        f"{len(made)} chats of {len(chats)} written ones: {dict(tones)}; {dict(tags)}",
         file=sys.stderr,
     )
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from chatflow.errors import UsageError
 from chatflow.models import embedded
+from chatflow.models.adapters import check_adapter, chosen
 from chatflow.models.requests import (
     ONE_BUNDLE,
     ONE_COPY,
@@ -73,6 +74,8 @@ class ModelSpec:
       worker: how the weights are kept; unused remotely.
       remote: where the service is, and how it is called; on the worker, only vLLM's is.
       state_dict_path: weights of a `torch:` model, instead of its folder's own.
+      adapter: LoRA weights of a Gemma on the worker: `auto`, `none` or a file; see
+        `chatflow.models.adapters`.
       updates: the files among which the newest has the weights; empty: they stay as they are.
 
     Raises:
@@ -86,6 +89,7 @@ class ModelSpec:
     worker: WorkerSettings = ONE_COPY
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
     state_dict_path: str = ""
+    adapter: str = "auto"
     updates: str = ""
 
     def __post_init__(self) -> None:
@@ -97,6 +101,10 @@ class ModelSpec:
             raise UsageError(
                 f"--state_dict_path: only with --model=torch:NAME, not with --model={self.name}"
             )
+        if self.adapter not in ("auto", "none"):
+            if self.is_scripted or self.is_torch or self.is_vllm or self.is_remote:
+                raise UsageError(f"--adapter: only for Gemma on the workers, not for {self.name}")
+            check_adapter(self.adapter)
         if self.is_scripted:
             return
         if self.is_torch:
@@ -136,13 +144,20 @@ class ModelSpec:
     @property
     def result_name(self) -> str:
         """What results say made them. A script is known by its kind, not by its path."""
-        own = self.state_dict_path
+        own = self.state_dict_path or self.own_adapter
         return f"{self.name}@{own}" if own else self.base_name
 
     @property
     def base_name(self) -> str:
         """The same, whatever the weights."""
         return "scripted" if self.is_scripted else self.name
+
+    @property
+    def own_adapter(self) -> str:
+        """The adapter with which the model begins, or empty."""
+        if self.is_scripted or self.is_torch or self.is_vllm or self.is_remote:
+            return ""
+        return chosen(self.adapter, self.name, self.instruct)
 
     @functools.cached_property
     def key(self) -> str:
@@ -211,5 +226,12 @@ class ModelSpec:
         from chatflow.models.gemma import GemmaModelHandler
 
         return GemmaModelHandler(
-            self.name, self.instruct, self.worker, self.batching, expected, self.updates
+            self.name,
+            self.instruct,
+            self.worker,
+            self.batching,
+            expected,
+            self.updates,
+            self.own_adapter,
+            self.result_name,
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +78,8 @@ class Engine:
       tokenizer: keras_hub's.
       instruct: wrap each prompt in Gemma's chat template, as one turn of the user. The
         turn tokens are put in by id, so that no text can stand for them.
+      scoring: values of some variables, by their paths, for rows that only score choices,
+        behind what all prompts of their template share: an adapter of the tone.
 
     Attributes:
       counts: `prefill_tokens`, `decode_steps`, `decoded_tokens` so far.
@@ -86,9 +88,16 @@ class Engine:
       ValueError: the backbone is another model's.
     """
 
-    def __init__(self, backbone: Any, tokenizer: Any, instruct: bool = False):
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        instruct: bool = False,
+        scoring: Mapping[str, jax.Array] | None = None,
+    ):
         self.shape = Shape.of_device(backbone.compute_dtype)
         self.forward = Forward(backbone)
+        self.scoring = self.forward.replaced(scoring or {})
         weakref.finalize(self, self.forward.release).atexit = False
         self.tokenizer = tokenizer
         self.vocabulary = _vocabulary(tokenizer, backbone.vocabulary_size)
@@ -120,12 +129,12 @@ class Engine:
         """
         self._know(row.text for row in rows if row.text)
         for choices in {row.choices for row in rows}:
-            self._first_tokens(choices)
+            self.first_tokens(choices)
         results: dict[int, Result | PromptTooLongError] = {}
         prompts = []
         for number, row in enumerate(rows):
             try:
-                prompts.append(self._prompt(number, row))
+                prompts.append(self.prompt(number, row))
             except PromptTooLongError as error:
                 results[number] = error
         writing = [prompt for prompt in prompts if prompt.row.text]
@@ -150,8 +159,8 @@ class Engine:
 
     # From rows to blocks and batches.
 
-    def _prompt(self, number: int, row: Row) -> _Prompt:
-        start = self._prefix(row.prefix)[1]
+    def prompt(self, number: int, row: Row) -> _Prompt:
+        start = self.prefix(row.prefix)[1]
         tokens = [*self.encode(row.suffix), *self._after, *self.encode(row.lead)]
         room = row.max_tokens if row.text else 0
         if row.choices and row.text:
@@ -198,14 +207,14 @@ class Engine:
 
     # Prefill.
 
-    def _prefix(self, prefix: str) -> tuple[Cache, int]:
+    def prefix(self, prefix: str) -> tuple[Cache, int]:
         """KV cache of a prefix, one row, and how many tokens it has."""
         if prefix not in self._prefixes:
             ids = [*self._before, *self.encode(prefix)]
             total = bucket(self.shape.fed(len(ids)), TOTALS)
             rows = self.shape.blocks[0]
             cache = self.forward.cache(None, rows=rows, total=total)
-            _, cache = self._prefill(cache, [ids], [0], rows, total)
+            _, cache = self._prefill(self.forward.weights, cache, [ids], [0], rows, total)
             if rows > 1:
                 cache = jax.tree.map(lambda values: values[:1], cache)
             self._prefixes[prefix] = cache, len(ids)
@@ -215,7 +224,13 @@ class Engine:
         return self._prefixes[prefix]
 
     def _prefill(
-        self, cache: Cache, tokens: list[list[int]], starts: list[int], rows: int, total: int
+        self,
+        weights: Any,
+        cache: Cache,
+        tokens: list[list[int]],
+        starts: list[int],
+        rows: int,
+        total: int,
     ) -> tuple[jax.Array, Cache]:
         padded = np.zeros((rows, total), np.int32)
         lengths, positions = np.ones(rows, np.int32), np.zeros(rows, np.int32)
@@ -224,7 +239,7 @@ class Engine:
             lengths[at], positions[at] = len(ids), start
         self.counts["prefill_tokens"] += sum(map(len, tokens))
         hidden, cache = self.forward.prefill(
-            self.forward.weights, cache, padded, positions, lengths, chunk=self.shape.chunks[rows]
+            weights, cache, padded, positions, lengths, chunk=self.shape.chunks[rows]
         )
         return hidden, cache
 
@@ -237,10 +252,11 @@ class Engine:
           The hidden state of each row's last token, the cache, and the rows' positions.
         """
         size = bucket(len(block), self.shape.blocks)
-        prefix, start = self._prefix(block[0].row.prefix)
+        prefix, start = self.prefix(block[0].row.prefix)
         cache = self.forward.cache(prefix, rows=size, total=total)
         tokens = [prompt.tokens for prompt in block]
-        hidden, cache = self._prefill(cache, tokens, [start] * len(block), size, total)
+        weights = self.forward.weights if block[0].row.text else self.scoring
+        hidden, cache = self._prefill(weights, cache, tokens, [start] * len(block), size, total)
         positions = [start + len(ids) for ids in tokens]
         for prompt, position in zip(block, positions, strict=True):
             results[prompt.number] = Result(position)
@@ -250,13 +266,13 @@ class Engine:
                 self.encode(row.choices[results[number].choice] + row.between)
                 for number, row, *_ in block
             ]
-            hidden, cache = self._prefill(cache, bridges, positions, size, total)
+            hidden, cache = self._prefill(weights, cache, bridges, positions, size, total)
             positions = [at + len(ids) for at, ids in zip(positions, bridges, strict=True)]
         return hidden, cache, positions
 
     def _score(self, block: list[_Prompt], hidden: jax.Array, results: dict[int, Any]) -> None:
         for choices in {prompt.row.choices for prompt in block if prompt.row.choices}:
-            first = self._first_tokens(choices)
+            first = self.first_tokens(choices)
             scores = np.asarray(self.forward.scores(self.forward.weights, hidden, first))
             for prompt, found in zip(block, scores, strict=False):
                 if prompt.row.choices == choices:
@@ -264,7 +280,7 @@ class Engine:
                     result.scores = tuple(map(float, found))
                     result.choice = int(np.argmax(found - np.array(prompt.row.bias or 0.0)))
 
-    def _first_tokens(self, choices: tuple[str, ...]) -> np.ndarray:
+    def first_tokens(self, choices: tuple[str, ...]) -> np.ndarray:
         """By which choices are told apart.
 
         Raises:

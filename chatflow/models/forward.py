@@ -13,7 +13,7 @@ on the device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -108,6 +108,7 @@ class Forward:
             jnp.transpose(variable.value, (1, 0, 2)) if turned else variable.value
             for variable, turned in zip(self.model.variables, self._turned, strict=True)
         ]
+        self._paths = [variable.path for variable in self.model.variables]
         self.compilations = 0
         self._own: list[Any] = []
         for name, method in vars(Forward).items():
@@ -121,6 +122,21 @@ class Forward:
         self.weights, self.model = [], None
         for function in self._own:
             function.clear_cache()
+
+    def replaced(self, values: Mapping[str, jax.Array]) -> list[Any]:
+        """The weights, with other values for some variables, by their paths."""
+        return [
+            own
+            if (new := values.get(path)) is None
+            else jnp.transpose(new, (1, 0, 2))
+            if turned
+            else new
+            for path, turned, own in zip(self._paths, self._turned, self.weights, strict=True)
+        ]
+
+    def positions(self, cache: Cache) -> int:
+        """How many a cache has."""
+        return int(jax.tree.leaves(cache)[0].shape[self._position_axis])
 
     @property
     def cache_bytes(self) -> int:
@@ -192,7 +208,7 @@ class Forward:
           hidden: `[rows, hidden]`, the state of each row's last token.
         """
         self.compilations += 1
-        run = jax.vmap(self._row, in_axes=(None, 0, 0, 0))
+        run = jax.vmap(self.row, in_axes=(None, 0, 0, 0))
 
         def feed(number: Any, state: Any) -> Any:
             last, cache = state
@@ -216,7 +232,7 @@ class Forward:
     def scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
         """Log-probability of each of `tokens` `[choices]` as the next: `[rows, choices]`."""
         self.compilations += 1
-        logits = self._logits(weights, hidden).astype(jnp.float32)
+        logits = self.logits(weights, hidden).astype(jnp.float32)
         return jax.nn.log_softmax(logits)[:, tokens]
 
     @_compiled()
@@ -243,7 +259,7 @@ class Forward:
             `Writing.tokens` went down.
         """
         self.compilations += 1
-        run = jax.vmap(self._row, in_axes=(None, 0, 0, 0))
+        run = jax.vmap(self.row, in_axes=(None, 0, 0, 0))
 
         def going_on(state: Any) -> Any:
             step, writing, _, _ = state
@@ -266,7 +282,7 @@ class Forward:
 
     def _choose(self, weights: Any, hidden: Any, rules: Rules, now: Writing) -> Writing:
         """The likeliest token that leaves enough characters and tokens to end the text."""
-        logits = self._logits(weights, hidden)  # [rows, vocabulary]
+        logits = self.logits(weights, hidden)  # [rows, vocabulary]
         following = rules.next_state[now.state]  # [rows, classes]
         after = jnp.maximum(following, 0)
         left = now.characters[:, None] - rules.characters[now.state]
@@ -317,14 +333,14 @@ class Forward:
         ]
         return keras.StatelessScope(state_mapping=zip(self.model.variables, values, strict=True))
 
-    def _row(self, weights: Any, tokens: jax.Array, cache: Cache, start: Any) -> tuple[Any, Cache]:
+    def row(self, weights: Any, tokens: jax.Array, cache: Cache, start: Any) -> tuple[Any, Cache]:
         """One row: tokens [n] at position `start` of its cache -> hidden [n, hidden], cache."""
         with self._using(weights):
             one = jax.tree.map(lambda x: x[None], cache)
             _, hidden, filled = self.model.call_with_cache(tokens[None], one, start)
         return hidden[0], jax.tree.map(lambda x: x[0], filled)
 
-    def _logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
+    def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
         """hidden [rows, hidden] -> logits [rows, vocabulary]"""
         with self._using(weights):
             logits: jax.Array = self.model.backbone.token_embedding(hidden, reverse=True)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatflow.models import embedded
+from chatflow.models.adapters import ENDS, local_adapter
 from chatflow.models.grammar import ENDLESS, Text, json_answer
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.parts import EngineModel
-from chatflow.models.presets import is_instruct, local_file, local_preset, use_jax
+from chatflow.models.presets import is_instruct, local_preset, use_jax
 from chatflow.models.requests import (
     FIRST,
     ONE_BUNDLE,
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from chatflow.models.engine import Row
 
 _log = logging.getLogger(__name__)
-
-ADAPTER = ".lora.h5"
-"""How the names of adapters end: files that Keras's `save_lora_weights` writes."""
 
 
 class GemmaModel(EngineModel):
@@ -61,7 +59,7 @@ class GemmaModel(EngineModel):
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Compiles what answers to such requests need, alone and in a full batch."""
         started = time.monotonic()
-        rows = [_row(part) for request in requests for part in request.parts]
+        rows = [row_of(part) for request in requests for part in request.parts]
         if rows:
             self.engine.warm_up(rows, self.most)
             _log.info(
@@ -71,10 +69,10 @@ class GemmaModel(EngineModel):
             )
 
     def prompt(self, part: Part) -> Row:
-        return _row(part)
+        return row_of(part)
 
 
-def _row(part: Part) -> Row:
+def row_of(part: Part) -> Row:
     """What the engine is asked for a part."""
     from chatflow.models.engine import Row
 
@@ -104,6 +102,8 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         None: as the preset's name says.
       settings: how the weights are kept.
       expected, updates: see `LanguageModelHandler`.
+      adapter: LoRA weights for the preset, see `chatflow.models.adapters`; empty: none.
+      name: what results say made them; empty: the preset.
     """
 
     def __init__(
@@ -114,25 +114,28 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         batching: Batching = ONE_BUNDLE,
         expected: tuple[Request, ...] = (),
         updates: str = "",
+        adapter: str = "",
+        name: str = "",
     ):
-        super().__init__(preset, batching, settings, expected, updates)
+        super().__init__(name or preset, batching, settings, expected, updates)
         self.preset = preset
+        self.adapter = adapter
         self.settings = settings
         self.most = batching.size
         self.instruct = is_instruct(preset) if instruct is None else instruct
 
     def load(self, version: Version = FIRST) -> GemmaModel:
         """A Gemma of the preset; with a version that is a folder, of that; else adapted by it."""
-        preset, adapter = self.preset, ""
-        if version.path.endswith(ADAPTER):
-            adapter = local_file(version.path, _log.info)
+        preset, adapter = self.preset, self.adapter
+        if version.path.endswith(ENDS):
+            adapter = version.path
         elif version.path:
-            preset = version.path
+            preset, adapter = version.path, ""
         return GemmaModel(
-            version.named(self.name),
+            version.named(self.preset) if version.path else self.name,
             local_preset(preset, _log.info),
             self.settings,
             self.instruct,
             self.most,
-            adapter,
+            local_adapter(adapter, _log.info) if adapter else "",
         )

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
+import h5py
 import jax
 import jax.numpy as jnp
 import keras
 import keras_hub
 
 from chatflow.models.engine import Engine
+
+_SCORING = "chatflow_scoring"
+"""Attribute of an adapter's file: it is for the scoring pass alone."""
 
 
 def load_engine(
@@ -28,11 +33,26 @@ def load_engine(
       dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
       quantization: `int8`: of the weights, and of the activations while they are
         multiplied, by Keras; or `none`.
-      adapter: a file of Keras's `save_lora_weights`, whose LoRA is added to the weights.
+      adapter: a file of Keras's `save_lora_weights`, whose LoRA is added to the weights; one
+        of `chatflow tune` to those of the scoring pass alone, for it knows nothing else.
 
     Raises:
       ValueError: the preset is not a Gemma 1, 2 or 3 text model, or the adapter is another's.
     """
+    scoring = None
+    if adapter and is_of_scoring(adapter):
+        # Loaded for its few changed values, and let go before the model as it is comes.
+        scoring = _adapted(load_backbone(preset, dtype, quantization, adapter))
+        adapter = ""
+    backbone = load_backbone(preset, dtype, quantization, adapter)
+    tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
+    return Engine(backbone, tokenizer, instruct, scoring)
+
+
+def load_backbone(
+    preset: str, dtype: str = "auto", quantization: str = "none", adapter: str = ""
+) -> Any:
+    """A preset's backbone; see `load_engine`."""
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with without_initial_values():
@@ -44,7 +64,7 @@ def load_engine(
             # Keras says of each layer without a kernel that it cannot be quantised.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
             backbone.quantize(quantization)
-    return Engine(backbone, keras_hub.tokenizers.Tokenizer.from_preset(preset), instruct)
+    return backbone
 
 
 def add_adapter(backbone: keras_hub.models.Backbone, path: str) -> None:
@@ -57,6 +77,27 @@ def add_adapter(backbone: keras_hub.models.Backbone, path: str) -> None:
         if getattr(layer, "lora_enabled", False):
             merged, layer.lora_enabled = layer.kernel, False
             layer._kernel.assign(merged)
+
+
+def _adapted(backbone: keras_hub.models.Backbone) -> dict[str, jax.Array]:
+    """The values of the layers that an adapter has changed, by their paths."""
+    return {
+        variable.path: variable.value
+        for layer in backbone._flatten_layers()
+        if hasattr(layer, "lora_kernel_a")
+        for variable in layer.variables
+    }
+
+
+def mark_as_scoring(path: str) -> None:
+    """Writes into an adapter's file that it is for the scoring pass alone."""
+    with h5py.File(path, "a") as file:
+        file.attrs[_SCORING] = True
+
+
+def is_of_scoring(path: str) -> bool:
+    with h5py.File(path) as file:
+        return bool(file.attrs.get(_SCORING, False))
 
 
 @contextlib.contextmanager

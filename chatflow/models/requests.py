@@ -26,6 +26,7 @@ class Part:
       choices: if any, one of these is scored best, and nothing is generated.
       values: what each choice stands for in the JSON answer.
       bias: constants taken off the choices' log-probabilities, in nats.
+      temperature: by which these differences are divided where they become probabilities.
       check: raises `BadAnswerError` where an answer is not what was asked for. A remote model
         is then asked once more, with the error.
     """
@@ -42,6 +43,7 @@ class Part:
     choices: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
     bias: tuple[float, ...] = ()
+    temperature: float = 1.0
     check: Callable[[str], object] | None = dataclasses.field(default=None, compare=False)
 
 

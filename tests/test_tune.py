@@ -1,0 +1,213 @@
+"""`chatflow tune`, and adapters in the pipeline: on tiny Gemmas with random weights."""
+
+import collections
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import chat
+from test_pipeline import read
+from tiny import tiny_gemma
+
+from chatflow.cli import main
+from chatflow.errors import UsageError
+from chatflow.evaluation.labels import Label, near_copies, read_labels
+from chatflow.models import ModelSpec
+from chatflow.models.adapters import chosen
+from chatflow.options import Options
+from chatflow.run import execute
+from chatflow.tune import divided
+
+GEMMA = {"dtype": "float32", "max_prompt_tokens": 400}
+ROOT = Path(__file__).parent.parent
+WORDS = {-1: "late", 0: "parcel", 1: "sorry"}
+
+
+def labelled(count, first=0):
+    """Chats whose tone one word says, each with text of its own."""
+    rng = random.Random(first)
+    made = []
+    for number in range(first, first + count):
+        tone = number % 3 - 1
+        words = [WORDS[tone], *rng.choices("the is and it said agent customer".split(), k=2)]
+        rng.shuffle(words)
+        talk = json.loads(chat(" ".join(words), chat_id=str(number)).to_json())
+        made.append({**talk, "sentiment": tone})
+    return made
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("gemma") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tuned(preset, tmp_path_factory):
+    """An adapter, what `chatflow tune` printed of it, and the chats that it was checked by."""
+    folder = tmp_path_factory.mktemp("tuned")
+    for name, chats in (("train", labelled(60)), ("check", labelled(21, 60))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    adapter = str(folder / "made" / "tone.lora.h5")
+    command = [
+        sys.executable, "-m", "chatflow", "tune", f"{folder}/train.jsonl", f"--model={preset}",
+        f"--validation={folder}/check.jsonl", f"--adapter_output={adapter}", "--epochs=14",
+        "--patience=50", "--learning_rate=0.05", "--batch=20", "--dtype=float32",
+        "--max_prompt_tokens=400", "--summary=json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return adapter, json.loads(done.stdout), f"{folder}/check.jsonl"
+
+
+def analysed(path, output, model, **options):
+    """Analyses by chat, of a run that loses nothing."""
+    done = execute(Options(input=path, output=str(output), model=model, **GEMMA, **options), [])
+    assert done.lost == 0
+    return {found["chat_id"]: found for found in read(output, "analyses")}
+
+
+def test_it_learns_what_one_word_says(tuned):
+    _, report, _ = tuned
+    assert report["after"]["accuracy"]["value"] > report["before"]["accuracy"]["value"] + 0.3
+    assert report["difference"]["better"] > report["difference"]["worse"]
+    lowest = min(report["checks"], key=lambda check: check["loss"])
+    assert report["best_step"] == lowest["step"] > 0
+    assert report["checks"][0]["step"] == 0
+    assert (report["training"], report["validation"], report["left_out"]) == (60, 21, 0)
+
+
+def test_the_pipeline_answers_as_the_tuner_did_and_writes_as_before(tuned, preset, tmp_path):
+    adapter, report, path = tuned
+    plain = analysed(path, tmp_path / "plain", preset)
+    adapted = analysed(path, tmp_path / "adapted", preset, adapter=adapter)
+    labels = {label.chat.chat_id: label.sentiment for label in read_labels(path).values()}
+    right = sum(found["sentiment"] == labels[key] for key, found in adapted.items())
+    assert right / len(labels) == pytest.approx(report["after"]["accuracy"]["value"], abs=1e-3)
+    for key, found in adapted.items():
+        assert found["tone_scores"] != plain[key]["tone_scores"]
+        assert found["analysis_id"] != plain[key]["analysis_id"]
+        assert found["summary"] == plain[key]["summary"]
+        assert found["model"] == f"{preset}@{adapter}"
+        assert plain[key]["model"] == preset
+
+
+def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alone(
+    tuned, preset, tmp_path
+):
+    adapter, _, path = tuned
+    given = analysed(path, tmp_path / "given", preset, adapter=adapter)
+    pattern = f"{Path(adapter).parent}/*.lora.h5"
+    found = analysed(path, tmp_path / "found", preset, model_updates=pattern)
+    assert {k: v["tone_scores"] for k, v in found.items()} == {
+        k: v["tone_scores"] for k, v in given.items()
+    }
+
+
+def test_an_adapter_works_on_weights_of_8_bits(tuned, preset, tmp_path):
+    adapter, _, path = tuned
+    plain = analysed(path, tmp_path / "plain", preset, quantization="int8")
+    adapted = analysed(path, tmp_path / "adapted", preset, quantization="int8", adapter=adapter)
+    assert any(plain[key]["tone_scores"] != found["tone_scores"] for key, found in adapted.items())
+    assert all(plain[key]["summary"] == found["summary"] for key, found in adapted.items())
+
+
+def test_keras_reads_the_adapter(tuned, preset):
+    from chatflow.models.presets import use_jax
+
+    use_jax()
+    import keras_hub
+
+    adapter, report, _ = tuned
+    backbone = keras_hub.models.Backbone.from_preset(preset, dtype="float32")
+    backbone.load_lora_weights(adapter)
+    assert any(abs(v.numpy()).max() > 0 for v in backbone.weights if "lora_kernel_b" in v.path)
+    assert os.path.getsize(adapter) == report["bytes"] < 2_000_000
+
+
+def test_tuning_can_go_on_from_an_adapter(tuned, preset, tmp_path, capsys):
+    adapter, report, path = tuned
+    flags = [
+        path, f"--model={preset}", f"--validation={path}", f"--adapter={adapter}",
+        f"--adapter_output={tmp_path}/more.lora.h5", "--epochs=1", "--dtype=float32",
+        "--max_prompt_tokens=400",
+    ]  # fmt: skip
+    assert main(["tune", *flags, "--rank=8"]) == 2
+    said = capsys.readouterr().err
+    assert "which share" not in said
+    assert f"--adapter={adapter}" in said or "share text" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--adapter_output=x.h5"], "--adapter_output=x.h5: must end in .lora.h5"),
+        (["--model=torch:google/t5-small"], "cannot be tuned here"),
+        (["--input=x"], "unknown flag --input"),
+        (["--apart_from=/none.jsonl"], "cannot be read"),
+        (["--adapter=/none.lora.h5"], "--adapter=/none.lora.h5: there is no such file"),
+        (["--adapter=x.pt"], "must be auto, none, or a file"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(flags, said, lines, capsys):
+    path = lines(*labelled(6))
+    assert main(["tune", path, *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_chats_that_share_text_with_others_are_not_learned_from(lines, capsys):
+    text = "nobody at all has called me back about the leaking washing machine"
+    path = lines(*({**chat_of(text, i), "sentiment": i % 3 - 1} for i in range(12)))
+    assert main(["tune", path, "--model=gemma3-270m"]) == 2
+    assert "0 chats to learn from, and none that is angry or neutral or happy" in (
+        capsys.readouterr().err
+    )
+
+
+def chat_of(text, number):
+    return json.loads(chat(text, chat_id=str(number)).to_json())
+
+
+def test_adapters_are_for_gemma_alone():
+    with pytest.raises(UsageError, match="only for Gemma"):
+        ModelSpec("gemini-2.5-flash", "remote", adapter="x.lora.h5")
+    assert chosen("none", "gemma3-270m", False) == chosen("auto", "gemma3_1b", False) == ""
+    assert ModelSpec("gemma3-270m", adapter="none").result_name == "gemma3-270m"
+    assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@tone-1"
+    assert ModelSpec("gemma3-270m", kind="instruct").result_name == "gemma3-270m"
+
+
+def test_both_parts_have_each_sentiment():
+    labels = [
+        Label(tone, "", chat(f"{tone} {number}", chat_id=f"{tone}{number}"))
+        for tone, count in zip((-1, 0, 1), (40, 20, 2), strict=True)
+        for number in range(count)
+    ]
+    first, second = divided(labels, 0.1, seed=1)
+    assert collections.Counter(label.sentiment for label in second) == {-1: 4, 0: 2, 1: 1}
+    assert {id(x) for x in (*first, *second)} == {id(x) for x in labels}
+    assert len(first) + len(second) == len(labels)
+
+
+def made(tmp_path, *flags):
+    path = tmp_path / "made.jsonl"
+    command = [sys.executable, "tuning/generate.py", "--output", str(path), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_the_written_chats_are_many_and_varied_and_apart_from_those_that_judge(tmp_path):
+    training = made(tmp_path, "--variants=1")
+    labels = list(read_labels(str(training)).values())
+    assert len(labels) >= 1500
+    tones = collections.Counter(label.sentiment for label in labels)
+    assert max(tones.values()) - min(tones.values()) < 100
+    assert len({label.own_text for label in labels}) == len(labels)
+    judging = [label.chat for label in read_labels("tuning/eval.jsonl").values()]
+    assert near_copies(judging, [label.chat for label in labels]) == []
+    again = made(tmp_path, "--part=eval").read_text()
+    assert again == (ROOT / "tuning" / "eval.jsonl").read_text()
