@@ -157,7 +157,7 @@ def test_evaluate_prints_tables_and_fails_when_the_accuracy_fell(judged, tmp_pat
     printed = capsys.readouterr().out
     for text in (
         "angry", "neutral", "happy", "none", "precision", "macro-F1", "recall of angry",
-        "model/overloaded: 1", "1 of 2", "up to 20 words", "2 wrong answers", "History",
+        "model/overloaded: 1", "1 of 2", "up to 20 words", "wrong answers: 2", "History",
     ):  # fmt: skip
         assert text in printed
     assert max(map(len, printed.splitlines())) <= 120

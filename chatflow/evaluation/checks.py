@@ -21,14 +21,16 @@ APOLOGY = re.compile(r"\b(?:sorry|apolog\w+)", re.IGNORECASE)
 
 PROMISE = re.compile(
     r"""
-    \b(?: (?:we|i|they|our\ \w+|a\ colleague) (?:['’]ll | \ will | \ can | \ shall)
-        | (?:we|i) (?:['’]re | ['’]m | \ are | \ am) \ \w+ing
+    \b(?: (?:we|i|they|our\ \w+|a\ colleague) (?:['’]ll | \ will | \ can | \ shall
+            | \ would\ like\ to | \ (?:are|am)\ (?:happy|glad)\ to)
+        | (?:we|i) (?:['’]re | ['’]m | \ are | \ am) \ (?= \w+ing\b )
         | (?:we|i) (?:['’]ve | \ have) \ (?:issued | arranged)
-        | you (?:['’]ll | \ will | \ can) \ (?:get | have | receive)
+        | you (?:['’]ll | \ will | \ can) \ (?:get | have | receive | be)
         | please\ accept
-    )\b
+        | (?= (?:refund | replacement | voucher | discount | compensation)\ will\ be )
+    )
     # What is only to be looked into, or refused, is not promised.
-    (?: (?! \b(?:look | check | ask | find\ out | investigate | review | not | cannot)\b )
+    (?: (?! \b(?: (?:look | check | ask | find | investigat | review)\w* | not | cannot )\b )
         [^.!?\n] )*?
     \b(?: refund\w* | reimburs\w+ | compensat\w+ | vouchers? | discounts? | replac\w+
         | free\ of\ charge | money\ back

@@ -109,7 +109,10 @@ def _groups(
                 "chats": confusion.total,
                 "accuracy": round(confusion.accuracy, 4),
                 "macro_f1": round(confusion.macro_f1, 4),
-                "angry_recall": round(confusion.recall(Sentiment.ANGRY), 4),
+                # Of a group without angry chats there is none.
+                "angry_recall": round(confusion.recall(Sentiment.ANGRY), 4)
+                if confusion.labelled(Sentiment.ANGRY)
+                else None,
             }
     return made
 

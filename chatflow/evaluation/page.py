@@ -98,7 +98,7 @@ _FINDINGS = {
     "promises": "promises",
     "names": "names not in the chat",
     "numbers": "numbers not in the chat",
-    "ungrounded": "words not in the chat",
+    "ungrounded": "stems of words not in the chat",
 }
 
 

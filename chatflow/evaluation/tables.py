@@ -24,7 +24,7 @@ def show(report: Mapping[str, Any]) -> None:
     console.print(groups_table(first))
     wrong = len(first["wrong"])
     if wrong:
-        console.print(f"{wrong} wrong answers: --summary=json lists them, --report shows them")
+        console.print(f"wrong answers: {wrong}; --summary=json lists them, --report shows them")
     if "tone_bias" in report:
         console.print(f"tone_bias fitted on these chats: {json.dumps(report['tone_bias'])}")
     if "history" in report:
@@ -66,7 +66,7 @@ def rows(variant: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (against := variant.get("against_first")) is not None:
         yield "accuracy less the first's", interval(against["accuracy"], "+")
         yield "macro-F1 less the first's", interval(against["macro_f1"], "+")
-        yield "right more often", against["verdict"]
+        yield "against the first", against["verdict"]
 
 
 INTERVALS = {
@@ -144,7 +144,7 @@ def groups_table(variant: Mapping[str, Any]) -> Table:
             table.add_row(
                 plain(name),
                 str(group["chats"]),
-                *(f"{group[figure]:.3f}" for figure in ("accuracy", "macro_f1", "angry_recall")),
+                *(_cell(group[figure]) for figure in ("accuracy", "macro_f1", "angry_recall")),
             )
         table.add_section()
     return table

@@ -90,10 +90,8 @@ def variants_of(parsed: argparse.Namespace, flags: Sequence[str], scratch: str) 
     Raises:
       UsageError: a wrong flag, of any of them.
     """
-    parsed.input = parsed.labelled
-    parsed.output, base = parsed.output or f"{scratch}/0", parsed.output
+    parsed.input, parsed.output = parsed.labelled, parsed.output or f"{scratch}/0"
     variants = [_planned(from_flags(parsed), flags)]
-    parsed.output = base
     for number, value in enumerate(parsed.compare, 1):
         if value.strip() == VADER:
             variants.append(Variant(VADER, tone=vader()))
