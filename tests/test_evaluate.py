@@ -77,6 +77,7 @@ def tiny_vader(monkeypatch):
 def test_evaluate_compares_variants_with_the_labels(judged, tmp_path, capsys):
     path, good, bad = judged
     flags = ["--compare", f"model={bad}", "--compare=vader", f"--report={tmp_path}/page.html"]
+    flags += [f"--history={tmp_path}/history.jsonl"]
     assert main(["evaluate", path, "--model", good, "--summary=json", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
     first, second, vader = report["variants"]
@@ -123,6 +124,18 @@ def test_evaluate_compares_variants_with_the_labels(judged, tmp_path, capsys):
     )  # who else is wrong: VADER is right
     assert "promises: We will refund" in written
 
+    assert report["history"]["falls"] == []
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [(line["variant"], line["accuracy"]) for line in lines] == [
+        (0, 0.5),
+        (1, 0.25),
+        (2, 0.5),
+    ]
+    assert lines[0]["answers"] == {"1/c": -1, "2/c": 0, "3/c": -1, "4/c": None}
+    assert (lines[0]["labelled"], lines[0]["chats"]) == ("chats.jsonl", 4)
+    assert (lines[0]["drafts"], lines[0]["promises"], lines[0]["kept_summaries"]) == (1, 1, 3)
+    assert lines[0]["prompt_versions"]["analysis"]
+
 
 def assert_one_page(text):
     """No script, nothing from elsewhere, and all that is opened is closed."""
@@ -149,31 +162,22 @@ def assert_one_page(text):
         ElementTree.fromstring(svg)
 
 
-def test_evaluate_prints_tables_and_fails_when_the_accuracy_fell(judged, tmp_path, capsys):
-    path, good, bad = judged
-    history = tmp_path / "history.jsonl"
-    flags = ["--history", str(history)]
-    assert main(["evaluate", path, "--model", good, *flags]) == 0
-    printed = capsys.readouterr().out
+def test_a_fall_since_the_last_time_is_said_below_the_tables(judged, lines, capsys):
+    path, good, _ = judged
+    before = {"1/c": -1, "2/c": 0, "3/c": 1, "4/c": None}
+    earlier = {"labelled": "chats.jsonl", "variant": 0, "answers": before, "accuracy": 0.75}
+    history = lines(earlier, name="history.jsonl")
+    assert main(["evaluate", path, "--model", good, "--history", history]) == 1
+    said = capsys.readouterr()
     for text in (
         "angry", "neutral", "happy", "none", "precision", "macro-F1", "recall of angry",
-        "model/overloaded: 1", "1 of 2", "up to 20 words", "wrong answers: 2", "History",
+        "model/overloaded: 1", "1 of 2", "up to 20 words", "wrong answers: 2", "History", "0.750",
     ):  # fmt: skip
-        assert text in printed
-    assert max(map(len, printed.splitlines())) <= 120
-    assert main(["evaluate", path, "--model", bad, "--summary=json", *flags]) == 1
-    said = capsys.readouterr()
-    (fell,) = json.loads(said.out)["history"]["falls"]
-    assert f"chatflow: {fell}\n" in said.err
-    assert "accuracy on chats.jsonl fell from 0.500 to 0.250" in fell
-    assert "no longer right: 1/c" in fell
-
-    first, second = map(json.loads, history.read_text().splitlines())
-    assert first["answers"] == {"1/c": -1, "2/c": 0, "3/c": -1, "4/c": None}
-    assert (first["accuracy"], second["accuracy"]) == (0.5, 0.25)
-    assert (first["labelled"], first["variant"], first["chats"]) == ("chats.jsonl", 0, 4)
-    assert (first["drafts"], first["promises"], first["kept_summaries"]) == (1, 1, 3)
-    assert first["prompt_versions"]["analysis"]
+        assert text in said.out
+    assert max(map(len, said.out.splitlines())) <= 120
+    assert "chatflow: accuracy on chats.jsonl fell from 0.750 to 0.500 with scripted:" in said.err
+    assert said.err.endswith("by more than --tolerance=0.03; no longer right: 3/c\n")
+    assert len(Path(history).read_text().splitlines()) == 2  # what fell is written down, too
 
 
 def history_line(*answers, **fields):
@@ -278,7 +282,7 @@ def test_the_page_shows_how_sure_the_model_was():
     assert order == sorted(order)  # the surest first
 
 
-def test_the_page_is_in_the_package():
+def test_the_page_never_turns_escaping_off():
     source = Path(__file__).parent.parent / "chatflow" / "evaluation" / "page.html.jinja"
-    assert "autoescape" not in source.read_text()  # never turned off
+    assert "autoescape" not in source.read_text()
     assert "|safe" not in source.read_text().replace(" ", "")
