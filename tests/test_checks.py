@@ -36,6 +36,10 @@ def test_names_are_the_same_with_an_s():
     assert check_text("to élan", LATE).names == ()
 
 
+def test_a_code_is_no_name():
+    assert check_text("in 3HX 5512", chat("It is 3HX 5512")).names == ()
+
+
 def test_the_ids_of_users_do_not_count():
     assert check_text("a told c", chat("It is late", "Oh")).words == 1
 
@@ -46,6 +50,8 @@ def test_what_the_template_writes_does_not_count():
         "We are sorry that your order is late. A colleague will call.", LATE, [asked]
     )
     assert (found.words, found.ungrounded) == (4, ())
+    found = check_text("We are sorry that Madrid is late. A colleague will call.", LATE, [asked])
+    assert found.names == ("Madrid",)
 
 
 def test_the_customers_own_words_are_only_copied():

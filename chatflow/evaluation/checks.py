@@ -48,7 +48,7 @@ customer wrote about.
 
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _SENTENCE_END = re.compile(r"(?:^|[.!?:…\n])[\s\"'“”‘’(\[*_-]*$")
-_WORD = re.compile(r"[^\W\d_]{2,}(?:['’-][^\W\d_]+)*|[^\W\d_](?:['’][^\W\d_]{3,})")
+_WORD = re.compile(r"(?<!\w)(?:[^\W\d_]{2,}(?:['’-][^\W\d_]+)*|[^\W\d_]['’][^\W\d_]{3,})(?!\w)")
 _POSSESSIVE = re.compile(r"['’]s\b")
 
 
@@ -91,7 +91,9 @@ def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
     users = {m.user_id for m in chat.messages}
     written = text
     for part in asked:
-        written = written.removeprefix(part.lead).removesuffix(part.tail)
+        if part.lead and written.startswith(part.lead):
+            written = "," + written.removeprefix(part.lead)  # what follows begins no sentence
+        written = written.removesuffix(part.tail)
     written = _POSSESSIVE.sub("", written)
     for user in users:
         written = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", " ", written)
