@@ -57,6 +57,7 @@ def test_what_the_template_writes_does_not_count():
 def test_the_customers_own_words_are_only_copied():
     assert check_text("“My order 4711 from Lisbon is …”", LATE).only_copied
     assert not check_text("…", LATE).only_copied
+    assert check_text("it's late", chat("So it's late.")).only_copied
 
 
 def test_a_sentence_of_the_examples_is_a_copy():

@@ -97,11 +97,10 @@ def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
     written = _POSSESSIVE.sub("", written)
     for user in users:
         written = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", " ", written)
-    messages = [m.text for m in chat.messages]
+    messages = [_POSSESSIVE.sub("", m.text) for m in chat.messages]
     known = "\n".join(messages)
     content, words = content_words(written), words_of(written)
-    known_content = set(content_words(known))
-    known_words = {*words_of(known), *words_of(_POSSESSIVE.sub("", known))}
+    known_content, known_words = set(content_words(known)), set(words_of(known))
     return Checked(
         text=text,
         words=len(words),
