@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LINT   := .venv-lint/bin
 OUT    ?= out/demo
+LABELLED ?= samples/chats.jsonl
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
@@ -82,7 +83,7 @@ NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-
 $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
-.PHONY: help setup demo demo-remote stream test lint evaluate bench bench-model bench-remote \
+.PHONY: help setup demo demo-remote stream test lint evaluate eval bench bench-model bench-remote \
   docs lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
@@ -147,8 +148,12 @@ lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terra
 .venv-lint/.done: infra/lint.lock
 	$(call INSTALL,.venv-lint,infra/lint.lock)
 
-evaluate: setup ## Measure the sentiment on the labelled sample chats
-	$(BIN)/chatflow evaluate samples/chats.jsonl
+evaluate: setup ## Measure tone, summaries and drafts on labelled chats: the samples, or LABELLED=
+	$(BIN)/chatflow evaluate $(LABELLED)
+
+eval: setup ## Check that prompts and model answer as well as before; the history is tuning/history.jsonl
+	@mkdir -p out
+	$(BIN)/chatflow evaluate tuning/eval.jsonl --history tuning/history.jsonl --report out/eval.html
 
 bench: setup ## Measure the stream: events a second, latency, Beam's runner beside ours
 	$(BIN)/python bench/stream.py

@@ -168,21 +168,18 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command(
         "evaluate",
-        "measure the sentiment on labelled chats",
+        "measure tone, summaries and drafts on labelled chats",
         """
         Runs the pipeline on labelled chats and compares. A label is the field `sentiment`
         (-1, 0 or 1) of a chat.
 
           chatflow evaluate labelled.jsonl
+          chatflow evaluate labelled.jsonl --compare prompts=my-prompts --report report.html
         """,
     )
-    evaluate.add_argument("labelled", metavar="LABELLED.jsonl", help="chats with labels")
-    evaluate.add_argument(
-        "--fit_bias",
-        action="store_true",
-        help="also fit the tone_bias of the model, to put into the prompt template",
-    )
-    add_flags(evaluate, leave_out=("input", "show"))
+    from chatflow.evaluation.flags import add
+
+    add(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     tune = command(
@@ -323,7 +320,7 @@ def _tail(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.evaluate import evaluate
+    from chatflow.evaluation.command import evaluate
 
     return evaluate(parsed, rest)
 

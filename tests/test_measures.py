@@ -4,7 +4,7 @@ import types
 
 import pytest
 from conftest import chat, required
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatflow.errors import UsageError
@@ -56,6 +56,7 @@ def test_a_confusion_holds_each_chat_once(pairs):
     assert sum(confusion.labelled(c) for c in CLASSES) == len(pairs)
 
 
+@settings(max_examples=30)
 @given(PAIRS)
 def test_intervals_hold_the_figures_of_the_confusion(pairs):
     confusion, found = Confusion.of(pairs), intervals(pairs)
@@ -78,6 +79,7 @@ def test_the_interval_of_a_share_is_that_of_the_binomial():
     assert intervals(pairs) == intervals(pairs)  # the seed is fixed
 
 
+@settings(max_examples=30)
 @given(PAIRS)
 def test_a_model_does_not_differ_from_itself(pairs):
     labels, answers = zip(*pairs, strict=True)
@@ -87,6 +89,7 @@ def test_a_model_does_not_differ_from_itself(pairs):
     assert "no more than chance" in found.verdict
 
 
+@settings(max_examples=30)
 @given(TRIPLES)
 def test_turned_around_a_comparison_says_the_opposite(triples):
     labels, first, second = zip(*triples, strict=True)

@@ -1,0 +1,165 @@
+"""What can be checked of summaries and drafts without a reader: are they about this chat?
+
+None of it says that a text is good. A word that is not in the chat may be a synonym, and a
+sentence of the chat's own words may still confuse who did what. It says where to look.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from chatflow.analysis import content_words
+from chatflow.answers import copies_template
+from chatflow.evaluation.labels import words_of
+from chatflow.models.requests import Part
+from chatflow.records import Chat
+
+APOLOGY = re.compile(r"\b(?:sorry|apolog\w+)", re.IGNORECASE)
+
+PROMISE = re.compile(
+    r"""
+    \b(?: (?:we|i|they|our\ \w+|a\ colleague) (?:['’]ll | \ will | \ can | \ shall
+            | \ would\ like\ to | \ (?:are|am)\ (?:happy|glad)\ to)
+        | (?:we|i) (?:['’]re | ['’]m | \ are | \ am) \ (?= \w+ing\b )
+        | (?:we|i) (?:['’]ve | \ have) \ (?:issued | arranged)
+        | you (?:['’]ll | \ will | \ can) \ (?:get | have | receive | be)
+        | please\ accept
+        | (?= (?:refund | replacement | voucher | discount | compensation)\ will\ be )
+    )
+    # What is only to be looked into, or refused, is not promised.
+    (?: (?! \b(?: (?:look | check | ask | find | investigat | review)\w* | not | cannot )\b )
+        [^.!?\n] )*?
+    \b(?: refund\w* | reimburs\w+ | compensat\w+ | vouchers? | discounts? | replac\w+
+        | free\ of\ charge | money\ back
+        | within\ (?:the\ next\ )?[\w-]+\ (?:minutes? | hours? | (?:\w+\ )?days? | weeks?)
+        | by\ (?:tomorrow | tonight | (?:mon|tues|wednes|thurs|fri|satur|sun)day | the\ end\ of)
+    )\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""What nobody has agreed to: money, goods or a deadline, in a sentence of what we will do.
+
+"We will refund you" is a promise; "we are sorry that you wait for your refund" is what the
+customer wrote about.
+"""
+
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+_SENTENCE_END = re.compile(r"(?:^|[.!?:…\n])[\s\"'“”‘’(\[*_-]*$")
+_WORD = re.compile(r"(?<!\w)(?:[^\W\d_]{2,}(?:['’-][^\W\d_]+)*|[^\W\d_]['’][^\W\d_]{3,})(?!\w)")
+_POSSESSIVE = re.compile(r"['’]s\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What the checks found in a text about a chat.
+
+    Attributes:
+      words: how many it has; copied: the longest run of them that stands in a message.
+      content: its content words; ungrounded: those that are not in the chat; see
+        `analysis.content_words`.
+      names, numbers: those that are not in the chat; a name is a capitalised word that does not
+        begin a sentence.
+      copies_prompt: most of it stands in the instructions and examples of its prompt.
+    """
+
+    text: str
+    words: int
+    copied: int
+    content: int
+    ungrounded: tuple[str, ...]
+    names: tuple[str, ...]
+    numbers: tuple[str, ...]
+    copies_prompt: bool
+
+    @property
+    def only_copied(self) -> bool:
+        return 0 < self.words == self.copied
+
+
+def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
+    """Holds a summary or a draft against the chat that it is about.
+
+    What the template itself begins and ends each text with is left out first, and so are the
+    ids of the chat's users.
+
+    Args:
+      asked: the parts of the request that it answers.
+    """
+    users = {m.user_id for m in chat.messages}
+    written = text
+    for part in asked:
+        if part.lead and written.startswith(part.lead):
+            written = "," + written.removeprefix(part.lead)  # what follows begins no sentence
+        written = written.removesuffix(part.tail)
+    written = _POSSESSIVE.sub("", written)
+    for user in users:
+        written = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", " ", written)
+    messages = [_POSSESSIVE.sub("", m.text) for m in chat.messages]
+    known = "\n".join(messages)
+    content, words = content_words(written), words_of(written)
+    known_content, known_words = set(content_words(known)), set(words_of(known))
+    return Checked(
+        text=text,
+        words=len(words),
+        copied=longest_copy(words, messages),
+        content=len(content),
+        ungrounded=tuple(word for word in content if word not in known_content),
+        names=tuple(name for name in _names(written) if not known_words.issuperset(words_of(name))),
+        numbers=tuple(_missing(_NUMBER.findall(written), _NUMBER.findall(known))),
+        copies_prompt=any(copies_template(written, part.prompt, chat) for part in asked),
+    )
+
+
+def longest_copy(words: Sequence[str], messages: Iterable[str]) -> int:
+    """How many words the longest run of `words` has that stands in one message."""
+    texts = [f" {' '.join(words_of(message))} " for message in messages]
+    longest = 0
+    for start in range(len(words)):
+        while start + longest < len(words):
+            run = f" {' '.join(words[start : start + longest + 1])} "
+            if not any(run in text for text in texts):
+                break
+            longest += 1
+    return longest
+
+
+def _names(text: str) -> Iterable[str]:
+    for match in _WORD.finditer(text):
+        if match[0][0].isupper() and not _SENTENCE_END.search(text[: match.start()]):
+            yield match[0]
+
+
+def _missing(found: Iterable[str], known: Iterable[str]) -> Iterable[str]:
+    there = set(known)
+    return dict.fromkeys(item for item in found if item not in there)
+
+
+def promises(text: str) -> list[str]:
+    """The promises of a text, each from who makes it to what is promised."""
+    return [match[0] for match in PROMISE.finditer(text)]
+
+
+def apologises(text: str) -> bool:
+    return bool(APOLOGY.search(text))
+
+
+def totals(texts: Sequence[Checked]) -> dict[str, Any]:
+    """What the checks found in several texts together; shares are 0 to 1, lengths characters."""
+    count = max(len(texts), 1)
+    lengths = [len(checked.text) for checked in texts]
+    return {
+        "texts": len(texts),
+        "characters_mean": round(sum(lengths) / count, 1),
+        "characters_longest": max(lengths, default=0),
+        "ungrounded": round(
+            sum(len(c.ungrounded) for c in texts) / max(sum(c.content for c in texts), 1), 4
+        ),
+        "copied_words_mean": round(sum(c.copied for c in texts) / count, 2),
+        "only_copied": round(sum(c.only_copied for c in texts) / count, 4),
+        "with_names": sum(bool(c.names) for c in texts),
+        "with_numbers": sum(bool(c.numbers) for c in texts),
+        "copies_of_prompt": sum(c.copies_prompt for c in texts),
+    }

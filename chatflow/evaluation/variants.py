@@ -1,0 +1,176 @@
+"""What is compared: the flags as given, and each --compare; what came of each chat in each."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from chatflow.errors import UsageError
+from chatflow.evaluation.baselines import vader
+from chatflow.evaluation.flags import LEFT_OUT
+from chatflow.evaluation.labels import Key, Label
+from chatflow.options import Options, Parser, add_flags, beam_options, cloud_of, from_flags
+from chatflow.pipeline import Plan, plan
+from chatflow.records import Analysis, DeadLetter, Draft, Sentiment
+from chatflow.report import Summary, read_records
+from chatflow.run import execute
+
+VADER = "vader"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to answer the chats.
+
+    Attributes:
+      name: as --compare has it; of the first, its model.
+      planned: what its pipeline is built from; None for a baseline.
+      tone: the baseline's answer.
+    """
+
+    name: str
+    planned: Plan | None = None
+    tone: Callable[[Label], Sentiment] | None = None
+
+    @property
+    def model(self) -> str:
+        return self.planned.options.model if self.planned else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A labelled chat, and what came of it.
+
+    Attributes:
+      answer: None where there is no analysis.
+      unanswered: why not: stage and reason of its dead letter.
+      undrafted: why there is no draft, where the answer is angry.
+    """
+
+    label: Label
+    answer: Sentiment | None
+    analysis: Analysis | None = None
+    draft: Draft | None = None
+    unanswered: str = ""
+    undrafted: str = ""
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.label.sentiment
+
+    @property
+    def confidence(self) -> float | None:
+        return self.analysis.confidence if self.analysis else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A variant after its run.
+
+    Attributes:
+      counts: the summary of the run; see `report.Summary`.
+    """
+
+    variant: Variant
+    judged: Mapping[Key, Judged]
+    counts: Mapping[str, Any]
+
+
+def variants_of(parsed: argparse.Namespace, flags: Sequence[str], scratch: str) -> list[Variant]:
+    """The flags as given, then each --compare: those with some replaced.
+
+    Args:
+      flags: Beam's.
+      scratch: a folder for results that no --output asks for.
+
+    Raises:
+      UsageError: a wrong flag, of any of them.
+    """
+    parsed.input, parsed.output = parsed.labelled, parsed.output or f"{scratch}/0"
+    variants = [_planned(from_flags(parsed), flags)]
+    for number, value in enumerate(parsed.compare, 1):
+        if value.strip() == VADER:
+            variants.append(Variant(VADER, tone=vader()))
+            continue
+        try:
+            replaced = _replaced(parsed, value, f"{scratch}/{number}")
+            variants.append(_planned(replaced, flags, " ".join(value.split())))
+        except UsageError as error:
+            raise UsageError(f"--compare={value!r}: {error}") from None
+    return variants
+
+
+def _planned(options: Options, flags: Sequence[str], name: str = "") -> Variant:
+    cloud = cloud_of(beam_options(flags, shown=options.flags()), options)
+    return Variant(name or options.model, plan(options, cloud))
+
+
+def _replaced(parsed: argparse.Namespace, value: str, output: str) -> Options:
+    """The given flags with those of a --compare in their place; it has an output of its own."""
+    parser = Parser(prog="--compare", add_help=False, allow_abbrev=False)
+    add_flags(parser, leave_out=(*LEFT_OUT, "summary"))
+    parser.set_defaults(**{**vars(parsed), "output": output})
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if not words or not all("=" in word for word in words):
+        raise UsageError("give flags without dashes as FLAG=VALUE, or vader")
+    replaced, unknown = parser.parse_known_args([f"--{word}" for word in words])
+    if unknown:
+        raise UsageError(f"unknown flag {unknown[0].split('=')[0].removeprefix('--')}")
+    return from_flags(replaced)
+
+
+def run(variant: Variant, labels: Mapping[Key, Label], flags: Sequence[str]) -> Ran:
+    """Answers all chats.
+
+    Raises:
+      as `run.execute`.
+    """
+    if variant.planned is None:
+        return _baseline(variant, labels)
+    summary = execute(variant.planned.options, flags)
+    return Ran(variant, judge(labels, summary), summary.to_dict())
+
+
+def judge(labels: Mapping[Key, Label], summary: Summary) -> dict[Key, Judged]:
+    """What a run's files hold of each labelled chat."""
+    analyses = {
+        (a.chat_id, a.user_id): a for a in read_records(Analysis, summary.files("analyses"))
+    }
+    drafts = {(d.chat_id, d.user_id): d for d in read_records(Draft, summary.files("drafts"))}
+    reasons: dict[tuple[str | None, bool], str] = {}
+    for letter in read_records(DeadLetter, summary.files("dead_letters")):
+        of_draft = letter.stage.startswith("draft_")
+        reasons[letter.chat_id, of_draft] = f"{letter.stage}/{letter.reason}"
+    judged = {}
+    for key, label in labels.items():
+        analysis, draft = analyses.get(key), drafts.get(key)
+        answer = analysis.sentiment if analysis else None
+        flag = getattr(draft, "flag", None)  # of a draft without a text
+        undrafted = ""
+        if answer == Sentiment.ANGRY and (draft is None or flag):
+            undrafted = flag or reasons.get((label.chat.chat_id, True), "low_confidence")
+        judged[key] = Judged(
+            label,
+            answer,
+            analysis,
+            None if flag else draft,
+            "" if analysis else reasons.get((label.chat.chat_id, False), "unknown"),
+            undrafted,
+        )
+    return judged
+
+
+def _baseline(variant: Variant, labels: Mapping[Key, Label]) -> Ran:
+    assert variant.tone is not None
+    started = time.monotonic()
+    judged = {key: Judged(label, variant.tone(label)) for key, label in labels.items()}
+    seconds = max(time.monotonic() - started, 1e-9)
+    rate = round(len(labels) / seconds, 3)
+    return Ran(variant, judged, {"seconds": round(seconds, 2), "chats_per_second": rate})
