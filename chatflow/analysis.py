@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import apache_beam as beam
@@ -164,17 +164,23 @@ def content_words(text: str) -> list[str]:
     return [word[:5] for word in words if word not in _EMPTY_WORDS]
 
 
-def grounding(summary: str, chat: Chat, user_id: str) -> float:
-    """The share of a summary's content words that the user wrote, too.
+def grounding(
+    text: str, chat: Chat, user_id: str, least: int = 2, ignored: Collection[str] = ()
+) -> float:
+    """The share of a text's content words that the user wrote, too.
 
-    0 where it has fewer than two of them, and so says nothing. Names of the chat's users
-    do not count.
+    0 where it has too few of them, and so says nothing. Names of the chat's users do not
+    count.
+
+    Args:
+      least: how many different content words a text must have.
+      ignored: content words that do not count, either.
     """
     for name in {m.user_id for m in chat.messages}:
-        summary = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", summary)
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
     known = set(content_words(" ".join(m.text for m in chat.messages if m.user_id == user_id)))
-    words = content_words(summary)
-    return sum(word in known for word in words) / len(words) if len(set(words)) > 1 else 0.0
+    words = [word for word in content_words(text) if word not in ignored]
+    return sum(word in known for word in words) / len(words) if len(set(words)) >= least else 0.0
 
 
 _NO_WORD = re.compile(r"\S*[@/\d]\S*")

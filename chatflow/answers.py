@@ -90,20 +90,16 @@ def parse_analysis(
     return AnalysisAnswer(sentiment, summary, repairs)
 
 
-def parse_draft(
-    answer: str, asked: Part, chat: Chat, limit: int, refused_phrases: Sequence[str] = ()
-) -> DraftAnswer:
+def parse_draft(answer: str, asked: Part, chat: Chat, limit: int) -> DraftAnswer:
     """Checks the text of a draft.
 
     Args:
       asked: what the model was asked, to see whether it only says it again.
       chat: whose words a draft may take up, but not repeat as a whole.
       limit: characters; a longer draft ends at its last whole sentence within it.
-      refused_phrases: words in a row that no draft may hold, in any case.
 
     Raises:
-      BadAnswerError: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`,
-        `refused_phrase`.
+      BadAnswerError: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`.
     """
     text = answer.strip()
     written = text.removesuffix(asked.tail)
@@ -115,13 +111,15 @@ def parse_draft(
         raise BadAnswerError("repeats_prompt", "the draft says its prompt again", answer)
     if repeats_itself(written):
         raise BadAnswerError("repeats_itself", "the draft says the same again and again", answer)
-    for phrase in refused_phrases:
-        if _words(phrase) in _words(text):
-            raise BadAnswerError("refused_phrase", f"the draft says {phrase!r}", answer)
     if len(text) <= limit:
         return DraftAnswer(text, ())
     ends = [end.end() for end in re.finditer(r"[.!?…](?=\s|$)", text[:limit])]
     return DraftAnswer(text[: ends[-1]] if ends else shorten(text, limit), ("draft_cut",))
+
+
+def says_any(text: str, phrases: Sequence[str]) -> bool:
+    """Whether a text holds one of some phrases: words in a row, in any case."""
+    return any(_words(phrase) in _words(text) for phrase in phrases)
 
 
 def shorten(text: str, limit: int) -> str:

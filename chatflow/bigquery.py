@@ -332,21 +332,26 @@ def check_tables(uris: Mapping[str, Sequence[str]], local: bool = True) -> None:
       local: as of `services.check_each`.
 
     Raises:
-      UsageError: a table is not there, out of reach, or lacks a column.
+      UsageError: a table is not there, out of reach, lacks a column, or requires one that
+        records may leave out.
     """
     from google.cloud.bigquery_storage_v1 import types as bq
 
     def ask(uri: str) -> None:
         request = bq.GetWriteStreamRequest(name=stream_of(uri), view=bq.WriteStreamView.FULL)
         found = write_client().get_write_stream(request, timeout=10, retry=None)
-        there = {field.name for field in found.table_schema.fields}
+        there = {field.name: field.mode for field in found.table_schema.fields}
         for name in (name for name, several in uris.items() if uri in several):
-            wanted = [column["name"] for column in columns(KINDS[name])]
+            wanted = {column["name"]: column["mode"] for column in columns(KINDS[name])}
+            remedy = f"infra/terraform/schemas/{name}.json is what it should look like"
             if lacking := [column for column in wanted if column not in there]:
-                raise UsageError(
-                    f"{uri} has no column {', '.join(lacking)}; "
-                    f"infra/terraform/schemas/{name}.json is what it should look like"
-                )
+                raise UsageError(f"{uri} has no column {', '.join(lacking)}; {remedy}")
+            # An older table, whose rows without a value the service would refuse for good.
+            required = bq.TableFieldSchema.Mode.REQUIRED
+            if strict := [
+                c for c, mode in wanted.items() if mode != "REQUIRED" and there[c] == required
+            ]:
+                raise UsageError(f"{uri} requires column {', '.join(strict)}; {remedy}")
 
     tables = [uri for several in uris.values() for uri in several if TABLE.fullmatch(uri)]
     check_each(tables, ask, "written to", local)

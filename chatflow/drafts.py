@@ -1,4 +1,4 @@
-"""DraftApologies: for each angry customer, a text for support staff to review."""
+"""DraftApologies: for each angry customer, a text for support staff to review, or a flag."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import apache_beam as beam
 from apache_beam.pvalue import AsIter
 
 from chatflow import metrics
-from chatflow.answers import parse_draft
+from chatflow.analysis import content_words, grounding
+from chatflow.answers import parse_draft, says_any
 from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadAnswerError
 from chatflow.models import Model
+from chatflow.models.requests import Answer
 from chatflow.prompts import DraftPrompt, Question
-from chatflow.records import AnalysedChat, Draft, Sentiment, now
+from chatflow.records import AnalysedChat, Draft, Flag, Sentiment, now
 from chatflow.routes import Routed
 from chatflow.updates import Updates, newest
 
@@ -38,8 +40,9 @@ class DraftApologies(beam.PTransform):
       updates: of prompts, while the pipeline runs; see `updates.WatchUpdates`.
 
     Outputs:
-      `drafts`: a `Draft` for each angry user; none where the model was less sure of the anger
-        than the template's `draft_confidence`.
+      `drafts`: a `Draft` for each angry user. It has a flag in place of a text, and the model
+        is not asked for one, where the analysis is less sure of the anger than the template's
+        `draft_confidence`; also where the model's text is not fit to be shown.
       `dead_letters`: a letter for each angry user who has none; the analysis stands.
     """
 
@@ -50,11 +53,15 @@ class DraftApologies(beam.PTransform):
     def expand(self, analysed: beam.PCollection[AnalysedChat]) -> Drafted:
         angry = analysed | "OnlyAngry" >> beam.Filter(is_angry)
         ask = functools.partial(ask_for_draft, self.prompt)
-        asked = angry | "RenderPrompt" >> DeadLettered("draft_prompt", ask, Question, self.updates)
-        answered = asked.ok | "AskModel" >> AskModel(self.model, "draft_model")
+        rendered = angry | "RenderPrompt" >> DeadLettered(
+            "draft_prompt", ask, Question | Draft, self.updates
+        )
+        asked, unsure = rendered.ok | "ByKind" >> beam.Partition(_is_flagged, 2)
+        asked.element_type, unsure.element_type = Question, Draft
+        answered = asked | "AskModel" >> AskModel(self.model, "draft_model")
         parsed = answered.ok | "ParseAnswer" >> DeadLettered("draft_answer", drafted, Draft)
-        failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
-        return Drafted(parsed.ok, failed | beam.Flatten())
+        failed = (rendered.dead_letters, answered.dead_letters, parsed.dead_letters)
+        return Drafted((parsed.ok, unsure) | "AllDrafts" >> beam.Flatten(), failed | beam.Flatten())
 
 
 def is_angry(analysed: AnalysedChat) -> bool:
@@ -65,51 +72,89 @@ def ask_for_draft(
     prompt: DraftPrompt | Routed[DraftPrompt],
     analysed: AnalysedChat,
     updates: Iterable[Updates] = (),
-) -> Iterable[Question]:
+) -> Iterable[Question | Draft]:
+    """A question for the model; a flagged draft where the analysis is too unsure for one."""
     chat, analysis = analysed
     metrics.count("drafts_asked")
-    question = newest(updates, "draft", prompt).of(chat).question(chat, analysis.user_id, analysis)
+    asking = newest(updates, "draft", prompt).of(chat)
+    question = asking.question(chat, analysis.user_id, analysis)
     least = question.settings.get("draft_confidence", 0)
     if analysis.confidence is not None and analysis.confidence < least:
-        metrics.count("drafts_withheld")
+        yield counted(draft_of(question, asking.result_name, flag="low_confidence"))
     else:
         yield question
 
 
+def _is_flagged(asked: Question | Draft, _: int) -> int:
+    return int(isinstance(asked, Draft))
+
+
 def drafted(answered: Answered) -> Iterable[Draft]:
-    draft = to_draft(answered)
-    metrics.count("drafted")
-    yield draft
+    yield counted(to_draft(answered))
+
+
+def counted(draft: Draft) -> Draft:
+    metrics.count(f"drafts_flagged/{draft.flag}" if draft.flag else "drafted")
+    return draft
 
 
 def to_draft(answered: Answered) -> Draft:
-    """Checks the text that the model wrote.
+    """Checks the text that the model wrote; where it is not fit to be shown, a flag says so.
 
     Raises:
       BadAnswerError: see `answers.parse_draft`; with the model's finish reason.
     """
     question, answer = answered
-    assert question.analysis is not None  # set by DraftApologies.ask
-    settings = question.settings
+    settings, asked = question.settings, question.request.parts[0]
     try:
-        parsed = parse_draft(
-            answer.text,
-            question.request.parts[0],
-            question.chat,
-            settings["draft_characters"],
-            settings.get("refused_phrases", ()),
-        )
+        parsed = parse_draft(answer.text, asked, question.chat, settings["draft_characters"])
     except BadAnswerError as error:
         raise error.explained(answer.circumstances) from None
+    if says_any(parsed.text, settings.get("refused_phrases", ())):
+        return draft_of(question, answer.model, flag="refused_phrase")
+    needed = settings.get("draft_grounding", 0)
+    if needed and draft_grounding(question, answer) < needed:
+        return draft_of(question, answer.model, flag="ungrounded")
+    return draft_of(question, answer.model, text=parsed.text, repairs=parsed.repairs)
+
+
+_APOLOGY_WORDS = frozenset(
+    content_words(
+        "sorry regret apologise apologize apology sincerely understand inconvenience "
+        "frustrating annoying upset disappointed feel trouble experience"
+    )
+)
+
+
+def draft_grounding(question: Question, answer: Answer) -> float:
+    """The share of content words of what the model wrote that the customer wrote, too.
+
+    The template's own words around it and words of apology do not count; see
+    `analysis.grounding`.
+    """
+    asked = question.request.parts[0]
+    written = answer.text.strip().removesuffix(asked.tail).removeprefix(asked.lead)
+    return grounding(written, question.chat, question.user_id, 1, _APOLOGY_WORDS)
+
+
+def draft_of(
+    question: Question,
+    model: str,
+    text: str | None = None,
+    flag: Flag | None = None,
+    repairs: tuple[str, ...] = (),
+) -> Draft:
+    assert question.analysis is not None  # set by ask_for_draft
     return Draft(
-        draft_id=question.id_of(answer.model),
+        draft_id=question.id_of(model),
         analysis_id=question.analysis.analysis_id,
         chat_id=question.chat.chat_id,
         user_id=question.user_id,
         revision=question.chat.revision,
-        text=parsed.text,
-        repairs=parsed.repairs,
-        model=answer.model,
+        text=text,
+        flag=flag,
+        repairs=repairs,
+        model=model,
         prompt_version=question.prompt_version,
         drafted_at=now(),
     )

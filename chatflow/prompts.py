@@ -367,10 +367,11 @@ class DraftPrompt(Prompt):
         for name in ("draft_characters", "answer_tokens"):
             if self.template.setting(name, int) < 1:
                 raise UsageError(f"{where}: {name} must be at least 1")
-        least = self.template.settings.get("draft_confidence", 0)
-        if not isinstance(least, (int, float)) or not 0 <= least <= 1:
-            raise UsageError(f"{where}: draft_confidence must be 0 to 1; found {least!r}")
-        if least and self.model.writes_json:
+        for name in ("draft_confidence", "draft_grounding"):
+            least = self.template.settings.get(name, 0)
+            if not isinstance(least, (int, float)) or not 0 <= least <= 1:
+                raise UsageError(f"{where}: {name} must be 0 to 1; found {least!r}")
+        if self.template.settings.get("draft_confidence", 0) and self.model.writes_json:
             raise UsageError(
                 f"{where}: draft_confidence: {self.model.name} does not score the tone, so that "
                 "nothing is known of how sure it is; leave it out"

@@ -118,7 +118,7 @@ def ordering_key(chat_id: str) -> str:
     return chat_id if len(chat_id.encode()) <= _ATTRIBUTE_BYTES else digest(chat_id)
 
 
-_ATTRIBUTES = ("chat_id", "user_id", "revision", "stage", "reason")
+_ATTRIBUTES = ("chat_id", "user_id", "revision", "flag", "stage", "reason")
 _ATTRIBUTE_BYTES = 1024  # Pub/Sub's limit for a value, and for an ordering key
 
 

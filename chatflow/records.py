@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import pydantic_core
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
 from chatflow.errors import BadInputError
@@ -175,19 +176,39 @@ class Analysis(Record):
     analysed_at: Time
 
 
+Flag = Literal["low_confidence", "ungrounded", "refused_phrase"]
+
+
 class Draft(Record):
-    """An apology for support staff to review; never sent by chatflow itself."""
+    """An apology for support staff to review, or word that a person has to write it.
+
+    Never sent by chatflow itself. It has a text or a flag, never both.
+
+    Attributes:
+      text: None where it is flagged: a bad draft is worse than none.
+      flag: why there is no text, although this customer seems angry: `low_confidence` where
+        the model was not sure enough of the anger to be asked for one; `ungrounded` where it
+        wrote of what the customer did not; `refused_phrase` where it wrote what no draft may say.
+      model: who wrote the text, or would have written it.
+    """
 
     draft_id: str
     analysis_id: str
     chat_id: str
     user_id: str
     revision: int
-    text: str = Field(min_length=1)
+    text: str | None = Field(default=None, min_length=1)
+    flag: Flag | None = None
     repairs: tuple[str, ...] = ()
     model: str
     prompt_version: str
     drafted_at: Time
+
+    @model_validator(mode="after")
+    def _has_text_or_flag(self) -> Self:
+        if (self.text is None) == (self.flag is None):
+            raise ValueError("a draft has either a text or a flag")
+        return self
 
 
 class Response(Record):

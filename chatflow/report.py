@@ -85,7 +85,8 @@ class Summary:
         gone = ("messages_joined", "duplicate_events", "too_late_events")
         assembled = self.get("messages_read") - sum(map(self.get, gone))
         analysed = self.get("asked") - self.get("analysed")
-        drafted = self.get("drafts_asked") - self.get("drafted") - self.get("drafts_withheld")
+        flagged = sum(self.under("drafts_flagged").values())
+        drafted = self.get("drafts_asked") - self.get("drafted") - flagged
         return (
             abs(read)
             + abs(assembled)
@@ -114,6 +115,7 @@ class Summary:
             "sentiment": {name: tones.get(name, 0) for name, _ in TONE_STYLES.values()},
             "summaries": self.under("summaries"),
             "drafted": self.get("drafted"),
+            "drafts_flagged": self.under("drafts_flagged"),
             "dead_letters": sum(letters.values()),
             "dead_letters_by_reason": letters,
             "lost": self.lost,
@@ -183,7 +185,8 @@ def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:
 def results_table(summary: Summary, most: int) -> Table:
     """Chat, user, sentiment, summary and draft of up to `most` analyses in files."""
     drafts = {
-        draft.analysis_id: draft.text for draft in read_records(Draft, summary.files("drafts"))
+        draft.analysis_id: draft_text(draft)
+        for draft in read_records(Draft, summary.files("drafts"))
     }
     analyses = list(read_records(Analysis, summary.files("analyses")))
     analyses.sort(key=lambda a: (a.sentiment, a.chat_id, a.user_id))
@@ -207,6 +210,11 @@ def results_table(summary: Summary, most: int) -> Table:
     return table
 
 
+def draft_text(draft: Draft) -> str:
+    """The text of a draft, or why there is none."""
+    return draft.text or f"⚑ {str(draft.flag).replace('_', ' ')}: no draft, please look"
+
+
 def plain(text: str) -> str:
     """A text of a chat or a model for a terminal: no markup, no escape sequences."""
     from rich.markup import escape
@@ -216,6 +224,10 @@ def plain(text: str) -> str:
 
 def _few(files: list[str]) -> list[str]:
     return files if len(files) <= 5 else [*files[:4], f"and {len(files) - 4} more files"]
+
+
+def _spaced(parts: dict[str, int]) -> dict[str, int]:
+    return {name.replace("_", " "): value for name, value in parts.items() if value}
 
 
 _SOURCES = {"model": "by the model", "extract": "the user's own words"}
@@ -230,7 +242,7 @@ def counts_table(summary: Summary) -> Table:
     def listed(parts: dict[str, int]) -> str:
         return ", ".join(f"{name} {value:,}" for name, value in parts.items()) or "none"
 
-    letters = values["dead_letters_by_reason"]
+    letters, flagged = values["dead_letters_by_reason"], values["drafts_flagged"]
     rows = {
         "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats"
         f" and {values['messages_read']:,} messages",
@@ -238,9 +250,10 @@ def counts_table(summary: Summary) -> Table:
         "analysed": f"{values['analysed']:,} of {values['asked']:,} users asked about: "
         + listed(values["sentiment"]),
         "summaries": listed({_SOURCES[k]: v for k, v in values["summaries"].items()}),
-        "drafts": f"{values['drafted']:,} of {summary.get('drafts_asked'):,} angry users",
+        "drafts": f"{values['drafted']:,} of {summary.get('drafts_asked'):,} angry users"
+        + (f"; flagged: {listed(_spaced(flagged))}" if flagged else ""),
         "dead letters": f"{values['dead_letters']:,}" + (f": {listed(letters)}" if letters else ""),
-        "left out": listed({k.replace("_", " "): v for k, v in values["reduced"].items() if v}),
+        "left out": listed(_spaced(values["reduced"])),
         "mended answers": listed(values["repaired"]),
         "tokens": f"{values['prompt_tokens']:,} read, {values['answer_tokens']:,} written",
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
@@ -253,7 +266,7 @@ def counts_table(summary: Summary) -> Table:
     if values["copies_loaded"]:
         rows["models"] = f"copies loaded {values['copies_loaded']:,}"
     if any(values["updates"].values()):
-        rows["updates"] = listed({k.replace("_", " "): v for k, v in values["updates"].items()})
+        rows["updates"] = listed(_spaced(values["updates"]))
     if summary.cost is not None:
         rows["cost"] = f"about {summary.cost:,.4f} US dollars, by the table of --prices"
     for name, (title, unit) in DISTRIBUTIONS.items():
@@ -314,10 +327,11 @@ def _state() -> list[tuple[str, int, int]]:
     counts = metrics.local_counts()
     letters = sum(v for k, v in counts.items() if k.startswith("dead_letters/"))
     read = counts.get("lines_read", 0)
+    drafts = counts.get("answered/apology", 0) + counts.get("drafts_flagged/low_confidence", 0)
     return [
         ("lines read", read, read),
         ("analyses", counts.get("answered/analysis", 0), counts.get("asked", 0)),
-        ("drafts", counts.get("answered/apology", 0), counts.get("drafts_asked", 0)),
+        ("drafts", drafts, counts.get("drafts_asked", 0)),
         ("dead letters", letters, letters),
     ]
 

@@ -99,7 +99,7 @@ class Route:
         templates = load_folder(self.folder)
         analysis, apology = templates["analysis"], templates["apology"]
         unknown = dict(self.overrides).keys() - analysis.settings.keys() - apology.settings.keys()
-        if unknown := unknown - {"draft_confidence"}:
+        if unknown := unknown - {"draft_confidence", "draft_grounding"}:
             raise UsageError(
                 f"--models: settings: no template in {self.folder!r} sets {sorted(unknown)[0]!r}"
             )

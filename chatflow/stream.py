@@ -42,7 +42,7 @@ class Board:
         self.dead_letters: collections.Counter[str] = collections.Counter()
         self.analyses: collections.deque[Analysis] = collections.deque(maxlen=newest)
         self.drafts: collections.deque[Draft] = collections.deque(maxlen=max(newest // 2, 1))
-        self.drafted = 0
+        self.drafted = self.flagged = 0
         self.latencies: collections.deque[float] = collections.deque(maxlen=1000)
         self.note = ""
         self._sent: dict[tuple[str, int], float] = {}
@@ -77,7 +77,8 @@ class Board:
                 if sent is not None:
                     self.latencies.append(message.publish_time.timestamp() - sent)
             elif isinstance(record, Draft):
-                self.drafted += 1
+                self.drafted += record.flag is None
+                self.flagged += record.flag is not None
                 self.drafts.append(record)
             elif isinstance(record, DeadLetter):
                 self.dead_letters[f"{record.stage}/{record.reason}"] += 1
@@ -93,9 +94,11 @@ class Board:
         from chatflow import metrics
 
         now = metrics.local_counts()
-        letters = sum(count for name, count in now.items() if name.startswith("dead_letters/"))
-        written = now.get("analysed", 0) + now.get("drafted", 0) + letters
-        return self.sentiments.total() + self.drafted + self.dead_letters.total() >= written
+        others = ("dead_letters/", "drafts_flagged/")
+        counted = sum(count for name, count in now.items() if name.startswith(others))
+        written = now.get("analysed", 0) + now.get("drafted", 0) + counted
+        drafts = self.drafted + self.flagged
+        return self.sentiments.total() + drafts + self.dead_letters.total() >= written
 
     def percentiles(self) -> tuple[float, float] | None:
         """p50 and p95 of the seconds from a chat's last message to its analysis."""
@@ -116,7 +119,7 @@ class Board:
             f"{now.get('lines_read', 0)} read",
             "analyses": f"{sum(self.sentiments.values())}" + (f" ({tones})" if tones else ""),
             "at the model": f"{max(waiting, 0)} chats",
-            "drafts": str(self.drafted),
+            "drafts": f"{self.drafted}" + (f", {self.flagged} flagged" if self.flagged else ""),
             "dead letters": f"{self.dead_letters.total()}" + (f" ({letters})" if letters else ""),
             "last message to analysis": "p50 {:.1f} s, p95 {:.1f} s".format(*latency)
             if latency
@@ -130,7 +133,7 @@ class Board:
         from rich.console import Group
         from rich.table import Table
 
-        from chatflow.report import TONE_STYLES, plain
+        from chatflow.report import TONE_STYLES, draft_text, plain
 
         counts = Table.grid(padding=(0, 2))
         for title, text in self.counts().items():
@@ -149,7 +152,7 @@ class Board:
                     plain(analysis.chat_id), f"[{style}]{word}[/]", plain(analysis.summary)
                 )
             for draft in reversed(self.drafts):
-                drafts.add_row(plain(draft.chat_id), plain(" ".join(draft.text.split())))
+                drafts.add_row(plain(draft.chat_id), plain(" ".join(draft_text(draft).split())))
         return Group(counts, analyses, drafts, self.note)
 
 

@@ -60,14 +60,14 @@ def open_record(data: bytes) -> Record:
 
 def for_people(record: Record) -> str:
     """A record for a person, with rich's markup."""
-    from chatflow.report import TONE_STYLES, plain
+    from chatflow.report import TONE_STYLES, draft_text, plain
 
     if isinstance(record, Analysis):
         word, style = TONE_STYLES[int(record.sentiment)]
         said = f"[{style}]{word:<7}[/] {plain(record.chat_id)} {plain(record.user_id)}: "
         return said + plain(record.summary)
     if isinstance(record, Draft):
-        text = " ".join(record.text.split())
+        text = " ".join(draft_text(record).split())
         return f"[bold]draft[/]   {plain(record.chat_id)} {plain(record.user_id)}: {plain(text)}"
     assert isinstance(record, DeadLetter)
     where = f"{record.stage}/{record.reason}"

@@ -7,11 +7,10 @@ from conftest import chat, run_stage, scripted
 
 from chatflow.analysis import AnalyseChats, content_words, extract, grounding, to_analysis
 from chatflow.asking import Answered
-from chatflow.drafts import DraftApologies
-from chatflow.errors import ElementError, UsageError
+from chatflow.errors import ElementError
 from chatflow.models import ModelSpec
 from chatflow.models.requests import Answer
-from chatflow.prompts import AnalysisPrompt, DraftPrompt
+from chatflow.prompts import AnalysisPrompt
 from chatflow.records import AnalysedChat, Chat, Message, Sentiment
 from chatflow.templates import load_folder
 
@@ -89,40 +88,6 @@ def test_a_batch_that_crashes_fails_only_the_one_that_crashes_it(analysis_prompt
     assert "MemoryError: out of memory" in letter.error
 
 
-def test_drafts_are_for_angry_users_alone(analysis_prompt, draft_prompt):
-    analyses = [
-        answer_for(
-            analysis_prompt, {"sentiment": tone, "summary": "The parcel is late."}, str(tone)
-        )
-        for tone in (-1, 0, 1)
-    ]
-    model = scripted({"apology": "We are sorry that your parcel is late."})
-    found = run_stage(DraftApologies(model, draft_prompt), analyses, ("drafts", "dead_letters"))
-    (draft,) = found["drafts"]
-    assert not found["dead_letters"]
-    assert draft.chat_id == "-1"
-    assert draft.text == "We are sorry that your parcel is late."
-    assert draft.analysis_id == analyses[0].analysis.analysis_id
-    assert draft.prompt_version == draft_prompt.version
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"), [("", "empty_draft"), ("Sorry<end_of_turn>", "control_tokens")]
-)
-def test_a_bad_draft_is_a_dead_letter_that_holds_chat_and_analysis(
-    analysis_prompt, draft_prompt, text, reason
-):
-    angry = answer_for(analysis_prompt, ANGRY, "1")
-    stage = DraftApologies(scripted({"apology": text}), draft_prompt)
-    found = run_stage(stage, [angry], ("drafts", "dead_letters"))
-    (letter,) = found["dead_letters"]
-    assert not found["drafts"]
-    assert (letter.stage, letter.reason, letter.answer) == ("draft_answer", reason, text)
-    held = json.loads(letter.payload)
-    assert held["chat"]["chat_id"] == "1"
-    assert held["analysis"]["analysis_id"] == angry.analysis.analysis_id
-
-
 def answer_for(prompt, answer, chat_id="1", source=LATE):
     made = source.model_copy(update={"chat_id": chat_id})
     question = prompt.question(made, "c")
@@ -192,28 +157,11 @@ def test_the_extract_keeps_its_limit():
     assert len(extract(chat("word " * 500), "c", 512)) <= 512
 
 
-def test_below_the_confidence_that_is_asked_for_no_draft_is_written(draft_prompt):
+@pytest.mark.parametrize("sure", [0.9, 0.5])
+def test_confidence_is_the_probability_of_the_sentiment_by_its_scores(sure):
     spec = ModelSpec("torch:google/flan-t5-small", kind="instruct")
-    prompt = AnalysisPrompt(load_folder("instruct")["analysis"], spec)
-    question = prompt.question(LATE, "c")
-    template = dataclasses.replace(
-        load_folder("instruct")["apology"], overrides=(("draft_confidence", 0.6),)
-    )
-    draft = DraftPrompt(template, spec)
-    angry = []
-    for number, sure in enumerate((0.9, 0.5)):
-        scores = tuple(zip(("angry", "neutral", "happy"), logs(sure), strict=True))
-        answer = Answer(json.dumps(ANGRY), "m", tone_scores=scores)
-        about = dataclasses.replace(question, chat=LATE.model_copy(update={"chat_id": str(number)}))
-        angry.append(AnalysedChat(about.chat, to_analysis(Answered(about, answer))))
-    assert [one.analysis.confidence for one in angry] == [0.9, 0.5]
-    stage = DraftApologies(scripted({"apology": "We are sorry."}), draft)
-    found = run_stage(stage, angry, ("drafts", "dead_letters"))
-    assert [one.chat_id for one in found["drafts"]] == ["0"]
-    assert not found["dead_letters"]
-    with pytest.raises(UsageError, match="does not score the tone"):
-        dataclasses.replace(draft_prompt, template=template)
-
-
-def logs(sure):
-    return [math.log(sure), math.log((1 - sure) / 2), math.log((1 - sure) / 2)]
+    question = AnalysisPrompt(load_folder("instruct")["analysis"], spec).question(LATE, "c")
+    rest = (1 - sure) / 2
+    scores = {"angry": math.log(sure), "neutral": math.log(rest), "happy": math.log(rest)}
+    answer = Answer(json.dumps(ANGRY), "m", tone_scores=tuple(scores.items()))
+    assert to_analysis(Answered(question, answer)).confidence == sure

@@ -11,7 +11,7 @@ from fakes.bigquery import FakeBigQuery, Table
 
 from chatflow import bigquery
 from chatflow.options import Options
-from chatflow.records import KINDS, Analysis, DeadLetter, now, record_id
+from chatflow.records import KINDS, Analysis, DeadLetter, Draft, now, record_id
 from chatflow.run import execute
 
 SCHEMAS = Path(__file__).parent.parent / "infra" / "terraform" / "schemas"
@@ -149,6 +149,28 @@ def test_a_row_holds_all_of_its_record(tables):
         "dropped_messages": "2", "cut_messages": "0", "repairs": ["json", "summary_cut"],
         "model": "m", "prompt_version": "v",
     }  # fmt: skip
+
+
+def test_a_flagged_draft_is_a_row_without_a_text(tables):
+    flagged = Draft(
+        draft_id="d1", analysis_id="a1", chat_id="7", user_id="c", revision=0, flag="ungrounded",
+        model="m", prompt_version="v", drafted_at="2026-03-01T10:00:00Z",
+    )  # fmt: skip
+    (row,) = write(tables, [flagged], Draft)
+    assert (row["flag"], "text" in row) == ("ungrounded", False)
+
+
+def test_a_table_that_requires_what_records_may_leave_out_is_said_at_launch(
+    tables, lines, script, capsys, tmp_path
+):
+    """As of drafts before there were flags: it would refuse each row without a text."""
+    table = "proj-1.chatflow.drafts"
+    tables.tables[table].columns["text"]["mode"] = "REQUIRED"
+    error = mistake(
+        ["run", "--input", lines(chat("Hello")), "--model", script(*RULES), "--output",
+         str(tmp_path), "--drafts", f"bigquery://{table}"], {}, capsys,
+    )  # fmt: skip
+    assert f"{table} requires column text; infra/terraform/schemas/drafts.json" in error
 
 
 def letter(payload):

@@ -3,6 +3,7 @@
 import collections
 import glob
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from chatflow.options import Options, beam_options
 from chatflow.pipeline import build, plan
 from chatflow.records import KINDS
 from chatflow.run import execute
+from chatflow.templates import default_folder
 
 ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
 APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}
@@ -205,13 +207,24 @@ BEHAVIOURS = {
     "crash": {"crash": "out of memory"},
     "no_draft": {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
     "draft_crash": {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
+    "flagged": {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
 }
 SCRIPT = [
     {"match": "behave draft_crash", "task": "apology", "crash": "out of memory"},
     {"match": "behave no_draft", "task": "apology", "answer": ""},
+    {"match": "behave flagged", "task": "apology", "answer": "We are sorry for your fault."},
     {"match": "behave angry", "task": "apology", "answer": "We are sorry about the delay."},
     *({"match": f"behave {name}\\b", **rule} for name, rule in BEHAVIOURS.items()),
 ]
+
+
+def refusing(phrase, folder):
+    """A folder of prompts in which no draft may say a phrase."""
+    to = Path(folder, "prompts")
+    shutil.copytree(default_folder() / "instruct", to)
+    apology = to / "apology.jinja"
+    apology.write_text(f"{{% set refused_phrases = ['{phrase}'] %}}\n{apology.read_text()}")
+    return str(to)
 
 
 def behaving(chat_id, behaviour, whole):
@@ -248,6 +261,7 @@ def test_every_line_is_accounted_for_exactly_once(mix, batch):
             f"{folder}/out",
             f"scripted:{folder}/script.jsonl",
             max_batch_size=batch,
+            prompts=refusing("your fault", folder),
         )
         analyses, drafts, letters = (
             read(f"{folder}/out", kind) for kind in ("analyses", "drafts", "dead_letters")
@@ -265,6 +279,9 @@ def test_every_line_is_accounted_for_exactly_once(mix, batch):
     angry = collections.Counter(a["chat_id"] for a in analyses if a["sentiment"] == -1)
     reviewed = collections.Counter(item["chat_id"] for item in drafts + undrafted)
     assert reviewed == angry
+    flagged = sum(d.get("flag") == "refused_phrase" for d in drafts)
+    assert flagged == sum(counts["drafts_flagged"].values())
+    assert counts["drafted"] == len(drafts) - flagged
 
 
 # The graph.
@@ -302,8 +319,9 @@ STEPS = """
     AnalyseChats AnalyseChats/EachUser AnalyseChats/RenderPrompt AnalyseChats/AskModel
     AnalyseChats/ParseAnswer AnalyseChats/Flatten
     TakeAnalysis WriteAnalyses WriteAnalyses/Write
-    DraftApologies DraftApologies/OnlyAngry DraftApologies/RenderPrompt
-    DraftApologies/AskModel DraftApologies/ParseAnswer DraftApologies/Flatten
+    DraftApologies DraftApologies/OnlyAngry DraftApologies/RenderPrompt DraftApologies/ByKind
+    DraftApologies/AskModel DraftApologies/ParseAnswer
+    DraftApologies/AllDrafts DraftApologies/Flatten
     WriteDrafts WriteDrafts/Write
     AllDeadLetters WriteDeadLetters WriteDeadLetters/Write
 """
@@ -491,6 +509,19 @@ def test_run_prints_a_table_of_chats_and_counts(tmp_path, lines, script, capsys)
     ):
         assert text in printed
     assert "\x1b" not in printed
+
+
+def test_a_flag_stands_in_the_table_and_the_counts(tmp_path, lines, script, capsys):
+    source = lines(chat("late!", chat_id="1"), chat("worse!", chat_id="2"))
+    fault = {"chat_id": "2", "task": "apology", "answer": "It is your fault."}
+    flags = ["--output", f"{tmp_path}/out", "--model", script(fault, ANGRY, APOLOGY)]
+    refused = refusing("your fault", tmp_path)
+    assert main(["run", "--input", source, "--prompts", refused, *flags]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "⚑ refused phrase: no draft," in printed
+    assert "1 of 2 angry users; flagged: refused phrase 1" in printed
+    assert "your fault" not in printed
+    assert "lost 0" in printed
 
 
 def test_an_empty_file_gives_empty_results(tmp_path, lines, script, capsys):

@@ -132,7 +132,7 @@ def test_thresholds_and_prompts_are_those_of_the_key(script, models, tmp_path):
         "attribute: tenant\n"
         "models:\n"
         "  - keys: [strict]\n"
-        "    settings: {summary_grounding: 0.9, draft_confidence: 0.7}\n"
+        "    settings: {summary_grounding: 0.9, draft_confidence: 0.7, draft_grounding: 0.8}\n"
         "default: {}\n"
     )
     found = look(routes(file, model="gemma3-270m"))
@@ -140,6 +140,7 @@ def test_thresholds_and_prompts_are_those_of_the_key(script, models, tmp_path):
     analysis, draft = found.analysis.of(strict), found.draft.of(strict)
     assert analysis.template.settings["summary_grounding"] == 0.9
     assert draft.template.settings["draft_confidence"] == 0.7
+    assert draft.template.settings["draft_grounding"] == 0.8
     other = found.analysis.of(chat("x"))
     assert other.template.settings["summary_grounding"] == 0.8
     assert analysis.version != other.version

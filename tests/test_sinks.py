@@ -65,6 +65,9 @@ def test_a_message_has_what_readers_filter_by():
         "sentiment": "-1", "ordering_key": "7",
     }  # fmt: skip
     assert to_message(DRAFT)["id"] == "d1"
+    assert "flag" not in to_message(DRAFT)
+    flagged = DRAFT.model_copy(update={"text": None, "flag": "ungrounded"})
+    assert to_message(flagged)["flag"] == "ungrounded"
 
 
 def test_the_same_dead_letter_has_the_same_id():

@@ -273,7 +273,11 @@ def test_chats_in_files_become_analyses_and_drafts(place, name):
     counts = execute(options, flags).to_dict()
     assert (counts["lost"], counts["dead_letters"]) == (0, 0)
     assert counts["analysed"] == counts["asked"] > 50
-    assert counts["sentiment"]["angry"] == counts["drafted"] > 5
+    # What the stand-in says is grounded in few chats, which the prompts for base models look for.
+    flagged = counts["drafts_flagged"].get("ungrounded", 0)
+    assert counts["sentiment"]["angry"] == counts["drafted"] + flagged > 5
+    assert counts["drafted"] > 0
+    assert not flagged or name == BASE
     assert {record["model"] for record in read(options.output, "analyses")} == {name}
     assert len(place.started) == 1  # for both steps and all threads
     assert place.all_gone(), "the run is over"
