@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -112,10 +113,22 @@ def to_draft(answered: Answered) -> Draft:
         raise error.explained(answer.circumstances) from None
     if says_any(parsed.text, settings.get("refused_phrases", ())):
         return draft_of(question, answer.model, flag="refused_phrase")
+    if settings.get("flag_accusations", False) and accuses(question, answer):
+        return draft_of(question, answer.model, flag="accuses_customer")
     needed = settings.get("draft_grounding", 0)
     if needed and draft_grounding(question, answer) < needed:
         return draft_of(question, answer.model, flag="ungrounded")
     return draft_of(question, answer.model, text=parsed.text, repairs=parsed.repairs)
+
+
+_ACCUSATION = re.compile(r"\byou(?:'ve| have|r)? +(\w+)")
+
+
+def accuses(question: Question, answer: Answer) -> bool:
+    """Whether the model wrote "you lost …" where the customer did, who meant us."""
+    own = (m.text for m in question.chat.messages if m.user_id == question.user_id)
+    said = set(_ACCUSATION.findall(" ".join(own).lower()))
+    return not said.isdisjoint(_ACCUSATION.findall(answer.text.lower()))
 
 
 _APOLOGY_WORDS = frozenset(

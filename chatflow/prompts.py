@@ -377,6 +377,8 @@ class DraftPrompt(Prompt):
                 "nothing is known of how sure it is; leave it out"
             )
         self.texts("refused_phrases")
+        if not isinstance(self.template.settings.get("flag_accusations", False), bool):
+            raise UsageError(f"{where}: flag_accusations must be true or false")
 
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         settings = self.template.settings

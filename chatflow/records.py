@@ -176,7 +176,7 @@ class Analysis(Record):
     analysed_at: Time
 
 
-Flag = Literal["low_confidence", "ungrounded", "refused_phrase"]
+Flag = Literal["low_confidence", "ungrounded", "refused_phrase", "accuses_customer"]
 
 
 class Draft(Record):
@@ -188,7 +188,8 @@ class Draft(Record):
       text: None where it is flagged: a bad draft is worse than none.
       flag: why there is no text, although this customer seems angry: `low_confidence` where
         the model was not sure enough of the anger to be asked for one; `ungrounded` where it
-        wrote of what the customer did not; `refused_phrase` where it wrote what no draft may say.
+        wrote of what the customer did not; `refused_phrase` where it wrote what no draft may say;
+        `accuses_customer` where it turned round what the customer says of us.
       model: who wrote the text, or would have written it.
     """
 

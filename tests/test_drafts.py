@@ -144,6 +144,22 @@ def test_the_words_around_the_models_own_say_nothing_of_it(written, flag):
     assert (made.flag, made.text) == (flag, None if flag else answer)
 
 
+@pytest.mark.parametrize(
+    ("answer", "flag"),
+    [
+        ("We are sorry that you lost your passport.", "accuses_customer"),
+        ("We are sorry that you have lost it.", "accuses_customer"),
+        ("We are sorry that we lost your passport.", None),
+        ("We are sorry that you missed your flight.", None),
+    ],
+)
+def test_what_the_customer_says_of_us_is_not_turned_round(answer, flag):
+    about = analysed()._replace(chat=chat("You lost my passport and I missed my flight!"))
+    for on in (True, False):
+        (made,) = draft(prompt(flag_accusations=on), answer, [about])["drafts"]
+        assert made.flag == (flag if on else None)
+
+
 OUTCOMES = {
     "text": "We are sorry that your parcel is late.",
     "refused_phrase": "It was your fault that the parcel is late.",

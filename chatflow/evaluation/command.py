@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from chatflow.errors import FAILED, UsageError
-from chatflow.evaluation.bias import fit_bias
+from chatflow.evaluation.bias import fit_bias, fit_temperature
 from chatflow.evaluation.figures import figures
 from chatflow.evaluation.history import append, entry, fall, read_history
 from chatflow.evaluation.labels import read_labels
@@ -57,7 +57,7 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         "variants": [figures(each, ran[0] if each is not ran[0] else None) for each in ran],
     }
     if parsed.fit_bias:
-        report["tone_bias"] = _fitted(ran[0])
+        report |= _fitted(ran[0])
     falls = []
     if parsed.history:
         lines = [
@@ -103,8 +103,8 @@ def _to_fit(variant: Variant) -> AnalysisPrompt:
     return prompt
 
 
-def _fitted(ran: Ran) -> dict[str, dict[str, float]]:
-    """The tone_bias of the model, as the prompt template takes it.
+def _fitted(ran: Ran) -> dict[str, dict[str, Any]]:
+    """`tone_bias` and `tone_temperature` of the model, as the prompt template takes them.
 
     Raises:
       UsageError: no chat was answered.
@@ -117,4 +117,7 @@ def _fitted(ran: Ran) -> dict[str, dict[str, float]]:
     ]
     if not scores:
         raise UsageError("--fit_bias: no labelled chat has an analysis")
-    return {ran.variant.model: fit_bias(scores, prompt.tones)}
+    bias = fit_bias(scores, prompt.tones)
+    temperature = fit_temperature(scores, prompt.tones, bias)
+    name = prompt.result_name
+    return {"tone_bias": {name: bias}, "tone_temperature": {name: temperature}}

@@ -25,8 +25,9 @@ def show(report: Mapping[str, Any]) -> None:
     wrong = len(first["wrong"])
     if wrong:
         console.print(f"wrong answers: {wrong}; --summary=json lists them, --report shows them")
-    if "tone_bias" in report:
-        console.print(f"tone_bias fitted on these chats: {json.dumps(report['tone_bias'])}")
+    for name in ("tone_bias", "tone_temperature"):
+        if name in report:
+            console.print(f"{name} fitted on these chats: {json.dumps(report[name])}")
     if "history" in report:
         console.print(history_table(report["history"]))
 
