@@ -49,7 +49,9 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.models.presets import local_preset, use_jax
     from chatflow.options import from_flags
     from chatflow.pipeline import plan
+    from chatflow.run import quieten
 
+    quieten(local=True)
     if rest:
         raise UsageError(f"unknown flag {rest[0]}; see chatflow tune --help")
     if not parsed.adapter_output.endswith(ENDS):
@@ -58,6 +60,7 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     planned = plan(options)
     spec, prompt = planned.routes.specs[0], planned.first.analysis
     check_model(spec)
+    use_jax()  # before anything imports keras
     parts = parts_of(parsed)
     training = examples_of(prompt, parts.training)
     validation = examples_of(prompt, parts.validation)
@@ -65,10 +68,10 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     console = Console(stderr=True, highlight=False)
     console.print(
         f"{len(training)} chats to learn from, {len(validation)} to check it by; "
-        f"{parts.near} left out, for they share text with others"
+        f"{parts.near} left out, for they share text with others",
+        soft_wrap=True,
     )
     os.makedirs(Path(parsed.adapter_output).parent, exist_ok=True)
-    use_jax()
     from chatflow.models.lora import Schedule, Tuner
 
     names = {field.name for field in dataclasses.fields(Schedule)}
@@ -86,6 +89,13 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
             if not checks or now.loss < min(check.loss for check in checks):
                 tuner.save(parsed.adapter_output)  # so that who interrupts it has the best so far
             checks.append(now)
+            right = sum(
+                a == e.values[e.label] for a, e in zip(now.answers, validation, strict=True)
+            )
+            console.print(
+                f"step {now.step} of {now.steps}: validation loss {now.loss:.3f}, "
+                f"{right} of {len(validation)} right"
+            )
 
         best = tuner.train(training, validation, progress, checked)
     report = report_of(parsed.adapter_output, parts, checks, best)

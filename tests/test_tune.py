@@ -1,6 +1,8 @@
 """`chatflow tune`, and adapters in the pipeline: on tiny Gemmas with random weights."""
 
 import collections
+import contextlib
+import io
 import json
 import os
 import random
@@ -22,6 +24,7 @@ from chatflow.options import Options
 from chatflow.run import execute
 from chatflow.tune import divided
 
+TINY = ("--batch=20", "--dtype=float32", "--max_prompt_tokens=400")
 GEMMA = {"dtype": "float32", "max_prompt_tokens": 400}
 ROOT = Path(__file__).parent.parent
 WORDS = {-1: "late", 0: "parcel", 1: "sorry"}
@@ -45,22 +48,27 @@ def preset(tmp_path_factory):
     return tiny_gemma(tmp_path_factory.mktemp("gemma") / "tiny")
 
 
+def run_tune(*flags):
+    """What `chatflow tune` says, as JSON."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(["tune", *flags, *TINY, "--summary=json"]) == 0
+    return json.loads(said.getvalue())
+
+
 @pytest.fixture(scope="module")
 def tuned(preset, tmp_path_factory):
-    """An adapter, what `chatflow tune` printed of it, and the chats that it was checked by."""
+    """An adapter, what `chatflow tune` said of it, the chats that it learned from, and others."""
     folder = tmp_path_factory.mktemp("tuned")
     for name, chats in (("train", labelled(60)), ("check", labelled(21, 60))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    train, check = f"{folder}/train.jsonl", f"{folder}/check.jsonl"
     adapter = str(folder / "made" / "tone.lora.h5")
-    command = [
-        sys.executable, "-m", "chatflow", "tune", f"{folder}/train.jsonl", f"--model={preset}",
-        f"--validation={folder}/check.jsonl", f"--adapter_output={adapter}", "--epochs=14",
-        "--patience=50", "--learning_rate=0.05", "--batch=20", "--dtype=float32",
-        "--max_prompt_tokens=400", "--summary=json",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return adapter, json.loads(done.stdout), f"{folder}/check.jsonl"
+    report = run_tune(
+        train, f"--model={preset}", f"--validation={check}", f"--adapter_output={adapter}",
+        "--epochs=14", "--patience=50", "--learning_rate=0.05",
+    )  # fmt: skip
+    return adapter, report, train, check
 
 
 def analysed(path, output, model, **options):
@@ -71,7 +79,7 @@ def analysed(path, output, model, **options):
 
 
 def test_it_learns_what_one_word_says(tuned):
-    _, report, _ = tuned
+    _, report, _, _ = tuned
     assert report["after"]["accuracy"]["value"] > report["before"]["accuracy"]["value"] + 0.3
     assert report["difference"]["better"] > report["difference"]["worse"]
     lowest = min(report["checks"], key=lambda check: check["loss"])
@@ -81,7 +89,7 @@ def test_it_learns_what_one_word_says(tuned):
 
 
 def test_the_pipeline_answers_as_the_tuner_did_and_writes_as_before(tuned, preset, tmp_path):
-    adapter, report, path = tuned
+    adapter, report, _, path = tuned
     plain = analysed(path, tmp_path / "plain", preset)
     adapted = analysed(path, tmp_path / "adapted", preset, adapter=adapter)
     labels = {label.chat.chat_id: label.sentiment for label in read_labels(path).values()}
@@ -98,7 +106,7 @@ def test_the_pipeline_answers_as_the_tuner_did_and_writes_as_before(tuned, prese
 def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alone(
     tuned, preset, tmp_path
 ):
-    adapter, _, path = tuned
+    adapter, _, _, path = tuned
     given = analysed(path, tmp_path / "given", preset, adapter=adapter)
     pattern = f"{Path(adapter).parent}/*.lora.h5"
     found = analysed(path, tmp_path / "found", preset, model_updates=pattern)
@@ -108,7 +116,7 @@ def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alon
 
 
 def test_an_adapter_works_on_weights_of_8_bits(tuned, preset, tmp_path):
-    adapter, _, path = tuned
+    adapter, _, _, path = tuned
     plain = analysed(path, tmp_path / "plain", preset, quantization="int8")
     adapted = analysed(path, tmp_path / "adapted", preset, quantization="int8", adapter=adapter)
     assert any(plain[key]["tone_scores"] != found["tone_scores"] for key, found in adapted.items())
@@ -121,24 +129,23 @@ def test_keras_reads_the_adapter(tuned, preset):
     use_jax()
     import keras_hub
 
-    adapter, report, _ = tuned
+    adapter, report, _, _ = tuned
     backbone = keras_hub.models.Backbone.from_preset(preset, dtype="float32")
     backbone.load_lora_weights(adapter)
     assert any(abs(v.numpy()).max() > 0 for v in backbone.weights if "lora_kernel_b" in v.path)
     assert os.path.getsize(adapter) == report["bytes"] < 2_000_000
 
 
-def test_tuning_can_go_on_from_an_adapter(tuned, preset, tmp_path, capsys):
-    adapter, report, path = tuned
+def test_tuning_goes_on_from_an_adapter_of_the_same_rank(tuned, preset, tmp_path, capsys):
+    adapter, first, train, check = tuned
     flags = [
-        path, f"--model={preset}", f"--validation={path}", f"--adapter={adapter}",
-        f"--adapter_output={tmp_path}/more.lora.h5", "--epochs=1", "--dtype=float32",
-        "--max_prompt_tokens=400",
+        train, f"--model={preset}", f"--validation={check}", f"--adapter={adapter}",
+        f"--adapter_output={tmp_path}/more.lora.h5", "--epochs=1", "--learning_rate=0.001",
     ]  # fmt: skip
-    assert main(["tune", *flags, "--rank=8"]) == 2
-    said = capsys.readouterr().err
-    assert "which share" not in said
-    assert f"--adapter={adapter}" in said or "share text" in said
+    report = run_tune(*flags)
+    assert report["before"] == first["after"]
+    assert main(["tune", *flags, *TINY, "--rank=8"]) == 2
+    assert f"--adapter={adapter}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fit_bias",
         action="store_true",
-        help="also fit tone_bias and tone_temperature of the model, to put into the prompt template",
+        help="also fit tone_bias and tone_temperature, to put into the prompt template",
     )
     add_flags(parser, leave_out=LEFT_OUT)
