@@ -115,12 +115,19 @@ def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alon
     }
 
 
-def test_an_adapter_works_on_weights_of_8_bits(tuned, preset, tmp_path):
-    adapter, _, _, path = tuned
-    plain = analysed(path, tmp_path / "plain", preset, quantization="int8")
-    adapted = analysed(path, tmp_path / "adapted", preset, quantization="int8", adapter=adapter)
-    assert any(plain[key]["tone_scores"] != found["tone_scores"] for key, found in adapted.items())
-    assert all(plain[key]["summary"] == found["summary"] for key, found in adapted.items())
+def test_an_adapter_works_on_weights_of_8_bits(tuned, preset):
+    from chatflow.models.engine import Row
+    from chatflow.models.grammar import Text
+    from chatflow.models.loading import load_engine
+
+    row = Row("", "the parcel is late", choices=(" angry", "said"))
+    text = Row("", "the parcel is late", text=Text(("\n",)), max_tokens=4)
+    plain, adapted = (
+        load_engine(preset, "float32", quantization="int8", adapter=adapter).run([row, text])
+        for adapter in ("", tuned[0])
+    )
+    assert plain[0].scores != adapted[0].scores
+    assert plain[1].text == adapted[1].text
 
 
 def test_keras_reads_the_adapter(tuned, preset):
@@ -183,7 +190,6 @@ def test_adapters_are_for_gemma_alone():
         ModelSpec("gemini-2.5-flash", "remote", adapter="x.lora.h5")
     assert chosen("none", "gemma3-270m", False) == chosen("auto", "gemma3_1b", False) == ""
     assert ModelSpec("gemma3-270m", adapter="none").result_name == "gemma3-270m"
-    assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@tone-1"
     assert ModelSpec("gemma3-270m", kind="instruct").result_name == "gemma3-270m"
 
 
@@ -208,7 +214,7 @@ def made(tmp_path, *flags):
 
 
 def test_the_written_chats_are_many_and_varied_and_apart_from_those_that_judge(tmp_path):
-    training = made(tmp_path, "--variants=1")
+    training = made(tmp_path, "--variants=1", "--with_hard")
     labels = list(read_labels(str(training)).values())
     assert len(labels) >= 1500
     tones = collections.Counter(label.sentiment for label in labels)

@@ -13,8 +13,9 @@ from chatflow.models.presets import local_file
 ENDS = ".lora.h5"
 """How the names of adapters end: files that Keras's `save_lora_weights` writes."""
 
-OWN = {embedded.NAME: "tone-1"}
-"""chatflow's own adapter for a model, as results have its name; made in `tuning/`."""
+OWN: dict[str, str] = {}
+"""chatflow's own adapter for a model, as results have its name; made in `tuning/`. None is good
+enough yet: see tuning/README.md."""
 
 
 def chosen(adapter: str, model: str, instruct: bool) -> str:
@@ -24,8 +25,8 @@ def chosen(adapter: str, model: str, instruct: bool) -> str:
       adapter: `auto`, for chatflow's own where the model has one; `none`; or a file's name.
       instruct: the model is asked in the turns of a chat, for which chatflow's own is not.
 
-    >>> chosen("auto", "gemma3-270m", False), chosen("auto", "gemma3_1b", False)
-    ('tone-1', '')
+    >>> chosen("auto", "gemma3_1b", False), chosen("my.lora.h5", "gemma3_1b", False)
+    ('', 'my.lora.h5')
     """
     if adapter == "auto":
         return "" if instruct else OWN.get(model, "")
