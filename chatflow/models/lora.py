@@ -213,8 +213,9 @@ class Tuner:
                 prompts.append((self._engine.prompt(number, example.row), example.label))
             except PromptTooLongError as error:
                 raise UsageError(f"a prompt is too long to be trained on: {error}") from None
-        jitter = (lambda: rng.gauss(0, 4)) if rng else (lambda: 0.0)
-        prompts.sort(key=lambda made: (made[0].row.prefix, len(made[0].tokens) + jitter()))
+        lengths = [len(made[0].tokens) + (rng.gauss(0, 4) if rng else 0) for made in prompts]
+        order = sorted(range(len(prompts)), key=lambda at: (prompts[at][0].row.prefix, lengths[at]))
+        prompts = [prompts[at] for at in order]
         blocks = []
         begin = 0
         while begin < len(prompts):
