@@ -4,7 +4,7 @@
     python tuning/generate.py --part eval --output tuning/eval.jsonl
 
 Each written chat comes `--variants` times, each time with other wordings where it has some,
-other names, and at times typed otherwise. The same seed gives the same file. Ninety chats are
+other names, and at times typed otherwise. The same seed gives the same file. Some chats are
 held back from what is learned from: by them `make eval` sees whether answers stay as good.
 """
 
@@ -24,7 +24,6 @@ from typing import Any
 
 TONES = {"angry": -1, "neutral": 0, "happy": 1}
 CHATS = Path(__file__).parent / "chats"
-EVAL = 30
 
 _LINE = re.compile(r"([A-E]): (.*\S)")
 _WORDINGS = re.compile(r"\{([^{}]*)\}")
@@ -79,20 +78,15 @@ def read(path: Path) -> Iterator[Written]:
 
 
 def divided(written: Sequence[Written]) -> dict[str, list[Written]]:
-    """What is learned from (`train`), and `EVAL` chats of each tone that are not (`eval`).
+    """What is learned from (`train`), and about a thirtieth that never is (`eval`).
 
-    By their text, so that they stay the same when others are added.
+    By their text alone, so that a chat stays where it is when others are added.
     """
     parts: dict[str, list[Written]] = {"train": [], "eval": []}
-    for tone in TONES:
-        some = sorted((chat for chat in written if chat.tone == tone), key=_hash)
-        parts["eval"] += some[:EVAL]
-        parts["train"] += some[EVAL:]
+    for chat in written:
+        number = int(hashlib.sha256(repr(chat.lines).encode()).hexdigest(), 16)
+        parts["eval" if number % 32 == 0 else "train"].append(chat)
     return parts
-
-
-def _hash(chat: Written) -> str:
-    return hashlib.sha256(repr(chat.lines).encode()).hexdigest()
 
 
 def variants(written: Written, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
