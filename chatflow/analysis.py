@@ -176,11 +176,16 @@ def grounding(
       least: how many different content words a text must have.
       ignored: content words that do not count, either.
     """
+    known = set(content_words(" ".join(chat.texts_of(user_id))))
+    words = [word for word in content_words(without_users(text, chat)) if word not in ignored]
+    return sum(word in known for word in words) / len(words) if len(set(words)) >= least else 0.0
+
+
+def without_users(text: str, chat: Chat) -> str:
+    """A text without the names of a chat's users."""
     for name in {m.user_id for m in chat.messages}:
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
-    known = set(content_words(" ".join(m.text for m in chat.messages if m.user_id == user_id)))
-    words = [word for word in content_words(text) if word not in ignored]
-    return sum(word in known for word in words) / len(words) if len(set(words)) >= least else 0.0
+    return text
 
 
 _NO_WORD = re.compile(r"\S*[@/\d]\S*")
@@ -197,6 +202,6 @@ def extract(chat: Chat, user_id: str, limit: int) -> str:
     def says(text: str) -> int:
         return len(set(content_words(_NO_WORD.sub(" ", text))))
 
-    own = [" ".join(m.text.split()) for m in chat.messages if m.user_id == user_id]
+    own = [" ".join(text.split()) for text in chat.texts_of(user_id)]
     telling = next((text for text in own if says(text) >= 3), None) or max(own, key=says)
     return f"“{shorten(telling, limit - 2)}”"

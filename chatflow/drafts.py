@@ -125,9 +125,9 @@ _ACCUSATION = re.compile(r"\byou(?:'ve| have|r)? +(\w+)")
 
 
 def accuses(question: Question, answer: Answer) -> bool:
-    """Whether the model wrote "you lost …" where the customer did, who meant us."""
-    own = (m.text for m in question.chat.messages if m.user_id == question.user_id)
-    said = set(_ACCUSATION.findall(" ".join(own).lower()))
+    """Whether it says "you lost …" or "your driver …" where the customer does, who meant us."""
+    own = " ".join(question.chat.texts_of(question.user_id))
+    said = set(_ACCUSATION.findall(own.lower()))
     return not said.isdisjoint(_ACCUSATION.findall(answer.text.lower()))
 
 

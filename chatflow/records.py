@@ -108,6 +108,10 @@ class Chat(Record):
             return tuple(dict.fromkeys(customers))
         return (self.messages[0].user_id,)
 
+    def texts_of(self, user_id: str) -> list[str]:
+        """What a user wrote, message by message."""
+        return [m.text for m in self.messages if m.user_id == user_id]
+
 
 class Arrival(NamedTuple):
     """A line of JSON as it arrived, and what its source knows of it.

@@ -30,6 +30,10 @@ ROOT = Path(__file__).parent.parent
 WORDS = {-1: "late", 0: "parcel", 1: "sorry"}
 
 
+def chat_of(text, number):
+    return json.loads(chat(text, chat_id=str(number)).to_json())
+
+
 def labelled(count, first=0):
     """Chats whose tone one word says, each with text of its own."""
     rng = random.Random(first)
@@ -38,8 +42,7 @@ def labelled(count, first=0):
         tone = number % 3 - 1
         words = [WORDS[tone], *rng.choices("the is and it said agent customer".split(), k=2)]
         rng.shuffle(words)
-        talk = json.loads(chat(" ".join(words), chat_id=str(number)).to_json())
-        made.append({**talk, "sentiment": tone})
+        made.append({**chat_of(" ".join(words), number), "sentiment": tone})
     return made
 
 
@@ -179,10 +182,6 @@ def test_chats_that_share_text_with_others_are_not_learned_from(lines, capsys):
     assert "0 chats to learn from, and none that is angry or neutral or happy" in (
         capsys.readouterr().err
     )
-
-
-def chat_of(text, number):
-    return json.loads(chat(text, chat_id=str(number)).to_json())
 
 
 def test_adapters_are_for_gemma_alone():

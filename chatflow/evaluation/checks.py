@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from chatflow.analysis import content_words
+from chatflow.analysis import content_words, without_users
 from chatflow.answers import copies_template
 from chatflow.evaluation.labels import words_of
 from chatflow.models.requests import Part
@@ -88,15 +88,12 @@ def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
     Args:
       asked: the parts of the request that it answers.
     """
-    users = {m.user_id for m in chat.messages}
     written = text
     for part in asked:
         if part.lead and written.startswith(part.lead):
             written = "," + written.removeprefix(part.lead)  # what follows begins no sentence
         written = written.removesuffix(part.tail)
-    written = _POSSESSIVE.sub("", written)
-    for user in users:
-        written = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", " ", written)
+    written = without_users(_POSSESSIVE.sub("", written), chat)
     messages = [_POSSESSIVE.sub("", m.text) for m in chat.messages]
     known = "\n".join(messages)
     content, words = content_words(written), words_of(written)

@@ -55,7 +55,7 @@ def figures(ran: Ran, first: Ran | None = None) -> dict[str, Any]:
         "run": {name: ran.counts.get(name) for name in _RUN},
         "sources": _groups(all_judged, lambda label: label.source or "(no source)"),
         "lengths": _groups(all_judged, length_of, list(LENGTHS)),
-        "wrong": [_wrong(judged) for judged in all_judged if not judged.right],
+        "wrong": [wrong(judged) for judged in all_judged if not judged.right],
     }
     if first is not None:
         found["against_first"] = compare(
@@ -121,7 +121,7 @@ def identity(judged: Judged) -> dict[str, str]:
     return {"chat_id": judged.label.chat.chat_id, "user_id": judged.label.user_id}
 
 
-def _wrong(judged: Judged) -> dict[str, Any]:
+def wrong(judged: Judged) -> dict[str, Any]:
     return {
         **identity(judged),
         "label": name_of(judged.label.sentiment),

@@ -37,7 +37,7 @@ class Label:
     @property
     def own_text(self) -> str:
         """What the user wrote, message by message, one a line."""
-        return "\n".join(m.text for m in self.chat.messages if m.user_id == self.user_id)
+        return "\n".join(self.chat.texts_of(self.user_id))
 
 
 def read_labels(path: str) -> dict[Key, Label]:

@@ -11,8 +11,7 @@ import jinja2
 
 import chatflow
 from chatflow.errors import UsageError
-from chatflow.evaluation.figures import identity
-from chatflow.evaluation.measures import name_of
+from chatflow.evaluation.figures import identity, wrong
 from chatflow.evaluation.tables import INTERVALS, interval, rows
 from chatflow.evaluation.variants import Ran
 from chatflow.records import now
@@ -55,14 +54,11 @@ def page(report: Mapping[str, Any], ran: Sequence[Ran]) -> str:
 
 def _wrong(ran: Ran) -> Iterator[dict[str, Any]]:
     """The wrongly answered chats with their messages, those it was surest of first."""
-    wrong = [judged for judged in ran.judged.values() if not judged.right]
-    for judged in sorted(wrong, key=lambda j: -(j.confidence or 0)):
+    missed = [judged for judged in ran.judged.values() if not judged.right]
+    for judged in sorted(missed, key=lambda j: -(j.confidence or 0)):
         yield {
-            **identity(judged),
-            "label": name_of(judged.label.sentiment),
-            "answer": name_of(judged.answer),
+            **wrong(judged),
             "reason": judged.unanswered,
-            "confidence": judged.confidence,
             "messages": judged.label.chat.messages,
         }
 

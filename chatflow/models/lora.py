@@ -55,15 +55,15 @@ class Schedule:
       decay: of the weights, by AdamW.
     """
 
-    rank: int = 4
-    learning_rate: float = 1e-3
-    batch: int = 16
-    epochs: int = 3
-    patience: int = 3
+    rank: int
+    learning_rate: float
+    batch: int
+    epochs: int
+    patience: int
+    seed: int
     checks: int = 2
     smoothing: float = 0.1
     decay: float = 0.01
-    seed: int = 1
 
 
 class Checked(NamedTuple):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
+from chatflow.models import adapters
 from chatflow.models.handlers import LanguageModel
 from chatflow.models.presets import forget
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
@@ -30,7 +31,7 @@ MARKERS = ("SHA256SUMS.json", "config.json")
 ENDS = {
     "script": (".jsonl",),
     "torch": (*MARKERS, ".pt", ".pth", ".bin", ".safetensors"),
-    "gemma": (*MARKERS, ".lora.h5"),
+    "gemma": (*MARKERS, adapters.ENDS),
 }
 """How the patterns end by which the weights of a kind of model may be replaced."""
 
