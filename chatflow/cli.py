@@ -215,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         ("rank", int, 4, "of the matrices; that of --adapter, if it begins with one"),
         ("batch", int, 16, "chats in a step"),
         ("seed", int, 1, "of the division into parts, the order and the first values"),
+        ("strength", positive, 1.0, "share of what was learned that is kept; less for other texts"),
     ):
         tune.add_argument(
             f"--{name}", type=kind, default=default, help=f"{help} (default: {default})"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from chatflow.models import ModelSpec
     from chatflow.models.lora import Checked, Example
     from chatflow.prompts import AnalysisPrompt
-    from chatflow.routes import Routed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +48,7 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.models.presets import local_preset, use_jax
     from chatflow.options import from_flags
     from chatflow.pipeline import plan
+    from chatflow.routes import Routed
     from chatflow.run import quieten
 
     quieten(local=True)
@@ -59,11 +59,14 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     options = dataclasses.replace(from_flags(parsed), input=parsed.labelled, output="unused")
     planned = plan(options)
     spec, prompt = planned.routes.specs[0], planned.first.analysis
+    assert not isinstance(prompt, Routed)  # which --models would make; it is none of the flags
     check_model(spec)
     use_jax()  # before anything imports keras
     parts = parts_of(parsed)
-    training = examples_of(prompt, parts.training)
-    validation = examples_of(prompt, parts.validation)
+    # Constants of the template that belong to the adapter it begins with are not the new one's.
+    learning = dataclasses.replace(prompt, model=dataclasses.replace(spec, adapter="none"))
+    training = examples_of(learning, parts.training)
+    validation = examples_of(learning, parts.validation)
 
     console = Console(stderr=True, highlight=False)
     console.print(
@@ -97,8 +100,11 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
                 f"{right} of {len(validation)} right"
             )
 
+        asked = examples_of(prompt, parts.validation)
+        before = None if asked == validation else tuner.check(asked)
         best = tuner.train(training, validation, progress, checked)
-    report = report_of(parsed.adapter_output, parts, checks, best)
+    tuner.save(parsed.adapter_output)
+    report = report_of(parsed.adapter_output, parts, checks, before or checks[0], best)
     if options.summary == "json":
         print(json.dumps(report))
     else:
@@ -161,9 +167,7 @@ def divided(labels: Sequence[Label], share: float, seed: int) -> tuple[list[Labe
     return first, second
 
 
-def examples_of(
-    prompt: AnalysisPrompt | Routed[AnalysisPrompt], labels: Sequence[Label]
-) -> list[Example]:
+def examples_of(prompt: AnalysisPrompt, labels: Sequence[Label]) -> list[Example]:
     """The prompts by which a pipeline would ask for the tone, and the right choices.
 
     Raises:
@@ -175,7 +179,7 @@ def examples_of(
     made = []
     for label in labels:
         try:
-            question = prompt.of(label.chat).question(label.chat, label.user_id)
+            question = prompt.question(label.chat, label.user_id)
         except BadInputError as error:
             raise UsageError(f"chat {label.chat.chat_id!r}: {error}") from None
         part = next((part for part in question.request.parts if part.choices), None)
@@ -217,10 +221,12 @@ def bar(console: Console, checks: Sequence[Checked]) -> Iterator[Callable[[int, 
         yield progress
 
 
-def report_of(path: str, parts: Parts, checks: Sequence[Checked], best: Checked) -> dict[str, Any]:
-    """What came out: on the validation part, before (with the first check) and after (the best)."""
+def report_of(
+    path: str, parts: Parts, checks: Sequence[Checked], first: Checked, best: Checked
+) -> dict[str, Any]:
+    """What came out on the validation part, before it learned and after."""
     labels = [label.sentiment for label in parts.validation]
-    before, after = (list(map(Sentiment, check.answers)) for check in (checks[0], best))
+    before, after = (list(map(Sentiment, check.answers)) for check in (first, best))
 
     def figures(answers: Sequence[Sentiment]) -> dict[str, Any]:
         found = intervals(list(zip(labels, answers, strict=True)))

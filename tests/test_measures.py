@@ -1,4 +1,6 @@
 import importlib.util
+import math
+import random
 import sys
 import types
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from chatflow.errors import UsageError
 from chatflow.evaluation.baselines import vader
-from chatflow.evaluation.bias import fit_bias
+from chatflow.evaluation.bias import fit_constants
 from chatflow.evaluation.labels import Label
 from chatflow.evaluation.measures import (
     ANSWERS,
@@ -138,17 +140,30 @@ def test_bins_hold_each_answer_once(answers):
     assert all(part.low - 1e-9 <= part.confidence <= part.high + 1e-9 for part in found.bins)
 
 
-def test_the_fitted_bias_undoes_a_preference():
+def test_the_fitted_constants_are_those_by_which_the_scores_were_made():
+    tones = {"so": N, "good": H, "bad": A}
+    bias, temperature = {"so": 0.0, "good": 2.2, "bad": -0.7}, 1.8
+    rng = random.Random(1)
+    scores = []
+    for _ in range(5000):
+        likely = {word: math.exp(rng.gauss(0, 1)) for word in tones}
+        label = tones[rng.choices(list(tones), [likely[word] for word in tones])[0]]
+        drawn = {word: temperature * math.log(likely[word]) + bias[word] for word in tones}
+        scores.append((drawn, label))
+    fitted, found = fit_constants(scores, tones)
+    assert fitted == pytest.approx(bias, abs=0.15)
+    assert fitted["so"] == 0
+    assert found == pytest.approx(temperature, abs=0.15)
+
+
+def test_constants_stay_small_where_no_answer_is_wrong():
     tones = {"bad": A, "so": N, "good": H}
-    prefers = {"bad": -1.0, "so": 0.0, "good": 3.0}
     scores = [
-        ({word: prefers[word] + 2 * (tones[word] == label) for word in tones}, label)
-        for label in (A, N, H)
+        ({word: float(tones[word] == label) for word in tones}, label) for label in tones.values()
     ]
-    bias = fit_bias(scores, tones)
-    assert bias["so"] == 0
-    assert -3 < bias["bad"] < 1
-    assert 1 < bias["good"] < 5
+    bias, temperature = fit_constants(scores, tones)
+    assert all(abs(value) < 1 for value in bias.values())
+    assert 0.05 < temperature < 1
 
 
 def test_vader_reads_what_the_user_wrote(monkeypatch):

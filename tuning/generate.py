@@ -49,6 +49,11 @@ class Written:
     tags: tuple[str, ...]
     lines: tuple[tuple[str, str], ...]
 
+    @property
+    def is_plain(self) -> bool:
+        """Of those by which adapters answer better on chats of other people, see README.md."""
+        return self.where.startswith("plain") and "hard" not in self.tags
+
 
 def read(path: Path) -> Iterator[Written]:
     """The chats of a file.
@@ -157,14 +162,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="", help="a file; default: standard output")
     parser.add_argument("--variants", type=int, default=2, help="of each chat (default: 2)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--with_hard", action="store_true", help="also those with this tag")
+    parser.add_argument(
+        "--all", action="store_true", help="also the subtle ones, and those with the tag hard"
+    )
     parser.add_argument("--part", choices=("train", "eval"), default="train")
     parsed = parser.parse_args(arguments)
     rng = random.Random(parsed.seed)
     written = divided([chat for path in sorted(CHATS.glob("*.txt")) for chat in read(path)])
     chats = written[parsed.part]
-    if parsed.part == "train" and not parsed.with_hard:
-        chats = [chat for chat in chats if "hard" not in chat.tags]
+    if parsed.part == "train" and not parsed.all:
+        chats = [chat for chat in chats if chat.is_plain]
     count = parsed.variants if parsed.part == "train" else 1
     made = [chat for each in chats for chat in variants(each, count, rng)]
     rng.shuffle(made)

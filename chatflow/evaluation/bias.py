@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from chatflow.evaluation.measures import Confusion
 from chatflow.records import Sentiment
 
+_RIDGE = 1e-3
+"""Keeps the constants near none where few labels, or no wrong answer, would let them run away."""
 
-def fit_bias(
+
+def fit_constants(
     scores: Sequence[tuple[Mapping[str, float], Sentiment]], tones: Mapping[str, Sentiment]
-) -> dict[str, float]:
-    """Constants for the tone words that give the best macro-F1 on labelled chats.
+) -> tuple[dict[str, float], float]:
+    """The bias of each tone word and the temperature under which the labels are likeliest.
 
-    The neutral word's is 0. Among equally good ones the middle is taken: it is the
-    least touched by small changes of the scores.
+    The neutral word's bias is 0. This is bias-corrected temperature scaling
+    (https://arxiv.org/abs/1901.06852), by Newton's method, as the loss is convex. The constants
+    with the best macro-F1 vary more from one sample of chats to the next: fitted on one half
+    of 270 chats and measured on the other, they gave a lower macro-F1 there.
 
     Args:
       scores: log-probability of each tone word, and the label, by chat.
     """
     order = sorted(tones, key=lambda word: tones[word])  # angry, neutral, happy
-    steps = [step / 10 for step in range(-50, 51)]
-    tried = []
-    for angry, happy in itertools.product(steps, steps):
-        bias = dict(zip(order, (angry, 0.0, happy), strict=True))
-        pairs = [(label, _best(of, bias, tones)) for of, label in scores]
-        tried.append((round(Confusion.of(pairs).macro_f1, 6), angry, happy))
-    best = max(score for score, _, _ in tried)
-    near = [(angry, happy) for score, angry, happy in tried if score >= best - 0.005]
-    middle = [sum(values) / len(near) for values in zip(*near, strict=True)]
-    angry, happy = min(near, key=lambda at: abs(at[0] - middle[0]) + abs(at[1] - middle[1]))
-    return dict(zip(order, (angry, 0.0, happy), strict=True))
-
-
-def fit_temperature(
-    scores: Sequence[tuple[Mapping[str, float], Sentiment]],
-    tones: Mapping[str, Sentiment],
-    bias: Mapping[str, float],
-) -> float:
-    """The temperature by which a model is right as often as its confidence says.
-
-    The one under which the labels are likeliest (temperature scaling; Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599), of 0.2, 0.3 … 8.
-    """
-    found = np.array([[of[word] - bias[word] for word in tones] for of, _ in scores])
-    right = [list(tones.values()).index(label) for _, label in scores]
-
-    def surprise(temperature: float) -> float:
-        divided = found / temperature
-        divided -= divided.max(axis=1, keepdims=True)
-        likely = divided - np.log(np.exp(divided).sum(axis=1, keepdims=True))
-        return -float(likely[np.arange(len(right)), right].mean())
-
-    return min((step / 10 for step in range(2, 81)), key=surprise)
-
-
-def _best(
-    scores: Mapping[str, float], bias: Mapping[str, float], tones: Mapping[str, Sentiment]
-) -> Sentiment:
-    return tones[max(tones, key=lambda word: scores[word] - bias[word])]
+    found = np.array([[of[word] for word in order] for of, _ in scores])  # [chats, 3]
+    right = np.eye(3)[[int(label) + 1 for _, label in scores]]
+    slopes = np.zeros((len(found), 3, 3))  # of the logits by scale and the outer two biases
+    slopes[:, :, 0], slopes[:, 0, 1], slopes[:, 2, 2] = found, -1.0, -1.0
+    usual = np.array([1.0, 0.0, 0.0])
+    constants = usual
+    for _ in range(100):
+        logits = slopes @ constants
+        likely = np.exp(logits - logits.max(axis=1, keepdims=True))
+        likely /= likely.sum(axis=1, keepdims=True)
+        gradient = np.einsum("ct,ctp->p", likely - right, slopes) / len(found)
+        gradient += _RIDGE * (constants - usual)
+        spread = likely[:, :, None] * np.eye(3) - likely[:, :, None] * likely[:, None, :]
+        curvature = np.einsum("ctp,ctu,cuq->pq", slopes, spread, slopes) / len(found)
+        step = np.linalg.solve(curvature + _RIDGE * np.eye(3), gradient)
+        constants = constants - step / max(1.0, float(np.abs(step).max()))
+        constants[0] = max(constants[0], 0.1)
+    scale, angry, happy = (float(value) for value in constants)
+    bias = (round(angry / scale, 2), 0.0, round(happy / scale, 2))
+    return dict(zip(order, bias, strict=True)), round(1 / scale, 2)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from chatflow.errors import FAILED, UsageError
-from chatflow.evaluation.bias import fit_bias, fit_temperature
+from chatflow.evaluation.bias import fit_constants
 from chatflow.evaluation.figures import figures
 from chatflow.evaluation.history import append, entry, fall, read_history
 from chatflow.evaluation.labels import read_labels
@@ -117,7 +117,6 @@ def _fitted(ran: Ran) -> dict[str, dict[str, Any]]:
     ]
     if not scores:
         raise UsageError("--fit_bias: no labelled chat has an analysis")
-    bias = fit_bias(scores, prompt.tones)
-    temperature = fit_temperature(scores, prompt.tones, bias)
+    bias, temperature = fit_constants(scores, prompt.tones)
     name = prompt.result_name
     return {"tone_bias": {name: bias}, "tone_temperature": {name: temperature}}
