@@ -134,10 +134,11 @@ def confidence(answered: Answered, sentiment: Sentiment) -> float | None:
     for part in answered.question.request.parts:
         if scores and part.choices:
             words = [choice.strip() for choice in part.choices]
-            weights = [
-                math.exp((scores[word] - bias) / part.temperature)
+            logits = [
+                (scores[word] - bias) / part.temperature
                 for word, bias in zip(words, part.bias, strict=True)
             ]
+            weights = [math.exp(logit - max(logits)) for logit in logits]
             return round(weights[part.values.index(sentiment)] / sum(weights), 4)
     return None
 

@@ -202,20 +202,20 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--validation", default="", help="labelled chats to check it by; default: a part of them"
     )
-    tune.add_argument("--validation_share", type=positive, default=0.1, help="(default: 0.1)")
+    tune.add_argument("--validation_share", type=share, default=0.1, help="(default: 0.1)")
     tune.add_argument(
         "--apart_from",
         default="",
         help="labelled chats for a later evaluation: what shares text with them is left out",
     )
     for name, kind, default, help in (
-        ("epochs", int, 3, "times that it sees each chat, at most"),
-        ("patience", int, 3, "checks without a lower loss after which it stops"),
+        ("epochs", natural, 3, "times that it sees each chat, at most"),
+        ("patience", natural, 3, "checks without a lower loss after which it stops"),
         ("learning_rate", positive, 1e-3, "at its highest"),
-        ("rank", int, 4, "of the matrices; that of --adapter, if it begins with one"),
-        ("batch", int, 16, "chats in a step"),
+        ("rank", natural, 4, "of the matrices; that of --adapter, if it begins with one"),
+        ("batch", natural, 16, "chats in a step"),
         ("seed", int, 1, "of the division into parts, the order and the first values"),
-        ("strength", positive, 1.0, "share of what was learned that is kept; less for other texts"),
+        ("strength", share, 1.0, "share of what was learned that is kept; less for other texts"),
     ):
         tune.add_argument(
             f"--{name}", type=kind, default=default, help=f"{help} (default: {default})"
@@ -292,6 +292,20 @@ def _parser() -> argparse.ArgumentParser:
 def positive(text: str) -> float:
     """A flag's value that has to be more than nothing."""
     if (number := float(text)) <= 0:
+        raise ValueError
+    return number
+
+
+def share(text: str) -> float:
+    """A flag's value that is more than nothing, and at most all."""
+    if (number := positive(text)) > 1:
+        raise ValueError
+    return number
+
+
+def natural(text: str) -> int:
+    """A flag's value that is a whole number of at least one."""
+    if (number := int(text)) < 1:
         raise ValueError
     return number
 

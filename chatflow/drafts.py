@@ -121,7 +121,7 @@ def to_draft(answered: Answered) -> Draft:
     return draft_of(question, answer.model, text=parsed.text, repairs=parsed.repairs)
 
 
-_ACCUSATION = re.compile(r"\byou(?:'ve| have|r)? +(\w+)")
+_ACCUSATION = re.compile(r"\byou(?:['’]ve| have|r)? +(\w+)")
 
 
 def accuses(question: Question, answer: Answer) -> bool:

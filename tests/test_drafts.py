@@ -149,6 +149,7 @@ def test_the_words_around_the_models_own_say_nothing_of_it(written, flag):
     [
         ("We are sorry that you lost your passport.", "accuses_customer"),
         ("We are sorry that you have lost it.", "accuses_customer"),
+        ("We are sorry that you’ve lost it.", "accuses_customer"),
         ("We are sorry that we lost your passport.", None),
         ("We are sorry that you missed your flight.", None),
     ],

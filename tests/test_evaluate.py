@@ -11,11 +11,13 @@ from conftest import chat, mistake
 
 from chatflow.cli import main
 from chatflow.evaluation.figures import figures
-from chatflow.evaluation.history import fall
-from chatflow.evaluation.labels import Label
+from chatflow.evaluation.history import fall, read_history
+from chatflow.evaluation.labels import Label, read_labels
 from chatflow.evaluation.page import page
 from chatflow.evaluation.tables import interval
 from chatflow.evaluation.variants import Judged, Ran, Variant
+from chatflow.options import Options
+from chatflow.pipeline import plan
 from chatflow.records import Analysis, Sentiment, now
 
 A, N, H = Sentiment.ANGRY, Sentiment.NEUTRAL, Sentiment.HAPPY
@@ -200,6 +202,8 @@ def test_a_line_is_compared_with_the_newest_of_its_kind():
     assert fall([good, bad], bad, labels, 0) == ""
     assert fall([good, history_line(N, variant=1)], bad, labels, 0)
     assert fall([history_line(A, labelled="y.jsonl")], bad, labels, 0) == ""
+    other = history_line(N, variant=1, name="vader")
+    assert fall([history_line(A, variant=1, name="model=big")], other, labels, 0) == ""
 
 
 def test_new_chats_and_new_labels_are_no_fall():
@@ -286,3 +290,17 @@ def test_the_page_never_turns_escaping_off():
     source = Path(__file__).parent.parent / "chatflow" / "evaluation" / "page.html.jinja"
     assert "autoescape" not in source.read_text()
     assert "|safe" not in source.read_text().replace(" ", "")
+
+
+def test_the_history_was_measured_with_the_prompts_and_the_adapter_of_today():
+    root = Path(__file__).parent.parent / "tuning"
+    newest = read_history(str(root / "history.jsonl"))[-1]
+    planned = plan(Options(input="chats.jsonl", output="results"))
+    prompts = planned.first
+    today = {"analysis": prompts.analysis.version, "draft": prompts.draft.version}
+    assert (newest["prompt_versions"], newest["model"]) == (
+        today,
+        prompts.analysis.result_name,
+    ), "run make eval, and commit tuning/history.jsonl"
+    labels = read_labels(str(root / "eval.jsonl"))
+    assert set(newest["answers"]) == {"/".join(key) for key in labels}

@@ -54,7 +54,7 @@ def test_its_summaries_are_of_the_chat(analysed):
     for one, analysis in analysed:
         assert 1 <= len(analysis.summary) <= 512
         assert analysis.summary_source in ("model", "extract")
-        assert analysis.model == "gemma3-270m"
+        assert analysis.model == ModelSpec().result_name == "gemma3-270m@tone-1"
         assert set(analysis.tone_scores) == {"angry", "neutral", "happy"}
         words = set(" ".join(m.text for m in one.messages).lower().replace("!", "").split())
         assert words & set(analysis.summary.lower().split())

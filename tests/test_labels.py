@@ -1,11 +1,14 @@
+import json
 import random
 import time
 
+import pytest
 from conftest import chat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatflow.evaluation.labels import near_copies
+from chatflow.errors import UsageError
+from chatflow.evaluation.labels import near_copies, read_labels
 
 
 def near(first, second):
@@ -27,6 +30,18 @@ def test_case_and_punctuation_do_not_count():
 
 def test_two_shared_runs_are_no_copy():
     assert near(chat("where is my order of last week"), chat("where is my order of last")) == []
+
+
+def test_short_chats_that_say_the_same_are_copies():
+    assert near_copies([chat("Thank you so much!", chat_id="1")], [chat("thank you so much")])
+    assert near_copies([chat("谢谢你们的帮助")], [chat("谢谢你们的帮助。")])
+    assert near_copies([chat("?!")], [chat("!!!")]) == []
+
+
+def test_a_chat_may_have_one_label(lines):
+    one = {**json.loads(chat("x", chat_id="7").to_json()), "sentiment": 0}
+    with pytest.raises(UsageError, match=":2: the same chat and user as in line 1"):
+        read_labels(lines(one, {**one, "sentiment": 1}))
 
 
 def test_a_small_share_of_the_smaller_chat_is_no_copy():

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from chatflow.evaluation.labels import Label, near_copies, read_labels
 from chatflow.models import ModelSpec
 from chatflow.models.adapters import chosen
 from chatflow.options import Options
+from chatflow.pipeline import plan
 from chatflow.run import execute
 from chatflow.tune import divided
 
@@ -133,6 +135,43 @@ def test_an_adapter_works_on_weights_of_8_bits(tuned, preset):
     assert plain[1].text == adapted[1].text
 
 
+def test_half_of_what_was_learned_is_kept(tuned, preset, tmp_path):
+    import h5py
+
+    _, _, train, check = tuned
+    halved = f"{tmp_path}/half.lora.h5"
+    flags = [
+        train, f"--model={preset}", f"--validation={check}", "--epochs=1", "--learning_rate=0.05"
+    ]  # fmt: skip
+    run_tune(*flags, f"--adapter_output={tmp_path}/all.lora.h5")
+    run_tune(*flags, f"--adapter_output={halved}", "--strength=0.5")
+
+    def found(path):
+        values = {}
+        with h5py.File(path) as file:
+            file.visititems(
+                lambda name, at: values.update({name: at[()]} if hasattr(at, "shape") else {})
+            )
+        return values
+
+    whole, half = found(f"{tmp_path}/all.lora.h5"), found(halved)
+    scales = {round(float(abs(half[name]).sum() / abs(whole[name]).sum()), 3) for name in whole}
+    assert scales == {1.0, 0.5}
+
+
+def test_chatflows_own_adapter_goes_with_prompts_that_have_constants_for_it(tmp_path):
+    def adapter(**flags):
+        return plan(Options(input="x", output="y", **flags)).routes.specs[0].own_adapter
+
+    assert (adapter(), adapter(adapter="none")) == ("tone-1", "")
+    shutil.copytree(ROOT / "prompts" / "base", tmp_path / "mine")
+    assert adapter(prompts=f"{tmp_path}/mine") == "tone-1"
+    analysis = tmp_path / "mine" / "analysis.jinja"
+    analysis.write_text(analysis.read_text().replace("gemma3-270m@tone-1", "gemma3-270m@other"))
+    assert adapter(prompts=f"{tmp_path}/mine") == ""
+    assert adapter(prompts=f"{tmp_path}/mine", adapter="tone-1") == "tone-1"
+
+
 def test_keras_reads_the_adapter(tuned, preset):
     from chatflow.models.presets import use_jax
 
@@ -162,6 +201,9 @@ def test_tuning_goes_on_from_an_adapter_of_the_same_rank(tuned, preset, tmp_path
     ("flags", "said"),
     [
         (["--adapter_output=x.h5"], "--adapter_output=x.h5: must end in .lora.h5"),
+        (["--adapter_output=gs://b/x.lora.h5"], "must be on this machine"),
+        (["--strength=2"], "--strength: invalid share value"),
+        (["--epochs=0"], "--epochs: invalid natural value"),
         (["--model=torch:google/t5-small"], "cannot be tuned here"),
         (["--input=x"], "unknown flag --input"),
         (["--apart_from=/none.jsonl"], "cannot be read"),
@@ -187,6 +229,7 @@ def test_chats_that_share_text_with_others_are_not_learned_from(lines, capsys):
 def test_adapters_are_for_gemma_alone():
     with pytest.raises(UsageError, match="only for Gemma"):
         ModelSpec("gemini-2.5-flash", "remote", adapter="x.lora.h5")
+    assert chosen("auto", "gemma3-270m", False) == "tone-1"
     assert chosen("none", "gemma3-270m", False) == chosen("auto", "gemma3_1b", False) == ""
     assert ModelSpec("gemma3-270m", adapter="none").result_name == "gemma3-270m"
     assert ModelSpec("gemma3-270m", kind="instruct").result_name == "gemma3-270m"

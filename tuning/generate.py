@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import random
@@ -48,6 +49,10 @@ class Written:
     tone: str
     tags: tuple[str, ...]
     lines: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.lines).encode()).hexdigest()
 
     @property
     def is_plain(self) -> bool:
@@ -89,8 +94,7 @@ def divided(written: Sequence[Written]) -> dict[str, list[Written]]:
     """
     parts: dict[str, list[Written]] = {"train": [], "eval": []}
     for chat in written:
-        number = int(hashlib.sha256(repr(chat.lines).encode()).hexdigest(), 16)
-        parts["eval" if number % 32 == 0 else "train"].append(chat)
+        parts["eval" if int(chat.digest, 16) % 32 == 0 else "train"].append(chat)
     return parts
 
 
@@ -106,7 +110,7 @@ def variants(written: Written, count: int, rng: random.Random) -> Iterator[dict[
         made.add(tuple(texts))
         names = _names({who for who, _ in written.lines}, rng)
         yield {
-            "chat_id": f"{written.where}-{number}",
+            "chat_id": f"{written.where.rpartition('-')[0]}-{written.digest[:8]}-{number}",
             "user_id": names["C"],
             "messages": [
                 {"user_id": names[who], "text": text}
@@ -165,16 +169,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--all", action="store_true", help="also the subtle ones, and those with the tag hard"
     )
-    parser.add_argument("--part", choices=("train", "eval"), default="train")
+    parser.add_argument(
+        "--part",
+        choices=("train", "eval"),
+        default="train",
+        help="eval: those that are never learned from, all of them, once (default: train)",
+    )
     parsed = parser.parse_args(arguments)
-    rng = random.Random(parsed.seed)
     written = divided([chat for path in sorted(CHATS.glob("*.txt")) for chat in read(path)])
     chats = written[parsed.part]
     if parsed.part == "train" and not parsed.all:
         chats = [chat for chat in chats if chat.is_plain]
-    count = parsed.variants if parsed.part == "train" else 1
-    made = [chat for each in chats for chat in variants(each, count, rng)]
-    rng.shuffle(made)
+    rng = random.Random(parsed.seed)
+    if parsed.part == "train":
+        made = [chat for each in chats for chat in variants(each, parsed.variants, rng)]
+        rng.shuffle(made)
+    else:  # each on its own, so that none changes when others are added
+        chats.sort(key=lambda chat: chat.digest)
+        made = [chat for each in chats for chat in variants(each, 1, random.Random(each.digest))]
     text = "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in made)
     if parsed.output:
         Path(parsed.output).write_text(text)

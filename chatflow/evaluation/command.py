@@ -17,6 +17,7 @@ from chatflow.evaluation.bias import fit_constants
 from chatflow.evaluation.figures import figures
 from chatflow.evaluation.history import append, entry, fall, read_history
 from chatflow.evaluation.labels import read_labels
+from chatflow.evaluation.measures import CLASSES
 from chatflow.evaluation.page import write_page
 from chatflow.evaluation.tables import show
 from chatflow.evaluation.variants import Ran, Variant, run, variants_of
@@ -35,6 +36,8 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
       SystemExit: with code 1, when a pipeline fails.
     """
     labels = read_labels(parsed.labelled)
+    if parsed.fit_bias and len({label.sentiment for label in labels.values()}) < len(CLASSES):
+        raise UsageError(f"--fit_bias: {parsed.labelled!r} must have labels of all three tones")
     if parsed.fit_bias and parsed.inference == "remote":
         raise UsageError("--fit_bias: remote models give no scores to fit it to")
     for name in ("report", "history"):

@@ -22,7 +22,7 @@ def read_history(path: str) -> list[dict[str, Any]]:
       UsageError: it cannot be read, or a line is not of an evaluation; with its number.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text("utf-8").splitlines()
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
@@ -69,7 +69,7 @@ def entry(number: int, ran: Ran, figures: Mapping[str, Any], labelled: str) -> d
 
 def append(path: str, entries: Sequence[Mapping[str, Any]]) -> None:
     with Path(path).open("a") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in entries)
+        file.writelines(json.dumps(line) + "\n" for line in entries)
 
 
 def fall(
@@ -86,7 +86,8 @@ def fall(
     Returns:
       empty where the accuracy did not fall by more than `tolerance`.
     """
-    same = ("labelled", "variant")
+    # The first variant may be another model by now, which is what is asked; others are by name.
+    same = ("labelled", "variant", "name") if line["variant"] else ("labelled", "variant")
     earlier = [before for before in history if all(before[k] == line[k] for k in same)]
     if not earlier:
         return ""

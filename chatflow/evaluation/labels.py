@@ -49,9 +49,10 @@ def read_labels(path: str) -> dict[Key, Label]:
     try:
         with FileSystems.open(path) as file:
             lines = file.read().splitlines()
-    except OSError as error:
+    except Exception as error:  # each filesystem has its own
         raise UsageError(f"{path!r} cannot be read: {error}") from None
     labels: dict[Key, Label] = {}
+    lines_of: dict[Key, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -66,7 +67,10 @@ def read_labels(path: str) -> dict[Key, Label]:
             raise UsageError(f"{path}:{number}: {error}") from None
         if len(chat.users()) != 1:
             raise UsageError(f"{path}:{number}: has a label and several customers; give user_id")
-        labels[chat.chat_id, label.user_id] = label
+        key = chat.chat_id, label.user_id
+        if (earlier := lines_of.setdefault(key, number)) != number:
+            raise UsageError(f"{path}:{number}: the same chat and user as in line {earlier}")
+        labels[key] = label
     if not labels:
         raise UsageError(f"{path!r} has no chat with a label; a label is the field sentiment")
     return labels
@@ -92,7 +96,7 @@ def near_copies(chats: Iterable[Chat], others: Iterable[Chat]) -> list[NearCopy]
 
     Two chats are near copies when at least 3 distinct runs of five words, and at least 20 %
     of those of the smaller chat, are in both; or when they have a message in common of at
-    least 8 words. Case and punctuation do not count.
+    least 8 words; or when they say the same. Case and punctuation do not count.
     """
     ids, sizes = [], []
     having_run: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -128,9 +132,11 @@ def near_copies(chats: Iterable[Chat], others: Iterable[Chat]) -> list[NearCopy]
 def _runs_and_messages(
     chat: Chat,
 ) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
-    """A chat's runs of five words, and its messages of at least eight."""
+    """A chat's runs of five words, and its messages of at least eight; all of it is one, too."""
     runs: set[tuple[str, ...]] = set()
     messages: set[tuple[str, ...]] = set()
+    if whole := words_of(" ".join(message.text for message in chat.messages)):
+        messages.add(tuple(whole))
     for words in map(words_of, (message.text for message in chat.messages)):
         runs.update(zip(*(words[start:] for start in range(RUN_WORDS)), strict=False))
         if len(words) >= MESSAGE_WORDS:

@@ -38,7 +38,10 @@ class Variant:
 
     @property
     def model(self) -> str:
-        return self.planned.options.model if self.planned else self.name
+        """As results have it, so with its adapter."""
+        if not self.planned:
+            return self.name
+        return ", ".join(spec.result_name for spec in self.planned.routes.specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +155,10 @@ def judge(labels: Mapping[Key, Label], summary: Summary) -> dict[Key, Judged]:
     for key, label in labels.items():
         analysis, draft = analyses.get(key), drafts.get(key)
         answer = analysis.sentiment if analysis else None
-        flag = getattr(draft, "flag", None)  # of a draft without a text
+        flag = draft.flag if draft else None
         undrafted = ""
         if answer == Sentiment.ANGRY and (draft is None or flag):
-            undrafted = flag or reasons.get((label.chat.chat_id, True), "low_confidence")
+            undrafted = flag or reasons.get((label.chat.chat_id, True), "unknown")
         judged[key] = Judged(
             label,
             answer,

@@ -13,9 +13,8 @@ from chatflow.models.presets import local_file
 ENDS = ".lora.h5"
 """How the names of adapters end: files that Keras's `save_lora_weights` writes."""
 
-OWN: dict[str, str] = {}
-"""chatflow's own adapter for a model, as results have its name; made in `tuning/`. None is good
-enough yet: see tuning/README.md."""
+OWN = {embedded.NAME: "tone-1"}
+"""chatflow's own adapter for a model, as results have its name; made in `tuning/`."""
 
 
 def chosen(adapter: str, model: str, instruct: bool) -> str:
@@ -25,8 +24,8 @@ def chosen(adapter: str, model: str, instruct: bool) -> str:
       adapter: `auto`, for chatflow's own where the model has one; `none`; or a file's name.
       instruct: the model is asked in the turns of a chat, for which chatflow's own is not.
 
-    >>> chosen("auto", "gemma3_1b", False), chosen("my.lora.h5", "gemma3_1b", False)
-    ('', 'my.lora.h5')
+    >>> chosen("auto", "gemma3-270m", False), chosen("auto", "gemma3_1b", False)
+    ('tone-1', '')
     """
     if adapter == "auto":
         return "" if instruct else OWN.get(model, "")
@@ -45,8 +44,13 @@ def check_adapter(adapter: str) -> None:
         raise UsageError(
             f"--adapter={adapter}: must be auto, none, or a file whose name ends in {ENDS}"
         )
-    if "://" not in adapter and not os.path.isfile(adapter):
+    if "://" in adapter:
+        return
+    if not os.path.isfile(adapter):
         raise UsageError(f"--adapter={adapter}: there is no such file")
+    with open(adapter, "rb") as file:
+        if file.read(8) != b"\x89HDF\r\n\x1a\n":  # HDF5's signature
+            raise UsageError(f"--adapter={adapter}: is no file of Keras's save_lora_weights")
 
 
 def local_adapter(adapter: str, progress: embedded.Progress = lambda _: None) -> str:

@@ -8,7 +8,9 @@ the adapter works on what comes behind it. So it is trained, and so the engine a
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from chatflow.models.engine import Engine, Row
 from chatflow.models.loading import load_backbone, mark_as_scoring
 from chatflow.models.shapes import PromptTooLongError, bucket
 
-LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 """Tokens to which the prompts of a batch are padded."""
 
 
@@ -50,8 +52,9 @@ class Schedule:
       batch: examples by step.
       epochs: at most.
       patience: how many times the validation loss may fail to fall before it ends.
-      strength: the share of what was learned that is kept at the end: 1 is all, 0 the model as it
-        was. Less answers better on texts unlike those learned from (https://arxiv.org/abs/2109.01903).
+      strength: the share of the adapter that is kept at the end: 1 is all, 0 the model without
+        any. Less answers better on texts unlike those learned from
+        (https://arxiv.org/abs/2109.01903).
       checks: how often it is looked at in an epoch.
       smoothing: how much of a label's weight goes to the others, against overconfidence.
       decay: of the weights, by AdamW.
@@ -111,8 +114,11 @@ class Tuner:
         if adapter:
             try:
                 self._backbone.load_lora_weights(adapter)
-            except ValueError as error:
-                raise UsageError(f"--adapter={adapter}: {error}") from None
+            except (ValueError, OSError, KeyError) as error:
+                raise UsageError(
+                    f"--adapter={adapter}: does not fit the model or --rank={schedule.rank}; "
+                    f"--adapter=none begins without one: {error}"
+                ) from None
         forward = self._engine.forward
         variables = forward.model.variables
         self._at = [i for i, v in enumerate(variables) if "lora_kernel" in v.path]
@@ -201,11 +207,18 @@ class Tuner:
         return Checked(0, 0, 0.0, mean, [found[number] for number in range(len(examples))])
 
     def save(self, path: str) -> None:
-        """Writes the adapter, as Keras does, marked as one of the scoring pass."""
+        """Writes the adapter, as Keras does, marked as one of the scoring pass.
+
+        The file is there when all of it is, for a running stream may look for new ones.
+        """
         for variable, value in zip(self._variables, self.trained, strict=True):
             variable.assign(value)
-        self._backbone.save_lora_weights(path)
-        mark_as_scoring(path)
+        folder, name = os.path.split(os.path.abspath(path))
+        with tempfile.TemporaryDirectory(prefix=".chatflow-", dir=folder) as scratch:
+            written = os.path.join(scratch, name)
+            self._backbone.save_lora_weights(written)
+            mark_as_scoring(written)
+            os.replace(written, path)
 
     # From examples to arrays.
 
@@ -223,9 +236,13 @@ class Tuner:
         prompts = []
         for number, example in enumerate(examples):
             try:
-                prompts.append((self._engine.prompt(number, example.row), example.label))
+                prompt = self._engine.prompt(number, example.row)
+                bucket(len(prompt.tokens), LENGTHS)
             except PromptTooLongError as error:
-                raise UsageError(f"a prompt is too long to be trained on: {error}") from None
+                raise UsageError(
+                    f"a prompt is too long to be trained on, give --max_prompt_tokens: {error}"
+                ) from None
+            prompts.append((prompt, example.label))
         lengths = [len(made[0].tokens) + (rng.gauss(0, 4) if rng else 0) for made in prompts]
         order = sorted(range(len(prompts)), key=lambda at: (prompts[at][0].row.prefix, lengths[at]))
         prompts = [prompts[at] for at in order]
