@@ -76,12 +76,12 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             "lines": [_without_answers(line) for line in (*history, *lines)[-10:]],
             "falls": falls,
         }
-    if parsed.report:
-        write_page(parsed.report, report, ran)
     if parsed.summary == "json":
         print(json.dumps(report, ensure_ascii=False))
     else:
         show(report)
+    if parsed.report:
+        write_page(parsed.report, report, ran)
     for text in falls:
         print(f"chatflow: {text}", file=sys.stderr)
     return FAILED if falls else 0
