@@ -247,6 +247,6 @@ def _route(
     if spec.adapter == "auto" and spec.own_adapter:
         # Prompts that chatflow's own adapter is good for have constants for it.
         fitted = load_folder(folder)["analysis"].settings.get("tone_bias", {})
-        if spec.result_name not in fitted:
+        if isinstance(fitted, dict) and spec.result_name not in fitted:
             spec = dataclasses.replace(spec, adapter="none")
     return Route(spec, folder, options.max_prompt_tokens, keys, overrides)

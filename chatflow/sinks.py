@@ -193,7 +193,7 @@ def prepare_output(
     """
     prefixes = list(filter(is_file, destinations))
     for folder in {FileSystems.split(prefix)[0] or "." for prefix in prefixes}:
-        _check_writable(folder)
+        check_writable(folder, "--output")
     stale = [] if streaming else [path for prefix in prefixes for path in result_files(prefix)]
     if read := sorted(set(stale) & set(inputs)):
         raise UsageError(f"--output: {read[0]} is read, and would be replaced; name another folder")
@@ -206,7 +206,12 @@ def prepare_output(
     return len(stale)
 
 
-def _check_writable(folder: str) -> None:
+def check_writable(folder: str, flag: str) -> None:
+    """Makes a folder where there is none, and writes a file in it, which is removed.
+
+    Raises:
+      UsageError: it cannot; with the flag that names it.
+    """
     try:
         if not FileSystems.exists(folder):
             FileSystems.mkdirs(folder)
@@ -214,4 +219,4 @@ def _check_writable(folder: str) -> None:
         FileSystems.create(probe).close()
         FileSystems.delete([probe])
     except Exception as error:  # each filesystem has its own
-        raise UsageError(f"--output: {folder!r} cannot be written: {error}") from None
+        raise UsageError(f"{flag}: {folder!r} cannot be written: {error}") from None

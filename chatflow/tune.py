@@ -11,7 +11,6 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatflow.errors import BadInputError, UsageError
@@ -50,6 +49,7 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.pipeline import plan
     from chatflow.routes import Routed
     from chatflow.run import quieten
+    from chatflow.sinks import check_writable
 
     quieten(local=True)
     if rest:
@@ -76,10 +76,7 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         f"{parts.near} left out, for they share text with others",
         soft_wrap=True,
     )
-    folder = Path(parsed.adapter_output).absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--adapter_output={parsed.adapter_output}: {folder} is not writable")
+    check_writable(os.path.dirname(parsed.adapter_output) or ".", "--adapter_output")
     from chatflow.models.lora import Schedule, Tuner
 
     names = {field.name for field in dataclasses.fields(Schedule)}
@@ -94,7 +91,7 @@ def tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     with bar(console, checks) as progress:
 
         def checked(now: Checked) -> None:
-            if checks and now.loss < min(check.loss for check in checks):
+            if now.improved:
                 tuner.save(parsed.adapter_output)  # so that who interrupts it has the best so far
             checks.append(now)
             right = sum(

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -39,12 +40,15 @@ def chat_of(text, number):
 
 
 def labelled(count, first=0):
-    """Chats whose tone one word says."""
+    """Chats whose tone one word says, each with text of its own, up to 84 of them."""
     rng = random.Random(first)
+    others = "the is and it said agent customer".split()
+    pairs = list(itertools.combinations_with_replacement(others, 2))
+    random.Random(0).shuffle(pairs)
     made = []
     for number in range(first, first + count):
         tone = number % 3 - 1
-        words = [WORDS[tone], *rng.choices("the is and it said agent customer".split(), k=2)]
+        words = [WORDS[tone], *pairs[number // 3]]
         rng.shuffle(words)
         made.append({**chat_of(" ".join(words), number), "sentiment": tone})
     return made
@@ -92,8 +96,7 @@ def test_it_learns_what_one_word_says(tuned):
     lowest = min(report["checks"], key=lambda check: check["loss"])
     assert report["best_step"] == lowest["step"] > 0
     assert report["checks"][0]["step"] == 0
-    assert report["training"] + report["left_out"] == 60
-    assert (report["training"] > 50, report["validation"]) == (True, 21)
+    assert (report["training"], report["validation"], report["left_out"]) == (60, 21, 0)
 
 
 def test_the_pipeline_answers_as_the_tuner_did_and_writes_as_before(tuned, preset, tmp_path):
@@ -149,6 +152,9 @@ def test_chatflows_own_adapter_goes_with_prompts_that_have_constants_for_it(tmp_
     analysis.write_text(analysis.read_text().replace("gemma3-270m@tone-1", "gemma3-270m@other"))
     assert adapter(prompts=f"{tmp_path}/mine") == ""
     assert adapter(prompts=f"{tmp_path}/mine", adapter="tone-1") == "tone-1"
+    analysis.write_text("{% set tone_bias = 5 %}")
+    with pytest.raises(UsageError, match=r"analysis\.jinja"):
+        adapter(prompts=f"{tmp_path}/mine")
 
 
 def test_keras_reads_the_adapter(tuned, preset):
@@ -227,6 +233,7 @@ def test_adapters_are_for_gemma_alone():
     assert chosen("auto", "gemma3-270m", False) == "tone-1"
     assert chosen("none", "gemma3-270m", False) == chosen("auto", "gemma3_1b", False) == ""
     assert ModelSpec("gemma3-270m", adapter="none").result_name == "gemma3-270m"
+    assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@tone-1"
     assert ModelSpec("gemma3-270m", kind="instruct").result_name == "gemma3-270m"
 
 

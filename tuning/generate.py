@@ -42,10 +42,11 @@ class Written:
     """A chat as it was written.
 
     Attributes:
+      kind: the name of the file.
       lines: who speaks, and the text with its wordings.
     """
 
-    where: str
+    kind: str
     tone: str
     tags: tuple[str, ...]
     lines: tuple[tuple[str, str], ...]
@@ -57,7 +58,7 @@ class Written:
     @property
     def is_plain(self) -> bool:
         """Of those by which adapters answer better on chats of other people, see README.md."""
-        return self.where.startswith("plain") and "hard" not in self.tags
+        return self.kind.startswith("plain") and "hard" not in self.tags
 
 
 def read(path: Path) -> Iterator[Written]:
@@ -75,7 +76,7 @@ def read(path: Path) -> Iterator[Written]:
             if lines:
                 if "C" not in {who for who, _ in lines}:
                     raise ValueError(f"{path}:{begin}: C says nothing")
-                yield Written(f"{path.stem}-{begin}", head[0], tuple(head[1:]), tuple(lines))
+                yield Written(path.stem, head[0], tuple(head[1:]), tuple(lines))
             head, lines, begin = line[2:].replace(",", " ").split(), [], number
             if head != ["end"] and (not head or head[0] not in TONES):
                 raise ValueError(f"{path}:{number}: the head has no tone: {line!r}")
@@ -110,14 +111,14 @@ def variants(written: Written, count: int, rng: random.Random) -> Iterator[dict[
         made.add(tuple(texts))
         names = _names({who for who, _ in written.lines}, rng)
         yield {
-            "chat_id": f"{written.where.rpartition('-')[0]}-{written.digest[:8]}-{number}",
+            "chat_id": f"{written.kind}-{written.digest[:8]}-{number}",
             "user_id": names["C"],
             "messages": [
                 {"user_id": names[who], "text": text}
                 for (who, _), text in zip(written.lines, texts, strict=True)
             ],
             "sentiment": TONES[written.tone],
-            "source": written.where.rpartition("-")[0],
+            "source": written.kind,
         }
 
 
@@ -178,10 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     written = divided([chat for path in sorted(CHATS.glob("*.txt")) for chat in read(path)])
     chats = written[parsed.part]
-    if parsed.part == "train" and not parsed.all:
-        chats = [chat for chat in chats if chat.is_plain]
-    rng = random.Random(parsed.seed)
     if parsed.part == "train":
+        chats = [chat for chat in chats if parsed.all or chat.is_plain]
+        rng = random.Random(parsed.seed)
         made = [chat for each in chats for chat in variants(each, parsed.variants, rng)]
         rng.shuffle(made)
     else:  # each on its own, so that none changes when others are added

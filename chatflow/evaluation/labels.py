@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -135,9 +136,10 @@ def _runs_and_messages(
     """A chat's runs of five words, and its messages of at least eight; all of it is one, too."""
     runs: set[tuple[str, ...]] = set()
     messages: set[tuple[str, ...]] = set()
-    if whole := words_of(" ".join(message.text for message in chat.messages)):
-        messages.add(tuple(whole))
-    for words in map(words_of, (message.text for message in chat.messages)):
+    said = [words_of(message.text) for message in chat.messages]
+    if any(said):
+        messages.add(tuple(itertools.chain.from_iterable(said)))
+    for words in said:
         runs.update(zip(*(words[start:] for start in range(RUN_WORDS)), strict=False))
         if len(words) >= MESSAGE_WORDS:
             messages.add(tuple(words))

@@ -77,6 +77,7 @@ class Checked(NamedTuple):
 
     Attributes:
       answers: what the choice of each example stands for.
+      improved: the loss was never so low before.
     """
 
     step: int
@@ -84,6 +85,7 @@ class Checked(NamedTuple):
     train_loss: float
     loss: float
     answers: list[int]
+    improved: bool = False
 
 
 class Tuner:
@@ -173,9 +175,10 @@ class Tuner:
                 now = self.check(validation)._replace(
                     step=step, steps=steps, train_loss=float(np.mean(running))
                 )
+                now = now._replace(improved=now.loss < best.loss)
                 checked(now)
                 running, since = [], since + 1
-                if now.loss < best.loss:
+                if now.improved:
                     best, kept, since = now, self.trained, 0
                 if since >= schedule.patience:
                     break
