@@ -167,7 +167,7 @@ bench-remote: setup ## Measure the remote path beside Beam's own handlers, on th
 docs: setup ## Write anew what is made from code: README's options, template, table schemas
 	$(BIN)/python tests/test_docs.py
 
-LOCK    = uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
+LOCK    = PATH="$(BIN):$$PATH" uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
 COMPILE = $(LOCK) --universal
 lock: setup ## Resolve the dependencies anew, for development, images and linters
 	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
