@@ -46,10 +46,16 @@ class Options:
     )  # fmt: skip
     analyses: str = _flag(
         "", "Where analyses go instead: file prefixes, Pub/Sub topics (projects/P/topics/T) and "
-        "BigQuery tables (bigquery://P.DATASET.TABLE), divided by commas.", _DATA,
+        "BigQuery tables (bigquery://P.DATASET.TABLE), or the tables of a database (as "
+        "--database), divided by commas.", _DATA,
     )  # fmt: skip
     drafts: str = _flag("", "Where drafts go instead.", _DATA)
     dead_letters: str = _flag("", "Where dead letters go instead.", _DATA)
+    database: str = _flag(
+        "", "Database for `chatflow console`: chats, analyses, drafts and dead letters go there, "
+        "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
+        _DATA,
+    )  # fmt: skip
     id_label: str = _flag(
         "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "
         "(Dataflow does; everywhere, messages are told apart by their message_id).", _DATA,

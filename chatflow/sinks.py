@@ -1,4 +1,4 @@
-"""WriteRecords: records to files, Pub/Sub topics and BigQuery tables, by URI."""
+"""WriteRecords: records to files, Pub/Sub topics, BigQuery tables and databases, by URI."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from chatflow import bigquery
 from chatflow.errors import UsageError
 from chatflow.publishing import PUBSUB_TOPIC, PublishRecords
 from chatflow.records import Record
+from chatflow.sql import DATABASE, UpsertRecords
 
 
 @beam.typehints.with_input_types(Record)
@@ -44,6 +45,8 @@ def sink(uri: str, streaming: bool) -> beam.PTransform:
         return PublishRecords(topic[1])
     if bigquery.TABLE.fullmatch(uri):
         return bigquery.WriteRows(uri)
+    if DATABASE.fullmatch(uri):
+        return UpsertRecords(uri)
     return AppendFiles(uri) if streaming else WriteFiles(uri)
 
 
@@ -150,7 +153,8 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
 
 def is_file(uri: str) -> bool:
     """Whether a destination is a file prefix."""
-    return not (PUBSUB_TOPIC.fullmatch(uri) or bigquery.TABLE.fullmatch(uri))
+    others = (PUBSUB_TOPIC, bigquery.TABLE, DATABASE)
+    return not any(pattern.fullmatch(uri) for pattern in others)
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")

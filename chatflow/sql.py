@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
@@ -18,6 +19,9 @@ from chatflow.services import wait_to_try_again
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
+
+DATABASE = re.compile(r"(?:sqlite|postgresql(?:\+psycopg)?):.*")
+"""`sqlite:///FILE` (four slashes before an absolute path), `postgresql+psycopg://USER@HOST/NAME`."""
 
 ROWS = 500
 """The most records of a transaction."""
@@ -42,7 +46,7 @@ class UpsertRecords(beam.PTransform):
     Gives dead letters: of records that the database will not take, whatever the try.
 
     Attributes:
-      uri: see `chatflow.database.connect.DATABASE`.
+      uri: see `DATABASE`.
     """
 
     uri: str

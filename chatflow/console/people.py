@@ -45,7 +45,7 @@ class Person(NamedTuple):
 
     @property
     def decides(self) -> bool:
-        return self.role in ("agent", "lead")
+        return self.role in ("agent", "lead") and self.reads_texts
 
     @property
     def exports(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,6 @@ import alembic.script
 import sqlalchemy as sa
 
 from chatflow.errors import UsageError, one_line
-
-DATABASE = re.compile(r"(?:sqlite|postgresql(?:\+psycopg)?)://.*")
-"""`sqlite:///FILE` (four slashes before an absolute path), `postgresql+psycopg://…`."""
 
 BUSY_SECONDS = 30
 """How long SQLite waits for another writer."""
@@ -78,6 +75,7 @@ class Database:
         Raises:
           UsageError: the database cannot be reached, or was made by a newer chatflow.
         """
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         try:
             with self.read() as connection:
                 if self._check_version(connection):
