@@ -45,11 +45,17 @@ class Options:
         "earlier run in it are replaced; a stream adds to them.", _DATA,
     )  # fmt: skip
     analyses: str = _flag(
-        "", "Where analyses go instead: file prefixes, Pub/Sub topics (projects/P/topics/T) and "
-        "BigQuery tables (bigquery://P.DATASET.TABLE), divided by commas.", _DATA,
+        "", "Where analyses go instead: file prefixes, Pub/Sub topics (projects/P/topics/T), "
+        "BigQuery tables (bigquery://P.DATASET.TABLE) and webhooks (https://…), divided by "
+        "commas.", _DATA,
     )  # fmt: skip
     drafts: str = _flag("", "Where drafts go instead.", _DATA)
     dead_letters: str = _flag("", "Where dead letters go instead.", _DATA)
+    webhook_secret: str = _flag(
+        "", "Where the secret is by which webhooks are signed, never the secret itself: env:NAME, "
+        "file:PATH (local or gs://…), or projects/P/secrets/S/versions/V of Secret Manager. "
+        "Workers read it when they start.", _DATA,
+    )  # fmt: skip
     id_label: str = _flag(
         "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "
         "(Dataflow does; everywhere, messages are told apart by their message_id).", _DATA,

@@ -60,7 +60,8 @@ class Plan:
         return self.streaming and (updates or self.options.prompt_updates == "true")
 
     def write(self, kind: str) -> WriteRecords:
-        return WriteRecords(self.destinations[kind], self.streaming)
+        destinations = self.destinations[kind]
+        return WriteRecords(destinations, self.streaming, self.options.webhook_secret)
 
 
 def plan(
@@ -180,17 +181,23 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     dead_letters = [read.dead_letters, assembled.dead_letters, analysed.dead_letters]
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
-    analyses | "WriteAnalyses" >> plan.write("analyses")
+    if plan.replay:
+        analyses = (analyses, opened.analyses) | "WithReplayedAnalyses" >> beam.Flatten()
+        dead_letters.append(opened.dead_letters)
+    refused = [analyses | "WriteAnalyses" >> plan.write("analyses")]
 
     if plan.drafts:
         to_draft = analysed.analysed
         if plan.replay:
             to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
-            dead_letters.append(opened.dead_letters)
         drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.first.draft, updates)
         dead_letters.append(drafted.dead_letters)
-        drafted.drafts | "WriteDrafts" >> plan.write("drafts")
+        drafts = drafted.drafts
+        if plan.replay:
+            drafts = (drafts, opened.drafts) | "WithReplayedDrafts" >> beam.Flatten()
+        refused.append(drafts | "WriteDrafts" >> plan.write("drafts"))
 
+    dead_letters += filter(None, refused)
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()
     all_dead_letters | "WriteDeadLetters" >> plan.write("dead_letters")
 

@@ -1,4 +1,4 @@
-"""WriteRecords: records to files, Pub/Sub topics and BigQuery tables, by URI."""
+"""WriteRecords: records to files, Pub/Sub topics, BigQuery tables and webhooks, by URI."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow import bigquery
+from chatflow import bigquery, webhooks
 from chatflow.errors import UsageError
 from chatflow.publishing import PUBSUB_TOPIC, PublishRecords
-from chatflow.records import Record
+from chatflow.records import DeadLetter, Record
 
 
 @beam.typehints.with_input_types(Record)
@@ -24,26 +24,44 @@ class WriteRecords(beam.PTransform):
     """Records to each of their destinations.
 
     Attributes:
-      destinations: file prefixes, Pub/Sub topics, tables; see `split_destinations`.
+      destinations: file prefixes, Pub/Sub topics, tables, webhooks; see `split_destinations`.
       streaming: the records never end, so files are written as they fill up.
+      webhook_secret: where the secret is by which webhooks are signed; see `webhooks.SECRETS`.
+
+    Output: a `DeadLetter` for each record that a destination refused for good; None where no
+    destination ever does. Dead letters themselves have no other place to go: one that is refused
+    fails its bundle, so that the runner tries again.
     """
 
     destinations: Sequence[str]
     streaming: bool = False
+    webhook_secret: str = ""
 
-    def expand(self, records: beam.PCollection[Record]) -> Any:
-        return [
-            records | f"Write{number or ''}" >> sink(uri, self.streaming)
+    def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter] | None:
+        written = [
+            records | f"Write{number or ''}" >> sink(uri, self.streaming, self.webhook_secret)
             for number, uri in enumerate(self.destinations)
         ]
+        refused = [letters for letters in written if _are_letters(letters)]
+        return refused | "Refused" >> beam.Flatten() if refused else None
 
 
-def sink(uri: str, streaming: bool) -> beam.PTransform:
-    """What writes to a destination; a new scheme is a new line here."""
+def _are_letters(output: Any) -> bool:
+    return isinstance(output, beam.PCollection) and output.element_type is DeadLetter
+
+
+def sink(uri: str, streaming: bool, webhook_secret: str = "") -> beam.PTransform:
+    """What writes to a destination; a new scheme is a new line here.
+
+    One that may refuse a record for good gives a collection of type `DeadLetter`; what others
+    give is nobody's concern.
+    """
     if topic := PUBSUB_TOPIC.fullmatch(uri):
         return PublishRecords(topic[1])
     if bigquery.TABLE.fullmatch(uri):
         return bigquery.WriteRows(uri)
+    if webhooks.WEBHOOK.match(uri):
+        return webhooks.PostRecords(uri, webhook_secret)
     return AppendFiles(uri) if streaming else WriteFiles(uri)
 
 
@@ -118,7 +136,7 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
     """Where a kind of record goes: what its own flag says, else the folder `--output`.
 
     Args:
-      own: file prefixes, topics and tables, divided by commas.
+      own: file prefixes, topics, tables and webhooks, divided by commas.
 
     Raises:
       UsageError: there is none, or one of a scheme that is not known.
@@ -129,6 +147,8 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
     if not destinations:
         return (str(FileSystems.join(output, kind)),)
     for uri in destinations:
+        if webhooks.WEBHOOK.match(uri):
+            webhooks.check_address(uri, f"--{kind}")
         if not is_file(uri):
             continue
         if uri.startswith("bigquery:"):
@@ -142,15 +162,21 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
         except ValueError:
             raise UsageError(
                 f"--{kind}: nothing writes to {uri!r}; known are file prefixes, local or of a "
-                "file system of Beam's (gs://…), projects/PROJECT/topics/NAME, and "
-                "bigquery://PROJECT.DATASET.TABLE"
+                "file system of Beam's (gs://…), projects/PROJECT/topics/NAME, "
+                "bigquery://PROJECT.DATASET.TABLE, and https://… (a webhook)"
             ) from None
     return destinations
 
 
 def is_file(uri: str) -> bool:
     """Whether a destination is a file prefix."""
-    return not (PUBSUB_TOPIC.fullmatch(uri) or bigquery.TABLE.fullmatch(uri))
+    others = (PUBSUB_TOPIC.fullmatch, bigquery.TABLE.fullmatch, webhooks.WEBHOOK.match)
+    return not any(is_other(uri) for is_other in others)
+
+
+def shown(uri: str) -> str:
+    """A destination without what may be secret in it."""
+    return webhooks.shown(uri)
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")
