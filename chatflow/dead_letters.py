@@ -21,9 +21,13 @@ from chatflow.records import (
     Arrival,
     Chat,
     DeadLetter,
+    Draft,
     Event,
+    Record,
+    Response,
     load_object,
     now,
+    open_record,
     validate,
 )
 
@@ -31,6 +35,9 @@ InputT = TypeVar("InputT")
 OutputT = TypeVar("OutputT")
 
 _log = logging.getLogger(__name__)
+
+WRITE = "write"
+"""The stage of letters whose record a sink refused."""
 
 
 class Outcome(NamedTuple):
@@ -155,6 +162,13 @@ def _pair_payload(pair: tuple[Any, ...]) -> dict[str, Any]:
     return payload_of(pair[0])  # (question, answer) and (chat, user) alike
 
 
+@payload_of.register(Analysis)
+@payload_of.register(Draft)
+@payload_of.register(Response)
+def _record_payload(record: Record) -> dict[str, Any]:
+    return {"payload": record.to_json(), "chat_id": getattr(record, "chat_id", None)}
+
+
 def _chat_id_in(line: bytes) -> str | None:
     try:
         found = load_object(line).get("chat_id")
@@ -164,10 +178,19 @@ def _chat_id_in(line: bytes) -> str | None:
 
 
 class Replayed(NamedTuple):
-    """What dead letters held: arrivals to read again, analyses that still want a draft."""
+    """What dead letters held.
+
+    Attributes:
+      arrivals: to be read again.
+      analysed: analyses that still want a draft.
+      analyses, drafts: what a sink refused, to be written again.
+      dead_letters: letters that cannot be opened.
+    """
 
     arrivals: beam.PCollection
     analysed: beam.PCollection
+    analyses: beam.PCollection
+    drafts: beam.PCollection
     dead_letters: beam.PCollection
 
 
@@ -177,12 +200,15 @@ class OpenDeadLetters(beam.PTransform):
 
     def expand(self, arrivals: beam.PCollection) -> Replayed:
         letters, failed = arrivals | "OpenLetter" >> DeadLettered("replay", open_letter)
-        held, undrafted = letters | "ByStage" >> beam.Partition(_is_for_drafts, 2)
+        held, undrafted, unwritten = letters | "ByStage" >> beam.Partition(_by_stage, 3)
         analysed, unread = undrafted | "OpenAnalysis" >> DeadLettered(
             "replay", open_analysis, AnalysedChat
         )
+        refused, unknown = unwritten | "OpenRecord" >> DeadLettered("replay", open_refused, Record)
+        analyses, drafts = refused | "ByKind" >> beam.Partition(_is_draft, 2)
         again = held | "Payload" >> beam.Map(held_arrival).with_output_types(Arrival)
-        return Replayed(again, analysed, (failed, unread) | beam.Flatten())
+        dead_letters = (failed, unread, unknown) | beam.Flatten()
+        return Replayed(again, analysed, analyses, drafts, dead_letters)
 
 
 def open_letter(arrival: Arrival) -> Iterable[DeadLetter]:
@@ -198,8 +224,19 @@ def open_analysis(letter: DeadLetter) -> Iterable[AnalysedChat]:
     yield AnalysedChat(validate(Chat, value.get("chat")), validate(Analysis, value.get("analysis")))
 
 
-def _is_for_drafts(letter: DeadLetter, _: int) -> int:
-    return int(letter.stage.startswith("draft"))
+def open_refused(letter: DeadLetter) -> Iterable[Record]:
+    record = open_record(letter.payload_bytes())
+    if not isinstance(record, (Analysis, Draft)):
+        raise BadInputError("wrong_shape", "the letter holds neither an analysis nor a draft")
+    yield record
+
+
+def _by_stage(letter: DeadLetter, _: int) -> int:
+    return 2 if letter.stage == WRITE else int(letter.stage.startswith("draft"))
+
+
+def _is_draft(record: Record, _: int) -> int:
+    return int(isinstance(record, Draft))
 
 
 @payload_of.register

@@ -24,6 +24,7 @@ from chatflow.revisions import Rules
 from chatflow.routes import Routes, routes_of
 from chatflow.sinks import WriteRecords, split_destinations
 from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
+from chatflow.sql import check_uri
 from chatflow.updates import Updates, WatchUpdates, look
 
 
@@ -60,7 +61,8 @@ class Plan:
         return self.streaming and (updates or self.options.prompt_updates == "true")
 
     def write(self, kind: str) -> WriteRecords:
-        return WriteRecords(self.destinations[kind], self.streaming)
+        destinations = self.destinations[kind]
+        return WriteRecords(destinations, self.streaming, self.options.webhook_secret)
 
 
 def plan(
@@ -80,6 +82,8 @@ def plan(
         prices with a mistake.
     """
     streaming = is_stream(options.input)
+    if options.database:
+        check_uri(options.database, "--database")
     rules = Rules(
         timedelta(seconds=options.quiet_seconds),
         options.every_messages,
@@ -94,7 +98,10 @@ def plan(
         model_of(routes, first, streaming, options.resource_hints),
         first,
         rules,
-        {k: split_destinations(k, getattr(options, k), options.output) for k in KINDS},
+        {
+            kind: split_destinations(kind, getattr(options, kind), options.output, options.database)
+            for kind in KINDS
+        },
         streaming,
         replay,
         drafts,
@@ -170,6 +177,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     read = arrivals | "ParseArrivals" >> ParseArrivals(options.max_line_bytes, rules.retention)
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
+    refused = []
+    if options.database:  # people see what they decide on
+        refused.append(chats | "WriteChats" >> WriteRecords([options.database]))
     updates = None
     if plan.watches:
         watch = WatchUpdates(
@@ -180,17 +190,23 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     dead_letters = [read.dead_letters, assembled.dead_letters, analysed.dead_letters]
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
-    analyses | "WriteAnalyses" >> plan.write("analyses")
+    if plan.replay:
+        analyses = (analyses, opened.analyses) | "WithReplayedAnalyses" >> beam.Flatten()
+        dead_letters.append(opened.dead_letters)
+    refused.append(analyses | "WriteAnalyses" >> plan.write("analyses"))
 
     if plan.drafts:
         to_draft = analysed.analysed
         if plan.replay:
             to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
-            dead_letters.append(opened.dead_letters)
         drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.first.draft, updates)
         dead_letters.append(drafted.dead_letters)
-        drafted.drafts | "WriteDrafts" >> plan.write("drafts")
+        drafts = drafted.drafts
+        if plan.replay:
+            drafts = (drafts, opened.drafts) | "WithReplayedDrafts" >> beam.Flatten()
+        refused.append(drafts | "WriteDrafts" >> plan.write("drafts"))
 
+    dead_letters += filter(None, refused)
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()
     all_dead_letters | "WriteDeadLetters" >> plan.write("dead_letters")
 

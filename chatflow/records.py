@@ -265,7 +265,7 @@ class DeadLetter(Record):
     Attributes:
       stage: where it failed: `read`; `assemble`, of messages to a chat; `prompt`, `model`
         or `answer` of an analysis; `draft_prompt`, `draft_model` or `draft_answer`;
-        `replay`, of a letter itself.
+        `write`, of a record that a sink refused; `replay`, of a letter itself.
       reason: a short code, e.g. `not_json`.
       payload: the element as it came; base64 of its bytes where these are not UTF-8 (or
         of these compressed, `gzip`, where it would be too large for Pub/Sub).
@@ -365,6 +365,21 @@ def validate(kind: type[RecordT], value: Any) -> RecordT:
         if error.error_count() > 5:
             problems.append(f"and {error.error_count() - 5} more")
         raise BadInputError("wrong_shape", "; ".join(problems)) from None
+
+
+def open_record(data: bytes) -> Record:
+    """A result of any kind from its JSON.
+
+    Raises:
+      BadInputError: it is none.
+    """
+    value = load_object(data)
+    kind: type[Record] = DeadLetter
+    if "draft_id" in value:
+        kind = Draft
+    elif "analysis_id" in value:
+        kind = Analysis
+    return validate(kind, value)
 
 
 class Reading(NamedTuple):

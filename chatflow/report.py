@@ -17,7 +17,7 @@ from rich.table import Table
 
 from chatflow import metrics
 from chatflow.records import Analysis, Draft, Record, parse_record
-from chatflow.sinks import is_file, result_files
+from chatflow.sinks import is_file, result_files, shown
 
 if TYPE_CHECKING:
     from chatflow.pipeline import Plan
@@ -145,7 +145,7 @@ class Summary:
             ),
             "files": {kind: self.files(kind) for kind in self.destinations},
             "other_destinations": {
-                kind: [uri for uri in uris if not is_file(uri)]
+                kind: [shown(uri) for uri in uris if not is_file(uri)]
                 for kind, uris in self.destinations.items()
             },
         }

@@ -131,10 +131,13 @@ def prepare(
     from chatflow.bigquery import check_tables
     from chatflow.pipeline import build, plan
     from chatflow.publishing import check_topics
-    from chatflow.sinks import prepare_output
+    from chatflow.sinks import prepare_output, shown
     from chatflow.sources import check_input, check_messages, is_stream
+    from chatflow.sql import check_databases
+    from chatflow.webhooks import check_secret
 
-    beam_flags = beam_options(flags, is_stream(options.input), options.flags())
+    own_flags = [shown(flag) for flag in options.flags()]
+    beam_flags = beam_options(flags, is_stream(options.input), own_flags)
     local = is_local(beam_flags)
     quieten(local)
     inputs = check_input(options.input)
@@ -152,6 +155,8 @@ def prepare(
         check_credentials(beam_flags)
     check_topics(destinations, local)
     check_tables(planned.destinations, local)
+    check_databases(destinations, local, share_files=not is_dataflow(beam_flags))
+    check_secret(destinations, options.webhook_secret, local)
     if local:
         prepare_model(planned, console)
     for spec in planned.routes.specs:

@@ -1,8 +1,10 @@
-"""What writing to any of Google's services has in common: checks at launch, tries after faults."""
+"""What services that are written to have in common: checks at launch, tries after faults, trust."""
 
 from __future__ import annotations
 
 import logging
+import os
+import ssl
 import time
 from collections.abc import Callable, Iterable
 
@@ -57,3 +59,13 @@ def wait_to_try_again(
     _log.log(level, "%s failed, trying again: %s", what, error)
     time.sleep(pause)
     return min(2 * pause, 30)
+
+
+def trusted() -> ssl.SSLContext:
+    """Whose certificates are taken: as google-genai does it."""
+    import certifi
+
+    return ssl.create_default_context(
+        cafile=os.environ.get("SSL_CERT_FILE", certifi.where()),
+        capath=os.environ.get("SSL_CERT_DIR"),
+    )

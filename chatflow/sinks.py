@@ -1,4 +1,4 @@
-"""WriteRecords: records to files, Pub/Sub topics, BigQuery tables and databases, by URI."""
+"""WriteRecords: records to files, topics, BigQuery, databases and webhooks, by URI."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow import bigquery
 from chatflow.errors import UsageError
 from chatflow.publishing import PUBSUB_TOPIC, PublishRecords
-from chatflow.records import Record
-from chatflow.sql import DATABASE, UpsertRecords
+from chatflow.records import DeadLetter, Record
+from chatflow.sql import DATABASE, UpsertRecords, check_uri, without_passwords
+from chatflow.webhooks import WEBHOOK, PostRecords, check_address
+from chatflow.webhooks import shown as shown_webhook
 
 
 @beam.typehints.with_input_types(Record)
@@ -25,28 +27,46 @@ class WriteRecords(beam.PTransform):
     """Records to each of their destinations.
 
     Attributes:
-      destinations: file prefixes, Pub/Sub topics, tables; see `split_destinations`.
+      destinations: file prefixes, Pub/Sub topics, tables, webhooks; see `split_destinations`.
       streaming: the records never end, so files are written as they fill up.
+      webhook_secret: where the secret is by which webhooks are signed; see `webhooks.SECRETS`.
+
+    Output: a `DeadLetter` for each record that a destination refused for good; None where no
+    destination ever does. Dead letters themselves have no other place to go: one that is refused
+    fails its bundle, so that the runner tries again.
     """
 
     destinations: Sequence[str]
     streaming: bool = False
+    webhook_secret: str = ""
 
-    def expand(self, records: beam.PCollection[Record]) -> Any:
-        return [
-            records | f"Write{number or ''}" >> sink(uri, self.streaming)
+    def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter] | None:
+        written = [
+            records | f"Write{number or ''}" >> sink(uri, self.streaming, self.webhook_secret)
             for number, uri in enumerate(self.destinations)
         ]
+        refused = [letters for letters in written if _are_letters(letters)]
+        return refused | "Refused" >> beam.Flatten() if refused else None
 
 
-def sink(uri: str, streaming: bool) -> beam.PTransform:
-    """What writes to a destination; a new scheme is a new line here."""
+def _are_letters(output: Any) -> bool:
+    return isinstance(output, beam.PCollection) and output.element_type is DeadLetter
+
+
+def sink(uri: str, streaming: bool, webhook_secret: str = "") -> beam.PTransform:
+    """What writes to a destination; a new scheme is a new line here.
+
+    One that may refuse a record for good gives a collection of type `DeadLetter`; what others
+    give is nobody's concern.
+    """
     if topic := PUBSUB_TOPIC.fullmatch(uri):
         return PublishRecords(topic[1])
     if bigquery.TABLE.fullmatch(uri):
         return bigquery.WriteRows(uri)
-    if DATABASE.fullmatch(uri):
+    if DATABASE.match(uri):
         return UpsertRecords(uri)
+    if WEBHOOK.match(uri):
+        return PostRecords(uri, webhook_secret)
     return AppendFiles(uri) if streaming else WriteFiles(uri)
 
 
@@ -117,21 +137,28 @@ def to_line(record: Record) -> tuple[str, str]:
     return "", record.to_json() + "\n"
 
 
-def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
+def split_destinations(kind: str, own: str, output: str, database: str = "") -> tuple[str, ...]:
     """Where a kind of record goes: what its own flag says, else the folder `--output`.
 
     Args:
-      own: file prefixes, topics and tables, divided by commas.
+      own: file prefixes, topics, tables, databases and webhooks, divided by commas.
+      database: where all go besides.
 
     Raises:
       UsageError: there is none, or one of a scheme that is not known.
     """
     destinations = tuple(filter(None, (uri.strip() for uri in own.split(","))))
-    if not destinations and not output:
-        raise UsageError(f"--output is missing, and --{kind}: one of them says where {kind} go")
+    if not destinations and output:
+        destinations = (str(FileSystems.join(output, kind)),)
+    if database and database not in destinations:
+        destinations += (database,)
     if not destinations:
-        return (str(FileSystems.join(output, kind)),)
+        raise UsageError(f"--output is missing, and --{kind}: one of them says where {kind} go")
     for uri in destinations:
+        if WEBHOOK.match(uri):
+            check_address(uri, f"--{kind}")
+        if DATABASE.match(uri):
+            check_uri(uri, f"--{kind}")
         if not is_file(uri):
             continue
         if uri.startswith("bigquery:"):
@@ -145,16 +172,22 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
         except ValueError:
             raise UsageError(
                 f"--{kind}: nothing writes to {uri!r}; known are file prefixes, local or of a "
-                "file system of Beam's (gs://…), projects/PROJECT/topics/NAME, and "
-                "bigquery://PROJECT.DATASET.TABLE"
+                "file system of Beam's (gs://…), projects/PROJECT/topics/NAME, "
+                "bigquery://PROJECT.DATASET.TABLE, sqlite:///FILE, postgresql+psycopg://…, and "
+                "https://… (a webhook)"
             ) from None
     return destinations
 
 
 def is_file(uri: str) -> bool:
     """Whether a destination is a file prefix."""
-    others = (PUBSUB_TOPIC, bigquery.TABLE, DATABASE)
-    return not any(pattern.fullmatch(uri) for pattern in others)
+    others = (PUBSUB_TOPIC.fullmatch, bigquery.TABLE.fullmatch, DATABASE.match, WEBHOOK.match)
+    return not any(is_other(uri) for is_other in others)
+
+
+def shown(text: str) -> str:
+    """A text with destinations, less what may be secret in them."""
+    return without_passwords(shown_webhook(text))
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")

@@ -10,7 +10,8 @@ from typing import Any
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.pulling import Puller, open_puller
-from chatflow.records import Analysis, DeadLetter, Draft, Record, load_object, validate
+from chatflow.records import Analysis, DeadLetter, Draft, Record
+from chatflow.records import open_record as open_record  # where it was before
 from chatflow.sources import PUBSUB_INPUT
 
 
@@ -41,21 +42,6 @@ def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
     finally:
         for puller in pullers:
             puller.close()
-
-
-def open_record(data: bytes) -> Record:
-    """A result of any kind from its JSON.
-
-    Raises:
-      BadInputError: it is none.
-    """
-    value = load_object(data)
-    kind: type[Record] = DeadLetter
-    if "draft_id" in value:
-        kind = Draft
-    elif "analysis_id" in value:
-        kind = Analysis
-    return validate(kind, value)
 
 
 def for_people(record: Record) -> str:

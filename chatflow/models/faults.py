@@ -121,8 +121,8 @@ def status_of(error: Exception) -> int | None:
     return None
 
 
-def wait_of(error: Exception) -> float:
-    """Seconds to wait, as a service asks: by the header Retry-After or google.rpc.RetryInfo."""
+def wait_of(error: Any) -> float:
+    """Seconds to wait, as an error or an answer asks: by Retry-After or google.rpc.RetryInfo."""
     headers = getattr(error, "headers", None)
     if headers is None:
         headers = getattr(getattr(error, "response", None), "headers", None)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import ssl
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
-import certifi
 import google.auth
 import google.auth.transport.requests
 from google.auth.credentials import AnonymousCredentials
@@ -21,6 +18,7 @@ from chatflow.errors import UsageError
 from chatflow.models.clients import Client, Reply, Turn, checked, post
 from chatflow.models.faults import Fault, HttpError, MalformedReplyError
 from chatflow.models.requests import Part, RemoteSettings
+from chatflow.services import trusted
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
@@ -135,7 +133,7 @@ class EndpointClient(Client):
     async def _post(self, url: str, content: Mapping[str, Any], verified: bool) -> Any:
         if self._http is None:
             self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=_trusted() if verified else False),
+                connector=aiohttp.TCPConnector(limit=0, ssl=trusted() if verified else False),
                 timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
                 trust_env=True,
             )
@@ -160,14 +158,6 @@ class EndpointClient(Client):
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close()
-
-
-def _trusted() -> ssl.SSLContext:
-    # As google-genai does it.
-    return ssl.create_default_context(
-        cafile=os.environ.get("SSL_CERT_FILE", certifi.where()),
-        capath=os.environ.get("SSL_CERT_DIR"),
-    )
 
 
 class _Token:

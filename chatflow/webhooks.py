@@ -1,0 +1,421 @@
+"""PostRecords: records to webhooks, signed, one POST each."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import hmac
+import logging
+import os
+import random
+import re
+import threading
+import time
+import urllib.parse
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import aiohttp
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.utils.windowed_value import WindowedValue
+
+from chatflow.dead_letters import WRITE, dead_letter
+from chatflow.errors import ElementError, UsageError, one_line
+from chatflow.models.faults import wait_of
+from chatflow.records import DeadLetter, Record, record_id
+from chatflow.services import trusted
+
+WEBHOOK = re.compile(r"https?://", re.IGNORECASE)
+
+SECRETS = re.compile(
+    r"env:(?P<variable>\w+)|file:(?P<path>.+)|(?P<version>projects/[^/]+/secrets/[^/]+/versions/[^/]+)"
+)
+"""Where a secret may be: a variable of the environment, a file, or Google's Secret Manager."""
+
+SECRETS_HOST_VARIABLE = "SECRET_MANAGER_EMULATOR_HOST"
+"""Names a stand-in for Secret Manager (HOST:PORT, REST without TLS), as for Pub/Sub."""
+
+SECRET_BYTES = 24
+"""The shortest secret that the Standard Webhooks specification takes."""
+
+WEBHOOK_SECONDS = 120.0
+"""How long a record is tried to be posted before it becomes a dead letter."""
+
+ANSWER_SECONDS = 30.0
+"""How long one POST may take, to the last byte of its answer; the specification says 15 to 30."""
+
+AWAY_SECONDS = 30.0
+"""Records of so long get no try where one was given up, and none was taken meanwhile."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before the second try; then twice as long each time, with full jitter."""
+
+AT_ONCE = 8
+"""POSTs in flight of one bundle."""
+
+BUNDLE_RECORDS = 1000
+"""Records of a bundle that wait to be posted together."""
+
+ANSWER_BYTES = 65_536
+"""What of an answer is read; a longer one is not waited for."""
+
+_AGAIN = {408, 409, 425, 429}
+"""Statuses for another try, beside 5xx. 409: the service still works on the try before, as
+drafted by the IETF for `Idempotency-Key`."""
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@beam.typehints.with_input_types(Record)
+@dataclasses.dataclass
+class PostRecords(beam.PTransform):
+    """Records to a webhook, each as the JSON body of a POST, in no order.
+
+    They are signed as https://www.standardwebhooks.com specifies. Delivery is at least once:
+    `webhook-id` (and `Idempotency-Key`) is the record's id, the same with each try, each time a
+    runner does a bundle again, and with each replay.
+
+    Attributes:
+      url: see `check_address`.
+      secret: where the secret is; see `SECRETS`. Read when a worker starts.
+
+    Output: a `DeadLetter` for each record that was not taken. One that is a dead letter itself
+    fails its bundle.
+
+    Raises:
+      UsageError: nothing, or something else, is said of where the secret is.
+    """
+
+    url: str = dataclasses.field(repr=False)  # its query may be secret
+    secret: str = dataclasses.field(repr=False)  # it may be the secret itself, by mistake
+
+    def __post_init__(self) -> None:
+        if not self.secret:
+            raise UsageError(
+                f"--webhook_secret is missing: what goes to {shown(self.url)} is signed. Make a "
+                'secret with `echo "whsec_$(openssl rand -base64 32)"`, give it to the service, '
+                f"and say where workers find it: {_PLACES}"
+            )
+        if not SECRETS.fullmatch(self.secret):
+            raise UsageError(f"--webhook_secret: must be {_PLACES}, never the secret itself")
+
+    def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
+        post = beam.ParDo(_PostDoFn(self.url, self.secret))
+        return records | "Post" >> post.with_output_types(DeadLetter)
+
+
+_PLACES = "env:NAME, file:PATH or projects/P/secrets/S/versions/V"
+
+
+class _PostDoFn(beam.DoFn):
+    def __init__(self, url: str, secret: str):
+        self.url, self.secret = url, secret
+
+    def setup(self) -> None:
+        self.poster = Poster(self.url, read_secret(self.secret))
+
+    def start_bundle(self) -> None:
+        self.waiting: list[WindowedValue] = []
+
+    def process(
+        self,
+        record: Record,
+        at: Any = beam.DoFn.TimestampParam,
+        window: Any = beam.DoFn.WindowParam,
+    ) -> Iterator[WindowedValue]:
+        self.waiting.append(WindowedValue(record, at, [window]))
+        if len(self.waiting) == BUNDLE_RECORDS:
+            yield from self.finish_bundle()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        waiting, self.waiting = self.waiting, []
+        errors = self.poster.post([found.value for found in waiting])
+        for found, error in zip(waiting, errors, strict=True):
+            if error is None:
+                continue
+            if isinstance(found.value, DeadLetter):
+                raise error
+            yield found.with_value(dead_letter(WRITE, found.value, error))
+
+    def teardown(self) -> None:
+        self.poster.close()
+
+
+class WebhookError(ElementError):
+    """A service did not take a record."""
+
+
+class _Fault(NamedTuple):
+    """Why a try failed.
+
+    Attributes:
+      again: another try may help,
+      wait: so many seconds from now at least.
+    """
+
+    reason: str
+    error: str
+    again: bool = True
+    wait: float = 0.0
+
+
+class Poster:
+    """Posts records to one address; several at once, by a thread that waits for all of them.
+
+    Args:
+      keys: each makes a signature, so that a service may know the old secret or the new one.
+    """
+
+    def __init__(self, url: str, keys: Sequence[bytes]):
+        self.url, self._keys = url, keys
+        self._http: aiohttp.ClientSession | None = None
+        self._answered_at = self._away_until = self._warned_at = 0.0
+        self._last: _Fault | None = None
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="webhooks", daemon=True).start()
+
+    def post(self, records: Sequence[Record]) -> list[Exception | None]:
+        """Posts records; by each of them None, or why it was not taken."""
+        return self._on_loop(self._post_all(records))
+
+    def close(self) -> None:
+        if self._http is not None:
+            self._on_loop(self._http.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _on_loop(self, what: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
+
+    async def _post_all(self, records: Sequence[Record]) -> list[Exception | None]:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(ssl=trusted()),
+                timeout=aiohttp.ClientTimeout(total=None),  # that of each try holds
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=True,  # proxies
+            )
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def post(record: Record) -> Exception | None:
+            async with free:
+                try:
+                    await self._deliver(record_id(record), record.to_json().encode())
+                except Exception as error:  # whatever it is, it concerns this record alone
+                    return error
+                return None
+
+        return await asyncio.gather(*map(post, records))
+
+    async def _deliver(self, key: str, body: bytes) -> None:
+        """Posts a record; again, where that may help.
+
+        Raises:
+          WebhookError: it was not taken.
+        """
+        started, tries = time.monotonic(), 0
+        if self._last and started < self._away_until:
+            said = f"not tried, for others failed just before: {self._last.error}"
+            raise WebhookError(self._last.reason, said)
+        while (fault := await self._try(key, body)) is not None:
+            tries += 1
+            now = time.monotonic()
+            most = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
+            pause = fault.wait + most * random.random()
+            if not fault.again:
+                self._answered_at, self._away_until = now, 0.0
+            if not fault.again or now + pause > started + WEBHOOK_SECONDS:
+                if now - started > WEBHOOK_SECONDS / 2 and self._answered_at < started:
+                    self._last, self._away_until = fault, now + AWAY_SECONDS
+                times = "once" if tries == 1 else f"{tries} times"
+                wait = f", and is to wait {fault.wait:.0f} s" if fault.wait else ""
+                raise WebhookError(fault.reason, f"{fault.error} (tried {times}{wait})")
+            self._warn(fault)
+            await asyncio.sleep(pause)
+        self._answered_at, self._away_until = time.monotonic(), 0.0
+
+    async def _try(self, key: str, body: bytes) -> _Fault | None:
+        """One POST; None where the record was taken."""
+        assert self._http is not None
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "chatflow",
+            "Accept-Encoding": "identity",
+            "Idempotency-Key": key,
+            **signed(self._keys, key, int(time.time()), body),
+        }
+        where = shown(self.url)
+        try:
+            async with (
+                asyncio.timeout(ANSWER_SECONDS),
+                self._http.post(
+                    self.url, data=body, headers=headers, allow_redirects=False
+                ) as answer,
+            ):
+                said = await _start_of(answer)
+        except TimeoutError:
+            error = f"{where} did not answer to the end within {ANSWER_SECONDS:g} s"
+            return _Fault("webhook_timeout", error)
+        except aiohttp.ClientConnectorCertificateError as wrong:
+            return _Fault("webhook_certificate", f"{where}: {one_line(wrong)}", again=False)
+        except (aiohttp.ClientError, OSError) as broken:
+            said = _without_query(f"{type(broken).__name__}: {one_line(broken)}", self.url)
+            return _Fault("webhook_unreachable", f"{where}: {said}")
+        if 200 <= answer.status < 300:
+            return None
+        if 300 <= answer.status < 400:
+            said = "redirects are not followed; name the address that it has moved to"
+        error = f"{where} answered {answer.status}: {_without_query(said, self.url)}"
+        again = answer.status in _AGAIN or answer.status >= 500
+        return _Fault(f"webhook_http_{answer.status}", error, again, wait_of(answer))
+
+    def _warn(self, fault: _Fault) -> None:
+        """Says what goes on, but not of each try."""
+        now = time.monotonic()
+        level = logging.WARNING if now - self._warned_at > 10 else logging.INFO
+        self._warned_at = now if level == logging.WARNING else self._warned_at
+        _log.log(level, "posting failed, trying again: %s", fault.error)
+
+
+async def _start_of(answer: aiohttp.ClientResponse) -> str:
+    """Reads an answer, and gives the start of it."""
+    said = b""
+    async for part in answer.content.iter_any():
+        said += part
+        if len(said) > ANSWER_BYTES:
+            break
+    return " ".join(said[:2000].decode(errors="replace").split())[:500]
+
+
+def signed(keys: Iterable[bytes], key: str, seconds: int, body: bytes) -> dict[str, str]:
+    """The headers of a webhook as https://www.standardwebhooks.com specifies them.
+
+    Args:
+      key: the id of what is sent, the same with each try.
+      seconds: when it is sent, since 1970.
+    """
+    content = f"{key}.{seconds}.".encode() + body
+    made = (hmac.digest(secret, content, hashlib.sha256) for secret in keys)
+    return {
+        "webhook-id": key,
+        "webhook-timestamp": str(seconds),
+        "webhook-signature": " ".join(f"v1,{base64.b64encode(each).decode()}" for each in made),
+    }
+
+
+def read_secret(place: str) -> tuple[bytes, ...]:
+    """The keys of a secret; several where an old and a new one both hold, divided by blanks.
+
+    Args:
+      place: see `SECRETS`.
+
+    Raises:
+      UsageError: there is none. What is there instead is not shown.
+    """
+    found = SECRETS.fullmatch(place)
+    if found is None:
+        raise UsageError(f"--webhook_secret: must be {_PLACES}, never the secret itself")
+    try:
+        if found["variable"]:
+            text = os.environ[found["variable"]]
+        elif found["path"]:
+            with FileSystems.open(found["path"]) as file:
+                text = file.read().decode()
+        else:
+            text = _read_version(found["version"])
+    except KeyError:
+        raise UsageError(f"--webhook_secret={place}: there is no such variable") from None
+    except UnicodeDecodeError:
+        text = ""
+    except Exception as error:  # each filesystem has its own
+        raise UsageError(f"--webhook_secret={place}: cannot be read: {one_line(error)}") from None
+    keys = tuple(map(_key, text.split()))
+    if not keys or min(map(len, keys)) < SECRET_BYTES:
+        raise UsageError(
+            f"--webhook_secret={place}: what is there is no whsec_… with at least {SECRET_BYTES} "
+            'bytes in base64; `echo "whsec_$(openssl rand -base64 32)"` makes one'
+        )
+    return keys
+
+
+def _key(text: str) -> bytes:
+    """The key in `whsec_…`; nothing where it is none."""
+    encoded = text.removeprefix("whsec_").rstrip("=")
+    try:
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except ValueError:
+        return b""
+    return key if text.startswith("whsec_") else b""
+
+
+def _read_version(name: str) -> str:
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud.secretmanager import SecretManagerServiceClient
+
+    where: dict[str, Any] = {}
+    if host := os.environ.get(SECRETS_HOST_VARIABLE):
+        options = {"api_endpoint": f"http://{host}"}
+        where = {"client_options": options, "credentials": AnonymousCredentials()}  # type: ignore[no-untyped-call]
+    with SecretManagerServiceClient(transport="rest", **where) as client:
+        data: bytes = client.access_secret_version(name=name).payload.data
+    return data.decode()
+
+
+def check_address(uri: str, flag: str) -> None:
+    """Makes sure that records may go to an address: `https://…`, or `http://` of this machine.
+
+    Raises:
+      UsageError: they may not.
+    """
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if host and "@" in parts.netloc:
+        raise UsageError(
+            f"{flag}: {shown(uri)}: a user or password in an address is not taken; what is sent "
+            "is signed instead, see --webhook_secret"
+        )
+    if not host or not re.fullmatch(r"[\w.:\[\]-]+", parts.netloc) or re.search(r"[\s#\\]", uri):
+        raise UsageError(f"{flag}: {shown(uri)!r} is no address; it is https://HOST/PATH")
+    if parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
+        raise UsageError(
+            f"{flag}: {shown(uri)}: must be https://, for it takes personal data through a "
+            "network; http:// is for localhost"
+        )
+
+
+def shown(text: str) -> str:
+    """A text with addresses less what may be secret in them: users, passwords, queries."""
+    return _ADDRESS.sub(lambda found: found[1] + found[2] + ("?…" if found[3] else ""), text)
+
+
+_ADDRESS = re.compile(r"(https?://)(?:[^/?#,\s]*@)?([^?,\s]*)(\?[^,\s]*)?", re.IGNORECASE)
+
+
+def _without_query(said: str, url: str) -> str:
+    """What was said of an address, without what may be secret in its query."""
+    query = urllib.parse.urlsplit(url).query
+    values = [value for _, value in urllib.parse.parse_qsl(query) if len(value) > 3]
+    for secret in filter(None, [query, urllib.parse.unquote(query), *values]):
+        said = said.replace(secret, "…")
+    return said
+
+
+def check_secret(destinations: Iterable[str], place: str, local: bool) -> None:
+    """Makes sure that there is a secret where there are webhooks.
+
+    Args:
+      local: the pipeline runs here; else only its workers may be able to read the secret.
+
+    Raises:
+      UsageError: there is none; see `read_secret`.
+    """
+    if local and any(map(WEBHOOK.match, destinations)):
+        read_secret(place)

@@ -1,0 +1,110 @@
+"""A service that receives webhooks, and misbehaves as it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from typing import Any, NamedTuple, Self
+
+from . import Loopback
+
+
+class Received(NamedTuple):
+    """A request as it came."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    at: float
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.body)
+
+
+class Answer(NamedTuple):
+    """What a request is answered with."""
+
+    status: int = 200
+    body: str = ""
+    headers: dict[str, str] = {}
+
+
+Behaviour = Answer | str
+"""An answer, or `reset`, `hang`, `drip` (a byte now and then, without an end), `rubbish`."""
+
+
+class Hook(Loopback):
+    """Takes what it is sent.
+
+    Attributes:
+      received: all requests, with those that were not taken.
+      behave: what each request gets, by what it holds and the how manieth it is of its id.
+      most: requests at once.
+    """
+
+    def __init__(self, behave: Callable[[Received, int], Behaviour] = lambda *_: Answer()):
+        self.received: list[Received] = []
+        self.behave = behave
+        self.most = self._now = 0
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        super().__exit__(*error)
+
+    def __enter__(self) -> Self:
+        self._done.clear()
+        return super().__enter__()
+
+    def taken(self) -> list[dict[str, Any]]:
+        """The records, in order of their chats, each as often as it came."""
+        return sorted((r.record for r in self.received), key=lambda record: record["chat_id"])
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        got = Received(request.path, dict(request.headers), body, time.monotonic())
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self.received.append(got)
+            key = got.headers.get("webhook-id")
+            tries = sum(other.headers.get("webhook-id") == key for other in self.received)
+        try:
+            self.answer_with(request, self.behave(got, tries))
+        finally:
+            with self._lock:
+                self._now -= 1
+
+    def answer_with(self, request: BaseHTTPRequestHandler, how: Behaviour) -> None:
+        if isinstance(how, Answer):
+            request.send_response(how.status)
+            for name, value in {"Content-Length": str(len(how.body)), **how.headers}.items():
+                request.send_header(name, value)
+            request.end_headers()
+            request.wfile.write(how.body.encode())
+            return
+        request.close_connection = True
+        if how == "hang":
+            self._done.wait(60)
+        elif how == "reset":
+            linger = struct.pack("ii", 1, 0)
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            request.connection.close()
+        elif how == "rubbish":
+            request.wfile.write(b"no HTTP\r\n\r\n")
+        else:
+            assert how == "drip"
+            request.send_response(200)
+            request.send_header("Content-Length", "1000000")
+            request.end_headers()
+            with contextlib.suppress(OSError):
+                while not self._done.wait(0.05):
+                    request.wfile.write(b" ")
