@@ -63,6 +63,8 @@ class ReplyFile:
           UsageError: the file cannot be written, or has other things in it.
         """
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise UsageError(f"--replies={path}: there is no folder {self.path.parent}")
         self._lock = fasteners.InterProcessLock(f"{path}.lock")
         self._ids: set[str] = set()
         self._read_to = 0
