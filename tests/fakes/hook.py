@@ -8,8 +8,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from . import Loopback
@@ -33,7 +34,7 @@ class Answer(NamedTuple):
 
     status: int = 200
     body: str = ""
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 Behaviour = Answer | str
@@ -70,7 +71,7 @@ class Hook(Loopback):
 
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["Content-Length"]))
-        got = Received(request.path, dict(request.headers), body, time.monotonic())
+        got = Received(request.path, dict(request.headers), body, time.time())
         with self._lock:
             self._now += 1
             self.most = max(self.most, self._now)
