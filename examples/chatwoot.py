@@ -6,12 +6,11 @@
     chatflow run --input … --output results --drafts http://localhost:8080/,results/drafts \\
       --webhook_secret env:HOOK_SECRET
 
-The `chat_id` of a chat has to be the number that Chatwoot shows of its conversation: 42, or
-chatwoot-42. A draft becomes a note that customers do not see; this program sends nothing to them.
-What was noted is kept in a file, so that no draft is noted twice. (Only one that was noted in the
-moment in which this program was killed may be, for Chatwoot knows no idempotency keys.)
-
-It listens on this machine only; for others put a server with TLS in front of it.
+The `chat_id` of a chat has to be the number of its conversation in Chatwoot: 42, or chatwoot-42. A
+draft becomes a note that customers do not see; nothing is sent to them. What was noted is kept in a
+file, so that no draft is noted twice (but one in the moment in which this program is killed may be:
+Chatwoot knows no idempotency keys). It listens on this machine only; for chatflow elsewhere put a
+server with TLS in front of it.
 """
 
 import argparse
@@ -105,11 +104,13 @@ class Relay(ThreadingHTTPServer):
         if answer.status_code == 429 or answer.status_code >= 500:
             wait = answer.headers.get("Retry-After", PAUSE["Retry-After"])
             return (429 if answer.status_code == 429 else 503), said, {"Retry-After": wait}
-        if answer.status_code != 200:
+        if answer.status_code >= 300:
             return (answer.status_code if answer.status_code >= 400 else 502), said, {}
         with self.noted:
             self.noted.execute("INSERT INTO noted VALUES (?)", [draft.draft_id])
-        self.safe = bool(re.search(r'"private":\s*true\b', answer.text))
+        self.safe = False
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            self.safe = answer.json()["private"] is True
         print(f"noted {draft.draft_id} in conversation {conversation}", flush=True)
         return 200, "noted", {}
 
