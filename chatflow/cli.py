@@ -226,6 +226,79 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.set_defaults(run=_tune)
 
+    console = command(
+        "console",
+        "the web page on which support staff review drafts",
+        """
+        Serves a page on a database that pipelines write to (chatflow run --database=…): drafts
+        that wait for review, the angriest and oldest first; what is approved is published.
+
+          chatflow console --database sqlite:///chatflow.db --replies replies.jsonl
+
+        Without --users and --identity_header, only this machine can reach it.
+        """,
+        epilog=None,
+    )
+    console.add_argument(
+        "--database",
+        default="sqlite:///chatflow.db",
+        help="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME (default: %(default)s)",
+    )
+    console.add_argument(
+        "--replies",
+        default="",
+        help="where approved replies go: projects/P/topics/T, or a file of JSON Lines",
+    )
+    console.add_argument(
+        "--undo_seconds",
+        type=float,
+        default=10.0,
+        help="how long an approval can be undone, and its reply waits (default: %(default)s)",
+    )
+    console.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    console.add_argument(
+        "--port", type=int, default=8080, help="0: a free one (default: %(default)s)"
+    )
+    console.add_argument(
+        "--users", default="", metavar="FILE.toml", help="who may sign in, by tokens, and roles"
+    )
+    console.add_argument(
+        "--new_token",
+        default="",
+        metavar="NAME:ROLE",
+        help="print a new token and its entry of --users, and end; roles: observer, agent, lead",
+    )
+    console.add_argument(
+        "--identity_header",
+        default="",
+        help="header in which a reverse proxy says who has signed in there, e.g. X-Forwarded-User",
+    )
+    console.add_argument(
+        "--trusted_proxies",
+        default="127.0.0.0/8,::1/128",
+        help="networks from which that is believed (default: %(default)s)",
+    )
+    console.add_argument(
+        "--allowed_hosts",
+        default="",
+        help="names by which the console is called, besides localhost; *: all",
+    )
+    console.add_argument(
+        "--redact",
+        default="observer",
+        help="roles that do not see what chats and drafts say (default: %(default)s)",
+    )
+    console.add_argument(
+        "--export",
+        default="",
+        metavar="FILE.jsonl",
+        help="write what was decided as labelled chats for evaluate and tune, and end",
+    )
+    console.add_argument(
+        "--open_browser", action="store_true", help="show the page in this machine's browser"
+    )
+    console.set_defaults(run=_console)
+
     size = command(
         "size",
         "which machines a model needs, how many, and what they cost",
@@ -344,6 +417,12 @@ def _tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.tune import tune
 
     return tune(parsed, rest)
+
+
+def _console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    from chatflow.console.command import console
+
+    return console(parsed, rest)
 
 
 def _size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:

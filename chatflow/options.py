@@ -46,8 +46,8 @@ class Options:
     )  # fmt: skip
     analyses: str = _flag(
         "", "Where analyses go instead: file prefixes, Pub/Sub topics (projects/P/topics/T), "
-        "BigQuery tables (bigquery://P.DATASET.TABLE) and webhooks (https://…), divided by "
-        "commas.", _DATA,
+        "BigQuery tables (bigquery://P.DATASET.TABLE), the tables of a database (as --database) "
+        "and webhooks (https://…), divided by commas.", _DATA,
     )  # fmt: skip
     drafts: str = _flag("", "Where drafts go instead.", _DATA)
     dead_letters: str = _flag("", "Where dead letters go instead.", _DATA)
@@ -55,6 +55,11 @@ class Options:
         "", "Where the secret is by which webhooks are signed, never the secret itself: env:NAME, "
         "file:PATH (local or gs://…), or projects/P/secrets/S/versions/V of Secret Manager. "
         "Workers read it when they start.", _DATA,
+    )  # fmt: skip
+    database: str = _flag(
+        "", "Database for `chatflow console`: chats, analyses, drafts and dead letters go there, "
+        "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
+        _DATA,
     )  # fmt: skip
     id_label: str = _flag(
         "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "

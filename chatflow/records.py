@@ -216,6 +216,29 @@ class Draft(Record):
         return self
 
 
+class Reply(Record):
+    """What a person approved to be sent to a customer; the console's event.
+
+    Attributes:
+      reply_id: of its draft, which has one reply at most.
+      text: as it was approved.
+      edited: it is not what the model wrote.
+    """
+
+    reply_id: str
+    draft_id: str
+    analysis_id: str
+    chat_id: str
+    user_id: str
+    revision: int
+    text: str = Field(min_length=1)
+    edited: bool
+    model: str
+    prompt_version: str
+    approved_by: str
+    approved_at: Time
+
+
 class Response(Record):
     """What a model said to a text that is no chat; see `chatflow.texts`.
 
@@ -283,6 +306,8 @@ def record_id(record: Record) -> str:
         return record.analysis_id
     if isinstance(record, Response):
         return record.response_id
+    if isinstance(record, Reply):
+        return record.reply_id
     assert isinstance(record, DeadLetter)
     return digest(record.stage, record.reason, record.payload, record.answer or "")
 

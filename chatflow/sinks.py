@@ -1,4 +1,4 @@
-"""WriteRecords: records to files, Pub/Sub topics, BigQuery tables and webhooks, by URI."""
+"""WriteRecords: records to files, topics, BigQuery tables, databases and webhooks, by URI."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from chatflow import bigquery, webhooks
 from chatflow.errors import UsageError
 from chatflow.publishing import PUBSUB_TOPIC, PublishRecords
 from chatflow.records import DeadLetter, Record
+from chatflow.sql import DATABASE, UpsertRecords
 
 
 @beam.typehints.with_input_types(Record)
@@ -60,6 +61,8 @@ def sink(uri: str, streaming: bool, webhook_secret: str = "") -> beam.PTransform
         return PublishRecords(topic[1])
     if bigquery.TABLE.fullmatch(uri):
         return bigquery.WriteRows(uri)
+    if DATABASE.fullmatch(uri):
+        return UpsertRecords(uri)
     if webhooks.WEBHOOK.match(uri):
         return webhooks.PostRecords(uri, webhook_secret)
     return AppendFiles(uri) if streaming else WriteFiles(uri)
@@ -170,13 +173,16 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
 
 def is_file(uri: str) -> bool:
     """Whether a destination is a file prefix."""
-    others = (PUBSUB_TOPIC.fullmatch, bigquery.TABLE.fullmatch, webhooks.WEBHOOK.match)
-    return not any(is_other(uri) for is_other in others)
+    others = (PUBSUB_TOPIC.fullmatch, bigquery.TABLE.fullmatch, DATABASE.fullmatch)
+    return not (any(matches(uri) for matches in others) or webhooks.WEBHOOK.match(uri))
 
 
-def shown(uri: str) -> str:
-    """A destination without what may be secret in it."""
-    return webhooks.shown(uri)
+def shown(text: str) -> str:
+    """A text with destinations less what may be secret in them."""
+    return _PASSWORD.sub(r"\1:***@", webhooks.shown(text))
+
+
+_PASSWORD = re.compile(r"(postgresql[^:,\s]*://[^:/@,\s]*):[^@,\s]*@")
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")

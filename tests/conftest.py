@@ -20,12 +20,15 @@ from typing import Any
 import apache_beam as beam
 import google.cloud.pubsub_v1 as pubsub_v1
 import pytest
+import sqlalchemy as sa
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from fakes.vertex import FakeVertex
+from postgres import MissingError, postgres
 from rich.console import Console
 
 from chatflow.cli import main
+from chatflow.database.connect import Database
 from chatflow.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
 from chatflow.errors import UsageError
 from chatflow.models import Model, ModelSpec
@@ -296,6 +299,39 @@ class PubSub:
             assert run.ended.wait(120), "the pipeline was not drained"
             assert run.error is None, run.error
             run.summary = Summary.of(run.result, 1, planned)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        try:
+            uri = stack.enter_context(postgres())
+        except MissingError as error:
+            required("PostgreSQL", str(error))
+        yield uri
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URI of an empty database, of each kind in turn."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/chatflow.db"
+    server = request.getfixturevalue("postgres_server")
+    name = f"t{uuid.uuid4().hex[:12]}"
+    engine = sa.create_engine(f"{server}postgres", isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return f"{server}{name}"
+
+
+@pytest.fixture
+def database(new_database: str) -> Iterator[Database]:
+    """An empty database with its tables, of each kind in turn."""
+    made = Database(new_database)
+    made.upgrade()
+    yield made
+    made.close()
 
 
 def start_emulator(port: int = 0) -> Emulator:

@@ -1,0 +1,284 @@
+"""How the day goes: volumes, tones, latency, and what people make of the drafts."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from chatflow.console.decisions import REASONS
+from chatflow.database import tables
+from chatflow.database.tables import (
+    analyses,
+    chat_attributes,
+    chats,
+    customers,
+    dead_letters,
+    drafts,
+    outbox,
+)
+from chatflow.stream import percentiles
+
+PERIODS = {
+    "day": ("24 hours", timedelta(hours=24), timedelta(hours=1)),
+    "week": ("7 days", timedelta(days=7), timedelta(hours=6)),
+    "month": ("30 days", timedelta(days=30), timedelta(days=1)),
+    "quarter": ("90 days", timedelta(days=90), timedelta(days=3)),
+}
+"""By name: title, length, and how long each bar of the charts is."""
+
+SAMPLE = 5000
+"""Latencies are of so many newest ones."""
+
+DISTANCES = (
+    (0.0, "as written"),
+    (0.1, "to 10 %"),
+    (0.3, "to 30 %"),
+    (0.6, "to 60 %"),
+    (1.0, "more"),
+)
+"""Bins of how much was edited: their upper ends, and titles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A part of the period: how many analyses of each tone there were."""
+
+    begins: datetime
+    angry: int = 0
+    neutral: int = 0
+    happy: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.angry + self.neutral + self.happy
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What became of the drafts of a model and prompt version.
+
+    Attributes:
+      flagged: of the decided ones, how many had no text by the model.
+      distances: of the approved texts from the model's, from 0 (the same) to 1.
+    """
+
+    model: str
+    prompt_version: str
+    approved: int
+    dismissed: int
+    flagged: int
+    distances: Sequence[float]
+
+    @property
+    def approval_rate(self) -> float | None:
+        return share(self.approved, self.approved + self.dismissed)
+
+    @property
+    def median_distance(self) -> float | None:
+        return statistics.median(self.distances) if self.distances else None
+
+
+def share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def figures(
+    connection: sa.Connection, period: str, attribute: str, moment: datetime
+) -> dict[str, Any]:
+    """All that the dashboard shows.
+
+    Args:
+      period: of `PERIODS`; it ends at `moment`.
+      attribute: by whose values the share of angry customers is given; empty: of the first one.
+    """
+    _, length, step = PERIODS[period]
+    since = moment - length
+    names = sorted(
+        connection.execute(sa.select(chat_attributes.c.name).distinct().limit(100)).scalars()
+    )
+    attribute = attribute if attribute in names else (names[0] if names else "")
+    bars = _bars(connection, since, moment, step)
+    work = _work(connection, since)
+    approved, dismissed = (
+        sum(getattr(w, name) for w in work) for name in ("approved", "dismissed")
+    )
+    distances = [distance for each in work for distance in each.distances]
+    totals = {
+        tone: sum(getattr(bar, tone) for bar in bars) for tone in ("angry", "neutral", "happy")
+    }
+    return {
+        "since": since,
+        "bars": bars,
+        "analyses": sum(totals.values()),
+        "chats": _count(connection, analyses.c.chat_id.distinct(), analyses.c.analysed_at >= since),
+        "tones": totals,
+        "angry_share": share(totals["angry"], sum(totals.values())),
+        "attribute": attribute,
+        "attributes": names,
+        "by_attribute": _by_attribute(connection, since, attribute) if attribute else [],
+        "analysis_latency": _spread(_analysis_seconds(connection, since)),
+        "review_latency": _spread(_review_seconds(connection, since)),
+        "drafts": _count(connection, drafts.c.draft_id, drafts.c.drafted_at >= since),
+        "waiting": _count(connection, drafts.c.draft_id, drafts.c.status == tables.WAITING),
+        "oldest": connection.execute(
+            sa.select(sa.func.min(drafts.c.drafted_at)).where(drafts.c.status == tables.WAITING)
+        ).scalar(),
+        "approved": approved,
+        "dismissed": dismissed,
+        "approval_rate": share(approved, approved + dismissed),
+        "distances": _bins(distances),
+        "median_distance": statistics.median(distances) if distances else None,
+        "reasons": _reasons(connection, since),
+        "work": work,
+        "dead_letters": _dead_letters(connection, since),
+        "replies": _replies(connection, since),
+    }
+
+
+def _count(connection: sa.Connection, column: Any, *where: Any) -> int:
+    return int(connection.execute(sa.select(sa.func.count(column)).where(*where)).scalar_one())
+
+
+def _bars(
+    connection: sa.Connection, since: datetime, moment: datetime, step: timedelta
+) -> list[Bar]:
+    seconds = int(step.total_seconds())
+    at = sa.extract("epoch", analyses.c.analysed_at)
+    begins = (at - at % seconds).label("begins")
+    query = (
+        sa.select(begins, analyses.c.sentiment, sa.func.count().label("number"))
+        .where(analyses.c.analysed_at >= since)
+        .group_by(begins, analyses.c.sentiment)
+    )
+    found: dict[int, dict[str, int]] = {}
+    for row in connection.execute(query):
+        tone = {-1: "angry", 0: "neutral", 1: "happy"}[row.sentiment]
+        found.setdefault(int(row.begins), {})[tone] = row.number
+    first = int(since.timestamp()) // seconds * seconds
+    moments = range(first, int(moment.timestamp()) + 1, seconds)
+    return [Bar(datetime.fromtimestamp(at, UTC), **found.get(at, {})) for at in moments]
+
+
+def _by_attribute(
+    connection: sa.Connection, since: datetime, name: str
+) -> list[tuple[str, int, int]]:
+    """Value, customers, and how many of them are angry by their newest analysis."""
+    newest = sa.and_(
+        customers.c.chat_id == analyses.c.chat_id,
+        customers.c.user_id == analyses.c.user_id,
+        customers.c.revision == analyses.c.revision,
+    )
+    angry = sa.func.sum(sa.case((analyses.c.sentiment == -1, 1), else_=0))
+    query = (
+        sa.select(chat_attributes.c.value, sa.func.count(), angry)
+        .select_from(
+            analyses.join(customers, newest).join(
+                chat_attributes, chat_attributes.c.chat_id == analyses.c.chat_id
+            )
+        )
+        .where(analyses.c.analysed_at >= since, chat_attributes.c.name == name)
+        .group_by(chat_attributes.c.value)
+        .order_by(sa.func.count().desc(), chat_attributes.c.value)
+        .limit(12)
+    )
+    return [(value, count, int(bad)) for value, count, bad in connection.execute(query)]
+
+
+def _analysis_seconds(connection: sa.Connection, since: datetime) -> list[float]:
+    """From the last message of a chat to its analysis."""
+    of_chat = sa.and_(
+        chats.c.chat_id == analyses.c.chat_id, chats.c.revision == analyses.c.revision
+    )
+    query = (
+        sa.select(analyses.c.analysed_at, chats.c.last_message_at)
+        .select_from(analyses.join(chats, of_chat))
+        .where(analyses.c.analysed_at >= since, chats.c.last_message_at.is_not(None))
+        .order_by(analyses.c.analysed_at.desc())
+        .limit(SAMPLE)
+    )
+    return [(end - begin).total_seconds() for end, begin in connection.execute(query)]
+
+
+def _review_seconds(connection: sa.Connection, since: datetime) -> list[float]:
+    """From a draft to what was decided about it."""
+    query = (
+        sa.select(drafts.c.decided_at, drafts.c.drafted_at)
+        .where(drafts.c.decided_at >= since)
+        .order_by(drafts.c.decided_at.desc())
+        .limit(SAMPLE)
+    )
+    return [(end - begin).total_seconds() for end, begin in connection.execute(query)]
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float] | None:
+    return percentiles(values) if values else None
+
+
+def _work(connection: sa.Connection, since: datetime) -> list[Work]:
+    columns = drafts.c.model, drafts.c.prompt_version
+    query = (
+        sa.select(*columns, drafts.c.status, drafts.c.flag, drafts.c.edit_distance)
+        .where(
+            drafts.c.decided_at >= since,
+            drafts.c.status.in_((tables.APPROVED, tables.DISMISSED)),
+        )
+        .order_by(*columns)
+    )
+    found: dict[tuple[str, str], list[Any]] = {}
+    for row in connection.execute(query):
+        found.setdefault((row.model, row.prompt_version), []).append(row)
+    return [
+        Work(
+            *key,
+            approved=sum(row.status == tables.APPROVED for row in rows),
+            dismissed=sum(row.status == tables.DISMISSED for row in rows),
+            flagged=sum(row.flag is not None for row in rows),
+            distances=[row.edit_distance for row in rows if row.edit_distance is not None],
+        )
+        for key, rows in found.items()
+    ]
+
+
+def _bins(distances: Sequence[float]) -> list[tuple[str, int]]:
+    least, bins = -1.0, []
+    for most, title in DISTANCES:
+        bins.append((title, sum(least < distance <= most for distance in distances)))
+        least = most
+    return bins
+
+
+def _reasons(connection: sa.Connection, since: datetime) -> list[tuple[str, int]]:
+    query = (
+        sa.select(drafts.c.reason, sa.func.count())
+        .where(drafts.c.decided_at >= since, drafts.c.status == tables.DISMISSED)
+        .group_by(drafts.c.reason)
+        .order_by(sa.func.count().desc(), drafts.c.reason)
+    )
+    return [(REASONS.get(name, name), count) for name, count in connection.execute(query)]
+
+
+def _dead_letters(connection: sa.Connection, since: datetime) -> list[tuple[str, int, datetime]]:
+    """Stage and reason, how many, and when the last one."""
+    at = dead_letters.c.failed_at
+    query = (
+        sa.select(dead_letters.c.stage, dead_letters.c.reason, sa.func.count(), sa.func.max(at))
+        .where(at >= since)
+        .group_by(dead_letters.c.stage, dead_letters.c.reason)
+        .order_by(sa.func.count().desc(), dead_letters.c.stage, dead_letters.c.reason)
+    )
+    return [(f"{stage}/{reason}", n, last) for stage, reason, n, last in connection.execute(query)]
+
+
+def _replies(connection: sa.Connection, since: datetime) -> dict[str, Any]:
+    waits = outbox.c.published_at.is_(None)
+    failing = sa.select(outbox.c.error).where(waits, outbox.c.error.is_not(None)).limit(1)
+    return {
+        "published": _count(connection, outbox.c.draft_id, outbox.c.published_at >= since),
+        "waiting": _count(connection, outbox.c.draft_id, waits),
+        "error": connection.execute(failing).scalar(),
+    }

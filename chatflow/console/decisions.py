@@ -1,0 +1,245 @@
+"""What people do with a draft. Each is one transaction, and fails if somebody was faster."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from rapidfuzz.distance import Levenshtein
+
+from chatflow.database import tables
+from chatflow.database.tables import chats, customers, drafts, history, outbox
+from chatflow.records import Reply, now
+from chatflow.sql import supersede
+
+REASONS = {
+    "not_angry_neutral": "The customer is not angry, but neutral",
+    "not_angry_happy": "The customer is not angry, but happy",
+    "bad_draft": "The draft is of no use",
+    "already_answered": "It was answered elsewhere",
+    "no_reply_needed": "No reply is needed",
+    "other": "Another reason",
+}
+"""Why a draft is dismissed. The first two say what the tone is, and become labels."""
+
+CHARACTERS = 10_000
+"""The longest reply, and the longest comment."""
+
+
+class DecisionError(Exception):
+    """It was not done; the message, for the person who tried, says why."""
+
+
+class ConflictError(DecisionError):
+    """Somebody or something changed the draft or its chat since the page was made."""
+
+
+def approve(
+    connection: sa.Connection,
+    draft_id: str,
+    version: int,
+    chat_revision: int | None,
+    text: str,
+    who: str,
+    undo_seconds: float,
+) -> None:
+    """Takes a text as the reply to a customer, to be published when it can be undone no more.
+
+    Args:
+      version: of the draft that the person saw.
+      chat_revision: of the chat that the person saw.
+
+    Raises:
+      ConflictError: another person, or a newer message, was faster.
+      DecisionError: the text is none.
+    """
+    text = _checked(text)
+    if not text:
+        raise DecisionError("A reply needs a text.")
+    draft, seen = _seen(connection, draft_id, chat_revision)
+    written = draft["text"]
+    moment = now()
+    distance = None if written is None else Levenshtein.normalized_distance(written, text)
+    _change(
+        connection,
+        draft_id,
+        version,
+        status=tables.APPROVED,
+        edited_text=None if text == written else text,
+        edit_distance=distance,
+        decided_by=who,
+        decided_at=moment,
+        seen=seen,
+    )
+    reply = Reply(
+        reply_id=draft_id,
+        edited=text != written,
+        text=text,
+        approved_by=who,
+        approved_at=moment,
+        **{name: draft[name] for name in _OF_DRAFT},
+    )
+    connection.execute(
+        sa.insert(outbox).values(
+            draft_id=draft_id,
+            reply=reply.model_dump(mode="json"),
+            publish_after=moment + timedelta(seconds=undo_seconds),
+        )
+    )
+    _note(connection, draft_id, who, "approved", text=text)
+
+
+_OF_DRAFT = (
+    "draft_id", "analysis_id", "chat_id", "user_id", "revision", "model", "prompt_version"
+)  # fmt: skip
+
+
+def dismiss(
+    connection: sa.Connection,
+    draft_id: str,
+    version: int,
+    chat_revision: int | None,
+    reason: str,
+    comment: str,
+    who: str,
+) -> None:
+    """Takes a draft out of the inbox without a reply.
+
+    Raises:
+      ConflictError: as `approve`.
+      DecisionError: there is no such reason.
+    """
+    if reason not in REASONS:
+        raise DecisionError("Please choose a reason.")
+    _, seen = _seen(connection, draft_id, chat_revision)
+    comment = _checked(comment)
+    _change(
+        connection,
+        draft_id,
+        version,
+        status=tables.DISMISSED,
+        reason=reason,
+        comment=comment or None,
+        decided_by=who,
+        decided_at=now(),
+        seen=seen,
+    )
+    _note(connection, draft_id, who, "dismissed", reason=reason, comment=comment or None)
+
+
+def save(connection: sa.Connection, draft_id: str, version: int, text: str, who: str) -> None:
+    """Keeps an edited text for later, or for somebody else.
+
+    Raises:
+      ConflictError: as `approve`.
+      DecisionError: the text is too long.
+    """
+    text = _checked(text)
+    _change(connection, draft_id, version, edited_text=text or None)
+    _note(connection, draft_id, who, "edited", text=text)
+
+
+def undo(connection: sa.Connection, draft_id: str, version: int, who: str) -> None:
+    """Takes a decision back; an approval as long as its reply is not on its way.
+
+    Raises:
+      ConflictError: as `approve`.
+      DecisionError: the reply is on its way, or nothing was decided.
+    """
+    draft = _locked(connection, draft_id)
+    if draft["status"] not in (tables.APPROVED, tables.DISMISSED):
+        raise ConflictError("There is nothing to undo.")
+    if draft["status"] == tables.APPROVED:
+        # The row is locked by whoever changes it first: this, or the publisher's lease.
+        waits = outbox.c.draft_id == draft_id, outbox.c.leased_by.is_(None)
+        gone = connection.execute(sa.delete(outbox).where(*waits, outbox.c.published_at.is_(None)))
+        if not gone.rowcount:
+            raise DecisionError("It is too late to undo: the reply was sent.")
+    _change(
+        connection,
+        draft_id,
+        version,
+        of_status=draft["status"],
+        status=tables.WAITING,
+        reason=None,
+        comment=None,
+        edit_distance=None,
+        decided_by=None,
+        decided_at=None,
+        seen=None,
+    )
+    _note(connection, draft_id, who, "undone")
+    supersede(connection, [draft["chat_id"]])
+
+
+def _checked(text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\0", "").strip()
+    if len(text) > CHARACTERS:
+        raise DecisionError(f"The text is longer than {CHARACTERS:,} characters.")
+    return text
+
+
+def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
+    """The draft. Nobody changes its customer's drafts meanwhile, nor does a worker."""
+    found = connection.execute(sa.select(drafts).where(drafts.c.draft_id == draft_id)).mappings()
+    draft = found.one_or_none()
+    if draft is None:
+        raise DecisionError("There is no such draft.")
+    of_customer = (
+        customers.c.chat_id == draft["chat_id"],
+        customers.c.user_id == draft["user_id"],
+    )
+    connection.execute(sa.select(customers.c.revision).where(*of_customer).with_for_update())
+    found = connection.execute(sa.select(drafts).where(drafts.c.draft_id == draft_id)).mappings()
+    return dict(found.one())
+
+
+def _seen(
+    connection: sa.Connection, draft_id: str, chat_revision: int | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The draft, and its chat as it is now, which has to be as the person saw it."""
+    draft = _locked(connection, draft_id)
+    query = sa.select(chats).where(chats.c.chat_id == draft["chat_id"])
+    chat = connection.execute(query).mappings().one_or_none()
+    if chat is None:
+        return draft, None
+    if chat["revision"] != chat_revision:
+        raise ConflictError("There are new messages in this chat; please look again.")
+    kept = ("chat_id", "messages", "attributes", "revision")
+    return draft, {name: chat[name] for name in kept}
+
+
+def _change(
+    connection: sa.Connection,
+    draft_id: str,
+    version: int,
+    of_status: str = tables.WAITING,
+    **values: Any,
+) -> None:
+    changed = connection.execute(
+        sa.update(drafts)
+        .where(
+            drafts.c.draft_id == draft_id,
+            drafts.c.version == version,
+            drafts.c.status == of_status,
+        )
+        .values(version=version + 1, changed_at=now(), **values)
+    )
+    if changed.rowcount:
+        return
+    query = sa.select(drafts.c.status, drafts.c.decided_by).where(drafts.c.draft_id == draft_id)
+    found = connection.execute(query).one_or_none()
+    if found is None:
+        raise DecisionError("There is no such draft.")
+    if found.status == tables.SUPERSEDED:
+        raise ConflictError("The customer wrote again: there is a newer analysis of this chat.")
+    if found.status == tables.WAITING:
+        raise ConflictError("Somebody changed this draft; please look again.")
+    raise ConflictError(f"This draft was {found.status} by {found.decided_by}.")
+
+
+def _note(connection: sa.Connection, draft_id: str, who: str, action: str, **more: Any) -> None:
+    connection.execute(
+        sa.insert(history).values(draft_id=draft_id, at=now(), who=who, action=action, **more)
+    )

@@ -1,0 +1,232 @@
+"""What there is to review: the list with its filters, and one draft with its chat."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+import sqlalchemy as sa
+
+from chatflow.database import tables
+from chatflow.database.tables import analyses, chat_attributes, chats, drafts, history, outbox
+
+PAGE = 50
+"""Drafts on a page of the inbox."""
+
+ANGER_SECONDS = 3600.0
+"""An hour of waiting counts as much as being sure of the anger instead of not at all."""
+
+STATUSES = (tables.WAITING, tables.APPROVED, tables.DISMISSED, tables.SUPERSEDED)
+SORTS = {
+    "urgent": "angriest and oldest",
+    "oldest": "oldest",
+    "angriest": "angriest",
+    "newest": "newest",
+}
+KINDS = {"": "all", "text": "with a draft", "flag": "flagged: to be written"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Which drafts are listed, in which order; the query of the page's address.
+
+    Attributes:
+      q: searched for in ids, messages, summaries and drafts.
+      attribute: NAME=VALUE of the chat.
+      page: from 0.
+    """
+
+    status: str = tables.WAITING
+    sort: str = "urgent"
+    kind: str = ""
+    q: str = ""
+    attribute: str = ""
+    page: int = 0
+
+    @classmethod
+    def of(cls, query: Mapping[str, str]) -> Filter:
+        """From an address; what is not known in it is left out."""
+        page = query.get("page", "")
+        status, sort, kind = query.get("status"), query.get("sort"), query.get("kind")
+        return cls(
+            status if status in STATUSES else tables.WAITING,
+            sort if sort in SORTS else "urgent",
+            kind if kind in KINDS else "",
+            query.get("q", "").strip()[:200],
+            query.get("attribute", "")[:2000],
+            min(int(page), 100_000) if page.isascii() and page.isdigit() else 0,
+        )
+
+    def query(self, **changes: Any) -> str:
+        """For an address: with its question mark, and only what is not the default."""
+        changed = dataclasses.asdict(dataclasses.replace(self, **changes))
+        default = dataclasses.asdict(Filter())
+        parts = {name: value for name, value in changed.items() if value != default[name]}
+        return f"?{urlencode(parts)}" if parts else ""
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some drafts of this status are left out."""
+        return bool(self.q or self.attribute or self.kind)
+
+
+_anger = sa.func.coalesce(analyses.c.confidence, 1.0)
+_waited_since = sa.extract("epoch", drafts.c.drafted_at)
+_ORDER: dict[str, tuple[Any, ...]] = {
+    "urgent": (_waited_since - ANGER_SECONDS * _anger, drafts.c.draft_id),
+    "oldest": (drafts.c.drafted_at, drafts.c.draft_id),
+    "angriest": (_anger.desc(), drafts.c.drafted_at, drafts.c.draft_id),
+    "newest": (drafts.c.drafted_at.desc(), drafts.c.draft_id),
+}
+
+
+def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
+    joined = drafts.outerjoin(analyses, analyses.c.analysis_id == drafts.c.analysis_id)
+    found = sa.select(*columns).select_from(joined).where(drafts.c.status == wanted.status)
+    if wanted.kind == "text":
+        found = found.where(drafts.c.flag.is_(None))
+    elif wanted.kind == "flag":
+        found = found.where(drafts.c.flag.is_not(None))
+    if wanted.attribute:
+        name, _, value = wanted.attribute.partition("=")
+        having = sa.exists().where(
+            chat_attributes.c.chat_id == drafts.c.chat_id,
+            chat_attributes.c.name == name,
+            chat_attributes.c.value == value,
+        )
+        found = found.where(having)
+    if wanted.q:
+        in_chat = sa.exists().where(
+            chats.c.chat_id == drafts.c.chat_id,
+            chats.c.search_text.contains(wanted.q.casefold(), autoescape=True),
+        )
+        places = [in_chat, analyses.c.summary, drafts.c.text, drafts.c.edited_text]
+        if not texts:  # searching would tell what is in texts that are not shown
+            places = []
+        ids = [drafts.c.chat_id, drafts.c.user_id]
+        found = found.where(sa.or_(*(_holds(place, wanted.q) for place in (*places, *ids))))
+    order = _ORDER[wanted.sort]
+    if wanted.status != tables.WAITING and wanted.sort == "urgent":
+        order = (drafts.c.changed_at.desc(), drafts.c.draft_id)
+    return found.order_by(*order)
+
+
+def _holds(place: Any, text: str) -> Any:
+    return place.icontains(text, autoescape=True) if isinstance(place, sa.Column) else place
+
+
+def listed(
+    connection: sa.Connection, wanted: Filter, texts: bool = True
+) -> tuple[list[dict[str, Any]], bool]:
+    """A page of drafts, and whether there are more.
+
+    Args:
+      texts: also search in texts, not only in ids.
+    """
+    columns = (
+        *(drafts.c[name] for name in _LISTED),
+        analyses.c.summary,
+        analyses.c.sentiment,
+        analyses.c.confidence,
+    )
+    found = _found(wanted, texts, *columns).limit(PAGE + 1).offset(PAGE * wanted.page)
+    rows = [dict(row) for row in connection.execute(found).mappings()]
+    of_chat = attributes_of(connection, [row["chat_id"] for row in rows])
+    for row in rows:
+        row["attributes"] = of_chat.get(row["chat_id"], {})
+    return rows[:PAGE], len(rows) > PAGE
+
+
+_LISTED = (
+    "draft_id", "chat_id", "user_id", "text", "edited_text", "flag", "drafted_at", "status",
+    "version", "decided_by", "decided_at", "reason",
+)  # fmt: skip
+
+
+def neighbours(
+    connection: sa.Connection, wanted: Filter, draft_id: str, texts: bool = True
+) -> tuple[str | None, str | None]:
+    """The drafts before and after one in a list; after one that has left it, the first."""
+    found = _found(dataclasses.replace(wanted, page=0), texts, drafts.c.draft_id)
+    ids = list(connection.execute(found.limit(1000)).scalars())
+    if draft_id not in ids:
+        return None, ids[0] if ids else None
+    place = ids.index(draft_id)
+    return ids[place - 1] if place else None, ids[place + 1] if place + 1 < len(ids) else None
+
+
+def attributes_of(connection: sa.Connection, chat_ids: Sequence[str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    query = sa.select(chat_attributes).where(chat_attributes.c.chat_id.in_(chat_ids))
+    for row in connection.execute(query.order_by(chat_attributes.c.name)):
+        found.setdefault(row.chat_id, {})[row.name] = row.value
+    return found
+
+
+def known_attributes(connection: sa.Connection, most: int = 100) -> list[str]:
+    """NAME=VALUE pairs that chats have, those of most chats first."""
+    name, value = chat_attributes.c.name, chat_attributes.c.value
+    query = sa.select(name, value).group_by(name, value)
+    rows = connection.execute(query.order_by(sa.func.count().desc(), name, value).limit(most))
+    return sorted(f"{row.name}={row.value}" for row in rows)
+
+
+def waiting(connection: sa.Connection) -> int:
+    """How many drafts wait for review."""
+    query = sa.select(sa.func.count()).where(drafts.c.status == tables.WAITING)
+    return int(connection.execute(query).scalar_one())
+
+
+def state(connection: sa.Connection) -> str:
+    """A text that is another one when something has changed."""
+    counted = sa.select(sa.func.count(), sa.func.max(drafts.c.changed_at))
+    values = [
+        *connection.execute(counted.where(drafts.c.status == tables.WAITING)).one(),
+        connection.execute(sa.select(sa.func.max(history.c.history_id))).scalar(),
+        connection.execute(sa.select(sa.func.max(analyses.c.analysed_at))).scalar(),
+    ]
+    return "/".join(map(str, values))
+
+
+def opened(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
+    """A draft with its analysis, chat, history and reply; None where there is no such draft."""
+
+    def rows(query: Any) -> list[dict[str, Any]]:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+    def row(table: sa.Table, column: str, value: str) -> dict[str, Any] | None:
+        found = rows(sa.select(table).where(table.c[column] == value))
+        return found[0] if found else None
+
+    draft = row(drafts, "draft_id", draft_id)
+    if draft is None:
+        return None
+    of_customer = drafts.c.chat_id == draft["chat_id"], drafts.c.user_id == draft["user_id"]
+    others = sa.select(drafts.c.draft_id, drafts.c.status, drafts.c.drafted_at).where(
+        *of_customer, drafts.c.draft_id != draft_id
+    )
+    return {
+        "draft": draft,
+        "analysis": row(analyses, "analysis_id", draft["analysis_id"]),
+        "chat": row(chats, "chat_id", draft["chat_id"]),
+        "reply": row(outbox, "draft_id", draft_id),
+        "history": events(connection, draft_id),
+        "others": rows(others.order_by(drafts.c.drafted_at.desc()).limit(10)),
+    }
+
+
+def events(
+    connection: sa.Connection, draft_id: str = "", who: str = "", page: int = 0
+) -> list[dict[str, Any]]:
+    """Who did what, the newest first; of all drafts, or of one."""
+    query = sa.select(history, drafts.c.chat_id).outerjoin(
+        drafts, drafts.c.draft_id == history.c.draft_id
+    )
+    if draft_id:
+        query = query.where(history.c.draft_id == draft_id)
+    if who:
+        query = query.where(history.c.who == who)
+    query = query.order_by(history.c.history_id.desc()).limit(PAGE + 1).offset(PAGE * page)
+    return [dict(row) for row in connection.execute(query).mappings()]

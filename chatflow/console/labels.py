@@ -1,0 +1,51 @@
+"""What people decided, as labelled chats for `chatflow evaluate` and `tune`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pydantic_core
+import sqlalchemy as sa
+
+from chatflow.database import tables
+from chatflow.database.tables import drafts
+
+_SENTIMENTS = {"not_angry_neutral": 0, "not_angry_happy": 1}
+
+
+def labelled(connection: sa.Connection) -> Iterator[str]:
+    """Lines of JSON: chats as they were when a person decided about them, with `sentiment`.
+
+    An approved draft says that its customer is angry; one that was dismissed because they are
+    not says what they are instead. Others say nothing of the tone, and are left out. Of a chat
+    and user it is the newest decision that counts.
+
+    Each also has `source` ("console"), and where there is one, `reply` (as it was approved)
+    and `draft` (as the model had written it).
+    """
+    of_tone = drafts.c.reason.in_(list(_SENTIMENTS))
+    query = (
+        sa.select(drafts)
+        .where(
+            drafts.c.seen.is_not(None),
+            sa.or_(
+                drafts.c.status == tables.APPROVED,
+                sa.and_(drafts.c.status == tables.DISMISSED, of_tone),
+            ),
+        )
+        .order_by(drafts.c.chat_id, drafts.c.user_id, drafts.c.decided_at.desc())
+    )
+    last = None
+    for row in connection.execute(query).mappings():
+        key = row["chat_id"], row["user_id"]
+        if key == last:
+            continue
+        last = key
+        value: dict[str, Any] = {**row["seen"], "user_id": row["user_id"], "source": "console"}
+        value["sentiment"] = _SENTIMENTS.get(row["reason"], -1)
+        if row["status"] == tables.APPROVED:
+            value["reply"] = row["edited_text"] or row["text"]
+        if row["text"]:
+            value["draft"] = row["text"]
+        yield pydantic_core.to_json(value).decode()

@@ -1,0 +1,169 @@
+// What pages do beyond links and forms: they stay up to date, and take keys.
+"use strict";
+
+const main = document.getElementById("main");
+const reply = document.getElementById("reply");
+const text = document.getElementById("text");
+const toast = document.getElementById("toast");
+
+// Times, as people say them.
+
+const units = [["day", 86400], ["hour", 3600], ["minute", 60]];
+const ago = new Intl.RelativeTimeFormat("en", { numeric: "always", style: "short" });
+
+function showTimes() {
+  for (const time of document.querySelectorAll("time")) {
+    const moment = new Date(time.dateTime);
+    if (isNaN(moment)) continue;
+    const seconds = (moment - Date.now()) / 1000;
+    const [unit, size] = units.find(([, size]) => Math.abs(seconds) >= size) ?? ["", 1];
+    time.textContent = unit ? ago.format(Math.round(seconds / size), unit) : "just now";
+    time.title = moment.toLocaleString();
+  }
+}
+
+// How long a reply can be undone.
+
+const until = toast?.querySelector("[data-until]");
+
+function countDown() {
+  if (!until?.dataset.until) return;
+  const seconds = Math.ceil((new Date(until.dataset.until) - Date.now()) / 1000);
+  until.textContent = seconds > 0 ? `in ${seconds} s` : "now";
+  if (seconds <= 0) toast.querySelector("form")?.remove();
+}
+
+// New things, without loading the page anew.
+
+let asked = 0;
+let waits;
+
+async function refresh() {
+  waits = undefined;
+  asked = Date.now();
+  const answer = await fetch(main.dataset.address ?? location.href).catch(() => null);
+  if (!answer?.ok || answer.redirected) return;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const focused = document.activeElement?.id;
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const newer = page.getElementById(part.id);
+    if (!newer || newer.isEqualNode(part.pristine)) continue;
+    const before = new Set([...part.querySelectorAll("[id]")].map((each) => each.id));
+    const pristine = newer.cloneNode(true);
+    part.replaceWith(newer);
+    newer.pristine = pristine;
+    if (!before.size) continue;
+    for (const each of newer.querySelectorAll(".draft")) {
+      if (!before.has(each.id)) each.parentElement.classList.add("new");
+    }
+  }
+  if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus();
+  const count = page.getElementById("waiting")?.textContent;
+  if (count !== undefined && document.title !== page.title) {
+    document.getElementById("said").textContent = `${count} drafts wait`;
+  }
+  document.title = page.title;
+  const now = page.getElementById("main").dataset;
+  const stale = document.getElementById("stale");
+  if (stale && ["version", "chat", "status"].some((name) => now[name] !== main.dataset[name])) {
+    stale.hidden = false;
+  }
+  showTimes();
+}
+
+function refreshSoon() {
+  const every = 1000 * (document.querySelector("[data-every]")?.dataset.every ?? 0.3);
+  waits ??= setTimeout(refresh, Math.max(0, asked + every - Date.now()));
+}
+
+let changes;
+
+function listen() {
+  // A hidden page asks for nothing: browsers allow few connections to one server.
+  if (document.hidden) {
+    changes?.close();
+    changes = undefined;
+  } else if (!changes && document.querySelector("[data-live]")) {
+    changes = new EventSource("/changes");
+    changes.addEventListener("change", refreshSoon);
+    changes.addEventListener("open", () => document.body.toggleAttribute("data-listens", true));
+  }
+}
+
+// What was typed is not lost by a slip of a key.
+
+let submitting = false;
+const typed = text?.value;
+document.addEventListener("submit", () => (submitting = true));
+addEventListener("beforeunload", (event) => {
+  if (text && text.value !== typed && !submitting) event.preventDefault();
+});
+
+for (const select of document.querySelectorAll("#filters select")) {
+  select.addEventListener("change", () => select.form.requestSubmit());
+}
+
+// Keys.
+
+const help = document.getElementById("help");
+const singleKeys = document.getElementById("single-keys");
+const keys = document.getElementById("keys");
+if (keys) {
+  keys.hidden = false;
+  keys.addEventListener("click", () => help.showModal());
+}
+singleKeys.checked = localStorage.getItem("single-keys") !== "off";
+singleKeys.addEventListener("change", () =>
+  localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off"));
+
+function follow(selector) {
+  document.querySelector(selector)?.click();
+}
+
+function move(step) {
+  const rows = [...document.querySelectorAll(".draft")];
+  if (!rows.length) return follow(step > 0 ? "a[rel=next]" : "a[rel=prev]");
+  const at = rows.indexOf(document.activeElement);
+  rows[Math.min(Math.max(at < 0 ? 0 : at + step, 0), rows.length - 1)].focus();
+}
+
+const does = {
+  j: () => move(1),
+  k: () => move(-1),
+  e: () => text?.focus(),
+  a: () => reply?.requestSubmit(document.getElementById("approve")),
+  s: () => reply?.requestSubmit(document.getElementById("save")),
+  d: () => document.getElementById("reason")?.focus(),
+  u: () => document.querySelector("[data-undo]")?.requestSubmit(),
+  i: () => (document.querySelector("a[rel=up]") ?? document.querySelector(".name")).click(),
+  "/": () => document.getElementById("q")?.focus(),
+  "?": () => help.showModal(),
+};
+
+document.addEventListener("keydown", (event) => {
+  const writes = event.target.matches("input, textarea, select");
+  if (event.key === "Escape" && writes) return event.target.blur();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target === text) {
+    event.preventDefault();
+    return does.a();
+  }
+  if (event.key === "Enter" && event.target.id === "reason" && event.target.value) {
+    event.preventDefault();
+    return event.target.form.requestSubmit();
+  }
+  if (writes || event.ctrlKey || event.metaKey || event.altKey || help.open) return;
+  if (event.repeat && !"jk".includes(event.key)) return;
+  if (!singleKeys.checked && event.key !== "?") return;
+  if (Object.hasOwn(does, event.key)) {
+    event.preventDefault();
+    does[event.key]();
+  }
+});
+
+for (const part of document.querySelectorAll("[data-live]")) part.pristine = part.cloneNode(true);
+showTimes();
+countDown();
+setInterval(showTimes, 30000);
+setInterval(countDown, 500);
+document.addEventListener("visibilitychange", listen);
+listen();

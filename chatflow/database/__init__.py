@@ -1,0 +1,1 @@
+"""A database of results, and of what people do with them: SQLite or PostgreSQL."""

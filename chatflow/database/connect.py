@@ -1,0 +1,158 @@
+"""Database: an engine for SQLite or PostgreSQL, transactions, and the schema's versions."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import alembic.config
+import alembic.migration
+import alembic.script
+import sqlalchemy as sa
+
+from chatflow.errors import UsageError, one_line
+
+BUSY_SECONDS = 30
+"""How long SQLite waits for another writer."""
+
+_MIGRATION_LOCK = 0x63686174666C6F77  # "chatflow": a number that others will not lock
+
+
+class Database:
+    """A database, of which each thread takes connections.
+
+    Attributes:
+      uri: as people may see it, without its password.
+    """
+
+    def __init__(self, uri: str, password: str = "", connections: int = 5):
+        """
+        Args:
+          password: for a URI that has none; libpq's own ways (PGPASSWORD, ~/.pgpass) work, too.
+          connections: that may be open at once, besides as many for a short time.
+
+        Raises:
+          UsageError: the URI names no database that is known.
+        """
+        url = parse_uri(uri)
+        if password:
+            url = url.set(password=password)
+        self.uri = url.render_as_string(hide_password=True)
+        self.is_sqlite = url.get_backend_name() == "sqlite"
+        self._engine = sa.create_engine(
+            url, pool_pre_ping=not self.is_sqlite, pool_size=connections, max_overflow=connections
+        )
+        if self.is_sqlite:
+            sa.event.listen(self._engine, "connect", _configure_sqlite)
+            sa.event.listen(self._engine, "begin", _begin_sqlite)
+        self._reading = self._engine.execution_options(reads=True)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that changes nothing."""
+        with self._reading.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction: all of it is kept, or nothing. SQLite has one of them at a time."""
+        with self._engine.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def upgrade(self) -> None:
+        """Makes the tables, or brings those of an older version up to this one.
+
+        Many may do so at once: one does it, the others wait.
+
+        Raises:
+          UsageError: the database cannot be reached, or was made by a newer chatflow.
+        """
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        try:
+            with self.read() as connection:
+                if self._check_version(connection):
+                    return
+            with self.write() as connection:
+                if not self.is_sqlite:
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+                if not self._check_version(connection):
+                    config = _migrations()
+                    config.attributes["connection"] = connection
+                    alembic.command.upgrade(config, "head")
+        except sa.exc.DBAPIError as error:
+            said = one_line(Exception(error.orig))
+            raise UsageError(f"the database {self.uri} cannot be used: {said}") from None
+
+    def _check_version(self, connection: sa.Connection) -> bool:
+        """Whether the schema is of this version."""
+        found = alembic.migration.MigrationContext.configure(connection).get_current_revision()
+        known = [step.revision for step in _steps()]
+        if found is not None and found not in known:
+            raise UsageError(
+                f"the database {self.uri} was made by a newer chatflow (schema {found}, this one "
+                f"knows {known[0]}); install that"
+            )
+        return bool(found == known[0])
+
+
+@functools.cache
+def opened(uri: str, password: str = "") -> Database:
+    """The database of this process, for all threads that write to it; its tables are there."""
+    database = Database(uri, password)
+    database.upgrade()
+    return database
+
+
+def parse_uri(uri: str) -> sa.URL:
+    """A database's URI.
+
+    Raises:
+      UsageError: it is none, or one of a kind that is not known.
+    """
+    known = "known are sqlite:///FILE and postgresql+psycopg://USER@HOST/NAME"
+    try:
+        url = sa.make_url(uri)
+    except sa.exc.ArgumentError:
+        raise UsageError(f"{uri!r} is no database; {known}") from None
+    shown = url.render_as_string(hide_password=True)
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise UsageError(f"{shown} is a database that chatflow does not write to; {known}")
+    if not url.database or url.database == ":memory:":
+        raise UsageError(f"{shown} names no {'file' if 'sqlite' in shown else 'database'}; {known}")
+    if url.drivername == "sqlite" and not (folder := Path(url.database).parent).is_dir():
+        raise UsageError(f"{shown}: there is no folder {folder}")
+    return url
+
+
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says
+    for pragma in ("journal_mode=WAL", f"busy_timeout={BUSY_SECONDS * 1000}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # One that reads first and writes then would fail where another wrote in between.
+    reads = connection.get_execution_options().get("reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _migrations() -> alembic.config.Config:
+    config = alembic.config.Config()
+    config.set_main_option("script_location", "chatflow.database:migrations")
+    return config
+
+
+@functools.cache
+def _steps() -> tuple[Any, ...]:
+    """The schema's versions, the newest first."""
+    return tuple(alembic.script.ScriptDirectory.from_config(_migrations()).walk_revisions())

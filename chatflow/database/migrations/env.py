@@ -1,0 +1,6 @@
+"""Runs the steps of `versions/` in the transaction that `Database.upgrade` has begun."""
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"])
+context.run_migrations()

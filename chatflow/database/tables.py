@@ -1,0 +1,186 @@
+"""The tables; `migrations/` has the steps that lead to them.
+
+A record's fields are columns of the same names. What follows them in `drafts`, and the tables
+`history`, `outbox` and `sessions`, are the console's.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+
+class UtcTime(sa.TypeDecorator[datetime]):
+    """A moment. SQLite knows no time zones, so that UTC goes in and comes out."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _required(name: str, kind: Any = sa.Text, **options: Any) -> sa.Column[Any]:
+    return sa.Column(name, kind, nullable=False, **options)
+
+
+def _optional(name: str, kind: Any = sa.Text) -> sa.Column[Any]:
+    return sa.Column(name, kind)
+
+
+def _key(name: str, kind: Any = sa.Text) -> sa.Column[Any]:
+    return sa.Column(name, kind, primary_key=True)
+
+
+JSON = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+WAITING, APPROVED, DISMISSED, SUPERSEDED = "waiting", "approved", "dismissed", "superseded"
+"""What became of a draft. It is superseded where its customer has a newer analysis or draft."""
+
+metadata = sa.MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s"})
+
+chats = sa.Table(
+    "chats",
+    metadata,
+    _key("chat_id"),
+    _required("revision", sa.BigInteger),
+    _optional("user_id"),
+    _required("messages", JSON),
+    _required("attributes", JSON),
+    _required("search_text"),  # lower case, in which people search
+    _optional("last_message_at", UtcTime),
+    _required("stored_at", UtcTime),
+)
+
+chat_attributes = sa.Table(
+    "chat_attributes",
+    metadata,
+    _key("chat_id"),
+    _key("name"),
+    _required("value"),
+    sa.Index(None, "name", "value"),
+)
+
+customers = sa.Table(
+    "customers",
+    metadata,
+    _key("chat_id"),
+    _key("user_id"),
+    _required("revision", sa.BigInteger),  # the newest one of their analyses and drafts
+)
+
+analyses = sa.Table(
+    "analyses",
+    metadata,
+    _key("analysis_id"),
+    _required("chat_id"),
+    _required("user_id"),
+    _required("revision", sa.BigInteger),
+    _required("sentiment", sa.SmallInteger),
+    _required("summary"),
+    _required("summary_source"),
+    _optional("tone_scores", JSON),
+    _optional("confidence", sa.Double),
+    _required("dropped_messages", sa.Integer),
+    _required("cut_messages", sa.Integer),
+    _required("repairs", JSON),
+    _required("model"),
+    _required("prompt_version"),
+    _required("analysed_at", UtcTime),
+    sa.Index(None, "chat_id", "user_id", "revision"),
+    sa.Index(None, "analysed_at"),
+)
+
+drafts = sa.Table(
+    "drafts",
+    metadata,
+    _key("draft_id"),
+    _required("analysis_id"),
+    _required("chat_id"),
+    _required("user_id"),
+    _required("revision", sa.BigInteger),
+    _optional("text"),
+    _optional("flag"),
+    _required("repairs", JSON),
+    _required("model"),
+    _required("prompt_version"),
+    _required("drafted_at", UtcTime),
+    # What people did with it.
+    _required("status", server_default=WAITING),
+    _required("version", sa.Integer, server_default="0"),  # one more with each change
+    _optional("edited_text"),
+    _optional("decided_by"),
+    _optional("decided_at", UtcTime),
+    _optional("reason"),
+    _optional("comment"),
+    _optional("edit_distance", sa.Double),  # of the approved text, from 0 to 1
+    _optional("seen", JSON),  # the chat as it was when this was decided
+    _required("changed_at", UtcTime),
+    sa.Index(None, "status", "drafted_at"),
+    sa.Index(None, "status", "changed_at"),
+    sa.Index(None, "chat_id", "user_id"),
+    sa.Index(None, "decided_at"),
+)
+
+dead_letters = sa.Table(
+    "dead_letters",
+    metadata,
+    _key("dead_letter_id"),
+    _required("stage"),
+    _required("reason"),
+    _required("error"),
+    _required("payload"),
+    _required("payload_encoding"),
+    _optional("attributes", JSON),
+    _optional("chat_id"),
+    _optional("answer"),
+    _required("failed_at", UtcTime),
+    sa.Index(None, "failed_at"),
+)
+
+history = sa.Table(
+    "history",
+    metadata,
+    sa.Column("history_id", sa.Integer, primary_key=True, autoincrement=True),
+    _required("draft_id"),
+    _required("at", UtcTime),
+    _required("who"),
+    _required("action"),
+    _optional("text"),
+    _optional("reason"),
+    _optional("comment"),
+    sa.Index(None, "draft_id"),
+    sa.Index(None, "at"),
+)
+
+outbox = sa.Table(
+    "outbox",
+    metadata,
+    _key("draft_id"),  # so that a draft has one reply at most
+    _required("reply", JSON),
+    _required("publish_after", UtcTime),  # until then it can be undone
+    _optional("leased_by"),
+    _optional("leased_until", UtcTime),
+    _optional("published_at", UtcTime),
+    _required("attempts", sa.Integer, server_default="0"),
+    _optional("error"),
+    sa.Index(None, "published_at", "publish_after"),
+)
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    _key("session_hash"),
+    _required("who"),
+    _required("expires_at", UtcTime),
+)

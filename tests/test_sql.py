@@ -1,0 +1,253 @@
+"""Records to databases: SQLite, and a real PostgreSQL."""
+
+import itertools
+import random
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from conftest import chat
+
+from chatflow import sql
+from chatflow.database import tables
+from chatflow.database.connect import Database, parse_uri
+from chatflow.errors import UsageError
+from chatflow.records import Analysis, DeadLetter, Draft
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+def analysis(chat_id="7", revision=0, sentiment=-1, **fields):
+    values = {
+        "analysis_id": f"a-{chat_id}-{revision}", "chat_id": chat_id, "user_id": "c",
+        "revision": revision, "sentiment": sentiment, "summary": "It is late.", "model": "m",
+        "prompt_version": "v", "analysed_at": NOON,
+    }  # fmt: skip
+    return Analysis(**values | fields)
+
+
+def draft(chat_id="7", revision=0, **fields):
+    values = {
+        "draft_id": f"d-{chat_id}-{revision}", "analysis_id": f"a-{chat_id}-{revision}",
+        "chat_id": chat_id, "user_id": "c", "revision": revision, "model": "m",
+        "prompt_version": "v", "drafted_at": NOON,
+    }  # fmt: skip
+    return Draft(**values | ({} if "flag" in fields else {"text": "We are sorry."}) | fields)
+
+
+def letter(payload="no json", **fields):
+    return DeadLetter(
+        stage="read", reason="not_json", error="x", payload=payload, failed_at=NOON, **fields
+    )
+
+
+def write(database, *records):
+    with database.write() as connection:
+        sql.upsert(connection, records)
+
+
+def rows(database, table, *columns):
+    with database.read() as connection:
+        found = connection.execute(sa.select(table).order_by(*table.primary_key.columns))
+        taken = [dict(row) for row in found.mappings()]
+    if not columns:
+        return taken
+    return [tuple(row[name] for name in columns) for row in taken]
+
+
+def statuses(database):
+    return dict(rows(database, tables.drafts, "draft_id", "status"))
+
+
+def test_the_migrations_lead_to_the_tables(database):
+    with database.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, tables.metadata) == []
+
+
+def test_many_make_the_tables_at_once(new_database):
+    errors = []
+
+    def upgrade():
+        try:
+            Database(new_database).upgrade()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=upgrade) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert rows(Database(new_database), tables.drafts) == []
+
+
+def test_a_database_of_a_newer_chatflow_is_refused(database):
+    with database.write() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(UsageError, match="made by a newer chatflow"):
+        database.upgrade()
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("mysql://h/db", "chatflow does not write to"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
+        ("postgresql://me@h", "names no database"),
+        ("what", "is no database"),
+    ],
+)
+def test_other_uris_are_refused(uri, said):
+    with pytest.raises(UsageError, match=said):
+        parse_uri(uri)
+
+
+def test_a_password_is_never_shown():
+    database = Database("postgresql://me:s3cret@127.0.0.1:1/db")
+    with pytest.raises(UsageError, match="cannot be used") as error:
+        database.upgrade()
+    assert "s3cret" not in database.uri + str(error.value) + repr(database)
+    with pytest.raises(UsageError) as error:
+        parse_uri("mysql://me:s3cret@h/db")
+    assert "s3cret" not in str(error.value)
+
+
+def test_all_fields_of_records_come_back(database):
+    records = (
+        analysis(
+            tone_scores={"angry": -0.5, "happy": float("-inf")}, confidence=0.9, repairs=("json",),
+            summary="“Late”\n😡", dropped_messages=2, revision=2**63 - 1,
+        ),
+        draft(repairs=("lead",)),
+        letter(attributes={"tenant": "t"}, chat_id="7", answer="?"),
+    )  # fmt: skip
+    write(database, *records)
+    (found,) = rows(database, tables.analyses)
+    assert found.pop("tone_scores") == {"angry": -0.5, "happy": None}
+    assert Analysis(**found) == records[0].model_copy(update={"tone_scores": None})
+    (found,) = rows(database, tables.drafts)
+    assert Draft(**found) == records[1].model_copy(update={"revision": 0})
+    (found,) = rows(database, tables.dead_letters)
+    assert DeadLetter(**found) == records[2]
+
+
+def test_the_same_records_twice_are_there_once(database):
+    records = [analysis(), draft(), letter(), chat("Late!", attributes={"tenant": "t"})]
+    for _ in range(2):
+        write(database, *records, *records)
+    for table in (tables.analyses, tables.drafts, tables.dead_letters, tables.chats):
+        assert len(rows(database, table)) == 1
+    assert rows(database, tables.chat_attributes, "name", "value") == [("tenant", "t")]
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)])
+def test_of_a_chat_the_newest_revision_is_kept(database, order):
+    for revision in order:
+        texts = ["Hello"] * revision
+        attributes = {"tenant": f"t{revision}"} | ({"old": "yes"} if revision == 1 else {})
+        write(database, chat(*texts, revision=revision, attributes=attributes))
+    assert rows(database, tables.chats, "revision") == [(3,)]
+    assert len(rows(database, tables.chats)[0]["messages"]) == 3
+    assert rows(database, tables.chat_attributes, "name", "value") == [("tenant", "t3")]
+
+
+HISTORY = {
+    "newer analysis, not angry": (
+        [analysis(revision=1), draft(revision=1), analysis(revision=2, sentiment=0)],
+        {"d-7-1": "superseded"},
+    ),
+    "newer draft": (
+        [analysis(revision=1), draft(revision=1), analysis(revision=2), draft(revision=2)],
+        {"d-7-1": "superseded", "d-7-2": "waiting"},
+    ),
+    "another model, the same revision": (
+        [analysis(), draft(), draft(draft_id="d-other", drafted_at=NOON + timedelta(hours=1))],
+        {"d-7-0": "superseded", "d-other": "waiting"},
+    ),
+    "another user of the same chat": (
+        [draft(revision=1), analysis(revision=2, user_id="else")],
+        {"d-7-1": "waiting"},
+    ),
+    "a flag": ([draft(flag="ungrounded")], {"d-7-0": "waiting"}),
+}
+
+
+@pytest.mark.parametrize("name", HISTORY)
+def test_a_newer_revision_supersedes_in_whatever_order_it_comes(database, name):
+    records, wanted = HISTORY[name]
+    for order in itertools.permutations(records):
+        with database.write() as connection:
+            for table in tables.metadata.sorted_tables:
+                connection.execute(sa.delete(table))
+        for record in order:
+            write(database, record)
+        assert statuses(database) == wanted, [type(r).__name__ for r in order]
+
+
+def test_what_people_decided_stays(database):
+    write(database, analysis(revision=1), draft(revision=1))
+    with database.write() as connection:
+        connection.execute(
+            sa.update(tables.drafts).values(status="approved", edited_text="Sorry!", version=1)
+        )
+    other = draft(revision=1, draft_id="d-other", drafted_at=NOON + timedelta(hours=1))
+    write(database, draft(revision=1, text="Other"), other, analysis(revision=2))
+    assert rows(database, tables.drafts, "draft_id", "status", "edited_text", "text") == [
+        ("d-7-1", "approved", "Sorry!", "We are sorry."),
+        ("d-other", "superseded", None, "We are sorry."),
+    ]
+
+
+def test_texts_that_databases_do_not_have(database):
+    """A NUL character; a dead letter with one can be replayed as it came."""
+    write(database, analysis(summary="a\0b"), draft(text="a\0b"), letter("no\0json"))
+    write(database, chat("a\0b", attributes={"x\0": "y\0"}))
+    assert rows(database, tables.analyses, "summary") == [("a\N{REPLACEMENT CHARACTER}b",)]
+    (found,) = rows(database, tables.dead_letters)
+    assert DeadLetter(**found).payload_bytes() == b"no\0json"
+
+
+def test_many_writers_lose_nothing_and_double_nothing(database):
+    """Eight workers write the same chats' revisions, all mixed up."""
+    records = [
+        record
+        for number, revision in itertools.product(range(20), range(1, 4))
+        for record in (
+            chat("Late!", chat_id=f"c{number}", revision=revision),
+            analysis(f"c{number}", revision),
+            draft(f"c{number}", revision),
+        )
+    ]
+    errors = []
+
+    def work(seed):
+        noise = random.Random(seed)
+        mine = noise.sample(records, len(records))
+        try:
+            fn = sql._UpsertDoFn("")
+            fn.database = database
+            for start in range(0, len(mine), 30):
+                assert list(fn.process(mine[start : start + 30])) == []
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert rows(database, tables.chats, "revision") == [(3,)] * 20
+    assert len(rows(database, tables.analyses)) == 60
+    found = statuses(database)
+    assert len(found) == 60
+    assert {key for key, status in found.items() if status == "waiting"} == {
+        f"d-c{number}-3" for number in range(20)
+    }
