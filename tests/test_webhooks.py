@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 
 import apache_beam as beam
 import pytest
-from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from apache_beam.transforms.window import FixedWindows, GlobalWindows, TimestampedValue
 from conftest import KEPT, chat, keep, mistake
@@ -311,7 +310,7 @@ def test_a_dead_letter_that_is_refused_fails_the_bundle(hook, apologise, lines, 
 
 def test_letters_stay_in_the_window_of_their_record(hook):
     hook.behave = lambda *_: Answer(404)
-    with TestPipeline(runner=LOCAL_RUNNER) as pipeline:
+    with beam.Pipeline(runner=LOCAL_RUNNER) as pipeline:
         refused = (
             pipeline
             | beam.Create([DRAFT, ANALYSIS])
@@ -338,7 +337,7 @@ def test_responses_have_a_payload_too(hook):
     said = Response(
         response_id="r", text="a", response="b", model="m", prompt_version="v", responded_at=now()
     )
-    with TestPipeline(runner=LOCAL_RUNNER) as pipeline:
+    with beam.Pipeline(runner=LOCAL_RUNNER) as pipeline:
         write = WriteRecords([hook.address], webhook_secret="env:HOOK_SECRET")
         refused = pipeline | beam.Create([said]) | write
         assert_that(refused, functools.partial(keep, "found"))
