@@ -51,15 +51,15 @@ class Options:
     )  # fmt: skip
     drafts: str = _flag("", "Where drafts go instead.", _DATA)
     dead_letters: str = _flag("", "Where dead letters go instead.", _DATA)
+    database: str = _flag(
+        "", "Database of `chatflow console`: chats, analyses, drafts and dead letters go there, "
+        "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
+        _DATA,
+    )  # fmt: skip
     webhook_secret: str = _flag(
         "", "Where the secret is by which webhooks are signed, never the secret itself: env:NAME, "
         "file:PATH (local or gs://…), or projects/P/secrets/S/versions/V of Secret Manager. "
         "Workers read it when they start.", _DATA,
-    )  # fmt: skip
-    database: str = _flag(
-        "", "Database for `chatflow console`: chats, analyses, drafts and dead letters go there, "
-        "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
-        _DATA,
     )  # fmt: skip
     id_label: str = _flag(
         "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "

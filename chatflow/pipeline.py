@@ -24,6 +24,7 @@ from chatflow.revisions import Rules
 from chatflow.routes import Routes, routes_of
 from chatflow.sinks import WriteRecords, split_destinations
 from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
+from chatflow.sql import check_uri
 from chatflow.updates import Updates, WatchUpdates, look
 
 
@@ -81,6 +82,8 @@ def plan(
         prices with a mistake.
     """
     streaming = is_stream(options.input)
+    if options.database:
+        check_uri(options.database, "--database")
     rules = Rules(
         timedelta(seconds=options.quiet_seconds),
         options.every_messages,
@@ -95,7 +98,10 @@ def plan(
         model_of(routes, first, streaming, options.resource_hints),
         first,
         rules,
-        {k: split_destinations(k, getattr(options, k), options.output) for k in KINDS},
+        {
+            kind: split_destinations(kind, getattr(options, kind), options.output, options.database)
+            for kind in KINDS
+        },
         streaming,
         replay,
         drafts,
@@ -171,6 +177,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     read = arrivals | "ParseArrivals" >> ParseArrivals(options.max_line_bytes, rules.retention)
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
+    refused = []
+    if options.database:  # people see what they decide on
+        refused.append(chats | "WriteChats" >> WriteRecords([options.database]))
     updates = None
     if plan.watches:
         watch = WatchUpdates(
@@ -184,7 +193,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     if plan.replay:
         analyses = (analyses, opened.analyses) | "WithReplayedAnalyses" >> beam.Flatten()
         dead_letters.append(opened.dead_letters)
-    refused = [analyses | "WriteAnalyses" >> plan.write("analyses")]
+    refused.append(analyses | "WriteAnalyses" >> plan.write("analyses"))
 
     if plan.drafts:
         to_draft = analysed.analysed

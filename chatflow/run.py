@@ -133,6 +133,7 @@ def prepare(
     from chatflow.publishing import check_topics
     from chatflow.sinks import prepare_output, shown
     from chatflow.sources import check_input, check_messages, is_stream
+    from chatflow.sql import check_databases
     from chatflow.webhooks import check_secret
 
     own_flags = [shown(flag) for flag in options.flags()]
@@ -154,6 +155,7 @@ def prepare(
         check_credentials(beam_flags)
     check_topics(destinations, local)
     check_tables(planned.destinations, local)
+    check_databases(destinations, local, share_files=not is_dataflow(beam_flags))
     check_secret(destinations, options.webhook_secret, local)
     if local:
         prepare_model(planned, console)

@@ -1,4 +1,4 @@
-"""WriteRecords: records to files, topics, BigQuery tables, databases and webhooks, by URI."""
+"""WriteRecords: records to files, topics, BigQuery, databases and webhooks, by URI."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow import bigquery, webhooks
+from chatflow import bigquery
 from chatflow.errors import UsageError
 from chatflow.publishing import PUBSUB_TOPIC, PublishRecords
 from chatflow.records import DeadLetter, Record
-from chatflow.sql import DATABASE, UpsertRecords
+from chatflow.sql import DATABASE, UpsertRecords, check_uri, without_passwords
+from chatflow.webhooks import WEBHOOK, PostRecords, check_address
+from chatflow.webhooks import shown as shown_webhook
 
 
 @beam.typehints.with_input_types(Record)
@@ -34,7 +36,7 @@ class WriteRecords(beam.PTransform):
     fails its bundle, so that the runner tries again.
     """
 
-    destinations: Sequence[str] = dataclasses.field(repr=False)  # queries of URLs may be secret
+    destinations: Sequence[str] = dataclasses.field(repr=False)  # there may be secrets in them
     streaming: bool = False
     webhook_secret: str = dataclasses.field(default="", repr=False)
 
@@ -61,10 +63,10 @@ def sink(uri: str, streaming: bool, webhook_secret: str = "") -> beam.PTransform
         return PublishRecords(topic[1])
     if bigquery.TABLE.fullmatch(uri):
         return bigquery.WriteRows(uri)
-    if DATABASE.fullmatch(uri):
+    if DATABASE.match(uri):
         return UpsertRecords(uri)
-    if webhooks.WEBHOOK.match(uri):
-        return webhooks.PostRecords(uri, webhook_secret)
+    if WEBHOOK.match(uri):
+        return PostRecords(uri, webhook_secret)
     return AppendFiles(uri) if streaming else WriteFiles(uri)
 
 
@@ -135,23 +137,28 @@ def to_line(record: Record) -> tuple[str, str]:
     return "", record.to_json() + "\n"
 
 
-def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
+def split_destinations(kind: str, own: str, output: str, database: str = "") -> tuple[str, ...]:
     """Where a kind of record goes: what its own flag says, else the folder `--output`.
 
     Args:
-      own: file prefixes, topics, tables and webhooks, divided by commas.
+      own: file prefixes, topics, tables, databases and webhooks, divided by commas.
+      database: where all go besides.
 
     Raises:
       UsageError: there is none, or one of a scheme that is not known.
     """
     destinations = tuple(filter(None, (uri.strip() for uri in own.split(","))))
-    if not destinations and not output:
-        raise UsageError(f"--output is missing, and --{kind}: one of them says where {kind} go")
+    if not destinations and output:
+        destinations = (str(FileSystems.join(output, kind)),)
+    if database and database not in destinations:
+        destinations += (database,)
     if not destinations:
-        return (str(FileSystems.join(output, kind)),)
+        raise UsageError(f"--output is missing, and --{kind}: one of them says where {kind} go")
     for uri in destinations:
-        if webhooks.WEBHOOK.match(uri):
-            webhooks.check_address(uri, f"--{kind}")
+        if WEBHOOK.match(uri):
+            check_address(uri, f"--{kind}")
+        if DATABASE.match(uri):
+            check_uri(uri, f"--{kind}")
         if not is_file(uri):
             continue
         if uri.startswith("bigquery:"):
@@ -166,23 +173,21 @@ def split_destinations(kind: str, own: str, output: str) -> tuple[str, ...]:
             raise UsageError(
                 f"--{kind}: nothing writes to {uri!r}; known are file prefixes, local or of a "
                 "file system of Beam's (gs://…), projects/PROJECT/topics/NAME, "
-                "bigquery://PROJECT.DATASET.TABLE, and https://… (a webhook)"
+                "bigquery://PROJECT.DATASET.TABLE, sqlite:///FILE, postgresql+psycopg://…, and "
+                "https://… (a webhook)"
             ) from None
     return destinations
 
 
 def is_file(uri: str) -> bool:
     """Whether a destination is a file prefix."""
-    others = (PUBSUB_TOPIC.fullmatch, bigquery.TABLE.fullmatch, DATABASE.fullmatch)
-    return not (any(matches(uri) for matches in others) or webhooks.WEBHOOK.match(uri))
+    others = (PUBSUB_TOPIC.fullmatch, bigquery.TABLE.fullmatch, DATABASE.match, WEBHOOK.match)
+    return not any(is_other(uri) for is_other in others)
 
 
 def shown(text: str) -> str:
-    """A text with destinations less what may be secret in them."""
-    return _PASSWORD.sub(r"\1:***@", webhooks.shown(text))
-
-
-_PASSWORD = re.compile(r"(postgresql[^:,\s]*://[^:/@,\s]*):[^@,\s]*@")
+    """A text with destinations, less what may be secret in them."""
+    return without_passwords(shown_webhook(text))
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")

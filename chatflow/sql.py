@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import apache_beam as beam
 
 from chatflow.dead_letters import dead_letter
-from chatflow.errors import ElementError, one_line
+from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.records import Analysis, Chat, DeadLetter, Draft, Record, now, record_id
 from chatflow.services import wait_to_try_again
 
@@ -33,6 +34,9 @@ FIRST_PAUSE = 0.5
 """Seconds before the second try; then twice as long each time."""
 
 
+_log = logging.getLogger(__name__)
+
+
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class UpsertRecords(beam.PTransform):
@@ -49,7 +53,7 @@ class UpsertRecords(beam.PTransform):
       uri: see `DATABASE`.
     """
 
-    uri: str
+    uri: str = dataclasses.field(repr=False)  # it may hold a password
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
         return (
@@ -338,3 +342,54 @@ def _clean(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return None
     return value
+
+
+def without_passwords(text: str) -> str:
+    """A text with databases, less their passwords."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+_PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):[^/,\s]*@")
+
+
+def check_uri(uri: str, flag: str) -> None:
+    """Makes sure that a URI names a database.
+
+    Raises:
+      UsageError: see `connect.parse_uri`; with the flag.
+    """
+    from chatflow.database.connect import parse_uri
+
+    try:
+        parse_uri(uri)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def check_databases(
+    destinations: Iterable[str], local: bool = True, share_files: bool = True
+) -> None:
+    """Makes the tables where they are missing, before anything runs.
+
+    Args:
+      local: the pipeline runs here; else its workers may reach what is out of reach from here,
+        and make the tables when they start.
+      share_files: workers see files of this machine.
+
+    Raises:
+      UsageError: a database cannot be used, or not by workers elsewhere.
+    """
+    from chatflow.database.connect import Database
+
+    for uri in sorted({uri for uri in destinations if DATABASE.match(uri)}):
+        if uri.startswith("sqlite:") and not share_files:
+            raise UsageError(f"{uri} is a file of this machine, where no worker comes to")
+        database = Database(uri)
+        try:
+            database.upgrade()
+        except UsageError as error:
+            if local:
+                raise
+            _log.warning("not checked: %s", error)
+        finally:
+            database.close()

@@ -9,13 +9,15 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from conftest import chat
+from conftest import JOB_SERVICE, chat, mistake
 
 from chatflow import sql
 from chatflow.database import tables
 from chatflow.database.connect import Database, parse_uri
 from chatflow.errors import UsageError
+from chatflow.options import Options
 from chatflow.records import Analysis, DeadLetter, Draft
+from chatflow.run import execute
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -251,3 +253,115 @@ def test_many_writers_lose_nothing_and_double_nothing(database):
     assert {key for key, status in found.items() if status == "waiting"} == {
         f"d-c{number}-3" for number in range(20)
     }
+
+
+RULES = (
+    {"task": "analysis", "match": "late", "answer": {"sentiment": -1, "summary": "It is late."}},
+    {"task": "analysis", "answer": {"sentiment": 1, "summary": "All is well."}},
+    {"task": "apology", "answer": "We are sorry that it is late."},
+)
+
+
+@pytest.fixture
+def analyse(lines, script, new_database):
+    """Analyses four chats, two of them angry, and a line that is none, into a database."""
+
+    def run(*flags, **fields):
+        chats = [
+            chat(("It is late.", "Thanks.")[i % 2], chat_id=f"c{i}", attributes={"tenant": "t"})
+            for i in range(4)
+        ]
+        given = {"input": lines(*chats, "no json"), "model": script(*RULES)}
+        return execute(Options(**{"database": new_database, **given, **fields}), flags)
+
+    return run
+
+
+COUNTS = {"chats": 4, "chat_attributes": 4, "analyses": 4, "drafts": 2, "dead_letters": 1}
+
+
+def counts(database):
+    return {name: len(rows(database, tables.metadata.tables[name])) for name in COUNTS}
+
+
+def test_a_run_fills_the_database_and_a_second_one_adds_nothing(analyse, new_database, tmp_path):
+    summary = analyse(output=str(tmp_path / "results"))
+    assert summary.lost == 0
+    assert len(summary.files("analyses")) == 1
+    assert summary.to_dict()["other_destinations"]["drafts"] == [new_database]
+    database = Database(new_database)
+    assert counts(database) == COUNTS
+    first = statuses(database)
+    analyse()
+    assert counts(database) == COUNTS
+    assert statuses(database) == first
+
+
+def test_single_kinds_go_to_a_database_too(analyse, new_database, tmp_path):
+    analyse(database="", output=str(tmp_path), drafts=new_database)
+    found = counts(Database(new_database))
+    assert found == dict.fromkeys(COUNTS, 0) | {"drafts": 2}
+
+
+def test_workers_in_other_processes_write_too(analyse, new_database):
+    assert analyse(*JOB_SERVICE).lost == 0
+    assert counts(Database(new_database)) == COUNTS
+
+
+def test_an_outage_is_waited_for(database, monkeypatch):
+    monkeypatch.setattr(sql, "FIRST_PAUSE", 0.01)
+    if database.is_sqlite:
+        pytest.skip("a file has no connections to lose")
+    fn = sql._UpsertDoFn("")
+    fn.database = database
+    assert list(fn.process([analysis(), draft()])) == []
+    with database.write() as connection:
+        connection.execute(
+            sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+    assert list(fn.process([analysis(revision=1), draft(revision=1)])) == []
+    assert statuses(database) == {"d-7-0": "superseded", "d-7-1": "waiting"}
+
+
+def test_a_database_that_stays_away_fails_the_bundle(monkeypatch):
+    monkeypatch.setattr(sql, "UPSERT_SECONDS", 0.2)
+    fn = sql._UpsertDoFn("")
+    fn.database = Database("postgresql://me:s3cret@127.0.0.1:1/db")
+    with pytest.raises(sa.exc.OperationalError) as error:
+        list(fn.process([analysis()]))
+    assert "s3cret" not in str(error.value)
+
+
+def test_what_the_database_refuses_is_a_dead_letter_and_fails_no_other(database):
+    """PostgreSQL indexes no id of 3,000 random bytes."""
+    if database.is_sqlite:
+        pytest.skip("SQLite takes all")
+    noise = random.Random(1)
+    long_id = "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(1024))
+    records = [analysis(f"c{i}") for i in range(5)] + [analysis(long_id)]
+    fn = sql._UpsertDoFn("")
+    fn.database = database
+    (refused,) = fn.process(records)
+    assert (refused.stage, refused.reason) == ("write", "sql_refused")
+    assert Analysis.model_validate_json(refused.payload) == records[-1]
+    assert len(rows(database, tables.analyses)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--drafts mysql://h/db --output OUT", "--drafts: nothing writes to 'mysql://h/db'"),
+        ("--drafts sqlite:// --output OUT", "--drafts: sqlite:// names no file"),
+        ("--database mysql://me:s3cret@h/db", "--database: mysql://me:***@h/db is a database"),
+        ("--database sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
+        ("--database postgresql://me:s3cret@127.0.0.1:1/db", "cannot be used: "),
+    ],
+)
+def test_wrong_databases_are_said_at_launch(arguments, said, lines, script, tmp_path, capsys):
+    given = ["run", "--input", lines(chat("Hello")), "--model", script(*RULES)]
+    error = mistake([*given, *arguments.split()], {"OUT": str(tmp_path)}, capsys)
+    assert said in error
+    assert "s3cret" not in error

@@ -6,7 +6,7 @@ import argparse
 
 from chatflow.options import add_flags
 
-LEFT_OUT = ("input", "show", "analyses", "drafts", "dead_letters")
+LEFT_OUT = ("input", "show", "analyses", "drafts", "dead_letters", "database")
 """Flags of `chatflow run` that an evaluation has no use for: it reads its own results."""
 
 
