@@ -36,9 +36,9 @@ class WriteRecords(beam.PTransform):
     fails its bundle, so that the runner tries again.
     """
 
-    destinations: Sequence[str]
+    destinations: Sequence[str] = dataclasses.field(repr=False)  # there may be secrets in them
     streaming: bool = False
-    webhook_secret: str = ""
+    webhook_secret: str = dataclasses.field(default="", repr=False)
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter] | None:
         written = [

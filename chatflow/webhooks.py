@@ -334,7 +334,7 @@ def read_secret(place: str) -> tuple[bytes, ...]:
         text = ""
     except Exception as error:  # each filesystem has its own
         raise UsageError(f"--webhook_secret={place}: cannot be read: {one_line(error)}") from None
-    keys = tuple(map(_key, text.split()))
+    keys = keys_of(text)
     if not keys or min(map(len, keys)) < SECRET_BYTES:
         raise UsageError(
             f"--webhook_secret={place}: what is there is no whsec_… with at least {SECRET_BYTES} "
@@ -343,8 +343,12 @@ def read_secret(place: str) -> tuple[bytes, ...]:
     return keys
 
 
+def keys_of(text: str) -> tuple[bytes, ...]:
+    """The keys in `whsec_…`, divided by blanks; an empty one for what is none."""
+    return tuple(map(_key, text.split()))
+
+
 def _key(text: str) -> bytes:
-    """The key in `whsec_…`; nothing where it is none."""
     encoded = text.removeprefix("whsec_").rstrip("=")
     try:
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)

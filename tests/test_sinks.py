@@ -11,7 +11,7 @@ from test_pipeline import read
 from chatflow.errors import UsageError
 from chatflow.publishing import to_message
 from chatflow.records import Analysis, DeadLetter, Draft, now, parse_record
-from chatflow.sinks import AppendFiles, prepare_output, result_files, split_destinations
+from chatflow.sinks import AppendFiles, prepare_output, result_files, shown, split_destinations
 
 ANALYSIS = Analysis(
     analysis_id="a1", chat_id="7", user_id="c", revision=3, sentiment=-1, summary="It is late.",
@@ -104,6 +104,12 @@ def test_a_kinds_own_flag_comes_before_the_output_folder():
     assert split_destinations("analyses", "", "out") == ("out/analyses",)
     assert split_destinations("analyses", topic, "out") == (topic,)
     assert split_destinations("analyses", f"{topic}, x/y", "") == (topic, "x/y")
+
+
+def test_what_is_secret_in_a_destination_is_not_shown():
+    given = "--drafts=postgresql+psycopg://me:pa:ss@h/n,https://h/p?token=x,sqlite:////a/b,gs://b/c"
+    told = "--drafts=postgresql+psycopg://me:***@h/n,https://h/p?…,sqlite:////a/b,gs://b/c"
+    assert shown(given) == told
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import ClassVar
 import apache_beam as beam
 import pytest
 from conftest import JOB_SERVICE, PubSub, chat, mistake, scripted, start_emulator
+from fakes.hook import Answer, Hook
 from test_pipeline import ANGRY, APOLOGY, read
 
 from chatflow.cli import main
@@ -199,6 +200,32 @@ def test_the_model_failing_for_a_while_loses_nothing(pubsub):
         with pubsub.pipeline(again, scripted(failing_model), replay=True):
             inbox.wait(lambda inbox: len(inbox.drafts) == 20)
     assert last_revisions(inbox) == {str(n): f"m{n}x1" for n in range(20)}
+
+
+def test_a_webhook_takes_drafts_as_they_come(pubsub, monkeypatch):
+    """What it refuses is in the dead-letter topic, and is replayed from there."""
+    monkeypatch.setenv("HOOK_SECRET", "whsec_" + "b" * 40)
+    given = {"model": "scripted:/dev/null", "webhook_secret": "env:HOOK_SECRET"}
+    with Hook() as hook, pubsub.inbox() as inbox:
+        hook.behave = lambda got, _: Answer(404 if got.record["chat_id"] == "1" else 200)
+        with pubsub.pipeline(pubsub.options(drafts=hook.address, **given), scripted(echo)):
+            pubsub.send(*(message(f"m{n}x1", str(n)) for n in range(4)))
+            pubsub.send(*(closed(str(n)) for n in range(4)))
+            inbox.wait(lambda inbox: inbox.dead_letters and len(hook.received) == 4)
+        (letter,) = inbox.dead_letters
+        assert (letter["stage"], letter["chat_id"]) == ("write", "1")
+        hook.behave = lambda *_: Answer()
+        again = pubsub.options(
+            input=pubsub.subscription("dead_letters"), drafts=hook.address, **given
+        )
+        with pubsub.pipeline(again, scripted(must_not_be_asked), replay=True):
+            assert hook.wait(lambda received: len(received) == 5)
+    assert hook.received[-1].body.decode() == letter["payload"]
+    assert len(inbox.analyses) == 4
+
+
+def must_not_be_asked(request):
+    raise AssertionError
 
 
 HEALTHY = threading.Event()

@@ -33,9 +33,8 @@ class Loopback:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = _Server(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         self.port = self._server.server_port
         self.address = f"http://127.0.0.1:{self.port}"
         return self
@@ -59,6 +58,11 @@ class Loopback:
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """A status, and a value, or its JSON."""
         raise NotImplementedError
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # of 5, as it is else, some that connect at once wait for a second
 
 
 @contextlib.contextmanager

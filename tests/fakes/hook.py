@@ -8,8 +8,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from . import Loopback
@@ -33,7 +34,7 @@ class Answer(NamedTuple):
 
     status: int = 200
     body: str = ""
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 Behaviour = Answer | str
@@ -53,7 +54,7 @@ class Hook(Loopback):
         self.received: list[Received] = []
         self.behave = behave
         self.most = self._now = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._done = threading.Event()
 
     def __exit__(self, *error: object) -> None:
@@ -68,13 +69,19 @@ class Hook(Loopback):
         """The records, in order of their chats, each as often as it came."""
         return sorted((r.record for r in self.received), key=lambda record: record["chat_id"])
 
+    def wait(self, until: Callable[[list[Received]], bool], seconds: float = 60) -> bool:
+        """Waits until there are the requests that somebody waits for."""
+        with self._lock:
+            return self._lock.wait_for(lambda: until(self.received), seconds)
+
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["Content-Length"]))
-        got = Received(request.path, dict(request.headers), body, time.monotonic())
+        got = Received(request.path, dict(request.headers), body, time.time())
         with self._lock:
             self._now += 1
             self.most = max(self.most, self._now)
             self.received.append(got)
+            self._lock.notify_all()
             key = got.headers.get("webhook-id")
             tries = sum(other.headers.get("webhook-id") == key for other in self.received)
         try:
