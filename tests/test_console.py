@@ -20,7 +20,7 @@ from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
 from chatflow.database import tables
 from chatflow.database.connect import Database
-from chatflow.records import DeadLetter, Reply
+from chatflow.records import DeadLetter, Reply, Sentiment
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_the_dashboards_figures(database):
     for number in range(4):
         write(database, *angry_chat(number))
     chat, analysis, _ = angry_chat(9)
-    write(database, chat, analysis.model_copy(update={"sentiment": 1}))
+    write(database, chat, analysis.model_copy(update={"sentiment": Sentiment.HAPPY}))
     write(
         database,
         DeadLetter(
@@ -661,7 +661,10 @@ def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):
         ("--redact boss", "--redact: 'boss' is no role"),
         ("--trusted_proxies x", "--trusted_proxies: 'x' does not appear to be"),
         ("--replies gs://b/replies", "--replies=gs://b/replies: replies go to a topic"),
-        ("--replies /nowhere/replies.jsonl", "--replies=/nowhere/replies.jsonl: there is no folder"),
+        (
+            "--replies /nowhere-at-all/replies.jsonl",
+            "--replies=/nowhere-at-all/replies.jsonl: there is no folder",
+        ),
         ("--replies BAD", "has a line that is no reply"),
         ("--database sqlite:////nowhere/x.db", "there is no folder /nowhere"),
         ("--what", "unknown flag --what"),
