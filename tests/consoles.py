@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import httpx
-import uvicorn
 
 from chatflow import sql
-from chatflow.console.app import Console
+from chatflow.console.app import Console, Server
 from chatflow.console.command import listen
 from chatflow.console.people import People
 from chatflow.database.connect import Database
@@ -23,13 +22,9 @@ LOCAL = People("ada")
 @contextlib.contextmanager
 def served(database: Database, people: People = LOCAL, **fields) -> Iterator[str]:
     """A console on a database; gives its address."""
-    app = Console(database, people, **fields).app()
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(
-        app, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    server = Server(Console(database, people, **fields), listener)
+    thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

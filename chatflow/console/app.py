@@ -8,6 +8,7 @@ import dataclasses
 import hmac
 import logging
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 import jinja2
 import sqlalchemy as sa
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, MutableHeaders
@@ -287,7 +289,8 @@ class Changes:
 
     def __init__(self, database: Database):
         self._database = database
-        self._waiting: set[asyncio.Queue[str]] = set()
+        self._waiting: set[asyncio.Queue[bool]] = set()
+        self._ended = False
 
     async def look(self) -> None:
         """Looks for changes for as long as somebody wants to know of them."""
@@ -303,9 +306,17 @@ class Changes:
                 continue
             if found != last:
                 last = found
-                for queue in self._waiting:
-                    if queue.empty():
-                        queue.put_nowait(found)
+                self._tell()
+
+    def _tell(self) -> None:
+        for queue in self._waiting:
+            if queue.empty():
+                queue.put_nowait(True)
+
+    def end(self) -> None:
+        """Ends all streams, for a server that waits for its answers to end."""
+        self._ended = True
+        self._tell()
 
     def _state(self) -> str:
         with self._database.read() as connection:
@@ -313,11 +324,11 @@ class Changes:
 
     async def stream(self, request: Request) -> Response:
         async def events() -> AsyncIterator[str]:
-            queue: asyncio.Queue[str] = asyncio.Queue()
+            queue: asyncio.Queue[bool] = asyncio.Queue()
             self._waiting.add(queue)
             try:
                 yield "retry: 2000\n\n"
-                while True:
+                while not self._ended:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(queue.get(), 15)
                         yield "event: change\ndata:\n\n"
@@ -340,6 +351,29 @@ def duration(seconds: float | None) -> str:
                 f"{amount:.0f} {unit}" if amount >= 10 or unit == "min" else f"{amount:.1f} {unit}"
             )
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+class Server(uvicorn.Server):
+    """Serves a console on a socket that listens already; `run` it, and set `should_exit`."""
+
+    def __init__(self, console: Console, listener: socket.socket):
+        config = uvicorn.Config(
+            console.app(),
+            log_level="warning",
+            access_log=False,  # addresses hold what people search for
+            proxy_headers=False,  # `Guard` looks at them, and only from proxies that it trusts
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        super().__init__(config)
+        self._console, self._listener = console, listener
+
+    def serve_forever(self) -> None:
+        self.run(sockets=[self._listener])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._console.changes.end()
+        await super().shutdown(sockets)
 
 
 # The pages.

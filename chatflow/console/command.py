@@ -23,10 +23,8 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     if rest:
         raise UsageError(f"unknown flag {rest[0]}; see chatflow console --help")
     try:
-        import uvicorn
-
         from chatflow.console import people
-        from chatflow.console.app import Console
+        from chatflow.console.app import Console, Server
         from chatflow.console.outbox import replies_to
     except ImportError as error:
         raise UsageError(
@@ -48,13 +46,13 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         return export(database, parsed.export)
     hosts = ["localhost", "127.0.0.1", "::1"]
     hosts += filter(None, (host.strip() for host in parsed.allowed_hosts.split(",")))
-    app = Console(
+    served = Console(
         database,
         known,
         replies_to(parsed.replies) if parsed.replies else None,
         parsed.undo_seconds,
         hosts,
-    ).app()
+    )
     listener = listen(parsed.host, parsed.port)
     shown = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
     address = f"http://{shown}:{listener.getsockname()[1]}/"
@@ -63,15 +61,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         print("approved replies are kept, and not sent: no --replies", flush=True)
     if parsed.open_browser:
         webbrowser.open(address)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,  # addresses hold what people search for
-        proxy_headers=False,  # `people` looks at them, and only from --trusted_proxies
-        server_header=False,
-        timeout_graceful_shutdown=2,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(served, listener).serve_forever()
     return 0
 
 
