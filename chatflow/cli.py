@@ -97,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         "the whole event-driven system on this machine, with a live view",
         """
         Starts the Pub/Sub emulator (or uses the one at PUBSUB_EMULATOR_HOST), runs the
-        pipeline on it, replays chats as live messages, and shows what comes out. Ctrl-C
-        drains the pipeline and stops everything that was started.
+        pipeline on it, replays chats as live messages, and shows what comes out, also on the
+        page of `chatflow console`. Ctrl-C drains the pipeline and stops everything that was
+        started.
 
           chatflow stream --rate 2
         """,
@@ -111,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     stream.add_argument(
         "--stop_when_done", action="store_true", help="end when all chats were replayed"
+    )
+    stream.add_argument(
+        "--console", choices=("true", "false"), default="true", help="serve the staff's page, too"
+    )
+    stream.add_argument(
+        "--console_port", type=int, default=8080, help="of that page (default: %(default)s)"
     )
     add_flags(stream, leave_out=("input", "id_label"))
     stream.set_defaults(run=_stream)

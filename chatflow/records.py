@@ -375,7 +375,9 @@ def open_record(data: bytes) -> Record:
     """
     value = load_object(data)
     kind: type[Record] = DeadLetter
-    if "draft_id" in value:
+    if "reply_id" in value:
+        kind = Reply
+    elif "draft_id" in value:
         kind = Draft
     elif "analysis_id" in value:
         kind = Analysis

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from chatflow.records import Analysis, Draft
 
 PROJECT = "chatflow-local"
-EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS = (
-    f"projects/{PROJECT}/topics/{name}" for name in ("events", "analyses", "drafts", "dead-letters")
+EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS, REPLIES = TOPICS = tuple(
+    f"projects/{PROJECT}/topics/{name}"
+    for name in ("events", "analyses", "drafts", "dead-letters", "replies")
 )
 
 
@@ -42,7 +44,7 @@ class Board:
         self.dead_letters: collections.Counter[str] = collections.Counter()
         self.analyses: collections.deque[Analysis] = collections.deque(maxlen=newest)
         self.drafts: collections.deque[Draft] = collections.deque(maxlen=max(newest // 2, 1))
-        self.drafted = self.flagged = 0
+        self.drafted = self.flagged = self.replies = 0
         self.latencies: collections.deque[float] = collections.deque(maxlen=1000)
         self.note = ""
         self._sent: dict[tuple[str, int], float] = {}
@@ -59,17 +61,17 @@ class Board:
 
     def arrived(self, message: Any) -> None:
         """Takes a `PubsubMessage` with a result; one that comes twice counts once."""
-        from chatflow.records import Analysis, DeadLetter, Draft, record_id
-        from chatflow.tail import open_record
+        from chatflow.records import Analysis, DeadLetter, Draft, Reply, open_record, record_id
 
         try:
             record = open_record(message.data)
         except BadInputError:
             return
         with self._lock:
-            if record_id(record) in self._seen:
+            key = f"{type(record).__name__} {record_id(record)}"
+            if key in self._seen:
                 return
-            self._seen.add(record_id(record))
+            self._seen.add(key)
             if isinstance(record, Analysis):
                 self.sentiments[record.sentiment.name.lower()] += 1
                 self.analyses.append(record)
@@ -80,6 +82,8 @@ class Board:
                 self.drafted += record.flag is None
                 self.flagged += record.flag is not None
                 self.drafts.append(record)
+            elif isinstance(record, Reply):
+                self.replies += 1
             elif isinstance(record, DeadLetter):
                 self.dead_letters[f"{record.stage}/{record.reason}"] += 1
 
@@ -119,7 +123,9 @@ class Board:
             f"{now.get('lines_read', 0)} read",
             "analyses": f"{sum(self.sentiments.values())}" + (f" ({tones})" if tones else ""),
             "at the model": f"{max(waiting, 0)} chats",
-            "drafts": f"{self.drafted}" + (f", {self.flagged} flagged" if self.flagged else ""),
+            "drafts": f"{self.drafted}"
+            + (f", {self.flagged} flagged" if self.flagged else "")
+            + (f", {self.replies} approved and sent" if self.replies else ""),
             "dead letters": f"{self.dead_letters.total()}" + (f" ({letters})" if letters else ""),
             "last message to analysis": "p50 {:.1f} s, p95 {:.1f} s".format(*latency)
             if latency
@@ -186,6 +192,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     from rich.console import Console
 
     from chatflow import metrics, publish
+    from chatflow.console.beside import console_beside, has_screen
     from chatflow.emulator import emulator, make_topics, subscription_of
     from chatflow.options import from_flags
     from chatflow.report import Summary
@@ -201,26 +208,37 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
     for kind, topic in (("analyses", ANALYSES), ("drafts", DRAFTS), ("dead_letters", DEAD_LETTERS)):
         own = getattr(parsed, kind) or (f"{parsed.output}/{kind}" if parsed.output else "")
         setattr(parsed, kind, ",".join(filter(None, (topic, own))))
-    options = from_flags(parsed)
     console = Console(stderr=not sys.stdout.isatty())
     board = Board()
     board.total = sum(len(chat.messages) + 1 for chat in chats)
     metrics.reset_local_counts()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
+        if not parsed.database:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatflow-"))
+            parsed.database = f"sqlite:///{folder}/chatflow.db"
+        options = from_flags(parsed)
         stack.enter_context(sigterm_interrupts())
         console.print("starting the Pub/Sub emulator")
         host = stack.enter_context(emulator())
-        make_topics((EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS))
+        make_topics(TOPICS)
         planned, pipeline = prepare(options, flags, console)
         stack.callback(planned.model.forget)
-        results = stack.enter_context(follow((ANALYSES, DRAFTS, DEAD_LETTERS)))
+        results = stack.enter_context(follow(TOPICS[1:]))
         console.print(
             f"Pub/Sub is at PUBSUB_EMULATOR_HOST={host}; from another terminal, send to\n"
-            f"  {EVENTS}\nand read what comes out of\n  {ANALYSES}\n  {DRAFTS}\n  {DEAD_LETTERS}",
+            f"  {EVENTS}\nand read what comes out of\n  " + "\n  ".join(TOPICS[1:]),
             highlight=False,
             soft_wrap=True,
         )
+        if parsed.console == "true":
+            flags_of_console = [f"--database={options.database}", f"--replies={REPLIES}"]
+            if console.is_terminal and has_screen():
+                flags_of_console.append("--open_browser")
+            address = stack.enter_context(console_beside(flags_of_console, parsed.console_port))
+            console.print(
+                f"review the drafts on [bold]{address}[/]", highlight=False, soft_wrap=True
+            )
         console.print(f"loading {options.model}", highlight=False)
         run = Run(pipeline.run())
         replay = publish.Replay(chats, sent=board.sent)

@@ -10,8 +10,7 @@ from typing import Any
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.pulling import Puller, open_puller
-from chatflow.records import Analysis, DeadLetter, Draft, Record
-from chatflow.records import open_record as open_record  # where it was before
+from chatflow.records import Analysis, DeadLetter, Draft, Record, Reply, open_record
 from chatflow.sources import PUBSUB_INPUT
 
 
@@ -55,6 +54,10 @@ def for_people(record: Record) -> str:
     if isinstance(record, Draft):
         text = " ".join(draft_text(record).split())
         return f"[bold]draft[/]   {plain(record.chat_id)} {plain(record.user_id)}: {plain(text)}"
+    if isinstance(record, Reply):
+        said = f"[bold]reply[/]   {plain(record.chat_id)} {plain(record.user_id)}"
+        text = plain(" ".join(record.text.split()))
+        return f"{said}, approved by {plain(record.approved_by)}: {text}"
     assert isinstance(record, DeadLetter)
     where = f"{record.stage}/{record.reason}"
     return f"[magenta]dead[/]    {plain(record.chat_id or '-')} {where}: {plain(record.error)}"

@@ -17,6 +17,7 @@ from typing import ClassVar
 import apache_beam as beam
 import pytest
 from conftest import JOB_SERVICE, PubSub, chat, mistake, scripted, start_emulator
+from consoles import Visitor
 from fakes.hook import Answer, Hook
 from test_pipeline import ANGRY, APOLOGY, read
 
@@ -462,18 +463,21 @@ def test_publish_sends_lines_as_they_are(pubsub, lines):
 
 
 def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
-    """With an emulator of its own, as a newcomer runs it; then Ctrl-C."""
+    """With an emulator of its own, as a newcomer runs it; a draft is approved; then Ctrl-C."""
     start_emulator().stop()  # it can be started here
     source = lines(*(chat("late!", "sorry", chat_id=str(n)) for n in range(10)))
     environment = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
     with command(
         "stream", "--chats", source, "--rate=100", "--model", script(ANGRY, APOLOGY),
-        "--summary=json", f"--output={tmp_path}/out", env=environment,
+        "--summary=json", f"--output={tmp_path}/out", "--console_port=0", env=environment,
     ) as process:  # fmt: skip
-        host = None
+        host = page = approved = None
         for line in process.stderr:
             host = host or re.search(r"PUBSUB_EMULATOR_HOST=([\d.]+):(\d+)", line)
-            if "analyses: 10" in line:
+            page = page or re.search(r"http://([\d.]+):(\d+)", line)
+            if "drafts: 10" in line and not approved:
+                approved = Visitor(page[0]).approve_one()
+            if "1 approved and sent" in line:
                 break
         else:
             pytest.fail(process.stderr.read())
@@ -483,8 +487,9 @@ def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, t
     assert (counts["messages_read"], counts["chats_assembled"]) == (20, 10)
     assert counts["lost"] == 0
     assert len(read(tmp_path / "out", "drafts")) == 10
-    with socket.socket() as client:
-        assert client.connect_ex((host[1], int(host[2]))) != 0, "the emulator still runs"
+    for place in (host, page):
+        with socket.socket() as client:
+            assert client.connect_ex((place[1], int(place[2]))) != 0, f"{place[0]} still runs"
 
 
 @pytest.mark.parametrize(
