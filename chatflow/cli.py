@@ -252,6 +252,11 @@ def _parser() -> argparse.ArgumentParser:
         help="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME (default: %(default)s)",
     )
     console.add_argument(
+        "--database_password",
+        default="",
+        help="where its password is: env:NAME, file:PATH or projects/P/secrets/S/versions/V",
+    )
+    console.add_argument(
         "--replies",
         default="",
         help="where approved replies go: projects/P/topics/T, or a file of JSON Lines",

@@ -56,6 +56,10 @@ class Options:
         "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
         _DATA,
     )  # fmt: skip
+    database_password: str = _flag(
+        "", "Where the database's password is, as for --webhook_secret; or as libpq finds it.",
+        _DATA,
+    )  # fmt: skip
     webhook_secret: str = _flag(
         "", "Where the secret is by which webhooks are signed, never the secret itself: env:NAME, "
         "file:PATH (local or gs://…), or projects/P/secrets/S/versions/V of Secret Manager. "

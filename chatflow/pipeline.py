@@ -61,8 +61,10 @@ class Plan:
         return self.streaming and (updates or self.options.prompt_updates == "true")
 
     def write(self, kind: str) -> WriteRecords:
-        destinations = self.destinations[kind]
-        return WriteRecords(destinations, self.streaming, self.options.webhook_secret)
+        """What writes a kind of record; chats go to the database alone."""
+        destinations = self.destinations.get(kind, (self.options.database,))
+        secrets = self.options.webhook_secret, self.options.database_password
+        return WriteRecords(destinations, self.streaming, *secrets)
 
 
 def plan(
@@ -179,7 +181,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
     refused = []
     if options.database:  # people see what they decide on
-        refused.append(chats | "WriteChats" >> WriteRecords([options.database]))
+        refused.append(chats | "WriteChats" >> plan.write("chats"))
     updates = None
     if plan.watches:
         watch = WatchUpdates(

@@ -155,7 +155,8 @@ def prepare(
         check_credentials(beam_flags)
     check_topics(destinations, local)
     check_tables(planned.destinations, local)
-    check_databases(destinations, local, share_files=not is_dataflow(beam_flags))
+    share_files = not is_dataflow(beam_flags)
+    check_databases(destinations, options.database_password, local, share_files)
     check_secret(destinations, options.webhook_secret, local)
     if local:
         prepare_model(planned, console)

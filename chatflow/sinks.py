@@ -29,7 +29,8 @@ class WriteRecords(beam.PTransform):
     Attributes:
       destinations: file prefixes, Pub/Sub topics, tables, webhooks; see `split_destinations`.
       streaming: the records never end, so files are written as they fill up.
-      webhook_secret: where the secret is by which webhooks are signed; see `webhooks.SECRETS`.
+      webhook_secret: where the secret is by which webhooks are signed; see `secrets.PLACES`.
+      database_password: where the password of databases is.
 
     Output: a `DeadLetter` for each record that a destination refused for good; None where no
     destination ever does. Dead letters themselves have no other place to go: one that is refused
@@ -39,35 +40,35 @@ class WriteRecords(beam.PTransform):
     destinations: Sequence[str] = dataclasses.field(repr=False)  # there may be secrets in them
     streaming: bool = False
     webhook_secret: str = dataclasses.field(default="", repr=False)
+    database_password: str = dataclasses.field(default="", repr=False)
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter] | None:
         written = [
-            records | f"Write{number or ''}" >> sink(uri, self.streaming, self.webhook_secret)
+            records | f"Write{number or ''}" >> self.sink(uri)
             for number, uri in enumerate(self.destinations)
         ]
         refused = [letters for letters in written if _are_letters(letters)]
         return refused | "Refused" >> beam.Flatten() if refused else None
 
+    def sink(self, uri: str) -> beam.PTransform:
+        """What writes to a destination; a new scheme is a new line here.
+
+        One that may refuse a record for good gives a collection of type `DeadLetter`; what
+        others give is nobody's concern.
+        """
+        if topic := PUBSUB_TOPIC.fullmatch(uri):
+            return PublishRecords(topic[1])
+        if bigquery.TABLE.fullmatch(uri):
+            return bigquery.WriteRows(uri)
+        if DATABASE.match(uri):
+            return UpsertRecords(uri, self.database_password)
+        if WEBHOOK.match(uri):
+            return PostRecords(uri, self.webhook_secret)
+        return AppendFiles(uri) if self.streaming else WriteFiles(uri)
+
 
 def _are_letters(output: Any) -> bool:
     return isinstance(output, beam.PCollection) and output.element_type is DeadLetter
-
-
-def sink(uri: str, streaming: bool, webhook_secret: str = "") -> beam.PTransform:
-    """What writes to a destination; a new scheme is a new line here.
-
-    One that may refuse a record for good gives a collection of type `DeadLetter`; what others
-    give is nobody's concern.
-    """
-    if topic := PUBSUB_TOPIC.fullmatch(uri):
-        return PublishRecords(topic[1])
-    if bigquery.TABLE.fullmatch(uri):
-        return bigquery.WriteRows(uri)
-    if DATABASE.match(uri):
-        return UpsertRecords(uri)
-    if WEBHOOK.match(uri):
-        return PostRecords(uri, webhook_secret)
-    return AppendFiles(uri) if streaming else WriteFiles(uri)
 
 
 @beam.typehints.with_input_types(Record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import logging
 import re
@@ -16,6 +17,7 @@ import apache_beam as beam
 from chatflow.dead_letters import dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.records import Analysis, Chat, DeadLetter, Draft, Record, now, record_id
+from chatflow.secrets import read_secret
 from chatflow.services import wait_to_try_again
 
 if TYPE_CHECKING:
@@ -51,26 +53,29 @@ class UpsertRecords(beam.PTransform):
 
     Attributes:
       uri: see `DATABASE`.
+      password: where the password is, for a URI without one; see `secrets.PLACES`.
     """
 
     uri: str = dataclasses.field(repr=False)  # it may hold a password
+    password: str = dataclasses.field(default="", repr=False)
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
         return (
             records
             | "Batch" >> beam.BatchElements(ROWS, ROWS)
-            | "Upsert" >> beam.ParDo(_UpsertDoFn(self.uri)).with_output_types(DeadLetter)
+            | "Upsert"
+            >> beam.ParDo(_UpsertDoFn(self.uri, self.password)).with_output_types(DeadLetter)
         )
 
 
 class _UpsertDoFn(beam.DoFn):
-    def __init__(self, uri: str):
-        self.uri = uri
+    def __init__(self, uri: str, password: str = ""):
+        self.uri, self.password = uri, password
 
     def setup(self) -> None:
         from chatflow.database.connect import opened
 
-        self.database = opened(self.uri)
+        self.database = opened(self.uri, password_at(self.password))
 
     def process(self, records: Sequence[Record]) -> Iterable[DeadLetter]:
         """Writes records; those that are refused on their own are dead letters.
@@ -367,11 +372,12 @@ def check_uri(uri: str, flag: str) -> None:
 
 
 def check_databases(
-    destinations: Iterable[str], local: bool = True, share_files: bool = True
+    destinations: Iterable[str], password: str, local: bool = True, share_files: bool = True
 ) -> None:
     """Makes the tables where they are missing, before anything runs.
 
     Args:
+      password: where it is, if anywhere.
       local: the pipeline runs here; else its workers may reach what is out of reach from here,
         and make the tables when they start.
       share_files: workers see files of this machine.
@@ -384,12 +390,20 @@ def check_databases(
     for uri in sorted({uri for uri in destinations if DATABASE.match(uri)}):
         if uri.startswith("sqlite:") and not share_files:
             raise UsageError(f"{uri} is a file of this machine, where no worker comes to")
-        database = Database(uri)
         try:
-            database.upgrade()
+            database = Database(uri, password_at(password))
+            with contextlib.closing(database):
+                database.upgrade()
         except UsageError as error:
             if local:
                 raise
             _log.warning("not checked: %s", error)
-        finally:
-            database.close()
+
+
+def password_at(place: str) -> str:
+    """A database's password; empty where no place is named.
+
+    Raises:
+      UsageError: there is none there.
+    """
+    return read_secret(place, "--database_password").strip() if place else ""

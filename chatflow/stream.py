@@ -233,6 +233,8 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         )
         if parsed.console == "true":
             flags_of_console = [f"--database={options.database}", f"--replies={REPLIES}"]
+            if place := options.database_password:
+                flags_of_console.append(f"--database_password={place}")
             if console.is_terminal and has_screen():
                 flags_of_console.append("--open_browser")
             address = stack.enter_context(console_beside(flags_of_console, parsed.console_port))

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import hmac
 import logging
-import os
 import random
 import re
 import threading
@@ -19,24 +18,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.utils.windowed_value import WindowedValue
 
 from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.models.faults import wait_of
 from chatflow.records import DeadLetter, Record, record_id
+from chatflow.secrets import PLACES_SAID, check_place, read_secret
 from chatflow.services import trusted
 
 WEBHOOK = re.compile(r"https?://", re.IGNORECASE)
-
-SECRETS = re.compile(
-    r"env:(?P<variable>\w+)|file:(?P<path>.+)|(?P<version>projects/[^/]+/secrets/[^/]+/versions/[^/]+)"
-)
-"""Where a secret may be: a variable of the environment, a file, or Google's Secret Manager."""
-
-SECRETS_HOST_VARIABLE = "SECRET_MANAGER_EMULATOR_HOST"
-"""Names a stand-in for Secret Manager (HOST:PORT, REST without TLS), as for Pub/Sub."""
 
 SECRET_BYTES = 24
 """The shortest secret that the Standard Webhooks specification takes."""
@@ -82,7 +73,7 @@ class PostRecords(beam.PTransform):
 
     Attributes:
       url: see `check_address`.
-      secret: where the secret is; see `SECRETS`. Read when a worker starts.
+      secret: where the secret is; see `secrets.PLACES`. Read when a worker starts.
 
     Output: a `DeadLetter` for each record that was not taken. One that is a dead letter itself
     fails its bundle.
@@ -99,17 +90,13 @@ class PostRecords(beam.PTransform):
             raise UsageError(
                 f"--webhook_secret is missing: what goes to {shown(self.url)} is signed. Make a "
                 'secret with `echo "whsec_$(openssl rand -base64 32)"`, give it to the service, '
-                f"and say where workers find it: {_PLACES}"
+                f"and say where workers find it: {PLACES_SAID}"
             )
-        if not SECRETS.fullmatch(self.secret):
-            raise UsageError(f"--webhook_secret: must be {_PLACES}, never the secret itself")
+        check_place(self.secret, "--webhook_secret")
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
         post = beam.ParDo(_PostDoFn(self.url, self.secret))
         return records | "Post" >> post.with_output_types(DeadLetter)
-
-
-_PLACES = "env:NAME, file:PATH or projects/P/secrets/S/versions/V"
 
 
 class _PostDoFn(beam.DoFn):
@@ -117,7 +104,7 @@ class _PostDoFn(beam.DoFn):
         self.url, self.secret = url, secret
 
     def setup(self) -> None:
-        self.poster = Poster(self.url, read_secret(self.secret))
+        self.poster = Poster(self.url, read_keys(self.secret))
 
     def start_bundle(self) -> None:
         self.waiting: list[WindowedValue] = []
@@ -308,33 +295,16 @@ def signed(keys: Iterable[bytes], key: str, seconds: int, body: bytes) -> dict[s
     }
 
 
-def read_secret(place: str) -> tuple[bytes, ...]:
+def read_keys(place: str) -> tuple[bytes, ...]:
     """The keys of a secret; several where an old and a new one both hold, divided by blanks.
 
     Args:
-      place: see `SECRETS`.
+      place: see `secrets.PLACES`.
 
     Raises:
       UsageError: there is none. What is there instead is not shown.
     """
-    found = SECRETS.fullmatch(place)
-    if found is None:
-        raise UsageError(f"--webhook_secret: must be {_PLACES}, never the secret itself")
-    try:
-        if found["variable"]:
-            text = os.environ[found["variable"]]
-        elif found["path"]:
-            with FileSystems.open(found["path"]) as file:
-                text = file.read().decode()
-        else:
-            text = _read_version(found["version"])
-    except KeyError:
-        raise UsageError(f"--webhook_secret={place}: there is no such variable") from None
-    except UnicodeDecodeError:
-        text = ""
-    except Exception as error:  # each filesystem has its own
-        raise UsageError(f"--webhook_secret={place}: cannot be read: {one_line(error)}") from None
-    keys = keys_of(text)
+    keys = keys_of(read_secret(place, "--webhook_secret"))
     if not keys or min(map(len, keys)) < SECRET_BYTES:
         raise UsageError(
             f"--webhook_secret={place}: what is there is no whsec_… with at least {SECRET_BYTES} "
@@ -355,19 +325,6 @@ def _key(text: str) -> bytes:
     except ValueError:
         return b""
     return key if text.startswith("whsec_") else b""
-
-
-def _read_version(name: str) -> str:
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud.secretmanager import SecretManagerServiceClient
-
-    where: dict[str, Any] = {}
-    if host := os.environ.get(SECRETS_HOST_VARIABLE):
-        options = {"api_endpoint": f"http://{host}"}
-        where = {"client_options": options, "credentials": AnonymousCredentials()}  # type: ignore[no-untyped-call]
-    with SecretManagerServiceClient(transport="rest", **where) as client:
-        data: bytes = client.access_secret_version(name=name).payload.data
-    return data.decode()
 
 
 def check_address(uri: str, flag: str) -> None:
@@ -419,7 +376,7 @@ def check_secret(destinations: Iterable[str], place: str, local: bool) -> None:
       local: the pipeline runs here; else only its workers may be able to read the secret.
 
     Raises:
-      UsageError: there is none; see `read_secret`.
+      UsageError: there is none; see `read_keys`.
     """
     if local and any(map(WEBHOOK.match, destinations)):
-        read_secret(place)
+        read_keys(place)

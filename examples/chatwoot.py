@@ -27,7 +27,7 @@ import requests
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.records import Draft, parse_record
-from chatflow.webhooks import read_secret, signed
+from chatflow.webhooks import read_keys, signed
 
 TOLERANCE = 300  # seconds by which clocks may differ, as the specification's libraries have it
 PAUSE = {"Retry-After": "5"}  # seconds
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     flags = parser.parse_args()
     account = f"{flags.chatwoot.rstrip('/')}/api/v1/accounts/{flags.account}"
     try:
-        token, keys = os.environ["CHATWOOT_TOKEN"], read_secret(flags.webhook_secret)
+        token, keys = os.environ["CHATWOOT_TOKEN"], read_keys(flags.webhook_secret)
     except (KeyError, UsageError) as error:
         parser.error(f"{error} is missing" if isinstance(error, KeyError) else str(error))
     relay = Relay(flags.port, account, token, keys, flags.noted)

@@ -43,6 +43,9 @@ def postgres() -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         **own,
     )
+    rules = data / "pg_hba.conf"
+    # Of one user it wants a password.
+    rules.write_text("host all guarded 127.0.0.1/32 scram-sha-256\n" + rules.read_text())
     settings = [f"port={port}", "listen_addresses=127.0.0.1", f"unix_socket_directories={folder}"]
     settings += ["fsync=off", "max_connections=200"]
     flags = " ".join(f"-c {setting}" for setting in settings)

@@ -12,6 +12,7 @@ from alembic.migration import MigrationContext
 from conftest import JOB_SERVICE, chat, mistake
 
 from chatflow import sql
+from chatflow.cli import main
 from chatflow.database import tables
 from chatflow.database.connect import Database, parse_uri
 from chatflow.errors import UsageError
@@ -119,6 +120,35 @@ def test_a_password_is_never_shown():
     with pytest.raises(UsageError) as error:
         parse_uri("mysql://me:s3cret@h/db")
     assert "s3cret" not in str(error.value)
+
+
+def test_a_password_is_read_from_where_the_flag_says(database, lines, script, monkeypatch, capsys):
+    if database.is_sqlite:
+        pytest.skip("a file has no password")
+    with database.write() as connection:
+        connection.execute(sa.text("DROP ROLE IF EXISTS guarded"))
+        connection.execute(sa.text("CREATE ROLE guarded LOGIN SUPERUSER PASSWORD 's3cret'"))
+    uri = database.uri.replace("chatflow@", "guarded@")
+    given = ["run", "--input", lines(chat("It is late.")), "--model", script(*RULES)]
+    given += ["--database", uri, "--summary", "json"]
+    assert "cannot be used" in mistake(given, {}, capsys)
+    place = "--database_password=env:THE_PASSWORD"
+    assert f"{place}: there is no such variable" in mistake([*given, place], {}, capsys)
+    monkeypatch.setenv("THE_PASSWORD", "s3cret")
+    assert main([*given, place]) == 0
+    said = capsys.readouterr()
+    assert "s3cret" not in said.out + said.err
+    assert len(rows(database, tables.analyses)) == 1
+
+
+def test_what_is_written_is_not_in_errors(database):
+    """They are logged, and what chats say is not for logs."""
+    row = {"chat_id": "7", "revision": 0, "messages": [], "attributes": {}, "stored_at": NOON}
+    insert = sa.insert(tables.chats).values(**row, search_text="hunter2")
+    with pytest.raises(sa.exc.IntegrityError) as error, database.write() as connection:
+        connection.execute(insert)
+        connection.execute(insert)
+    assert "hunter2" not in str(error.value)
 
 
 def test_all_fields_of_records_come_back(database):

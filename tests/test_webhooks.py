@@ -28,8 +28,9 @@ from chatflow.errors import UsageError
 from chatflow.options import LOCAL_RUNNER, Options
 from chatflow.records import Analysis, DeadLetter, Record, Response, now
 from chatflow.run import execute
+from chatflow.secrets import HOST_VARIABLE
 from chatflow.sinks import WriteRecords, split_destinations
-from chatflow.webhooks import Poster, check_address, read_secret, shown
+from chatflow.webhooks import Poster, check_address, read_keys, shown
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of more than 24 bytes").decode()
 RULES = (
@@ -136,7 +137,7 @@ def test_a_fault_that_passes_costs_another_try(hook, monkeypatch, fault):
     if fault in ("hang", "drip"):
         monkeypatch.setattr(webhooks, "ANSWER_SECONDS", 0.4)
     hook.behave = lambda _, tries: fault if tries < 3 else Answer(202, "thanks")
-    poster = Poster(hook.address, read_secret("env:HOOK_SECRET"))
+    poster = Poster(hook.address, read_keys("env:HOOK_SECRET"))
     assert poster.post([DRAFT, ANALYSIS]) == [None, None]
     poster.close()
     ids = [request.headers["webhook-id"] for request in hook.received]
@@ -400,13 +401,13 @@ class SecretManager(Loopback):
 def test_a_secret_is_read_from_where_it_is(tmp_path):
     (tmp_path / "secret").write_text(f"{SECRET}\n")
     keys = (b"a secret of more than 24 bytes",)
-    assert read_secret("env:HOOK_SECRET") == read_secret(f"file:{tmp_path}/secret") == keys
+    assert read_keys("env:HOOK_SECRET") == read_keys(f"file:{tmp_path}/secret") == keys
     with SecretManager() as manager:
-        where = {webhooks.SECRETS_HOST_VARIABLE: f"127.0.0.1:{manager.port}"}
+        where = {HOST_VARIABLE: f"127.0.0.1:{manager.port}"}
         with environment(where):
-            assert read_secret("projects/p/secrets/hook/versions/latest") == keys
+            assert read_keys("projects/p/secrets/hook/versions/latest") == keys
             with pytest.raises(UsageError, match="cannot be read: 404"):
-                read_secret("projects/p/secrets/other/versions/1")
+                read_keys("projects/p/secrets/other/versions/1")
 
 
 # Flags.

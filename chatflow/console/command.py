@@ -31,6 +31,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
             f"{error.name} is missing: pip install 'chatflow[console]' has all of the console"
         ) from None
     from chatflow.database.connect import Database
+    from chatflow.sql import password_at
 
     if parsed.new_token:
         name, _, role = parsed.new_token.rpartition(":")
@@ -40,7 +41,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     known = people_of(parsed)
     check_place(parsed.host, known)
-    database = Database(parsed.database, connections=20)
+    database = Database(parsed.database, password_at(parsed.database_password), connections=20)
     database.upgrade()
     if parsed.export:
         return export(database, parsed.export)

@@ -45,7 +45,11 @@ class Database:
         self.uri = url.render_as_string(hide_password=True)
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self._engine = sa.create_engine(
-            url, pool_pre_ping=not self.is_sqlite, pool_size=connections, max_overflow=connections
+            url,
+            hide_parameters=True,  # what chats say is not for logs
+            pool_pre_ping=not self.is_sqlite,
+            pool_size=connections,
+            max_overflow=connections,
         )
         if self.is_sqlite:
             sa.event.listen(self._engine, "connect", _configure_sqlite)

@@ -6,7 +6,10 @@ import argparse
 
 from chatflow.options import add_flags
 
-LEFT_OUT = ("input", "show", "analyses", "drafts", "dead_letters", "database")
+LEFT_OUT = (
+    "input", "show", "analyses", "drafts", "dead_letters", "database", "database_password",
+    "webhook_secret",
+)  # fmt: skip
 """Flags of `chatflow run` that an evaluation has no use for: it reads its own results."""
 
 
