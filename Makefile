@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LINT   := .venv-lint/bin
 OUT    ?= out/demo
+DATABASE ?= sqlite:///out/chatflow.db
+REPLIES ?= out/replies.jsonl
 LABELLED ?= samples/chats.jsonl
 SHELL  := /bin/bash
 .DEFAULT_GOAL := help
@@ -84,7 +86,7 @@ $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT R
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
 .PHONY: help setup demo demo-remote stream test lint evaluate eval bench bench-model bench-remote \
-  docs lock clean wheel $(NEEDS_CLOUD)
+  console docs screenshots lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -117,7 +119,8 @@ $(VENV)/.done: requirements.lock pyproject.toml
 	  $(BIN)/python -m pip install -q --retries 0 --extra-index-url $(TORCH_INDEX) $(TORCH))
 
 demo: setup ## Analyse the sample chats with the embedded Gemma, and show the results
-	$(BIN)/chatflow run --input samples/chats.jsonl --output $(OUT)
+	@mkdir -p out
+	$(BIN)/chatflow run --input samples/chats.jsonl --output $(OUT) --database '$(DATABASE)'
 
 # The stand-in refuses and breaks some calls, as real services do.
 demo-remote: setup ## The same with a remote model: Gemini's client against a stand-in on loopback
@@ -129,6 +132,10 @@ demo-remote: setup ## The same with a remote model: Gemini's client against a st
 
 stream: setup ## Run the event-driven system with live messages, on the Pub/Sub emulator
 	$(BIN)/chatflow stream --chats samples/chats.jsonl
+
+console: setup ## Serve the staff's page on DATABASE=, sqlite:///out/chatflow.db by default
+	@mkdir -p out
+	$(BIN)/chatflow console --database '$(DATABASE)' --replies '$(REPLIES)' $(ARGS)
 
 test: setup ## Run all tests, in three processes
 	$(BIN)/pytest -n 3 --dist loadfile
@@ -169,6 +176,9 @@ docs: setup ## Write anew what is made from code: README's options, template, ta
 
 LOCK    = PATH="$(BIN):$$PATH" uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
 COMPILE = $(LOCK) --universal
+screenshots: setup ## Take the README's pictures of the console anew, with the real Gemma
+	$(BIN)/python docs/screenshots.py
+
 lock: setup ## Resolve the dependencies anew, for development, images and linters
 	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
 	$(COMPILE) -c requirements.lock --extra gemma pyproject.toml -o infra/docker/requirements-cpu.lock

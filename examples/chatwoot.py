@@ -3,7 +3,7 @@
     export CHATWOOT_TOKEN=…                                     # an agent's, or an agent bot's
     export HOOK_SECRET="whsec_$(openssl rand -base64 32)"       # chatflow's and this one's
     python examples/chatwoot.py --chatwoot https://app.chatwoot.com --account 1 &
-    chatflow run --input … --output results --drafts http://localhost:8080/,results/drafts \\
+    chatflow run --input … --output results --drafts http://localhost:8090/,results/drafts \\
       --webhook_secret env:HOOK_SECRET
 
 The `chat_id` of a chat has to be the number of its conversation in Chatwoot: 42, or chatwoot-42. A
@@ -136,7 +136,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--chatwoot", required=True, help="its address, https://…")
     parser.add_argument("--account", required=True, type=int)
-    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--port", type=int, default=8090)
     parser.add_argument("--webhook_secret", default="env:HOOK_SECRET", help="as chatflow's")
     parser.add_argument("--noted", default="chatwoot-noted.sqlite3", help="file of what is noted")
     flags = parser.parse_args()

@@ -26,13 +26,17 @@ FLAGS = (
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
+def found_browser():
+    """The browser's path; without one, it is what `playwright install chromium` fetched."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
 @pytest.fixture(scope="session")
 def chromium():
-    found = next(filter(None, map(shutil.which, NAMES)), None)
     with sync_playwright() as playwright:
         try:
-            # Without a path, it is the one that `playwright install chromium` fetched.
-            browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
+            path = found_browser()
+            browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
         except Error as error:
             required("Chromium", f"apt-get install chromium ({str(error).splitlines()[0]})")
         yield browser
