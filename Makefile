@@ -130,8 +130,9 @@ demo-remote: setup ## The same with a remote model: Gemini's client against a st
 stream: setup ## Run the event-driven system with live messages, on the Pub/Sub emulator
 	$(BIN)/chatflow stream --chats samples/chats.jsonl
 
+# What is imported is compiled once, not anew by each of the many processes that tests start.
 test: setup ## Run all tests, in three processes
-	$(BIN)/pytest -n 3 --dist loadfile
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 3 --dist loadfile
 
 lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terraform
 	$(BIN)/ruff check .
