@@ -112,11 +112,11 @@ SCHEMA = {
 
 
 def test_json_is_valid_for_random_weights_and_prompts(preset):
-    """2,400 answers of 40 models that say anything."""
+    """900 answers of 15 models that say anything."""
     model = load(preset)
     forward, rng = model.engine.forward, np.random.default_rng(3)
     known, tones = forward.weights, set()
-    for _ in range(40):
+    for _ in range(15):
         forward.weights = [
             jnp.asarray(rng.normal(0, rng.choice([0.3, 3.0]), w.shape), w.dtype) for w in known
         ]

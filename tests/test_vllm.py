@@ -284,11 +284,13 @@ def test_chats_in_files_become_analyses_and_drafts(place, name):
 
 
 OWNER = """
-import signal, sys
+import signal, sys, time, types
+from apache_beam.ml.inference import vllm_inference
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 from chatflow.models import ModelSpec
 
 name, tag, folder = sys.argv[1:]
+vllm_inference.time = types.SimpleNamespace(time=time.time, sleep=lambda _: time.sleep(0.1))
 load = ModelSpec(name).handler().load_model
 held = MultiProcessShared(load, tag=tag, path=folder, always_proxy=True).acquire()
 print("loaded", flush=True)
