@@ -23,7 +23,7 @@ from chatflow.models.requests import Answer, Failure, Part, RemoteSettings, Requ
 GEMINI = "gemini-2.5-flash"
 MODELS = [GEMINI, *(ENDPOINTS[kind] for kind in ENDPOINTS if kind != "empty")]
 ANGRY = '{"sentiment": -1, "summary": "The parcel is late."}'
-ASKED = 2_000
+ASKED = 800
 
 
 def say(prompt):
@@ -141,17 +141,17 @@ def test_a_reply_that_cannot_be_read_is_asked_for_twice_more_at_most(fake, model
     assert len(brain.calls) == 3
 
 
-# The behaviour of the service; and, of the 2,000 requests, how many fail, by reason.
+# The behaviour of the service; and, of the 800 requests, how many fail, by reason.
 EVERY_FAULT = {
     "429": ({"rates": {"429": 0.1}, "retry_after": 0.2}, {}),
     "429 in bursts": ({"bursts": (0.5, 0.1), "retry_after": 0.1}, {}),
-    "a quota": ({"quota": 600, "retry_after": 0.2}, {}),
+    "a quota": ({"quota": 240, "retry_after": 0.2}, {}),
     "a capacity": ({"capacity": 20, "latency": 0.02}, {}),
     "500, 502, 504": ({"rates": {"500": 0.04, "502": 0.04, "504": 0.04}}, {}),
     "503": ({"rates": {"503": 0.1}, "retry_after": 0.1}, {}),
     "reset": ({"rates": {"reset": 0.1}}, {}),
-    "hang": ({"rates": {"hang": 0.01}}, {}),
-    "slow_body": ({"rates": {"slow_body": 0.01}}, {}),
+    "hang": ({"rates": {"hang": 0.02}}, {}),
+    "slow_body": ({"rates": {"slow_body": 0.02}}, {}),
     "cut_body": ({"rates": {"cut_body": 0.02}}, {}),
     "html": ({"rates": {"html": 0.1}}, {}),
     "malformed": ({"rates": {"malformed": 0.02}}, {}),
@@ -160,7 +160,7 @@ EVERY_FAULT = {
     "truncated": ({"rates": {"truncated": 0.1}}, {}),
     "nonsense": ({"rates": {"nonsense": 0.1}}, {}),
     "safety": ({"match": {"prompt 77 ": "safety"}}, {"blocked": 1}),
-    "poison": ({"match": {"prompt 77 ": "400", "prompt 1234 ": "403"}},
+    "poison": ({"match": {"prompt 77 ": "400", "prompt 567 ": "403"}},
                {"http_400": 1, "http_403": 1}),
     "latencies": ({"latency": "lognormal:0.02,0.8"}, {}),
     "everything": (
@@ -175,7 +175,7 @@ EVERY_FAULT = {
 
 
 def conserve(fake, model, fault, monkeypatch):
-    """64 in flight and 2,000 requests: what came back, by id, and what the service saw."""
+    """64 in flight and 800 requests: what came back, by id, and what the service saw."""
     monkeypatch.setattr(calls, "MALFORMED_RETRIES", 9)  # so that none fails by chance
     behaviour, expected = EVERY_FAULT[fault]
     brain = misbehave(fake, **behaviour)
