@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_contract as contract
 from conftest import chat
 
 from chatflow.analysis import to_analysis
@@ -20,6 +21,16 @@ from chatflow.records import AnalysedChat, Sentiment
 from chatflow.templates import load_folder
 
 pytestmark = pytest.mark.gemma
+
+# Here, where it is loaded, and not once more in another process.
+globals().update({name: test for name, test in vars(contract).items() if name.startswith("test_")})
+
+
+@pytest.fixture
+def case(gemma, monkeypatch):
+    """What the tests of the contract are about."""
+    return contract.on_worker(gemma, monkeypatch)
+
 
 CHATS = [
     chat(
