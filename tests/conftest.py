@@ -127,6 +127,13 @@ def scripted(answer: Callable[[Request], str] | Mapping[str, Any]) -> Model:
 SCRIPTED = ModelSpec("scripted:nowhere")
 
 
+@pytest.fixture
+def settled() -> None:
+    """Keras collects after each layer that it makes int8; it does not look through all again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def analysis_prompt() -> AnalysisPrompt:
     return AnalysisPrompt(load_folder("instruct")["analysis"], SCRIPTED)

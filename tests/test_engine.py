@@ -181,6 +181,7 @@ def test_a_warm_model_compiles_nothing_for_what_was_expected(preset):
     assert "compilations" not in model.counts()
 
 
+@pytest.mark.usefixtures("settled")
 def test_int8_weights_answer_much_alike(preset, engine):
     light = load(preset, quantization="int8").engine
     sizes = [sum(w.nbytes for w in e.forward.weights) for e in (engine, light)]
