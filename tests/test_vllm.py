@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -228,6 +229,15 @@ def test_a_server_that_crashes_comes_back_and_nothing_is_lost_or_doubled(place):
     assert set(prompts) == {f"number {i}." for i in range(100)}
     assert max(prompts.values()) == 1
     model.close()
+
+
+def test_a_call_that_comes_while_the_server_is_started_again_is_made_again(shared, monkeypatch):
+    """It had seen the server, and then had waited for its turn."""
+    monkeypatch.setattr(calls, "FIRST_PAUSE", 0.05)
+    _, server = shared
+    port, server._server._server_port = server._server._server_port, -1
+    threading.Timer(0.2, setattr, (server._server, "_server_port", port)).start()
+    assert isinstance(ask(server, request())[0], Answer)
 
 
 def test_a_server_that_does_not_come_back_fails_what_waits_and_is_tried_again(place):
