@@ -137,8 +137,9 @@ console: setup ## Serve the staff's page on DATABASE=, sqlite:///out/chatflow.db
 	@mkdir -p out
 	$(BIN)/chatflow console --database '$(DATABASE)' --replies '$(REPLIES)' $(ARGS)
 
+# What is imported is compiled once, not anew by each of the many processes that tests start.
 test: setup ## Run all tests, in three processes
-	$(BIN)/pytest -n 3 --dist loadfile
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 3 --dist loadfile
 
 lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terraform
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ def estimate_tokens(text: str) -> int:
     Gemma writes each digit as a token, and most words of up to five letters as one;
     of scripts beyond Latin every letter is counted.
     """
-    wide = sum(1 for character in text if ord(character) > 0x2FF)
+    wide = 0 if text.isascii() else sum(character > "\u02ff" for character in text)
     return len(_PIECE.findall(text)) + wide
 
 

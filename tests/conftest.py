@@ -12,7 +12,9 @@ import json
 import os
 import sys
 import threading
+import types
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import pytest
 import sqlalchemy as sa
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
+from apache_beam.transforms import core
 from fakes.vertex import FakeVertex
 from postgres import MissingError, postgres
 from rich.console import Console
@@ -46,6 +49,46 @@ from chatflow.tail import follow
 from chatflow.templates import load_folder
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "chats.jsonl"
+
+LONGEST = (
+    "gemma", "browser", "updates", "tune", "pipeline", "contract", "remote", "stream", "engine",
+    "deploy", "console", "sql", "webhooks", "drafts", "routes", "conversations", "weights_convert", "torch", "bigquery", "vllm", "memory",
+)  # fmt: skip
+"""The files that take longest; they begin first, so that no process is left alone with one."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist's own order is by how many tests there are
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collecting what is not used looks through it no more."""
+    gc.collect()
+    gc.freeze()
+
+
+def remembered(look: Callable[..., Any]) -> Callable[..., Any]:
+    """Beam looks at each method of each DoFn some hundred times while it builds a pipeline."""
+    known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def found(method: Any) -> tuple[list[str], list[Any]]:
+        if not isinstance(method, types.MethodType):
+            return look(method)
+        function = method.__func__
+        if function not in known:
+            known[function] = look(method)
+        names, defaults = known[function]
+        return [*names], [*defaults]
+
+    return found
+
+
+core.get_function_args_defaults = remembered(core.get_function_args_defaults)
 
 
 def chat(*texts: str, chat_id: str = "7", **fields: Any) -> Chat:
@@ -85,6 +128,13 @@ def scripted(answer: Callable[[Request], str] | Mapping[str, Any]) -> Model:
 
 
 SCRIPTED = ModelSpec("scripted:nowhere")
+
+
+@pytest.fixture
+def settled() -> None:
+    """Keras collects after each layer that it makes int8; it does not look through all again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -154,17 +154,14 @@ def vllm(loaded, name):
     return Case(spec, LoadedVllm(name, spec.instruct), POISON)
 
 
-MODELS = [
-    "scripted", "gemma3-270m", "torch:T5", *VLLMS, "gemini-2.5-flash", *ENDPOINTS,
-]  # fmt: skip
+# And gemma3-270m, in test_gemma.
+MODELS = ["scripted", "torch:T5", *VLLMS, "gemini-2.5-flash", *ENDPOINTS]
 
 
 @pytest.fixture(params=[name for name in MODELS if name != "empty"])
-def case(request, monkeypatch):
+def case(request):
     if request.param == "scripted":
         return scripted()
-    if request.param == "gemma3-270m":
-        return on_worker(request.getfixturevalue("gemma"), monkeypatch)
     if request.param == "torch:T5":
         return request.getfixturevalue("on_pytorch")
     if request.param in VLLMS:

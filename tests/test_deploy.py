@@ -1,5 +1,6 @@
 """`make deploy` against stand-ins for Dataflow and Cloud Storage: the real job, as it was sent."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,9 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from apache_beam.runners.portability import stager
 from conftest import GEMMA3_1B, chat, required
 from fakes import environment
 from fakes.bigquery import FakeBigQuery
@@ -38,6 +41,16 @@ def google():
     ):
         fake.put("proj-1-chatflow", "chats/one.jsonl", chat("It is late.").to_json().encode())
         yield fake
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages():
+    """Beam lists the packages that are installed for each job anew, with pip; here once."""
+    listed = functools.cache(lambda *command: subprocess.check_output(command))
+    with pytest.MonkeyPatch.context() as patch:
+        once = types.SimpleNamespace(check_output=lambda command: listed(*command))
+        patch.setattr(stager, "subprocess", once)
+        yield
 
 
 @pytest.fixture

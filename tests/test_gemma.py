@@ -1,6 +1,7 @@
 """The real embedded Gemma 3 270M on a few chats."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_contract as contract
 from conftest import chat
 
 from chatflow.analysis import to_analysis
@@ -20,6 +22,16 @@ from chatflow.records import AnalysedChat, Sentiment
 from chatflow.templates import load_folder
 
 pytestmark = pytest.mark.gemma
+
+# Here, where it is loaded, and not once more in another process.
+globals().update({name: test for name, test in vars(contract).items() if name.startswith("test_")})
+
+
+@pytest.fixture
+def case(gemma, monkeypatch):
+    """What the tests of the contract are about."""
+    return contract.on_worker(gemma, monkeypatch)
+
 
 CHATS = [
     chat(
@@ -104,20 +116,19 @@ def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
     assert answer.answer_tokens < 64
 
 
-def test_greedy_text_is_that_of_plain_forward_passes(gemma):
-    """Of the whole text each time, without the cache."""
+def test_greedy_text_is_that_of_a_plain_forward_pass(gemma):
+    """Of the whole text, without the cache: after each token, the next is the likeliest."""
     from chatflow.models.engine import Row
 
     engine, ids = gemma.engine, [2, *gemma.engine.encode("The capital of France is")]
     row = Row("The capital", " of France is", text=Text(), max_tokens=6)
     (found,) = engine.run([row])
-    for _ in range(6):
-        tokens = np.zeros((1, 16), np.int32)
-        tokens[0, : len(ids)] = ids
-        mask = np.arange(16)[None] < len(ids)
-        logits = engine.forward.model({"token_ids": tokens, "padding_mask": mask})
-        ids.append(int(np.asarray(logits)[0, len(ids) - 1].argmax()))
-    assert found.text == engine.tokenizer.detokenize(ids[-6:])
+    assert len(found.tokens) == 6
+    tokens = np.array([[*ids, *found.tokens]], np.int32)
+    logits = engine.forward.model({"token_ids": tokens, "padding_mask": np.ones_like(tokens)})
+    likeliest = np.asarray(logits)[0, len(ids) - 1 : -1].argmax(-1)
+    assert list(found.tokens) == likeliest.tolist()
+    assert found.text == engine.tokenizer.detokenize(likeliest.tolist())
 
 
 def test_the_gpu_bench_runs_anywhere():
@@ -135,10 +146,11 @@ def test_the_conversion_is_done_once_and_a_broken_copy_is_made_again(gemma, tmp_
     folder = embedded.ensure()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     copy = embedded.cache_root() / folder.name
-    shutil.copytree(folder, copy)
+    shutil.copytree(folder, copy, copy_function=os.symlink)
     said: list[str] = []
     assert embedded.ensure(said.append) == copy
     assert not said
+    (copy / "tokenizer.model").unlink()
     (copy / "tokenizer.model").write_bytes(b"cut")
     assert embedded.ensure(said.append) == copy
     assert said

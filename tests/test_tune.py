@@ -126,6 +126,7 @@ def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alon
     }
 
 
+@pytest.mark.usefixtures("settled")
 def test_an_adapter_works_on_weights_of_8_bits(tuned, preset):
     from chatflow.models.engine import Row
     from chatflow.models.grammar import Text

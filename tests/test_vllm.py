@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -230,6 +231,15 @@ def test_a_server_that_crashes_comes_back_and_nothing_is_lost_or_doubled(place):
     model.close()
 
 
+def test_a_call_that_comes_while_the_server_is_started_again_is_made_again(shared, monkeypatch):
+    """It had seen the server, and then had waited for its turn."""
+    monkeypatch.setattr(calls, "FIRST_PAUSE", 0.05)
+    _, server = shared
+    port, server._server._server_port = server._server._server_port, -1
+    threading.Timer(0.2, setattr, (server._server, "_server_port", port)).start()
+    assert isinstance(ask(server, request())[0], Answer)
+
+
 def test_a_server_that_does_not_come_back_fails_what_waits_and_is_tried_again(place):
     model = loaded()
     place.crash("bad")
@@ -284,11 +294,13 @@ def test_chats_in_files_become_analyses_and_drafts(place, name):
 
 
 OWNER = """
-import signal, sys
+import signal, sys, time, types
+from apache_beam.ml.inference import vllm_inference
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 from chatflow.models import ModelSpec
 
 name, tag, folder = sys.argv[1:]
+vllm_inference.time = types.SimpleNamespace(time=time.time, sleep=lambda _: time.sleep(0.1))
 load = ModelSpec(name).handler().load_model
 held = MultiProcessShared(load, tag=tag, path=folder, always_proxy=True).acquire()
 print("loaded", flush=True)

@@ -58,7 +58,11 @@ class VllmServer:
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self._server._server_port}"
+        """Raises `ConnectionRefusedError` where the server has ended and has no port as yet."""
+        port = self._server._server_port
+        if port < 0:
+            raise ConnectionRefusedError(f"the vLLM server of {self.model} is being started")
+        return f"http://127.0.0.1:{port}"
 
     @property
     def runs(self) -> bool:
