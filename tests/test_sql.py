@@ -121,6 +121,14 @@ def test_a_password_is_never_shown():
     assert "s3cret" not in str(error.value)
 
 
+def test_what_people_wrote_is_in_no_error(database):
+    with database.write() as connection:
+        connection.execute(sa.text("DROP TABLE chats"))
+    with pytest.raises(sa.exc.DBAPIError) as error:
+        write(database, chat("Very private food"))
+    assert "private" not in str(error.value)
+
+
 def test_all_fields_of_records_come_back(database):
     records = (
         analysis(

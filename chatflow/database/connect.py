@@ -45,7 +45,11 @@ class Database:
         self.uri = url.render_as_string(hide_password=True)
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self._engine = sa.create_engine(
-            url, pool_pre_ping=not self.is_sqlite, pool_size=connections, max_overflow=connections
+            url,
+            pool_pre_ping=not self.is_sqlite,
+            pool_size=connections,
+            max_overflow=connections,
+            hide_parameters=True,  # errors are logged, and parameters are what people wrote
         )
         if self.is_sqlite:
             sa.event.listen(self._engine, "connect", _configure_sqlite)
