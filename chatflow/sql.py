@@ -116,7 +116,7 @@ def _is_of_a_record(error: sa.exc.SQLAlchemyError) -> bool:
     return isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError)) or code.startswith("54")
 
 
-def upsert(connection: sa.Connection, records: Iterable[Record]) -> None:
+def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
     """Writes records of any kind in a transaction."""
     by_kind: dict[type[Record], dict[str, Record]] = {}
     for record in records:
@@ -124,8 +124,9 @@ def upsert(connection: sa.Connection, records: Iterable[Record]) -> None:
         key = record.chat_id if isinstance(record, Chat) else record_id(record)
         if not (isinstance(record, Chat) and _is_newer(of_kind.get(key), record)):
             of_kind[key] = record
-    # All transactions lock chats, and then customers, in the order of their ids: none waits for
+    # All transactions lock customers, and then chats, in the order of their ids: none waits for
     # one that waits for it.
+    _lock_customers(connection, records)
     for kind, write in _WRITE.items():
         if found := by_kind.get(kind):
             write(connection, [found[key] for key in sorted(found)])
@@ -186,7 +187,6 @@ def search_text(chat: Chat) -> str:
 def _write_analyses(connection: sa.Connection, found: Sequence[Analysis]) -> None:
     from chatflow.database import tables
 
-    lock_customers(connection, found)
     _upsert_rows(connection, tables.analyses, [_values(record) for record in found])
     supersede(connection, [record.chat_id for record in found])
 
@@ -194,7 +194,6 @@ def _write_analyses(connection: sa.Connection, found: Sequence[Analysis]) -> Non
 def _write_drafts(connection: sa.Connection, found: Sequence[Draft]) -> None:
     from chatflow.database import tables
 
-    lock_customers(connection, found)
     rows = [{**_values(record), "changed_at": now()} for record in found]
     waits = tables.drafts.c.status == tables.WAITING
     _upsert_rows(connection, tables.drafts, rows, lambda _: waits)
@@ -222,8 +221,8 @@ _WRITE: dict[Any, Callable[[Any, Any], None]] = {
 }
 
 
-def lock_customers(connection: sa.Connection, found: Iterable[Analysis | Draft]) -> None:
-    """Notes the newest revision of each customer.
+def _lock_customers(connection: sa.Connection, found: Iterable[Record]) -> None:
+    """Notes the newest revision of each customer of analyses and drafts.
 
     Until the transaction ends, no other one looks at these customers' drafts: each sees what
     the one before it wrote, and what is superseded does not depend on who was first.
@@ -234,8 +233,9 @@ def lock_customers(connection: sa.Connection, found: Iterable[Analysis | Draft])
 
     newest: dict[tuple[str, str], int] = {}
     for record in found:
-        key = record.chat_id, record.user_id
-        newest[key] = max(newest.get(key, 0), record.revision)
+        if isinstance(record, (Analysis, Draft)):
+            key = record.chat_id, record.user_id
+            newest[key] = max(newest.get(key, 0), record.revision)
     rows = [
         {"chat_id": chat_id, "user_id": user_id, "revision": newest[chat_id, user_id]}
         for chat_id, user_id in sorted(newest)

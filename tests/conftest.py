@@ -52,7 +52,8 @@ SAMPLES = Path(__file__).parent.parent / "samples" / "chats.jsonl"
 
 LONGEST = (
     "gemma", "browser", "updates", "tune", "pipeline", "contract", "remote", "stream", "engine",
-    "deploy", "console", "sql", "webhooks", "drafts", "routes", "conversations", "weights_convert", "torch", "bigquery", "vllm", "memory",
+    "deploy", "console", "sql", "webhooks", "drafts", "routes", "conversations",
+    "weights_convert", "torch", "bigquery", "vllm", "memory",
 )  # fmt: skip
 """The files that take longest; they begin first, so that no process is left alone with one."""
 

@@ -61,9 +61,8 @@ class Filter:
 
     def query(self, **changes: Any) -> str:
         """For an address: with its question mark, and only what is not the default."""
-        changed = dataclasses.asdict(dataclasses.replace(self, **changes))
-        default = dataclasses.asdict(Filter())
-        parts = {name: value for name, value in changed.items() if value != default[name]}
+        values = vars(self) | changes
+        parts = {name: value for name, value in values.items() if value != getattr(Filter, name)}
         return f"?{urlencode(parts)}" if parts else ""
 
     @property
