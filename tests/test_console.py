@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from datetime import UTC, datetime
 
 import httpx
@@ -20,6 +21,7 @@ from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
 from chatflow.database import tables
 from chatflow.database.connect import Database
+from chatflow.errors import UsageError
 from chatflow.records import DeadLetter, Reply, Sentiment
 
 
@@ -324,6 +326,64 @@ def test_replies_go_to_a_topic(sqlite, pubsub):
     assert {m.attributes["kind"] for m in found} == {"Reply"}
     assert {m.ordering_key for m in found} == {"chat-0", "chat-1"}
     assert {Reply.model_validate_json(m.data).text for m in found} == {"Sorry, 0.", "Sorry, 1."}
+
+
+def test_what_pubsub_took_is_not_sent_again_with_what_it_did_not(sqlite, monkeypatch):
+    """Three replies of two chats; one chat fails, and the client pauses it as Google's does."""
+    approved(sqlite, 2)
+    with sqlite.write() as connection:
+        (reply,) = connection.execute(
+            sa.select(tables.outbox.c.reply).where(tables.outbox.c.draft_id == "d1r0")
+        ).scalars()
+        more = {"draft_id": "other", "reply": {**reply, "reply_id": "other"}}
+        connection.execute(sa.insert(tables.outbox).values(**more, publish_after=datetime.now(UTC)))
+    sent, paused, failing = [], set(), {"chat-1"}
+
+    class Client:
+        def publish(self, topic, data, ordering_key, timeout, **attributes):
+            future = Future()
+            if ordering_key in failing | paused:
+                paused.add(ordering_key)
+                future.set_exception(ConnectionError("the topic is away"))
+            else:
+                sent.append(attributes["id"])
+                future.set_result("1")
+            return future
+
+        def resume_publish(self, topic, key):
+            if key not in paused:
+                raise RuntimeError("Ordering key is not paused.")
+            paused.remove(key)
+
+    monkeypatch.setattr(outbox, "publisher", Client)
+    publisher = Publisher(sqlite, outbox.ReplyTopic("projects/p/topics/t"))
+    for _ in range(2):
+        with pytest.raises(outbox.PartlySentError, match="the topic is away"):
+            publisher.publish()
+        assert sent == ["d0r0"]
+    failing.clear()
+    assert publisher.publish() == 2
+    assert sorted(sent) == ["d0r0", "d1r0", "other"]
+    assert publisher.publish() == 0
+
+
+@pytest.mark.parametrize("text", ["My only notes.", '{"reply": 1}', "12\n", '{"a": '])
+def test_a_file_of_something_else_is_left_as_it_is(text, tmp_path):
+    path = tmp_path / "notes"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="has a line that is no reply"):
+        ReplyFile(str(path))
+    assert path.read_text() == text
+
+
+def test_a_reply_whose_line_end_an_editor_took_is_kept(sqlite, tmp_path):
+    approved(sqlite, 2)
+    path = tmp_path / "replies.jsonl"
+    replies = [Reply(**reply) for (reply,) in rows(sqlite, tables.outbox, "reply")]
+    ReplyFile(str(path)).send(replies[:1], 1)
+    path.write_text(path.read_text().rstrip("\n"))
+    ReplyFile(str(path)).send(replies, 1)
+    assert [Reply.model_validate_json(line) for line in path.read_text().splitlines()] == replies
 
 
 # Lists.
