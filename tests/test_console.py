@@ -582,6 +582,49 @@ def test_forms_that_are_not_complete_are_refused(console):
     assert visitor.get("/drafts/nothing").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/drafts/%00", 400),
+        ("/?q=a%00", 400),
+        ("/history?who=%00", 400),
+        ("/?page=" + "9" * 5000, 200),
+        ("/history?page=" + "9" * 5000, 200),
+        ("/drafts/a%2Fb%3F%23", 404),
+        ("/?q=%ED%A0%80&attribute=nothing&decided=nothing", 200),
+        ("/dashboard?attribute=nothing", 200),
+    ],
+)
+def test_odd_addresses_are_no_errors_of_the_console(database, path, status):
+    with served(database) as address:
+        assert Visitor(address).get(path).status_code == status
+
+
+def test_odd_forms_and_hosts_are_no_errors_of_the_console(console):
+    visitor = Visitor(console)
+    form = visitor.form("/drafts/d1r0") | {"text": "x"}
+    path = "/drafts/d1r0/approve"
+    assert visitor.post(path, form | {"csrf": "é"}).status_code == 403
+    for number in ("9" * 30, "-1", "9" * 5000):
+        assert visitor.post(path, form | {"version": number}).status_code == 400
+    assert visitor.post(path, form | {str(i): "x" for i in range(30)}).status_code == 400
+    assert visitor.post(path, form, Origin="http://[").status_code == 400
+    for host in ("[", "[zz]", ""):
+        assert Visitor(console, Host=host).get("/").status_code == 400
+
+
+def test_an_error_of_the_console_is_guarded_too(sqlite, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("of a bug")
+
+    monkeypatch.setattr("chatflow.console.inbox.events", fail)
+    with served(sqlite) as address:
+        answer = Visitor(address).get("/history")
+    assert answer.status_code == 500
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "of a bug" not in answer.text
+
+
 TOKENS = {name: people.new_token(name, name) for name in people.ROLES}
 
 
