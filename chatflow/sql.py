@@ -354,7 +354,7 @@ def without_passwords(text: str) -> str:
     return _PASSWORD.sub(r"\1:***@", text)
 
 
-_PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):[^/,\s]*@")
+_PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):(?:[^/,\s]*@|[^@?,\s]*@)")
 
 
 def check_uri(uri: str, flag: str) -> None:
