@@ -758,6 +758,11 @@ def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):
     [
         ("--host 0.0.0.0", "--host=0.0.0.0: others can reach it, so they have to sign in"),
         ("--host nowhere.invalid", "--host=nowhere.invalid: "),
+        (
+            "--allowed_hosts Desk.example.com",
+            "--allowed_hosts=desk.example.com: others can reach it by that name, so they have to",
+        ),
+        ("--allowed_hosts *", "--allowed_hosts=*: others can reach it"),
         ("--users /nowhere.toml", "--users=/nowhere.toml: cannot be read"),
         ("--users BAD", "ada: needs a role: observer, agent, lead"),
         ("--new_token ada:boss", "roles are observer, agent, lead"),
