@@ -199,6 +199,18 @@ CHANGES = {
         lambda database, _: write(database, angry_chat(1, revision=1)[0]),
         "There are new messages",
     ),
+    "the customer wrote in a chat without revisions": (
+        lambda database, _: write(
+            database, angry_chat(1, revision=1)[0].model_copy(update={"revision": 0})
+        ),
+        "There are new messages",
+    ),
+    "the model wrote something else": (
+        lambda database, _: write(
+            database, angry_chat(1, text="Other.")[2].model_copy(update={"text": "Hm."})
+        ),
+        "Somebody changed this draft",
+    ),
     "a newer analysis": (
         lambda database, _: write(database, angry_chat(1, revision=1)[1]),
         "The customer wrote again",
@@ -725,7 +737,7 @@ def test_a_redacted_agent_does_not_approve_what_they_cannot_read(sqlite, users):
     hidden = People("", people.read_users(users), redacted=frozenset({"agent", "lead"}))
     with served(sqlite, hidden) as address:
         agent, lead = signed_in(address, "agent"), signed_in(address, "lead")
-        form = {"csrf": agent.form("/")["csrf"], "version": "0", "chat_revision": "0", "text": "x"}
+        form = {"csrf": agent.form("/")["csrf"], "version": "0", "seen_chat": "", "text": "x"}
         assert agent.post("/drafts/d1r0/approve", form).status_code == 403
         assert lead.get("/labelled.jsonl").status_code == 403
 

@@ -419,6 +419,7 @@ def show_draft(
             status,
             wanted=wanted,
             **found,
+            seen_chat=decisions.mark_of(found["chat"]),
             before=before,
             after=after,
             problem=problem,
@@ -505,7 +506,7 @@ def _decide(
     console: Console,
     request: Request,
     form: FormData,
-    act: Callable[[sa.Connection, tuple[str, int, int | None]], None],
+    act: Callable[[sa.Connection, tuple[str, int, str]], None],
     stay: bool = False,
 ) -> Response:
     """Does what the form says, and goes on to the next draft; or says why it was not done."""
@@ -515,13 +516,12 @@ def _decide(
     draft_id = request.path_params["draft_id"]
     try:
         version = _number(form, "version")
-        revision = _number(form, "chat_revision") if _text(form, "chat_revision") else None
     except ValueError:
         raise HTTPException(400, "This form is not complete.") from None
     wanted = inbox.Filter.of(request.query_params)
     try:
         with console.database.write() as connection:
-            act(connection, (draft_id, version, revision))
+            act(connection, (draft_id, version, _text(form, "seen_chat")))
     except DecisionError as error:
         # Nothing that was typed is lost.
         return show_draft(console, request, 409, str(error), _text(form, "text"))
