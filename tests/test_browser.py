@@ -16,6 +16,7 @@ from playwright.sync_api import Error, expect, sync_playwright
 from chatflow.console.outbox import ReplyFile
 from chatflow.console.people import People
 from chatflow.database import tables
+from chatflow.database.connect import Database
 from chatflow.options import Options
 from chatflow.run import execute
 
@@ -66,6 +67,14 @@ def window(chromium):
 
 # A decision that came too late, a page that is not there, and a console that has ended.
 EXPECTED = ("409", "404", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
+
+
+@pytest.fixture
+def sqlite(tmp_path):
+    made = Database(f"sqlite:///{tmp_path}/console.db", connections=20)
+    made.upgrade()
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -178,6 +187,58 @@ def test_two_browsers_race_for_one_draft(database, window, replies):
         wait_for_reply(replies)
     assert len(replies.path.read_text().splitlines()) == 1
     assert "Mine!" not in replies.path.read_text()
+
+
+def test_what_came_while_a_page_was_hidden_is_there_when_it_is_shown(sqlite, window):
+    with served(sqlite) as address:
+        page, other = window(address), window(address)
+        expect_listening(page)
+        expect_listening(other)
+        show = """hidden => {
+            Object.defineProperty(document, "hidden", {configurable: true, get: () => hidden});
+            document.dispatchEvent(new Event("visibilitychange"));
+        }"""
+        page.evaluate(show, True)
+        write(sqlite, *angry_chat(1))
+        expect(other.locator("#draft-d1r0")).to_be_visible()
+        expect(page.locator("#draft-d1r0")).not_to_be_attached()
+        page.evaluate(show, False)
+        expect(page.locator("#draft-d1r0")).to_be_visible()
+
+
+def test_what_was_typed_is_not_left_without_a_question(sqlite, window):
+    """Also where another form was sent meanwhile: that of the list of keys, or of an undo."""
+    write(sqlite, *angry_chat(1), *angry_chat(2))
+    with served(sqlite) as address:
+        page = window(f"{address}/drafts/d1r0")
+        asked = []
+        page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+        page.get_by_role("button", name="Approve").click()
+        expect_page(page, "chat-2")
+        page.get_by_label("The reply's text").fill("Half a")
+        page.keyboard.press("Escape")
+        page.keyboard.press("?")
+        page.get_by_role("button", name="Close").click()
+        page.evaluate("location.assign('/history')")
+        page.wait_for_timeout(300)
+        assert asked == ["beforeunload"]
+        page.keyboard.press("u")
+        page.wait_for_timeout(300)
+        assert asked == ["beforeunload"] * 2
+        expect(page.get_by_label("The reply's text")).to_have_value("Half a")
+    assert status(sqlite, "d1r0") == "approved"
+
+
+def test_the_focus_stays_where_it_is_when_something_new_comes(sqlite, window):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite) as address:
+        page = window(address)
+        expect_listening(page)
+        for place in ("#tabs a:nth-child(2)", "#draft-d1r0"):
+            page.locator(place).focus()
+            write(sqlite, *angry_chat(2 + len(place)))
+            expect(page.locator(f"#draft-d{2 + len(place)}r0")).to_be_visible()
+            expect(page.locator(place)).to_be_focused()
 
 
 EVIL = """<script>document.title='evil'</script><img src=x onerror="document.title='evil'">

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hmac
 import logging
+import re
 import secrets
 import socket
 import time
@@ -116,6 +117,7 @@ class Console:
             path=request.url.path,
             version=chatflow.__version__,
             moment=now(),
+            asked=request.scope["asked"],
             publishes=self.replies is not None,
             **values,
         )
@@ -215,6 +217,7 @@ class Guard:
         request = Request(scope)
         session = request.cookies.get(COOKIE) or secrets.token_urlsafe(32)
         scope["session"] = session
+        scope["asked"] = time.time()
         secure = self._is_secure(request)
 
         async def send_guarded(message: Message) -> None:
@@ -295,6 +298,7 @@ class Changes:
     def __init__(self, database: Database):
         self._database = database
         self._waiting: set[asyncio.Queue[bool]] = set()
+        self._told_at = 0.0
         self._ended = False
 
     async def look(self) -> None:
@@ -314,6 +318,7 @@ class Changes:
                 self._tell()
 
     def _tell(self) -> None:
+        self._told_at = time.time()
         for queue in self._waiting:
             if queue.empty():
                 queue.put_nowait(True)
@@ -328,9 +333,15 @@ class Changes:
             return inbox.state(connection)
 
     async def stream(self, request: Request) -> Response:
+        """Events for a page; the first at once, where it has missed some `since` it was made."""
+        since = re.fullmatch(r"\d+(\.\d+)?", request.query_params.get("since", ""), re.ASCII)
+        missed = since is not None and self._told_at > float(since[0])
+
         async def events() -> AsyncIterator[str]:
             queue: asyncio.Queue[bool] = asyncio.Queue()
             self._waiting.add(queue)
+            if missed:
+                queue.put_nowait(True)
             try:
                 yield "retry: 2000\n\n"
                 while not self._ended:

@@ -38,13 +38,20 @@ function countDown() {
 let asked = 0;
 let waits;
 
+// What has the focus may be replaced by its like.
+function placeOf(element) {
+  const href = element.getAttribute("href");
+  if (element.id) return `#${CSS.escape(element.id)}`;
+  return href ? `[data-live] [href="${CSS.escape(href)}"]` : "#main";
+}
+
 async function refresh() {
   waits = undefined;
   asked = Date.now();
   const answer = await fetch(main.dataset.address ?? location.href).catch(() => null);
   if (!answer?.ok || answer.redirected) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  const focused = document.activeElement?.id;
+  const focused = document.activeElement;
   for (const part of document.querySelectorAll("[data-live]")) {
     const newer = page.getElementById(part.id);
     if (!newer || newer.isEqualNode(part.pristine)) continue;
@@ -57,13 +64,14 @@ async function refresh() {
       if (!before.has(each.id)) each.parentElement.classList.add("new");
     }
   }
-  if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus();
+  if (!focused.isConnected) document.querySelector(placeOf(focused))?.focus();
   const count = page.getElementById("waiting")?.textContent;
   if (count !== undefined && document.title !== page.title) {
     document.getElementById("said").textContent = `${count} drafts wait`;
   }
   document.title = page.title;
   const now = page.getElementById("main").dataset;
+  main.dataset.asked = now.asked;
   const stale = document.getElementById("stale");
   if (stale && ["version", "chat", "status"].some((name) => now[name] !== main.dataset[name])) {
     stale.hidden = false;
@@ -84,7 +92,7 @@ function listen() {
     changes?.close();
     changes = undefined;
   } else if (!changes && document.querySelector("[data-live]")) {
-    changes = new EventSource("/changes");
+    changes = new EventSource(`/changes?since=${main.dataset.asked}`);
     changes.addEventListener("change", refreshSoon);
     changes.addEventListener("open", () => document.body.toggleAttribute("data-listens", true));
   }
@@ -94,7 +102,9 @@ function listen() {
 
 let submitting = false;
 const typed = text?.value;
-document.addEventListener("submit", () => (submitting = true));
+document.addEventListener("submit", ({ target }) => {
+  submitting = target === reply || target.id === "dismiss";
+});
 addEventListener("beforeunload", (event) => {
   if (text && text.value !== typed && !submitting) event.preventDefault();
 });
