@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatflow.errors import UsageError
+from chatflow.run import quieten
 
 if TYPE_CHECKING:
     from chatflow.console.people import People
@@ -22,6 +23,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command; see `chatflow console --help`."""
     if rest:
         raise UsageError(f"unknown flag {rest[0]}; see chatflow console --help")
+    quieten(local=True)
     try:
         from chatflow.console import people
         from chatflow.console.app import Console, Server
@@ -45,7 +47,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     database.upgrade()
     if parsed.export:
         return export(database, parsed.export)
-    hosts = ["localhost", "127.0.0.1", "::1"]
+    hosts = ["localhost", "127.0.0.1", "::1", parsed.host]
     hosts += filter(None, (host.strip() for host in parsed.allowed_hosts.split(",")))
     served = Console(
         database,
