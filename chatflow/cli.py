@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     console.add_argument(
         "--allowed_hosts",
         default="",
-        help="names by which the console is called, besides localhost; *: all",
+        help="names by which the console is called, besides localhost; *: all. Needs a sign-in.",
     )
     console.add_argument(
         "--redact",

@@ -192,11 +192,21 @@ def _write_analyses(connection: sa.Connection, found: Sequence[Analysis]) -> Non
 
 
 def _write_drafts(connection: sa.Connection, found: Sequence[Draft]) -> None:
+    import sqlalchemy as sa
+
     from chatflow.database import tables
 
     rows = [{**_values(record), "changed_at": now()} for record in found]
-    waits = tables.drafts.c.status == tables.WAITING
-    _upsert_rows(connection, tables.drafts, rows, lambda _: waits)
+    known = tables.drafts.c
+    waits = known.status == tables.WAITING
+
+    def set_to(new: Any) -> dict[str, Any]:
+        # Whoever has the page of another text open is to look again.
+        rewritten = sa.case((known.text.is_distinct_from(new.text), 1), else_=0)
+        fields = {name: new[name] for name in rows[0] if name != "draft_id"}
+        return {**fields, "version": known.version + rewritten}
+
+    _upsert_rows(connection, tables.drafts, rows, lambda _: waits, set_to)
     supersede(connection, [record.chat_id for record in found])
 
 
@@ -354,7 +364,7 @@ def without_passwords(text: str) -> str:
     return _PASSWORD.sub(r"\1:***@", text)
 
 
-_PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):[^/,\s]*@")
+_PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):(?:[^/,\s]*@|[^@?,\s]*@)")
 
 
 def check_uri(uri: str, flag: str) -> None:

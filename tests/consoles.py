@@ -103,7 +103,7 @@ class Visitor:
         return draft_id
 
 
-FIELDS = ("csrf", "version", "chat_revision")
+FIELDS = ("csrf", "version", "seen_chat")
 
 
 def decided_in(answer: httpx.Response) -> str:

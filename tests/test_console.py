@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from datetime import UTC, datetime
 
 import httpx
@@ -20,6 +21,7 @@ from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
 from chatflow.database import tables
 from chatflow.database.connect import Database
+from chatflow.errors import UsageError
 from chatflow.records import DeadLetter, Reply, Sentiment
 
 
@@ -197,6 +199,18 @@ CHANGES = {
         lambda database, _: write(database, angry_chat(1, revision=1)[0]),
         "There are new messages",
     ),
+    "the customer wrote in a chat without revisions": (
+        lambda database, _: write(
+            database, angry_chat(1, revision=1)[0].model_copy(update={"revision": 0})
+        ),
+        "There are new messages",
+    ),
+    "the model wrote something else": (
+        lambda database, _: write(
+            database, angry_chat(1, text="Other.")[2].model_copy(update={"text": "Hm."})
+        ),
+        "Somebody changed this draft",
+    ),
     "a newer analysis": (
         lambda database, _: write(database, angry_chat(1, revision=1)[1]),
         "The customer wrote again",
@@ -324,6 +338,64 @@ def test_replies_go_to_a_topic(sqlite, pubsub):
     assert {m.attributes["kind"] for m in found} == {"Reply"}
     assert {m.ordering_key for m in found} == {"chat-0", "chat-1"}
     assert {Reply.model_validate_json(m.data).text for m in found} == {"Sorry, 0.", "Sorry, 1."}
+
+
+def test_what_pubsub_took_is_not_sent_again_with_what_it_did_not(sqlite, monkeypatch):
+    """Three replies of two chats; one chat fails, and the client pauses it as Google's does."""
+    approved(sqlite, 2)
+    with sqlite.write() as connection:
+        (reply,) = connection.execute(
+            sa.select(tables.outbox.c.reply).where(tables.outbox.c.draft_id == "d1r0")
+        ).scalars()
+        more = {"draft_id": "other", "reply": {**reply, "reply_id": "other"}}
+        connection.execute(sa.insert(tables.outbox).values(**more, publish_after=datetime.now(UTC)))
+    sent, paused, failing = [], set(), {"chat-1"}
+
+    class Client:
+        def publish(self, topic, data, ordering_key, timeout, **attributes):
+            future = Future()
+            if ordering_key in failing | paused:
+                paused.add(ordering_key)
+                future.set_exception(ConnectionError("the topic is away"))
+            else:
+                sent.append(attributes["id"])
+                future.set_result("1")
+            return future
+
+        def resume_publish(self, topic, key):
+            if key not in paused:
+                raise RuntimeError("Ordering key is not paused.")
+            paused.remove(key)
+
+    monkeypatch.setattr(outbox, "publisher", Client)
+    publisher = Publisher(sqlite, outbox.ReplyTopic("projects/p/topics/t"))
+    for _ in range(2):
+        with pytest.raises(outbox.PartlySentError, match="the topic is away"):
+            publisher.publish()
+        assert sent == ["d0r0"]
+    failing.clear()
+    assert publisher.publish() == 2
+    assert sorted(sent) == ["d0r0", "d1r0", "other"]
+    assert publisher.publish() == 0
+
+
+@pytest.mark.parametrize("text", ["My only notes.", '{"reply": 1}', "12\n", '{"a": '])
+def test_a_file_of_something_else_is_left_as_it_is(text, tmp_path):
+    path = tmp_path / "notes"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="has a line that is no reply"):
+        ReplyFile(str(path))
+    assert path.read_text() == text
+
+
+def test_a_reply_whose_line_end_an_editor_took_is_kept(sqlite, tmp_path):
+    approved(sqlite, 2)
+    path = tmp_path / "replies.jsonl"
+    replies = [Reply(**reply) for (reply,) in rows(sqlite, tables.outbox, "reply")]
+    ReplyFile(str(path)).send(replies[:1], 1)
+    path.write_text(path.read_text().rstrip("\n"))
+    ReplyFile(str(path)).send(replies, 1)
+    assert [Reply.model_validate_json(line) for line in path.read_text().splitlines()] == replies
 
 
 # Lists.
@@ -522,6 +594,49 @@ def test_forms_that_are_not_complete_are_refused(console):
     assert visitor.get("/drafts/nothing").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/drafts/%00", 400),
+        ("/?q=a%00", 400),
+        ("/history?who=%00", 400),
+        ("/?page=" + "9" * 5000, 200),
+        ("/history?page=" + "9" * 5000, 200),
+        ("/drafts/a%2Fb%3F%23", 404),
+        ("/?q=%ED%A0%80&attribute=nothing&decided=nothing", 200),
+        ("/dashboard?attribute=nothing", 200),
+    ],
+)
+def test_odd_addresses_are_no_errors_of_the_console(database, path, status):
+    with served(database) as address:
+        assert Visitor(address).get(path).status_code == status
+
+
+def test_odd_forms_and_hosts_are_no_errors_of_the_console(console):
+    visitor = Visitor(console)
+    form = visitor.form("/drafts/d1r0") | {"text": "x"}
+    path = "/drafts/d1r0/approve"
+    assert visitor.post(path, form | {"csrf": "é"}).status_code == 403
+    for number in ("9" * 30, "-1", "9" * 5000):
+        assert visitor.post(path, form | {"version": number}).status_code == 400
+    assert visitor.post(path, form | {str(i): "x" for i in range(30)}).status_code == 400
+    assert visitor.post(path, form, Origin="http://[").status_code == 400
+    for host in ("[", "[zz]", ""):
+        assert Visitor(console, Host=host).get("/").status_code == 400
+
+
+def test_an_error_of_the_console_is_guarded_too(sqlite, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("of a bug")
+
+    monkeypatch.setattr("chatflow.console.inbox.events", fail)
+    with served(sqlite) as address:
+        answer = Visitor(address).get("/history")
+    assert answer.status_code == 500
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "of a bug" not in answer.text
+
+
 TOKENS = {name: people.new_token(name, name) for name in people.ROLES}
 
 
@@ -622,7 +737,7 @@ def test_a_redacted_agent_does_not_approve_what_they_cannot_read(sqlite, users):
     hidden = People("", people.read_users(users), redacted=frozenset({"agent", "lead"}))
     with served(sqlite, hidden) as address:
         agent, lead = signed_in(address, "agent"), signed_in(address, "lead")
-        form = {"csrf": agent.form("/")["csrf"], "version": "0", "chat_revision": "0", "text": "x"}
+        form = {"csrf": agent.form("/")["csrf"], "version": "0", "seen_chat": "", "text": "x"}
         assert agent.post("/drafts/d1r0/approve", form).status_code == 403
         assert lead.get("/labelled.jsonl").status_code == 403
 
@@ -655,6 +770,11 @@ def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):
     [
         ("--host 0.0.0.0", "--host=0.0.0.0: others can reach it, so they have to sign in"),
         ("--host nowhere.invalid", "--host=nowhere.invalid: "),
+        (
+            "--allowed_hosts Desk.example.com",
+            "--allowed_hosts=desk.example.com: others can reach it by that name, so they have to",
+        ),
+        ("--allowed_hosts *", "--allowed_hosts=*: others can reach it"),
         ("--users /nowhere.toml", "--users=/nowhere.toml: cannot be read"),
         ("--users BAD", "ada: needs a role: observer, agent, lead"),
         ("--new_token ada:boss", "roles are observer, agent, lead"),

@@ -117,9 +117,20 @@ def test_a_password_is_never_shown():
     with pytest.raises(UsageError, match="cannot be used") as error:
         database.upgrade()
     assert "s3cret" not in database.uri + str(error.value) + repr(database)
-    with pytest.raises(UsageError) as error:
-        parse_uri("mysql://me:s3cret@h/db")
-    assert "s3cret" not in str(error.value)
+    for uri in (
+        "mysql://me:s3cret@h/db",
+        "postgresql://me:s3cret@h:port/db",
+        "postgresql:me:s3cret@h/db",
+        "postgresql://me@h/db?password=s3cret",
+        "postgresql://me@h/db?sslpassword=s3cret",
+    ):
+        with pytest.raises(UsageError) as error:
+            parse_uri(uri)
+        assert "s3cret" not in str(error.value)
+    for password in ("s3cret", "s3/cret", "s@3cret"):
+        assert sql.without_passwords(f"postgresql://me:{password}@h/db,results/a@b") == (
+            "postgresql://me:***@h/db,results/a@b"
+        )
 
 
 def test_a_password_is_read_from_where_the_flag_says(database, lines, script, monkeypatch, capsys):

@@ -49,7 +49,7 @@ from chatflow.console.people import (
 )
 from chatflow.database.connect import Database
 from chatflow.errors import one_line
-from chatflow.records import now
+from chatflow.records import LARGEST_INTEGER, now
 
 COOKIE = "chatflow_session"
 
@@ -119,7 +119,7 @@ class Console:
             publishes=self.replies is not None,
             **values,
         )
-        return HTMLResponse(text, status)
+        return HTMLResponse(text, status, HEADERS)  # also where `Guard` does not see it
 
     def known_attributes(self, connection: sa.Connection) -> list[str]:
         """As of half a minute ago at most: it takes a look at all chats."""
@@ -163,9 +163,9 @@ class Console:
         """A route that changes something: only for forms of this console's own pages."""
 
         async def respond(request: Request) -> Response:
-            form = await request.form(max_files=0, max_part_size=200_000)
+            form = await request.form(max_files=0, max_fields=20, max_part_size=200_000)
             sent = str(form.get("csrf", ""))
-            if not hmac.compare_digest(sent, csrf_of(request.scope["session"])):
+            if not hmac.compare_digest(sent.encode(), csrf_of(request.scope["session"]).encode()):
                 raise HTTPException(403, "This form is too old. Please reload the page.")
             return await run_in_threadpool(endpoint, self, request, form)
 
@@ -232,21 +232,26 @@ class Guard:
 
     def _is_secure(self, request: Request) -> bool:
         forwarded = request.headers.get("x-forwarded-proto") == "https"
-        return request.url.scheme == "https" or (forwarded and self._by_proxy(request))
+        return request.scope["scheme"] == "https" or (forwarded and self._by_proxy(request))
 
     def _by_proxy(self, request: Request) -> bool:
         return request.client is not None and self.console.people.is_proxy(request.client.host)
 
     def _refusal(self, request: Request) -> Response | None:
         """What is refused whoever asks."""
-        host = urlsplit(f"//{request.headers.get('host', '')}")
+        try:
+            host = urlsplit(f"//{request.headers.get('host', '')}")
+            origin = urlsplit(request.headers.get("origin", f"//{host.netloc}"))
+        except ValueError:
+            return PlainTextResponse("This is no address.\n", 400)
+        if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+            return PlainTextResponse("No database has NUL characters.\n", 400)
         if "*" not in self.console.hosts and host.hostname not in self.console.hosts:
             return PlainTextResponse(
                 f"This console is not called {host.hostname}; --allowed_hosts names it.\n", 400
             )
         if request.method not in ("GET", "HEAD"):
-            origin = request.headers.get("origin")
-            foreign = origin is not None and urlsplit(origin).netloc != host.netloc
+            foreign = origin.netloc != host.netloc
             if foreign or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
                 return PlainTextResponse("This was sent by a page of another site.\n", 403)
         return None
@@ -414,6 +419,7 @@ def show_draft(
             status,
             wanted=wanted,
             **found,
+            seen_chat=decisions.mark_of(found["chat"]),
             before=before,
             after=after,
             problem=problem,
@@ -485,11 +491,22 @@ def _text(form: FormData, name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _number(form: FormData, name: str) -> int:
+    """
+    Raises:
+      ValueError: it is none that a database has.
+    """
+    number = int(_text(form, name))
+    if not 0 <= number <= LARGEST_INTEGER:
+        raise ValueError(name)
+    return number
+
+
 def _decide(
     console: Console,
     request: Request,
     form: FormData,
-    act: Callable[[sa.Connection, tuple[str, int, int | None]], None],
+    act: Callable[[sa.Connection, tuple[str, int, str]], None],
     stay: bool = False,
 ) -> Response:
     """Does what the form says, and goes on to the next draft; or says why it was not done."""
@@ -498,14 +515,13 @@ def _decide(
         raise HTTPException(403, f"Your role, {person.role}, may not decide on drafts.")
     draft_id = request.path_params["draft_id"]
     try:
-        version = int(_text(form, "version"))
-        revision = int(_text(form, "chat_revision")) if _text(form, "chat_revision") else None
+        version = _number(form, "version")
     except ValueError:
         raise HTTPException(400, "This form is not complete.") from None
     wanted = inbox.Filter.of(request.query_params)
     try:
         with console.database.write() as connection:
-            act(connection, (draft_id, version, revision))
+            act(connection, (draft_id, version, _text(form, "seen_chat")))
     except DecisionError as error:
         # Nothing that was typed is lost.
         return show_draft(console, request, 409, str(error), _text(form, "text"))

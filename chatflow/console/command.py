@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from chatflow.console.people import People
     from chatflow.database.connect import Database
 
+OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
+"""Names by which only this machine calls itself."""
+
 
 def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command; see `chatflow console --help`."""
@@ -42,19 +45,18 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"The token, which is shown only now: {token}", file=sys.stderr)
         return 0
     known = people_of(parsed)
-    check_place(parsed.host, known)
+    names = [name.strip().lower() for name in parsed.allowed_hosts.split(",") if name.strip()]
+    check_place(parsed.host, names, known)
     database = Database(parsed.database, password_at(parsed.database_password), connections=20)
     database.upgrade()
     if parsed.export:
         return export(database, parsed.export)
-    hosts = ["localhost", "127.0.0.1", "::1", parsed.host]
-    hosts += filter(None, (host.strip() for host in parsed.allowed_hosts.split(",")))
     served = Console(
         database,
         known,
         replies_to(parsed.replies) if parsed.replies else None,
         parsed.undo_seconds,
-        hosts,
+        [*OWN_HOSTS, parsed.host.lower(), *names],
     )
     listener = listen(parsed.host, parsed.port)
     shown = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
@@ -96,8 +98,11 @@ def people_of(parsed: argparse.Namespace) -> People:
     )
 
 
-def check_place(host: str, known: People) -> None:
+def check_place(host: str, names: Sequence[str], known: People) -> None:
     """Makes sure that nobody from elsewhere gets in without signing in.
+
+    Args:
+      names: by which it may be called; from elsewhere, e.g. through a proxy on this machine.
 
     Raises:
       UsageError: they would.
@@ -111,6 +116,12 @@ def check_place(host: str, known: People) -> None:
         raise UsageError(
             f"--host={host}: others can reach it, so they have to sign in; give --users=FILE "
             "(with tokens), or --identity_header=NAME of a reverse proxy in front of it"
+        )
+    others = sorted(set(names) - set(OWN_HOSTS))
+    if others and not known.sign_in:
+        raise UsageError(
+            f"--allowed_hosts={others[0]}: others can reach it by that name, so they have to sign "
+            "in; give --users=FILE or --identity_header=NAME"
         )
 
 

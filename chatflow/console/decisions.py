@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 
 from chatflow.database import tables
 from chatflow.database.tables import chats, customers, drafts, history, outbox
-from chatflow.records import Reply, now
+from chatflow.records import Reply, digest, now
 from chatflow.sql import supersede
 
 REASONS = {
@@ -39,7 +41,7 @@ def approve(
     connection: sa.Connection,
     draft_id: str,
     version: int,
-    chat_revision: int | None,
+    seen_chat: str,
     text: str,
     who: str,
     undo_seconds: float,
@@ -48,7 +50,7 @@ def approve(
 
     Args:
       version: of the draft that the person saw.
-      chat_revision: of the chat that the person saw.
+      seen_chat: `mark_of` the chat that the person saw.
 
     Raises:
       ConflictError: another person, or a newer message, was faster.
@@ -57,7 +59,7 @@ def approve(
     text = _checked(text)
     if not text:
         raise DecisionError("A reply needs a text.")
-    draft, seen = _seen(connection, draft_id, chat_revision)
+    draft, seen = _seen(connection, draft_id, seen_chat)
     written = draft["text"]
     moment = now()
     distance = None if written is None else Levenshtein.normalized_distance(written, text)
@@ -99,7 +101,7 @@ def dismiss(
     connection: sa.Connection,
     draft_id: str,
     version: int,
-    chat_revision: int | None,
+    seen_chat: str,
     reason: str,
     comment: str,
     who: str,
@@ -112,7 +114,7 @@ def dismiss(
     """
     if reason not in REASONS:
         raise DecisionError("Please choose a reason.")
-    _, seen = _seen(connection, draft_id, chat_revision)
+    _, seen = _seen(connection, draft_id, seen_chat)
     comment = _checked(comment)
     _change(
         connection,
@@ -195,8 +197,18 @@ def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
     return dict(found.one())
 
 
+def mark_of(chat: Mapping[Any, Any] | None) -> str:
+    """Another text for a chat of other messages; empty where there is none.
+
+    Its revision alone does not do: chats of files that grow have the same one.
+    """
+    if chat is None:
+        return ""
+    return digest(str(chat["revision"]), json.dumps(chat["messages"], sort_keys=True))
+
+
 def _seen(
-    connection: sa.Connection, draft_id: str, chat_revision: int | None
+    connection: sa.Connection, draft_id: str, seen_chat: str
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The draft, and its chat as it is now, which has to be as the person saw it."""
     draft = _locked(connection, draft_id)
@@ -204,7 +216,7 @@ def _seen(
     chat = connection.execute(query).mappings().one_or_none()
     if chat is None:
         return draft, None
-    if chat["revision"] != chat_revision:
+    if mark_of(chat) != seen_chat:
         raise ConflictError("There are new messages in this chat; please look again.")
     kept = ("chat_id", "messages", "attributes", "revision")
     return draft, {name: chat[name] for name in kept}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -56,7 +57,7 @@ class Filter:
             kind if kind in KINDS else "",
             query.get("q", "").strip()[:200],
             query.get("attribute", "")[:2000],
-            min(int(page), 100_000) if page.isascii() and page.isdigit() else 0,
+            int(page) if re.fullmatch(r"[0-9]{1,5}", page) else 0,
         )
 
     def query(self, **changes: Any) -> str:

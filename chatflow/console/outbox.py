@@ -7,13 +7,14 @@ neither is without the other, whatever is killed in between
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,9 @@ LOOK_SECONDS = 0.5
 MOST = 100
 """Replies that are published at once."""
 
+_BEGINS = b'{"reply_id":'
+"""What each reply in a file begins with: what is cut off and does not is somebody else's."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -50,8 +54,21 @@ class Replies(Protocol):
           seconds: after which it gives up.
 
         Raises:
-          Exception: some were perhaps not sent.
+          PartlySentError: some were sent, and others perhaps not.
+          Exception: all were perhaps not sent.
         """
+
+
+class PartlySentError(Exception):
+    """Some replies were not sent.
+
+    Attributes:
+      sent: ids of those that were.
+    """
+
+    def __init__(self, error: Exception, sent: Collection[str]):
+        super().__init__(one_line(error))
+        self.sent = sent
 
 
 class ReplyFile:
@@ -72,7 +89,7 @@ class ReplyFile:
             self.send((), LEASE_SECONDS)
         except OSError as error:
             raise UsageError(f"--replies={path}: cannot be written: {error}") from None
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise UsageError(f"--replies={path}: has a line that is no reply") from None
 
     def send(self, replies: Sequence[Reply], seconds: float) -> None:
@@ -96,10 +113,17 @@ class ReplyFile:
             self._ids.clear()
         file.seek(self._read_to)
         for line in file:
-            if not line.endswith(b"\n"):
+            try:
+                found = json.loads(line)["reply_id"]
+            except ValueError:
+                if line.endswith(b"\n") or not line.startswith(_BEGINS[: len(line)]):
+                    raise
                 file.truncate(self._read_to)
                 break
-            self._ids.add(json.loads(line)["reply_id"])
+            if not line.endswith(b"\n"):  # all of it is there
+                file.write(b"\n")
+                line += b"\n"
+            self._ids.add(found)
             self._read_to += len(line)
         file.seek(0, os.SEEK_END)
 
@@ -117,13 +141,19 @@ class ReplyTopic:
         messages = [to_message(reply) for reply in replies]
         sent = [self._client.publish(self.topic, timeout=seconds, **m) for m in messages]
         give_up = time.monotonic() + seconds
-        try:
-            for future in sent:
+        done: set[str] = set()
+        failed: dict[str, Exception] = {}
+        for reply, message, future in zip(replies, messages, sent, strict=True):
+            try:
                 future.result(timeout=max(give_up - time.monotonic(), 0.1))
-        except Exception:
-            for message in messages:  # else the client would never publish to this key again
-                self._client.resume_publish(self.topic, message["ordering_key"])
-            raise
+                done.add(reply.reply_id)
+            except Exception as error:
+                failed[message["ordering_key"]] = error
+        for key in failed:  # else the client would never publish to this key again
+            with contextlib.suppress(RuntimeError):  # it would: this one was only late
+                self._client.resume_publish(self.topic, key)
+        if failed:
+            raise PartlySentError(next(iter(failed.values())), done)
 
 
 def replies_to(uri: str) -> Replies:
@@ -183,14 +213,19 @@ class Publisher:
         try:
             self.replies.send([Reply(**reply) for reply in due.values()], LEASE_SECONDS / 2)
         except Exception as error:
-            self._put_back(list(due), one_line(error))
+            sent = error.sent if isinstance(error, PartlySentError) else ()
+            self._note_sent(sent)
+            self._put_back([draft_id for draft_id in due if draft_id not in sent], one_line(error))
             raise
+        self._note_sent(due)
+        return len(due)
+
+    def _note_sent(self, ids: Collection[str]) -> None:
         with self.database.write() as connection:
-            mine = outbox.c.draft_id.in_(list(due)), outbox.c.published_at.is_(None)
+            mine = outbox.c.draft_id.in_(list(ids)), outbox.c.published_at.is_(None)
             connection.execute(
                 sa.update(outbox).where(*mine).values(published_at=now(), error=None)
             )
-        return len(due)
 
     def _take(self) -> dict[str, Any]:
         """Replies for this publisher alone, by their drafts, in the order of approval."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,19 @@ def parse_uri(uri: str) -> sa.URL:
     known = "known are sqlite:///FILE and postgresql+psycopg://USER@HOST/NAME"
     try:
         url = sa.make_url(uri)
-    except sa.exc.ArgumentError:
-        raise UsageError(f"{uri!r} is no database; {known}") from None
+    except (sa.exc.ArgumentError, ValueError):
+        said = re.sub(r":[^:/@][^@]*@", ":***@", uri)
+        raise UsageError(f"{said!r} is no database; {known}") from None
     shown = url.render_as_string(hide_password=True)
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
         raise UsageError(f"{shown} is a database that chatflow does not write to; {known}")
+    if secret := sorted(name for name in url.query if "password" in name):
+        raise UsageError(
+            f"{url.host or url.database}: ?{secret[0]}= would be shown to others; "
+            "--database_password says where a password is"
+        )
     if not url.database or url.database == ":memory:":
         raise UsageError(f"{shown} names no {'file' if 'sqlite' in shown else 'database'}; {known}")
     if url.drivername == "sqlite" and not (folder := Path(url.database).parent).is_dir():
