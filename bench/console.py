@@ -567,6 +567,7 @@ def soak(uri: str, folder: Path, load: Load, say: Callable[[str], None]) -> dict
         "seconds": load.seconds,
         "requests_per_second": seen.requests() / read_for,
         "latency": {kind: percentiles(values) for kind, values in sorted(seen.seconds.items())},
+        "worst": max(itertools.chain(*seen.seconds.values()), default=0.0),
         "requests": {kind: len(values) for kind, values in sorted(seen.seconds.items())},
         "records_per_second": records / load.seconds,
         "records": records,
@@ -742,6 +743,7 @@ def show(figures: dict[str, Any]) -> None:
             table.add_row(title, *(value(found) for found in soaks.values()))
         Console().print(table)
         table = _table("Soak: p50 / p95, ms", soaks)
+        table.add_row("worst of all", *(f"{found['worst'] * 1000:.0f}" for found in soaks.values()))
         for kind in sorted(set().union(*(found["latency"] for found in soaks.values()))):
             table.add_row(kind, *(_ms(found["latency"].get(kind)) for found in soaks.values()))
         Console().print(table)
