@@ -245,7 +245,7 @@ def check_accelerator(planned: Plan, options: Any) -> None:
 
 
 def quieten(local: bool) -> None:
-    """Leaves Beam's logs out: a local run shows its progress, and its failure as one line.
+    """Leaves logs of others out: a local run shows its progress, and its failure as one line.
 
     A run elsewhere logs what its runner says, e.g. where to watch the job, but not the whole
     description of the job.

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from consoles import Visitor, angry_chat, decided_in, served, write
 
 from chatflow.cli import main
 from chatflow.console import outbox, people
+from chatflow.console.command import listen
 from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
 from chatflow.database import tables
@@ -803,6 +805,15 @@ def test_a_taken_port_is_said(console, sqlite, capsys):
     port = console.rpartition(":")[2]
     arguments = ["console", "--database", sqlite.uri, "--port", port]
     assert f"--port={port}: Address already in use" in mistake(arguments, {}, capsys)
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    with (
+        listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_new_token_is_shown_once_and_kept_as_a_hash(capsys, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,7 +79,6 @@ class Database:
         Raises:
           UsageError: the database cannot be reached, or was made by a newer chatflow.
         """
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         try:
             with self.read() as connection:
                 if self._check_version(connection):
