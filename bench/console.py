@@ -44,6 +44,7 @@ from postgres import MissingError, postgres
 from chatflow import sql
 from chatflow.database import tables
 from chatflow.database.connect import Database
+from chatflow.database.upserts import upsert, values_of
 from chatflow.records import Analysis, Chat, Draft, Message, Record, now
 from chatflow.stream import percentiles
 
@@ -405,7 +406,7 @@ def _check_records(
             newest_chat[number] = max(newest_chat.get(number, 0), revision)
         else:
             newest[number] = max(newest.get(number, 0), revision)
-            record = sql._values(records_of(began, number, revision)[kind])
+            record = values_of(records_of(began, number, revision)[kind])
             wanted[kind][record["analysis_id" if kind == "analyses" else "draft_id"]] = record
     wanted["chats"] = {
         f"chat-{number}": records_of(began, number, revision)["chats"].model_dump(
@@ -606,7 +607,7 @@ def pages(uri: str, folder: Path, drafts: int, requests: int) -> dict[str, Any]:
     for start in range(0, drafts, 500):
         with database.write() as connection:
             found = (records_of(began, number, 1) for number in some[start : start + 500])
-            sql.upsert(connection, [record for of in found for record in of.values()])
+            upsert(connection, [record for of in found for record in of.values()])
     if not database.is_sqlite:
         with database.write() as connection:
             connection.execute(sa.text("ANALYZE"))  # as the server does by itself within a minute

@@ -6,8 +6,6 @@ import os
 import re
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from chatflow.errors import UsageError, one_line
 
 PLACES = re.compile(
@@ -44,6 +42,8 @@ def read_secret(place: str, flag: str) -> str:
         if found["variable"]:
             return os.environ[found["variable"]]
         if found["path"]:
+            from apache_beam.io.filesystems import FileSystems
+
             with FileSystems.open(found["path"]) as file:
                 text: str = file.read().decode()
                 return text

@@ -10,11 +10,11 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 
-from chatflow import sql
 from chatflow.console.app import Console, Server
 from chatflow.console.command import listen
 from chatflow.console.people import People
 from chatflow.database.connect import Database
+from chatflow.database.upserts import upsert
 from chatflow.records import Analysis, Chat, Draft, Message
 
 LOCAL = People("ada")
@@ -37,7 +37,7 @@ def served(database: Database, people: People = LOCAL, **fields) -> Iterator[str
 
 def write(database: Database, *records) -> None:
     with database.write() as connection:
-        sql.upsert(connection, records)
+        upsert(connection, records)
 
 
 def angry_chat(

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from conftest import mistake
 from consoles import Visitor, angry_chat, decided_in, served, write
 
+from chatflow import publishing
 from chatflow.cli import main
 from chatflow.console import outbox, people
 from chatflow.console.command import listen
@@ -369,7 +370,7 @@ def test_what_pubsub_took_is_not_sent_again_with_what_it_did_not(sqlite, monkeyp
                 raise RuntimeError("Ordering key is not paused.")
             paused.remove(key)
 
-    monkeypatch.setattr(outbox, "publisher", Client)
+    monkeypatch.setattr(publishing, "publisher", Client)
     publisher = Publisher(sqlite, outbox.ReplyTopic("projects/p/topics/t"))
     for _ in range(2):
         with pytest.raises(outbox.PartlySentError, match="the topic is away"):

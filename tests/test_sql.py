@@ -15,6 +15,7 @@ from chatflow import sql
 from chatflow.cli import main
 from chatflow.database import tables
 from chatflow.database.connect import Database, parse_uri
+from chatflow.database.upserts import upsert
 from chatflow.errors import UsageError
 from chatflow.options import Options
 from chatflow.records import Analysis, DeadLetter, Draft
@@ -49,7 +50,7 @@ def letter(payload="no json", **fields):
 
 def write(database, *records):
     with database.write() as connection:
-        sql.upsert(connection, records)
+        upsert(connection, records)
 
 
 def rows(database, table, *columns):

@@ -35,8 +35,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError(
             f"{error.name} is missing: pip install 'chatflow[console]' has all of the console"
         ) from None
-    from chatflow.database.connect import Database
-    from chatflow.sql import password_at
+    from chatflow.database.connect import Database, password_at
 
     if parsed.new_token:
         name, _, role = parsed.new_token.rpartition(":")

@@ -12,8 +12,8 @@ from rapidfuzz.distance import Levenshtein
 
 from chatflow.database import tables
 from chatflow.database.tables import chats, customers, drafts, history, outbox
+from chatflow.database.upserts import supersede
 from chatflow.records import Reply, digest, now
-from chatflow.sql import supersede
 
 REASONS = {
     "not_angry_neutral": "The customer is not angry, but neutral",

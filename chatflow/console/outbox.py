@@ -25,9 +25,7 @@ import sqlalchemy as sa
 from chatflow.database.connect import Database
 from chatflow.database.tables import outbox
 from chatflow.errors import UsageError, one_line
-from chatflow.publishing import PUBSUB_TOPIC, check_topics, publisher, to_message
 from chatflow.records import Reply, now
-from chatflow.sinks import is_file
 
 LEASE_SECONDS = 60.0
 """How long replies are one publisher's; when it is killed, another one takes them then."""
@@ -136,6 +134,9 @@ class ReplyTopic:
         self._client: Any = None
 
     def send(self, replies: Sequence[Reply], seconds: float) -> None:
+        # Beam takes seconds to be imported, which files need not wait for.
+        from chatflow.publishing import publisher, to_message
+
         if self._client is None:
             self._client = publisher()
         messages = [to_message(reply) for reply in replies]
@@ -162,10 +163,13 @@ def replies_to(uri: str) -> Replies:
     Raises:
       UsageError: nothing that replies can go to.
     """
-    if topic := PUBSUB_TOPIC.fullmatch(uri):
-        check_topics([uri])
-        return ReplyTopic(topic[1])
-    if "://" in uri or not is_file(uri):
+    if uri.startswith(("projects/", "pubsub://")):
+        from chatflow.publishing import PUBSUB_TOPIC, check_topics
+
+        if topic := PUBSUB_TOPIC.fullmatch(uri):
+            check_topics([uri])
+            return ReplyTopic(topic[1])
+    if "://" in uri or uri.startswith("projects/"):
         raise UsageError(
             f"--replies={uri}: replies go to a topic (projects/PROJECT/topics/NAME) or to a file "
             "of this machine"

@@ -16,6 +16,7 @@ import alembic.script
 import sqlalchemy as sa
 
 from chatflow.errors import UsageError, one_line
+from chatflow.secrets import read_secret
 
 BUSY_SECONDS = 30
 """How long SQLite waits for another writer."""
@@ -112,6 +113,18 @@ def opened(uri: str, password: str = "") -> Database:
     database = Database(uri, password)
     database.upgrade()
     return database
+
+
+def password_at(place: str) -> str:
+    """A database's password; empty where no place is named.
+
+    Args:
+      place: see `secrets.PLACES`.
+
+    Raises:
+      UsageError: there is none there.
+    """
+    return read_secret(place, "--database_password").strip() if place else ""
 
 
 def parse_uri(uri: str) -> sa.URL:

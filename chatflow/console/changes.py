@@ -1,0 +1,88 @@
+"""Changes: tells open pages that something is new, as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncIterator
+
+import sqlalchemy as sa
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from chatflow.console import inbox
+from chatflow.database.connect import Database
+from chatflow.errors import one_line
+
+LOOK_SECONDS = 0.5
+"""Between two looks whether something in the database has changed."""
+
+_log = logging.getLogger(__name__)
+
+
+class Changes:
+    """Tells open pages that something is new, as server-sent events."""
+
+    def __init__(self, database: Database):
+        self._database = database
+        self._waiting: set[asyncio.Queue[bool]] = set()
+        self._told_at = 0.0
+        self._ended = False
+
+    async def look(self) -> None:
+        """Looks for changes for as long as somebody wants to know of them."""
+        last = ""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if not self._waiting:
+                continue
+            try:
+                found = await run_in_threadpool(self._state)
+            except sa.exc.SQLAlchemyError as error:
+                _log.warning("the database was not asked for changes: %s", one_line(error))
+                continue
+            if found != last:
+                last = found
+                self._tell()
+
+    def _tell(self) -> None:
+        self._told_at = time.time()
+        for queue in self._waiting:
+            if queue.empty():
+                queue.put_nowait(True)
+
+    def end(self) -> None:
+        """Ends all streams, for a server that waits for its answers to end."""
+        self._ended = True
+        self._tell()
+
+    def _state(self) -> str:
+        with self._database.read() as connection:
+            return inbox.state(connection)
+
+    async def stream(self, request: Request) -> Response:
+        """Events for a page; the first at once, where it has missed some `since` it was made."""
+        since = re.fullmatch(r"\d+(\.\d+)?", request.query_params.get("since", ""), re.ASCII)
+        missed = since is not None and self._told_at > float(since[0])
+
+        async def events() -> AsyncIterator[str]:
+            queue: asyncio.Queue[bool] = asyncio.Queue()
+            self._waiting.add(queue)
+            if missed:
+                queue.put_nowait(True)
+            try:
+                yield "retry: 2000\n\n"
+                while not self._ended:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(queue.get(), 15)
+                        yield "event: change\ndata:\n\n"
+                        continue
+                    yield ":\n\n"  # so that proxies keep the connection
+            finally:
+                self._waiting.discard(queue)
+
+        return StreamingResponse(events(), media_type="text/event-stream")

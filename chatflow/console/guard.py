@@ -1,0 +1,121 @@
+"""Guard: lets nobody in who may not."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chatflow.console.people import Person
+
+if TYPE_CHECKING:
+    from chatflow.console.app import Console
+
+COOKIE = "chatflow_session"
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; "
+    "base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Guard:
+    """Lets nobody in who may not, and has each answer say what browsers may do with it."""
+
+    def __init__(self, app: ASGIApp, console: Console):
+        self.app, self.console = app, console
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        session = request.cookies.get(COOKIE) or secrets.token_urlsafe(32)
+        scope["session"] = session
+        scope["asked"] = time.time()
+        secure = self._is_secure(request)
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                if request.cookies.get(COOKIE) is None and "set-cookie" not in headers:
+                    headers.append("Set-Cookie", cookie(session, secure))
+            await send(message)
+
+        scope["secure"] = secure
+        refusal = self._refusal(request) or await run_in_threadpool(self._sign_in, request)
+        await (refusal or self.app)(scope, receive, send_guarded)
+
+    def _is_secure(self, request: Request) -> bool:
+        forwarded = request.headers.get("x-forwarded-proto") == "https"
+        return request.scope["scheme"] == "https" or (forwarded and self._by_proxy(request))
+
+    def _by_proxy(self, request: Request) -> bool:
+        return request.client is not None and self.console.people.is_proxy(request.client.host)
+
+    def _refusal(self, request: Request) -> Response | None:
+        """What is refused whoever asks."""
+        try:
+            host = urlsplit(f"//{request.headers.get('host', '')}")
+            origin = urlsplit(request.headers.get("origin", f"//{host.netloc}"))
+        except ValueError:
+            return PlainTextResponse("This is no address.\n", 400)
+        if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+            return PlainTextResponse("No database has NUL characters.\n", 400)
+        if "*" not in self.console.hosts and host.hostname not in self.console.hosts:
+            return PlainTextResponse(
+                f"This console is not called {host.hostname}; --allowed_hosts names it.\n", 400
+            )
+        if request.method not in ("GET", "HEAD"):
+            foreign = origin.netloc != host.netloc
+            if foreign or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+                return PlainTextResponse("This was sent by a page of another site.\n", 403)
+        return None
+
+    def _sign_in(self, request: Request) -> Response | None:
+        """Finds out who asks; an answer instead, where they have to sign in first."""
+        people, path = self.console.people, request.url.path
+        person: Person | None
+        if not people.sign_in:
+            person = people.person(people.local)
+        elif people.identity_header:
+            # From elsewhere, anybody could say anything.
+            name = request.headers.get(people.identity_header, "")
+            person = people.person(name) if name and self._by_proxy(request) else None
+        else:
+            bearer = request.headers.get("authorization", "")
+            if bearer.startswith("Bearer "):
+                person = people.of_token(bearer.removeprefix("Bearer "))
+            else:
+                who = self.console.sessions.who(request.scope["session"])
+                person = people.person(who) if who else None
+        request.scope["person"] = person
+        if person or path.startswith("/static/") or path in ("/sign-in", "/healthz"):
+            return None
+        if people.identity_header:
+            return PlainTextResponse("The proxy does not say who you are, or it is unknown.\n", 403)
+        if "text/html" in request.headers.get("accept", "") and request.method == "GET":
+            return RedirectResponse("/sign-in", 303)
+        return PlainTextResponse("Please sign in.\n", 401)
+
+
+def cookie(value: str, secure: bool, age: int | None = None) -> str:
+    parts = [f"{COOKIE}={value}", "Path=/", "HttpOnly", "SameSite=Lax"]
+    parts += ["Secure"] if secure else []
+    return "; ".join(parts + ([] if age is None else [f"Max-Age={age}"]))

@@ -1,0 +1,201 @@
+"""The pages, and what their forms do. Each is a function of the console and a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
+
+from chatflow.console import dashboard, decisions, inbox
+from chatflow.console.decisions import DecisionError
+from chatflow.console.guard import cookie
+from chatflow.console.labels import labelled
+from chatflow.console.people import SESSION, Person
+from chatflow.records import LARGEST_INTEGER, now
+
+if TYPE_CHECKING:
+    from chatflow.console.app import Console
+
+
+def show_inbox(console: Console, request: Request) -> Response:
+    wanted = inbox.Filter.of(request.query_params)
+    person: Person = request.scope["person"]
+    with console.database.read() as connection:
+        found, more = inbox.listed(connection, wanted, person.reads_texts)
+        return console.page(
+            request,
+            "inbox",
+            wanted=wanted,
+            drafts=found,
+            more=more,
+            waiting=inbox.waiting(connection),
+            known_attributes=console.known_attributes(connection),
+            decided=_decided(connection, request),
+            inbox=inbox,
+        )
+
+
+def show_draft(
+    console: Console, request: Request, status: int = 200, problem: str = "", typed: str = ""
+) -> Response:
+    wanted = inbox.Filter.of(request.query_params)
+    draft_id = request.path_params["draft_id"]
+    with console.database.read() as connection:
+        found = inbox.opened(connection, draft_id)
+        if found is None:
+            raise HTTPException(404, "There is no such draft.")
+        texts = request.scope["person"].reads_texts
+        before, after = inbox.neighbours(connection, wanted, draft_id, texts)
+        return console.page(
+            request,
+            "draft",
+            status,
+            wanted=wanted,
+            **found,
+            seen_chat=decisions.mark_of(found["chat"]),
+            before=before,
+            after=after,
+            problem=problem,
+            typed=typed,
+            reasons=decisions.REASONS,
+            characters=decisions.CHARACTERS,
+            undo_seconds=console.undo_seconds,
+            decided=_decided(connection, request),
+        )
+
+
+def _decided(connection: sa.Connection, request: Request) -> dict[str, Any] | None:
+    """What was decided just now, so that it can be undone."""
+    draft_id = request.query_params.get("decided", "")
+    found = inbox.opened(connection, draft_id) if draft_id else None
+    return found if found and found["draft"]["status"] in ("approved", "dismissed") else None
+
+
+def _text(form: FormData, name: str) -> str:
+    value = form.get(name, "")
+    return value if isinstance(value, str) else ""
+
+
+def _number(form: FormData, name: str) -> int:
+    """
+    Raises:
+      ValueError: it is none that a database has.
+    """
+    number = int(_text(form, name))
+    if not 0 <= number <= LARGEST_INTEGER:
+        raise ValueError(name)
+    return number
+
+
+ACTIONS = ("approve", "dismiss", "save", "undo")
+
+
+def decide(console: Console, request: Request, form: FormData) -> Response:
+    """Does what the form says, and goes on to the next draft; or says why it was not done."""
+    person: Person = request.scope["person"]
+    if not person.decides:
+        raise HTTPException(403, f"Your role, {person.role}, may not decide on drafts.")
+    draft_id, action = request.path_params["draft_id"], request.url.path.rpartition("/")[2]
+    try:
+        draft = draft_id, _number(form, "version")
+    except ValueError:
+        raise HTTPException(400, "This form is not complete.") from None
+    text, chat = _text(form, "text"), _text(form, "seen_chat")
+    try:
+        with console.database.write() as connection:
+            if action == "approve":
+                decisions.approve(connection, *draft, chat, text, person.name, console.undo_seconds)
+            elif action == "dismiss":
+                reason, comment = _text(form, "reason"), _text(form, "comment")
+                decisions.dismiss(connection, *draft, chat, reason, comment, person.name)
+            elif action == "save":
+                decisions.save(connection, *draft, text, person.name)
+            else:
+                decisions.undo(connection, *draft, person.name)
+    except DecisionError as error:
+        return show_draft(console, request, 409, str(error), text)  # what was typed is not lost
+    wanted = inbox.Filter.of(request.query_params)
+    if action in ("save", "undo"):
+        return RedirectResponse(f"/drafts/{draft_id}{wanted.query()}", 303)
+    with console.database.read() as connection:
+        _, after = inbox.neighbours(connection, wanted, draft_id, person.reads_texts)
+    place = f"/drafts/{after}" if after else "/"
+    query = wanted.query()
+    return RedirectResponse(f"{place}{query}{'&' if query else '?'}decided={draft_id}", 303)
+
+
+def show_history(console: Console, request: Request) -> Response:
+    page = inbox.Filter.of(request.query_params).page
+    who = request.query_params.get("who", "")[:200]
+    with console.database.read() as connection:
+        found = inbox.events(connection, who=who, page=page)
+    return console.page(
+        request, "history", events=found[: inbox.PAGE], more=len(found) > inbox.PAGE, page=page,
+        who=who, reasons=decisions.REASONS,
+    )  # fmt: skip
+
+
+def show_dashboard(console: Console, request: Request) -> Response:
+    period = request.query_params.get("period", "")
+    period = period if period in dashboard.PERIODS else "day"
+    attribute = request.query_params.get("attribute", "")
+    with console.database.read() as connection:
+        found = dashboard.figures(connection, period, attribute, now())
+    return console.page(
+        request, "dashboard", period=period, periods=dashboard.PERIODS, figures=found
+    )
+
+
+def export(console: Console, request: Request) -> Response:
+    person: Person = request.scope["person"]
+    if not person.exports:
+        raise HTTPException(403, f"Your role, {person.role}, may not export chats.")
+
+    def lines() -> Iterator[str]:
+        with console.database.read() as connection:
+            for line in labelled(connection):
+                yield line + "\n"
+
+    return StreamingResponse(
+        lines(),
+        media_type="application/jsonl",
+        headers={"Content-Disposition": 'attachment; filename="labelled.jsonl"'},
+    )
+
+
+def show_sign_in(
+    console: Console, request: Request, status: int = 200, problem: str = ""
+) -> Response:
+    if request.scope["person"]:
+        return RedirectResponse("/", 303)
+    return console.page(request, "sign_in", status, problem=problem)
+
+
+def sign_in(console: Console, request: Request, form: FormData) -> Response:
+    person = console.people.of_token(_text(form, "token").strip())
+    if person is None:
+        return show_sign_in(console, request, 403, "Nobody has this token.")
+    response = RedirectResponse("/", 303)
+    value = console.sessions.begin(person)
+    age = int(SESSION.total_seconds())
+    response.headers["Set-Cookie"] = cookie(value, request.scope["secure"], age)
+    return response
+
+
+def sign_out(console: Console, request: Request, _: FormData) -> Response:
+    console.sessions.end(request.scope["session"])
+    response = RedirectResponse("/sign-in", 303)
+    response.headers["Set-Cookie"] = cookie("", request.scope["secure"], 0)
+    return response
+
+
+def health(console: Console, _: Request) -> Response:
+    """Whether the database answers; for those who watch over the console."""
+    with console.database.read() as connection:
+        connection.execute(sa.select(1))
+    return PlainTextResponse("ok\n")
