@@ -9,8 +9,8 @@
 The `chat_id` of a chat has to be the number of its conversation in Chatwoot: 42, or chatwoot-42. A
 draft becomes a note that customers do not see; nothing is sent to them. What was noted is kept in a
 file, so that no draft is noted twice (but one whose answer from Chatwoot is lost, or that is noted
-in the moment in which this program is killed, may be: Chatwoot knows no idempotency keys). It listens on this machine only; for chatflow elsewhere put a
-server with TLS in front of it.
+in the moment in which this program is killed, may be: Chatwoot knows no idempotency keys). It
+listens on this machine only; for chatflow elsewhere put a server with TLS in front of it.
 """
 
 import argparse
