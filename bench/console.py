@@ -342,7 +342,7 @@ class Reader(threading.Thread):
             return
         draft_id = self.noise.choice(found[:3] if self.noise.random() < 0.5 else found)
         form = self.form(draft_id)
-        if "chat_revision" not in form:
+        if "seen_chat" not in form:
             return  # somebody was faster
         self.think()
         action = self.noise.choices(["approve", "dismiss", "save"], [6, 2, 1])[0]
@@ -353,7 +353,7 @@ class Reader(threading.Thread):
         said = self.decide(draft_id, action, text, form)
         if action != "save" and said == YES and self.noise.random() < 0.3:
             form = self.form(draft_id)
-            if "version" in form and "chat_revision" not in form:
+            if "version" in form and "seen_chat" not in form:
                 self.decide(draft_id, "undo", "", form)
 
     def form(self, draft_id: str) -> dict[str, str]:
