@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     console.add_argument(
         "--undo_seconds",
-        type=float,
+        type=seconds,
         default=10.0,
         help="how long an approval can be undone, and its reply waits (default: %(default)s)",
     )
@@ -309,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     console.add_argument(
         "--open_browser", action="store_true", help="show the page in this machine's browser"
     )
+    console.add_argument("--while_stdin_is_open", action="store_true", help=argparse.SUPPRESS)
     console.set_defaults(run=_console)
 
     size = command(
@@ -377,6 +378,13 @@ def _parser() -> argparse.ArgumentParser:
 def positive(text: str) -> float:
     """A flag's value that has to be more than nothing."""
     if (number := float(text)) <= 0:
+        raise ValueError
+    return number
+
+
+def seconds(text: str) -> float:
+    """A flag's value that is a length of time, or nothing."""
+    if not 0 <= (number := float(text)) <= 86_400:
         raise ValueError
     return number
 

@@ -19,6 +19,7 @@ from consoles import Visitor, angry_chat, decided_in, served, write
 from chatflow import publishing
 from chatflow.cli import main
 from chatflow.console import outbox, people
+from chatflow.console.beside import console_beside
 from chatflow.console.command import listen
 from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
@@ -691,6 +692,48 @@ def test_signing_in_and_out(sqlite, users):
     assert rows(sqlite, tables.sessions, "who") == []
 
 
+def test_a_new_token_ends_the_sessions_of_the_old_one(sqlite, users, tmp_path):
+    with served(sqlite, by_token(users)) as address:
+        cookies = dict(signed_in(address, "lead").client.cookies)
+        assert httpx.get(f"{address}/", cookies=cookies).status_code == 200
+    _, entry = people.new_token("lead", "lead")
+    (tmp_path / "users.toml").write_text(entry)
+    with served(sqlite, by_token(users)) as address:
+        assert httpx.get(f"{address}/", cookies=cookies).status_code == 401
+
+
+def test_probes_may_come_by_any_name(console):
+    assert Visitor(console, Host="10.0.0.7:8080").get("/healthz").text == "ok\n"
+
+
+def test_a_console_beside_another_process_ends_with_it(sqlite):
+    """Also where that process is killed."""
+    with console_beside([f"--database={sqlite.uri}"], 0) as address:
+        assert httpx.get(f"{address}healthz").text == "ok\n"
+        port = int(address.rstrip("/").rpartition(":")[2])
+    missing = console_beside(["--database=sqlite:////nowhere/x.db"], 0)
+    with pytest.raises(UsageError, match="there is no folder"), missing:
+        pass
+    code = (
+        "import sys, time; from chatflow.console.beside import console_beside\n"
+        f"with console_beside(['--database={sqlite.uri}'], {port}) as address:\n"
+        "    print(address, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        address = process.stdout.readline().decode().strip()
+        assert httpx.get(f"{address}healthz").text == "ok\n"
+        process.kill()
+    wait_for(lambda: refuses(address))
+
+
+def refuses(address):
+    try:
+        httpx.get(address)
+    except httpx.ConnectError:
+        return True
+    return False
+
+
 def test_roles_may_do_what_they_may(sqlite, users):
     write(sqlite, *angry_chat(1))
     with served(sqlite, by_token(users)) as address:
@@ -781,6 +824,8 @@ def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):
         ("--users /nowhere.toml", "--users=/nowhere.toml: cannot be read"),
         ("--users BAD", "ada: needs a role: observer, agent, lead"),
         ("--new_token ada:boss", "roles are observer, agent, lead"),
+        ("--undo_seconds nan", "--undo_seconds"),
+        ("--undo_seconds -1", "--undo_seconds"),
         ("--redact boss", "--redact: 'boss' is no role"),
         ("--trusted_proxies x", "--trusted_proxies: 'x' does not appear to be"),
         ("--replies gs://b/replies", "--replies=gs://b/replies: replies go to a topic"),

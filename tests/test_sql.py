@@ -203,6 +203,15 @@ def test_of_a_chat_the_newest_revision_is_kept(database, order):
     assert rows(database, tables.chat_attributes, "name", "value") == [("tenant", "t3")]
 
 
+def test_attributes_of_any_length_are_kept(database):
+    noise = random.Random(1)
+    long = "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(5000))
+    write(database, chat("Late!", attributes={"a" + long: long, "b": "c"}))
+    assert rows(database, tables.chats)[0]["attributes"] == {"a" + long: long, "b": "c"}
+    assert ("b", "c") in rows(database, tables.chat_attributes, "name", "value")
+    assert len(rows(database, tables.chat_attributes)) == 2
+
+
 HISTORY = {
     "newer analysis, not angry": (
         [analysis(revision=1), draft(revision=1), analysis(revision=2, sentiment=0)],

@@ -64,7 +64,7 @@ class Console:
     hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1")
 
     def __post_init__(self) -> None:
-        self.sessions = Sessions(self.database)
+        self.sessions = Sessions(self.database, self.people)
         self.changes = Changes(self.database)
         source = jinja2.PackageLoader("chatflow.console", "templates")
         self._templates = jinja2.Environment(

@@ -26,7 +26,7 @@ def console_beside(flags: Sequence[str], port: int) -> Iterator[str]:
     Raises:
       UsageError: it did not start; with what it said.
     """
-    command = [sys.executable, "-m", "chatflow", "console", *flags]
+    command = [sys.executable, "-m", "chatflow", "console", "--while_stdin_is_open", *flags]
     process, address, said = _started([*command, f"--port={port}"])
     if not address and f"--port={port}:" in said:
         process, address, said = _started([*command, "--port=0"])
@@ -46,7 +46,7 @@ def _started(command: Sequence[str]) -> tuple[subprocess.Popen[str], str, str]:
     """The process, its address (empty where it has ended), and what it said last."""
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # it ends when this does, whatever ends this process
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,6 +7,7 @@ import getpass
 import ipaddress
 import socket
 import sys
+import threading
 import webbrowser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from chatflow.errors import UsageError
 from chatflow.run import quieten
 
 if TYPE_CHECKING:
+    from chatflow.console.app import Server
     from chatflow.console.people import People
     from chatflow.database.connect import Database
 
@@ -65,8 +67,17 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         print("approved replies are kept, and not sent: no --replies", flush=True)
     if parsed.open_browser:
         webbrowser.open(address)
-    Server(served, listener).serve_forever()
+    server = Server(served, listener)
+    if parsed.while_stdin_is_open:
+        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
+    server.serve_forever()
     return 0
+
+
+def _end_with_stdin(server: Server) -> None:
+    """Ends the console when the process that started it has ended."""
+    sys.stdin.read()
+    server.should_exit = True
 
 
 def people_of(parsed: argparse.Namespace) -> People:

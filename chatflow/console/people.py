@@ -162,35 +162,44 @@ def _toml(text: str) -> str:
 
 
 class Sessions:
-    """Who is signed in, by a cookie; kept in the database, so that all consoles know it."""
+    """Who is signed in, by a cookie; kept in the database, so that all consoles know it.
 
-    def __init__(self, database: Database):
-        self._database = database
+    A session ends with the token by which it began: it is known by a hash of both.
+    """
+
+    def __init__(self, database: Database, people: People):
+        self._database, self._people = database, people
 
     def begin(self, person: Person) -> str:
         """Signs somebody in; gives the cookie's value."""
         value = secrets.token_urlsafe(32)
+        key = self._keys(value)[person.name]
         with self._database.write() as connection:
             connection.execute(sa.delete(sessions).where(sessions.c.expires_at < now()))
             connection.execute(
                 sa.insert(sessions).values(
-                    session_hash=digest_of(value), who=person.name, expires_at=now() + SESSION
+                    session_hash=key, who=person.name, expires_at=now() + SESSION
                 )
             )
         return value
 
     def who(self, value: str) -> str | None:
+        keys = self._keys(value).values()
         query = sa.select(sessions.c.who).where(
-            sessions.c.session_hash == digest_of(value), sessions.c.expires_at > now()
+            sessions.c.session_hash.in_(keys), sessions.c.expires_at > now()
         )
         with self._database.read() as connection:
             return connection.execute(query).scalar_one_or_none()
 
     def end(self, value: str) -> None:
+        keys = self._keys(value).values()
         with self._database.write() as connection:
-            connection.execute(
-                sa.delete(sessions).where(sessions.c.session_hash == digest_of(value))
-            )
+            connection.execute(sa.delete(sessions).where(sessions.c.session_hash.in_(keys)))
+
+    def _keys(self, value: str) -> dict[str, str]:
+        """By which hash the session would be known, if it were each one's."""
+        users = self._people.users.items()
+        return {name: digest_of(value + user.get("token_sha256", "")) for name, user in users}
 
 
 def csrf_of(session: str) -> str:

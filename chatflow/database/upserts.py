@@ -13,6 +13,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from chatflow.database import tables
 from chatflow.records import Analysis, Chat, DeadLetter, Draft, Record, now, record_id
 
+NAME, VALUE = 200, 300
+"""Characters of an attribute by which chats are found: no more goes into PostgreSQL's indexes."""
+
 
 def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
     """Writes records of any kind in a transaction."""
@@ -63,7 +66,7 @@ def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
         connection,
         attributes,
         [
-            {"chat_id": chat.chat_id, "name": name, "value": value}
+            {"chat_id": chat.chat_id, "name": name[:NAME], "value": value[:VALUE]}
             for chat in newest
             for name, value in sorted(chat.attributes.items())
         ],
