@@ -100,6 +100,10 @@ def expect_page(page, title):
     expect_listening(page)
 
 
+# What a page looks like, and which keys it takes, is the same whatever the database.
+on_sqlite = pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
+
+
 RULES = (
     {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
     {"task": "apology", "answer": "We are sorry that it is late."},
@@ -329,6 +333,7 @@ def test_the_keyboard_alone_is_enough(database, window):
     assert found == ["approved", "waiting", "approved", "waiting"]
 
 
+@on_sqlite
 def test_single_keys_can_be_switched_off(database, window):
     write(database, *angry_chat(1))
     with served(database) as address:
@@ -363,6 +368,7 @@ def populated(database):
     return database
 
 
+@on_sqlite
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_everybody_can_use_it(populated, window, scheme, size):
@@ -416,6 +422,7 @@ def test_ten_thousand_drafts(database, window):
     print(f"median {statistics.median(seconds):.0f} ms")
 
 
+@on_sqlite
 def test_signing_in(database, window, tmp_path):
     from chatflow.console.people import new_token, read_users
 
@@ -432,6 +439,7 @@ def test_signing_in(database, window, tmp_path):
         expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
 
 
+@on_sqlite
 def test_without_scripts_it_works_too(database, window):
     write(database, *angry_chat(1))
     with served(database, LOCAL) as address:
