@@ -31,7 +31,7 @@ class Emulator:
     """
 
     def __init__(self, port: int = 0):
-        self.host = f"127.0.0.1:{port or _free_port()}"
+        self.host = f"127.0.0.1:{port or free_port()}"
         self._process: Any = None
 
     def start(self, seconds: float = 60) -> None:
@@ -120,7 +120,7 @@ def subscription_of(topic: str) -> str:
     return topic.replace("/topics/", "/subscriptions/")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

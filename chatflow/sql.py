@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import apache_beam as beam
 
-from chatflow.dead_letters import dead_letter
+from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.records import DeadLetter, Record
 from chatflow.services import wait_to_try_again
@@ -103,7 +103,7 @@ class _UpsertDoFn(beam.DoFn):
             raise refused  # there is no other place for it
         else:
             said = one_line(Exception(getattr(refused, "orig", refused)))
-            yield dead_letter("write", records[0], ElementError("sql_refused", said))
+            yield dead_letter(WRITE, records[0], ElementError("sql_refused", said))
 
 
 def _is_of_a_record(error: sa.exc.SQLAlchemyError) -> bool:

@@ -385,6 +385,15 @@ def database(new_database: str) -> Iterator[Database]:
     made.close()
 
 
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    """An empty SQLite database with its tables, for as many connections as a console's."""
+    made = Database(f"sqlite:///{tmp_path}/console.db", connections=20)
+    made.upgrade()
+    yield made
+    made.close()
+
+
 def start_emulator(port: int = 0) -> Emulator:
     started = Emulator(port)
     try:

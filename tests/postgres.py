@@ -4,11 +4,12 @@ import contextlib
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from chatflow.emulator import free_port
 
 INSTALL = "install PostgreSQL's server (Debian: apt-get install postgresql)"
 
@@ -26,7 +27,7 @@ def postgres() -> Iterator[str]:
     """
     folder = Path(tempfile.mkdtemp(prefix="chatflow-postgres-"))
     own = _other_user(folder)
-    data, port = folder / "data", _free_port()
+    data, port = folder / "data", free_port()
     subprocess.run(
         [
             _program("initdb"),
@@ -86,9 +87,3 @@ def _other_user(folder: Path) -> dict[str, str]:
             os.chown(folder, user.pw_uid, user.pw_gid)
             return {"user": name, "cwd": str(folder)}
     raise MissingError("PostgreSQL does not run as root, and there is no other user")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

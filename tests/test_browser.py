@@ -16,7 +16,6 @@ from playwright.sync_api import Error, expect, sync_playwright
 from chatflow.console.outbox import ReplyFile
 from chatflow.console.people import People
 from chatflow.database import tables
-from chatflow.database.connect import Database
 from chatflow.options import Options
 from chatflow.run import execute
 
@@ -67,14 +66,6 @@ def window(chromium):
 
 # A decision that came too late, a page that is not there, and a console that has ended.
 EXPECTED = ("409", "404", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
-
-
-@pytest.fixture
-def sqlite(tmp_path):
-    made = Database(f"sqlite:///{tmp_path}/console.db", connections=20)
-    made.upgrade()
-    yield made
-    made.close()
 
 
 @pytest.fixture

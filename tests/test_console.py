@@ -24,17 +24,8 @@ from chatflow.console.command import listen
 from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
 from chatflow.database import tables
-from chatflow.database.connect import Database
 from chatflow.errors import UsageError
 from chatflow.records import DeadLetter, Reply, Sentiment
-
-
-@pytest.fixture
-def sqlite(tmp_path):
-    made = Database(f"sqlite:///{tmp_path}/console.db", connections=20)
-    made.upgrade()
-    yield made
-    made.close()
 
 
 def rows(database, table, *columns):

@@ -20,25 +20,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import (
-    HTMLResponse,
-    Response,
-)
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-import chatflow
 from chatflow.console import inbox, pages
 from chatflow.console.changes import Changes
 from chatflow.console.guard import HEADERS, Guard
 from chatflow.console.outbox import Publisher, Replies
-from chatflow.console.people import (
-    People,
-    Person,
-    Sessions,
-    csrf_of,
-    redacted,
-)
+from chatflow.console.people import People, Person, Sessions, csrf_of, redacted
 from chatflow.database.connect import Database
 from chatflow.errors import one_line
 from chatflow.records import now
@@ -82,14 +72,13 @@ class Console:
 
     def page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
         person: Person | None = request.scope.get("person")
-        shown = (lambda text: text) if person and person.reads_texts else _redacted
+        shown = (lambda text: text) if person and person.reads_texts else redacted
         text = self._templates.get_template(f"{name}.html.jinja").render(
             person=person,
             people=self.people,
             csrf=csrf_of(request.scope["session"]),
             shown=shown,
             path=request.url.path,
-            version=chatflow.__version__,
             moment=now(),
             asked=request.scope["asked"],
             publishes=self.replies is not None,
@@ -165,10 +154,6 @@ class Console:
             looking.cancel()
             if publisher:
                 await run_in_threadpool(publisher.stop)
-
-
-def _redacted(text: str | None) -> str | None:
-    return None if text is None else redacted(text)
 
 
 class _Static(StaticFiles):

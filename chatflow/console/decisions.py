@@ -184,17 +184,18 @@ def _checked(text: str) -> str:
 
 def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
     """The draft. Nobody changes its customer's drafts meanwhile, nor does a worker."""
+    of_customer = (
+        customers.c.chat_id == drafts.c.chat_id,
+        customers.c.user_id == drafts.c.user_id,
+    )
+    lock = sa.select(customers.c.revision).where(*of_customer, drafts.c.draft_id == draft_id)
+    connection.execute(lock.with_for_update(of=customers))
+    # Only now, for it may have changed while this waited.
     found = connection.execute(sa.select(drafts).where(drafts.c.draft_id == draft_id)).mappings()
     draft = found.one_or_none()
     if draft is None:
         raise DecisionError("There is no such draft.")
-    of_customer = (
-        customers.c.chat_id == draft["chat_id"],
-        customers.c.user_id == draft["user_id"],
-    )
-    connection.execute(sa.select(customers.c.revision).where(*of_customer).with_for_update())
-    found = connection.execute(sa.select(drafts).where(drafts.c.draft_id == draft_id)).mappings()
-    return dict(found.one())
+    return dict(draft)
 
 
 def mark_of(chat: Mapping[Any, Any] | None) -> str:

@@ -98,23 +98,21 @@ def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
         )
         found = found.where(having)
     if wanted.q:
-        in_chat = sa.exists().where(
-            chats.c.chat_id == drafts.c.chat_id,
-            chats.c.search_text.contains(wanted.q.casefold(), autoescape=True),
-        )
-        places = [in_chat, analyses.c.summary, drafts.c.text, drafts.c.edited_text]
-        if not texts:  # searching would tell what is in texts that are not shown
-            places = []
-        ids = [drafts.c.chat_id, drafts.c.user_id]
-        found = found.where(sa.or_(*(_holds(place, wanted.q) for place in (*places, *ids))))
+        places = [drafts.c.chat_id, drafts.c.user_id]
+        if texts:  # else searching would tell what is in texts that are not shown
+            places += [analyses.c.summary, drafts.c.text, drafts.c.edited_text]
+        holding = [place.icontains(wanted.q, autoescape=True) for place in places]
+        if texts:
+            in_chat = sa.exists().where(
+                chats.c.chat_id == drafts.c.chat_id,
+                chats.c.search_text.contains(wanted.q.casefold(), autoescape=True),
+            )
+            holding.append(in_chat)
+        found = found.where(sa.or_(*holding))
     order = _ORDER[wanted.sort]
     if wanted.status != tables.WAITING and wanted.sort == "urgent":
         order = (drafts.c.changed_at.desc(), drafts.c.draft_id)
     return found.order_by(*order)
-
-
-def _holds(place: Any, text: str) -> Any:
-    return place.icontains(text, autoescape=True) if isinstance(place, sa.Column) else place
 
 
 def listed(
@@ -132,7 +130,7 @@ def listed(
         analyses.c.confidence,
     )
     found = _found(wanted, texts, *columns).limit(PAGE + 1).offset(PAGE * wanted.page)
-    rows = [dict(row) for row in connection.execute(found).mappings()]
+    rows = _rows(connection, found)
     of_chat = attributes_of(connection, [row["chat_id"] for row in rows])
     for row in rows:
         row["attributes"] = of_chat.get(row["chat_id"], {})
@@ -192,15 +190,7 @@ def state(connection: sa.Connection) -> str:
 
 def opened(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
     """A draft with its analysis, chat, history and reply; None where there is no such draft."""
-
-    def rows(query: Any) -> list[dict[str, Any]]:
-        return [dict(row) for row in connection.execute(query).mappings()]
-
-    def row(table: sa.Table, column: str, value: str) -> dict[str, Any] | None:
-        found = rows(sa.select(table).where(table.c[column] == value))
-        return found[0] if found else None
-
-    draft = row(drafts, "draft_id", draft_id)
+    draft = _row(connection, drafts.c.draft_id, draft_id)
     if draft is None:
         return None
     of_customer = drafts.c.chat_id == draft["chat_id"], drafts.c.user_id == draft["user_id"]
@@ -209,12 +199,29 @@ def opened(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
     )
     return {
         "draft": draft,
-        "analysis": row(analyses, "analysis_id", draft["analysis_id"]),
-        "chat": row(chats, "chat_id", draft["chat_id"]),
-        "reply": row(outbox, "draft_id", draft_id),
+        "analysis": _row(connection, analyses.c.analysis_id, draft["analysis_id"]),
+        "chat": _row(connection, chats.c.chat_id, draft["chat_id"]),
+        "reply": _row(connection, outbox.c.draft_id, draft_id),
         "history": events(connection, draft_id),
-        "others": rows(others.order_by(drafts.c.drafted_at.desc()).limit(10)),
+        "others": _rows(connection, others.order_by(drafts.c.drafted_at.desc()).limit(10)),
     }
+
+
+def decided(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
+    """A draft that was approved or dismissed, with its reply; None where there is no such draft."""
+    draft = _row(connection, drafts.c.draft_id, draft_id) if draft_id else None
+    if draft is None or draft["status"] not in (tables.APPROVED, tables.DISMISSED):
+        return None
+    return {"draft": draft, "reply": _row(connection, outbox.c.draft_id, draft_id)}
+
+
+def _rows(connection: sa.Connection, query: Any) -> list[dict[str, Any]]:
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def _row(connection: sa.Connection, key: sa.Column[Any], value: str) -> dict[str, Any] | None:
+    found = _rows(connection, sa.select(key.table).where(key == value))
+    return found[0] if found else None
 
 
 def events(
@@ -229,4 +236,4 @@ def events(
     if who:
         query = query.where(history.c.who == who)
     query = query.order_by(history.c.history_id.desc()).limit(PAGE + 1).offset(PAGE * page)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return _rows(connection, query)

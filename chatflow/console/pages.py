@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from starlette.datastructures import FormData
@@ -35,7 +35,7 @@ def show_inbox(console: Console, request: Request) -> Response:
             more=more,
             waiting=inbox.waiting(connection),
             known_attributes=console.known_attributes(connection),
-            decided=_decided(connection, request),
+            decided=inbox.decided(connection, request.query_params.get("decided", "")),
             inbox=inbox,
         )
 
@@ -64,16 +64,8 @@ def show_draft(
             typed=typed,
             reasons=decisions.REASONS,
             characters=decisions.CHARACTERS,
-            undo_seconds=console.undo_seconds,
-            decided=_decided(connection, request),
+            decided=inbox.decided(connection, request.query_params.get("decided", "")),
         )
-
-
-def _decided(connection: sa.Connection, request: Request) -> dict[str, Any] | None:
-    """What was decided just now, so that it can be undone."""
-    draft_id = request.query_params.get("decided", "")
-    found = inbox.opened(connection, draft_id) if draft_id else None
-    return found if found and found["draft"]["status"] in ("approved", "dismissed") else None
 
 
 def _text(form: FormData, name: str) -> str:

@@ -207,6 +207,6 @@ def csrf_of(session: str) -> str:
     return hmac.new(session.encode(), b"csrf", hashlib.sha256).hexdigest()
 
 
-def redacted(text: str) -> str:
-    """A text of the same shape of which nothing can be read."""
-    return re.sub(r"\S+", "•••", text)
+def redacted(text: str | None) -> str | None:
+    """A text, if there is one, of the same shape of which nothing can be read."""
+    return None if text is None else re.sub(r"\S+", "•••", text)
