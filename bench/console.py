@@ -64,6 +64,7 @@ class Load:
     Attributes:
       kill_every: seconds from one SIGKILL to the next, of either console in turn.
       lease: the console's own LEASE_SECONDS, if not None.
+      undone: the share of decisions whose maker wants to take them back.
       chats_per_second: how many new chats there are, of four revisions each.
       pause: of a writer after a bundle, and of a reader after a page; seconds, in the mean.
       in_processes: writers are processes and not threads.
@@ -75,6 +76,7 @@ class Load:
     kill_every: float = 20
     lease: float | None = None
     undo_seconds: float = 1
+    undone: float = 0.3
     chats_per_second: float = 10
     pause: float = 0.25
     in_processes: bool = True
@@ -351,7 +353,7 @@ class Reader(threading.Thread):
         if action == "approve" and form["text"] and self.noise.random() < 0.3:
             text = form["text"]
         said = self.decide(draft_id, action, text, form)
-        if action != "save" and said == YES and self.noise.random() < 0.3:
+        if action != "save" and said == YES and self.noise.random() < self.load.undone:
             form = self.form(draft_id)
             if "version" in form and "seen_chat" not in form:
                 self.decide(draft_id, "undo", "", form)

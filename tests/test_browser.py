@@ -31,8 +31,9 @@ def found_browser():
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
+    """The browser. Its end ends Playwright's event loop: no other can run in this thread before."""
     with sync_playwright() as playwright:
         try:
             path = found_browser()
