@@ -180,7 +180,9 @@ class Analysis(Record):
     analysed_at: Time
 
 
-Flag = Literal["low_confidence", "ungrounded", "refused_phrase", "accuses_customer"]
+Flag = Literal["low_confidence", "ungrounded", "refused_phrase", "accuses_customer", "failed"]
+
+FAILED: Flag = "failed"
 
 
 class Draft(Record):
@@ -193,7 +195,8 @@ class Draft(Record):
       flag: why there is no text, although this customer seems angry: `low_confidence` where
         the model was not sure enough of the anger to be asked for one; `ungrounded` where it
         wrote of what the customer did not; `refused_phrase` where it wrote what no draft may say;
-        `accuses_customer` where it turned round what the customer says of us.
+        `accuses_customer` where it turned round what the customer says of us; `failed`, which is
+        in databases only, where a dead letter says what went wrong.
       model: who wrote the text, or would have written it.
     """
 

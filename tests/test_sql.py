@@ -230,6 +230,21 @@ HISTORY = {
         {"d-7-1": "waiting"},
     ),
     "a flag": ([draft(flag="ungrounded")], {"d-7-0": "waiting"}),
+    "a failure before a draft, or after it": (
+        [
+            draft(draft_id="d-before", drafted_at=NOON - timedelta(hours=1), flag="failed"),
+            draft(),
+            draft(draft_id="d-after", drafted_at=NOON + timedelta(hours=1), flag="failed"),
+        ],
+        {"d-before": "superseded", "d-7-0": "waiting", "d-after": "superseded"},
+    ),
+    "a failure, twice": (
+        [
+            draft(flag="failed"),
+            draft(draft_id="d-2", drafted_at=NOON + timedelta(hours=1), flag="failed"),
+        ],
+        {"d-7-0": "superseded", "d-2": "waiting"},
+    ),
 }
 
 
@@ -338,12 +353,12 @@ RULES = (
 def analyse(lines, script, new_database):
     """Analyses four chats, two of them angry, and a line that is none, into a database."""
 
-    def run(*flags, **fields):
+    def run(*flags, rules=RULES, **fields):
         chats = [
             chat(("It is late.", "Thanks.")[i % 2], chat_id=f"c{i}", attributes={"tenant": "t"})
             for i in range(4)
         ]
-        given = {"input": lines(*chats, "no json"), "model": script(*RULES)}
+        given = {"input": lines(*chats, "no json"), "model": script(*rules)}
         return execute(Options(**{"database": new_database, **given, **fields}), flags)
 
     return run
@@ -373,6 +388,35 @@ def test_single_kinds_go_to_a_database_too(analyse, new_database, tmp_path):
     analyse(database="", output=str(tmp_path), drafts=new_database)
     found = counts(Database(new_database))
     assert found == dict.fromkeys(COUNTS, 0) | {"drafts": 2}
+
+
+@pytest.mark.parametrize("fails", ["the answer", "the model"])
+def test_a_person_writes_where_the_model_did_not(fails, analyse, script, new_database, tmp_path):
+    task = "apology" if fails == "the answer" else "none"
+    rules = (*RULES[:2], {"task": task, "answer": " "})
+    output = str(tmp_path / "results")
+    assert analyse(output=output, rules=rules).lost == 0
+    database = Database(new_database)
+    stage = {"the answer": "draft_answer", "the model": "draft_model"}[fails]
+    assert sorted(rows(database, tables.dead_letters, "stage")) == [(stage,)] * 2 + [("read",)]
+    waiting = rows(database, tables.drafts, "chat_id", "status", "text", "flag")
+    assert sorted(waiting) == [(f"c{i}", "waiting", None, "failed") for i in (0, 2)]
+
+    letters = Options(input=f"{output}/dead_letters*", model=script(*RULES), database=new_database)
+    execute(letters, [], replay=True)
+    found = rows(database, tables.drafts, "chat_id", "status", "flag")
+    assert sorted(found, key=str) == [
+        (f"c{i}", *what) for i in (0, 2) for what in (("superseded", "failed"), ("waiting", None))
+    ]
+
+
+def test_a_letter_that_was_cut_is_written_all_the_same(database):
+    fn = sql._UpsertDoFn("")
+    fn.database = database
+    cut = letter('{"chat":{"chat_id":').model_copy(update={"stage": "draft_model"})
+    assert list(fn.process([cut])) == []
+    assert rows(database, tables.dead_letters, "stage") == [("draft_model",)]
+    assert rows(database, tables.drafts) == []
 
 
 def test_workers_in_other_processes_write_too(analyse, new_database):

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from chatflow.database import tables
-from chatflow.records import Analysis, Chat, DeadLetter, Draft, Record, now, record_id
+from chatflow.records import FAILED, Analysis, Chat, DeadLetter, Draft, Record, now, record_id
 
 NAME, VALUE = 200, 300
 """Characters of an attribute by which chats are found: no more goes into PostgreSQL's indexes."""
@@ -148,10 +148,21 @@ def supersede(connection: sa.Connection, chat_ids: Iterable[str]) -> None:
     """Takes drafts out of the inbox for which there is something newer.
 
     That is an analysis or draft of a newer revision; at the same revision (by another model or
-    prompt) a draft that people have decided on, or one that was written later.
+    prompt) a draft that people have decided on, or one that was written later; and any that was
+    written, where this one failed.
     """
     drafts, customers = tables.drafts, tables.customers
     other = drafts.alias("other")
+    failed, other_failed = (t.c.flag.is_not_distinct_from(FAILED) for t in (drafts, other))
+    is_later = sa.or_(
+        other.c.drafted_at > drafts.c.drafted_at,
+        sa.and_(other.c.drafted_at == drafts.c.drafted_at, other.c.draft_id > drafts.c.draft_id),
+    )
+    is_better = sa.case(
+        (sa.and_(failed, sa.not_(other_failed)), True),
+        (sa.and_(other_failed, sa.not_(failed)), False),
+        else_=is_later,
+    )
     is_newer = sa.exists().where(
         customers.c.chat_id == drafts.c.chat_id,
         customers.c.user_id == drafts.c.user_id,
@@ -164,16 +175,7 @@ def supersede(connection: sa.Connection, chat_ids: Iterable[str]) -> None:
         other.c.draft_id != drafts.c.draft_id,
         sa.or_(
             other.c.status.in_((tables.APPROVED, tables.DISMISSED)),
-            sa.and_(
-                other.c.status == tables.WAITING,
-                sa.or_(
-                    other.c.drafted_at > drafts.c.drafted_at,
-                    sa.and_(
-                        other.c.drafted_at == drafts.c.drafted_at,
-                        other.c.draft_id > drafts.c.draft_id,
-                    ),
-                ),
-            ),
+            sa.and_(other.c.status == tables.WAITING, is_better),
         ),
     )
     connection.execute(
