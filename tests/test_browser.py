@@ -14,7 +14,7 @@ from consoles import LOCAL, angry_chat, served, write
 from playwright.sync_api import Error, expect, sync_playwright
 
 from chatflow.console.outbox import ReplyFile
-from chatflow.console.people import People
+from chatflow.console.people import People, new_token, read_users
 from chatflow.database import tables
 from chatflow.options import Options
 from chatflow.run import execute
@@ -65,8 +65,9 @@ def window(chromium):
     assert [said for said in complaints if not any(each in said for each in EXPECTED)] == []
 
 
-# A decision that came too late, a page that is not there, and a console that has ended.
-EXPECTED = ("409", "404", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
+# A session that has ended, a decision that came too late, a page that is not there, and a console
+# that has ended.
+EXPECTED = ("401", "409", "404", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
 
 
 @pytest.fixture
@@ -414,21 +415,62 @@ def test_ten_thousand_drafts(database, window):
     print(f"median {statistics.median(seconds):.0f} ms")
 
 
-@on_sqlite
-def test_signing_in(database, window, tmp_path):
-    from chatflow.console.people import new_token, read_users
-
+@pytest.fixture
+def token(tmp_path):
+    """The token of ada, who is the only one of `people_of`."""
     token, entry = new_token("ada", "agent")
     (tmp_path / "users.toml").write_text(entry)
-    write(database, *angry_chat(1))
-    with served(database, People("", read_users(str(tmp_path / "users.toml")))) as address:
+    return token
+
+
+def people_of(tmp_path):
+    return People("", read_users(str(tmp_path / "users.toml")))
+
+
+def sign_in(page, token):
+    page.get_by_label("Your token").fill(token)
+    page.keyboard.press("Enter")
+
+
+def test_signing_in(sqlite, window, token, tmp_path):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite, people_of(tmp_path)) as address:
         page = window(address)
         check(page, "sign-in")
-        page.get_by_label("Your token").fill(token)
-        page.keyboard.press("Enter")
+        sign_in(page, token)
         expect(page.get_by_role("heading", name="Drafts")).to_be_visible()
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+def test_what_was_typed_outlives_a_session(sqlite, window, token, tmp_path):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite, people_of(tmp_path)) as address:
+        page = window(f"{address}/drafts/d1r0?sort=newest")
+        sign_in(page, token)
+        expect_page(page, "chat-1")
+        page.get_by_label("Comment").fill("Perhaps not.")
+        page.get_by_label("The reply's text").fill("My words. ")
+        page.get_by_role("button", name="Save").click()
+        expect(page.locator("#history")).to_contain_text("ada edited")
+        expect(page.get_by_label("Comment")).to_have_value("Perhaps not.")
+        expect(page.locator("#kept")).to_be_hidden()
+        page.get_by_label("The reply's text").fill("My last words.")
+        with sqlite.write() as connection:
+            connection.execute(sa.delete(tables.sessions))
+        page.get_by_role("button", name="Approve").click()
+        expect(page.get_by_text("nothing was done")).to_be_visible()
+        assert status(sqlite, "d1r0") == "waiting"
+        sign_in(page, token)
+        expect_page(page, "chat-1")
+        expect(page.locator("#kept")).to_be_visible()
+        expect(page.get_by_label("The reply's text")).to_have_value("My last words.")
+        page.get_by_role("button", name="Approve").click()
+        expect(page.locator("#toast")).to_contain_text("Approved")
+        page.get_by_role("button", name="Undo").click()
+        expect_page(page, "chat-1")
+        expect(page.get_by_label("The reply's text")).to_have_value("My last words.")
+        expect(page.locator("#kept")).to_be_hidden()
 
 
 @on_sqlite

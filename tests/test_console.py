@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from consoles import Visitor, angry_chat, decided_in, served, write
 
 from chatflow import publishing
 from chatflow.cli import main
-from chatflow.console import outbox, people
+from chatflow.console import dashboard, outbox, people
 from chatflow.console.beside import console_beside
 from chatflow.console.command import listen
 from chatflow.console.outbox import Publisher, ReplyFile
@@ -215,6 +216,20 @@ CHANGES = {
         "was dismissed by ada",
     ),
 }
+
+
+def test_a_comment_that_comes_too_late_is_shown(sqlite):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite) as address:
+        visitor = Visitor(address)
+        form = visitor.form("/drafts/d1r0") | {"reason": "bad_draft", "comment": "It is of tea."}
+        write(sqlite, angry_chat(1, revision=1)[0])
+        answer = visitor.post("/drafts/d1r0/dismiss", form)
+        assert (answer.status_code, 'value="It is of tea."' in answer.text) == (409, True)
+        assert '<option value="bad_draft" selected>' in answer.text
+        write(sqlite, angry_chat(1, revision=1)[1])
+        answer = visitor.post("/drafts/d1r0/dismiss", form)
+        assert (answer.status_code, "It is of tea." in answer.text) == (409, True)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -417,6 +432,8 @@ def test_search_and_filters(sqlite):
     write(sqlite, *angry_chat(1, text="Where is my PIZZA, ÄRGER 100%?"))
     write(sqlite, *angry_chat(2, text="The bag is lost."))
     write(sqlite, *angry_chat(3, flag="ungrounded"))
+    other, *rest = angry_chat(4)
+    write(sqlite, other.model_copy(update={"attributes": {"a=b": "c="}}), *rest)
     with served(sqlite) as address:
         for query, wanted in (
             ("?q=pizza", ["d1r0"]),
@@ -428,9 +445,11 @@ def test_search_and_filters(sqlite):
             ("?q=CHAT-3", ["d3r0"]),
             ("?q=' OR 1=1", []),
             ("?kind=flag", ["d3r0"]),
-            ("?kind=text", ["d1r0", "d2r0"]),
+            ("?kind=text", ["d1r0", "d2r0", "d4r0"]),
             ("?attribute=tenant%3Dbolt", ["d1r0", "d3r0"]),
             ("?attribute=tenant%3Dbolt&q=pizza", ["d1r0"]),
+            ("?attribute=a%3Db%3Dc%3D", ["d4r0"]),
+            ("?attribute=tenant", []),
             ("?status=approved", []),
         ):
             assert listed(address, query) == wanted, query
@@ -442,6 +461,17 @@ def test_pages_of_the_inbox(sqlite):
     with served(sqlite) as address:
         assert len(listed(address)) == 50
         assert listed(address, "?page=1") == ["d50r0"]
+
+
+def test_a_draft_far_down_the_list_has_neighbours(sqlite):
+    for number in range(1100):
+        write(sqlite, *angry_chat(number))
+    with served(sqlite) as address:
+        page = Visitor(address).get("/?page=21").text
+        assert 'href="/drafts/d1060r0?page=21"' in page
+        page = Visitor(address).get("/drafts/d1060r0?page=21").text
+    found = {rel: re.search(rf'href="([^"]+)" rel="{rel}"', page)[1] for rel in ("prev", "next")}
+    assert found == {"prev": "/drafts/d1059r0?page=21", "next": "/drafts/d1061r0?page=21"}
 
 
 def test_the_history_says_who_did_what(sqlite):
@@ -497,6 +527,19 @@ def test_the_dashboards_figures(database):
                 " ",
                 re.sub(r"<[^>]+>", " ", visitor.get(f"/dashboard?period={period}").text),
             )
+
+
+def test_of_each_customer_the_newest_analysis_counts(database):
+    """Of two models, and of two revisions in whatever order they came."""
+    moment = datetime.now(UTC)
+    for number, (revision, sentiment) in enumerate([(0, -1), (0, 1), (2, 0), (1, -1)]):
+        chat, analysis, _ = angry_chat(revision=revision)
+        of_model = {"analysis_id": str(number), "sentiment": Sentiment(sentiment)}
+        at = {"analysed_at": moment + timedelta(seconds=number)}
+        write(database, chat, analysis.model_copy(update=of_model | at))
+        with database.read() as connection:
+            found = dashboard.figures(connection, "day", "tenant", moment)["by_attribute"]
+        assert found == [("acme", 1, (1, 0, 0, 0)[number])]
 
 
 def test_what_people_decided_is_labelled_data(sqlite, tmp_path, capsys):
@@ -659,13 +702,32 @@ def test_without_signing_in_there_is_nothing(sqlite, users):
         visitor = Visitor(address)
         for path in ("/", "/drafts/d1r0", "/history", "/dashboard", "/labelled.jsonl"):
             answer = visitor.get(path)
-            assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in")
+            to = f"?to={quote(path, safe='')}" if path != "/" else ""
+            assert (answer.status_code, answer.headers["location"]) == (303, f"/sign-in{to}")
         assert httpx.get(f"{address}/changes").status_code == 401
         form = visitor.form("/sign-in")
         assert visitor.post("/drafts/d1r0/approve", form | {"text": "x"}).status_code == 401
         wrong = visitor.post("/sign-in", form | {"token": "guess"})
         assert (wrong.status_code, "Nobody has this token" in wrong.text) == (403, True)
         assert visitor.get("/").status_code == 303
+
+
+@pytest.mark.parametrize(
+    ("to", "goes_to"),
+    [
+        ("/drafts/d1r0?q=a b", "/drafts/d1r0?q=a%20b"),
+        ("", "/"),
+        ("//elsewhere.example/", "/"),
+        ("/\\elsewhere.example/", "/"),
+        ("/\t/elsewhere.example/", "/%09/elsewhere.example/"),
+        ("https://elsewhere.example/", "/"),
+    ],
+)
+def test_signing_in_leads_to_the_console_alone(sqlite, users, to, goes_to):
+    with served(sqlite, by_token(users)) as address:
+        visitor = Visitor(address)
+        fields = visitor.form("/sign-in") | {"token": TOKENS["lead"][0], "to": to}
+        assert visitor.post("/sign-in", fields).headers["location"] == goes_to
 
 
 def test_signing_in_and_out(sqlite, users):

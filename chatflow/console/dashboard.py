@@ -16,7 +16,6 @@ from chatflow.database.tables import (
     analyses,
     chat_attributes,
     chats,
-    customers,
     dead_letters,
     drafts,
     outbox,
@@ -168,20 +167,20 @@ def _by_attribute(
     connection: sa.Connection, since: datetime, name: str
 ) -> list[tuple[str, int, int]]:
     """Value, customers, and how many of them are angry by their newest analysis."""
-    newest = sa.and_(
-        customers.c.chat_id == analyses.c.chat_id,
-        customers.c.user_id == analyses.c.user_id,
-        customers.c.revision == analyses.c.revision,
+    newest_first = analyses.c.revision.desc(), analyses.c.analysed_at.desc(), analyses.c.analysis_id
+    of_customer = sa.func.row_number().over(
+        partition_by=(analyses.c.chat_id, analyses.c.user_id), order_by=newest_first
     )
-    angry = sa.func.sum(sa.case((analyses.c.sentiment == -1, 1), else_=0))
+    ranked = (
+        sa.select(analyses.c.chat_id, analyses.c.sentiment, of_customer.label("place"))
+        .where(analyses.c.analysed_at >= since)
+        .subquery()
+    )
+    angry = sa.func.sum(sa.case((ranked.c.sentiment == -1, 1), else_=0))
     query = (
         sa.select(chat_attributes.c.value, sa.func.count(), angry)
-        .select_from(
-            analyses.join(customers, newest).join(
-                chat_attributes, chat_attributes.c.chat_id == analyses.c.chat_id
-            )
-        )
-        .where(analyses.c.analysed_at >= since, chat_attributes.c.name == name)
+        .select_from(ranked.join(chat_attributes, chat_attributes.c.chat_id == ranked.c.chat_id))
+        .where(ranked.c.place == 1, chat_attributes.c.name == name)
         .group_by(chat_attributes.c.value)
         .order_by(sa.func.count().desc(), chat_attributes.c.value)
         .limit(12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
@@ -111,9 +111,22 @@ class Guard:
             return None
         if people.identity_header:
             return PlainTextResponse("The proxy does not say who you are, or it is unknown.\n", 403)
-        if "text/html" in request.headers.get("accept", "") and request.method == "GET":
-            return RedirectResponse("/sign-in", 303)
-        return PlainTextResponse("Please sign in.\n", 401)
+        if "text/html" not in request.headers.get("accept", ""):
+            return PlainTextResponse("Please sign in.\n", 401)
+        if request.method == "GET":
+            place = page_of(request)
+            query = f"?{urlencode({'to': place})}" if place != "/" else ""
+            return RedirectResponse(f"/sign-in{query}", 303)
+        problem = "You are signed in no more, so that nothing was done."
+        return self.console.page(request, "sign_in", 401, problem=problem, to=page_of(request))
+
+
+def page_of(request: Request) -> str:
+    """The page that somebody asked for, or whose form they sent."""
+    path, query = request.url.path, request.url.query
+    if request.method != "GET":  # /drafts/ID/ACTION
+        path = path.rpartition("/")[0] or "/"
+    return f"{path}?{query}" if query else path
 
 
 def cookie(value: str, secure: bool, age: int | None = None) -> str:

@@ -90,11 +90,11 @@ def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
     elif wanted.kind == "flag":
         found = found.where(drafts.c.flag.is_not(None))
     if wanted.attribute:
-        name, _, value = wanted.attribute.partition("=")
+        both = wanted.attribute  # in names, too, there may be a "="
+        pairs = [(both[:at], both[at + 1 :]) for at, sign in enumerate(both) if sign == "="]
         having = sa.exists().where(
             chat_attributes.c.chat_id == drafts.c.chat_id,
-            chat_attributes.c.name == name,
-            chat_attributes.c.value == value,
+            sa.tuple_(chat_attributes.c.name, chat_attributes.c.value).in_(pairs),
         )
         found = found.where(having)
     if wanted.q:
@@ -146,9 +146,13 @@ _LISTED = (
 def neighbours(
     connection: sa.Connection, wanted: Filter, draft_id: str, texts: bool = True
 ) -> tuple[str | None, str | None]:
-    """The drafts before and after one in a list; after one that has left it, the first."""
-    found = _found(dataclasses.replace(wanted, page=0), texts, drafts.c.draft_id)
-    ids = list(connection.execute(found.limit(1000)).scalars())
+    """The drafts before and after one in a list; after one that has left it, the first.
+
+    A list may be long: it is looked at from the page before the one that `wanted` names.
+    """
+    found = _found(wanted, texts, drafts.c.draft_id)
+    found = found.limit(1000).offset(PAGE * max(0, wanted.page - 1))
+    ids = list(connection.execute(found).scalars())
     if draft_id not in ids:
         return None, ids[0] if ids else None
     place = ids.index(draft_id)

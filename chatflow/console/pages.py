@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,13 @@ def show_inbox(console: Console, request: Request) -> Response:
 
 
 def show_draft(
-    console: Console, request: Request, status: int = 200, problem: str = "", typed: str = ""
+    console: Console,
+    request: Request,
+    status: int = 200,
+    problem: str = "",
+    form: FormData | None = None,
 ) -> Response:
+    """A draft beside its chat; after a decision that failed, with what its form held."""
     wanted = inbox.Filter.of(request.query_params)
     draft_id = request.path_params["draft_id"]
     with console.database.read() as connection:
@@ -61,11 +67,15 @@ def show_draft(
             before=before,
             after=after,
             problem=problem,
-            typed=typed,
+            typed={name: _text(form or FormData(), name) for name in TYPED},
             reasons=decisions.REASONS,
             characters=decisions.CHARACTERS,
             decided=inbox.decided(connection, request.query_params.get("decided", "")),
         )
+
+
+TYPED = ("text", "reason", "comment")
+"""What people type and choose; it is not lost where it comes too late."""
 
 
 def _text(form: FormData, name: str) -> str:
@@ -110,7 +120,7 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
             else:
                 decisions.undo(connection, *draft, person.name)
     except DecisionError as error:
-        return show_draft(console, request, 409, str(error), text)  # what was typed is not lost
+        return show_draft(console, request, 409, str(error), form)
     wanted = inbox.Filter.of(request.query_params)
     if action in ("save", "undo"):
         return RedirectResponse(f"/drafts/{draft_id}{wanted.query()}", 303)
@@ -165,14 +175,19 @@ def show_sign_in(
 ) -> Response:
     if request.scope["person"]:
         return RedirectResponse("/", 303)
-    return console.page(request, "sign_in", status, problem=problem)
+    to = request.query_params.get("to", "/")
+    return console.page(request, "sign_in", status, problem=problem, to=to)
+
+
+_OWN_PAGE = re.compile(r"/(?![/\\]).*")  # for browsers, what begins with two is another site
 
 
 def sign_in(console: Console, request: Request, form: FormData) -> Response:
     person = console.people.of_token(_text(form, "token").strip())
     if person is None:
         return show_sign_in(console, request, 403, "Nobody has this token.")
-    response = RedirectResponse("/", 303)
+    to = _text(form, "to")
+    response = RedirectResponse(to if _OWN_PAGE.fullmatch(to) else "/", 303)
     value = console.sessions.begin(person)
     age = int(SESSION.total_seconds())
     response.headers["Set-Cookie"] = cookie(value, request.scope["secure"], age)

@@ -98,12 +98,32 @@ function listen() {
   }
 }
 
-// What was typed is not lost by a slip of a key.
+// What was typed is not lost by a slip of a key, nor by a session that has ended.
+
+const fields = ["text", "reason", "comment"].map((id) => document.getElementById(id));
+const sent = (draft) => `sent ${draft}`;
+
+function restore() {
+  if (toast) sessionStorage.removeItem(sent(toast.dataset.draft)); // it has arrived
+  if (!text) return;
+  const { draft, version } = main.dataset;
+  const [of, ...kept] = JSON.parse(sessionStorage.getItem(sent(draft)) ?? "[]");
+  sessionStorage.removeItem(sent(draft));
+  kept.forEach((value, i) => {
+    if (fields[i].value.trim() === value.trim()) return;
+    fields[i].value = value;
+    // Where a text was saved, what stands in the form for dismissing comes back without a word.
+    if (fields[i] === text || of === version) document.getElementById("kept").hidden = false;
+  });
+}
 
 let submitting = false;
 const typed = text?.value;
 document.addEventListener("submit", ({ target }) => {
   submitting = target === reply || target.id === "dismiss";
+  if (!submitting) return;
+  const values = [main.dataset.version, ...fields.map((field) => field.value)];
+  sessionStorage.setItem(sent(main.dataset.draft), JSON.stringify(values));
 });
 addEventListener("beforeunload", (event) => {
   if (text && text.value !== typed && !submitting) event.preventDefault();
@@ -170,6 +190,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+restore();
 for (const part of document.querySelectorAll("[data-live]")) part.pristine = part.cloneNode(true);
 showTimes();
 countDown();
