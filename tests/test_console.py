@@ -19,12 +19,12 @@ from consoles import Visitor, angry_chat, decided_in, served, write
 
 from chatflow import publishing
 from chatflow.cli import main
-from chatflow.console import dashboard, outbox, people
+from chatflow.console import dashboard, decisions, outbox, people
 from chatflow.console.beside import console_beside
 from chatflow.console.command import listen
 from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
-from chatflow.database import tables
+from chatflow.database import connect, tables
 from chatflow.errors import UsageError
 from chatflow.records import DeadLetter, Reply, Sentiment
 
@@ -312,6 +312,29 @@ def test_several_publishers_send_each_reply_once(database, tmp_path):
     for publisher in publishers:
         publisher.publish()
     assert sorted(sent) == sorted(f"d{number}r0" for number in range(20))
+
+
+@pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
+def test_a_console_whose_clock_is_fast_takes_no_others_replies(database, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    class Killing:
+        def send(self, replies, seconds):
+            raise Killed
+
+    approved(database, 1)
+    with pytest.raises(Killed):
+        Publisher(database, Killing()).publish()
+    fast = datetime.now(UTC) + timedelta(hours=1)
+    for module in (outbox, decisions, connect):
+        monkeypatch.setattr(module, "now", lambda: fast)
+    assert Publisher(database, Killing()).publish() == 0
+    write(database, *angry_chat(1))
+    with served(database, undo_seconds=0) as address:
+        Visitor(address).decide("d1r0", "approve", text="Sorry!")
+    with pytest.raises(Killed):  # it is due at once all the same
+        Publisher(database, Killing()).publish()
 
 
 def test_a_place_that_takes_no_replies_is_tried_again_and_shown(sqlite):

@@ -26,6 +26,7 @@ from starlette.staticfiles import StaticFiles
 
 from chatflow.console import inbox, pages
 from chatflow.console.changes import Changes
+from chatflow.console.command import OWN_HOSTS
 from chatflow.console.guard import HEADERS, Guard
 from chatflow.console.outbox import Publisher, Replies
 from chatflow.console.people import People, Person, Sessions, csrf_of, redacted
@@ -51,7 +52,7 @@ class Console:
     people: People
     replies: Replies | None = None
     undo_seconds: float = 10.0
-    hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1")
+    hosts: Sequence[str] = OWN_HOSTS
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.database, self.people)

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from rapidfuzz.distance import Levenshtein
 
 from chatflow.database import tables
+from chatflow.database.connect import clock
 from chatflow.database.tables import chats, customers, drafts, history, outbox
 from chatflow.database.upserts import supersede
 from chatflow.records import Reply, digest, now
@@ -86,7 +87,7 @@ def approve(
         sa.insert(outbox).values(
             draft_id=draft_id,
             reply=reply.model_dump(mode="json"),
-            publish_after=moment + timedelta(seconds=undo_seconds),
+            publish_after=clock(connection) + timedelta(seconds=undo_seconds),
         )
     )
     _note(connection, draft_id, who, "approved", text=text)

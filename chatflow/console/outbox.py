@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import fasteners
 import sqlalchemy as sa
 
-from chatflow.database.connect import Database
+from chatflow.database.connect import Database, clock
 from chatflow.database.tables import outbox
 from chatflow.errors import UsageError, one_line
 from chatflow.records import Reply, now
@@ -233,13 +233,13 @@ class Publisher:
 
     def _take(self) -> dict[str, Any]:
         """Replies for this publisher alone, by their drafts, in the order of approval."""
-        moment = now()
-        free = (
-            outbox.c.published_at.is_(None),
-            outbox.c.publish_after <= moment,
-            sa.or_(outbox.c.leased_until.is_(None), outbox.c.leased_until < moment),
-        )
         with self.database.read() as connection:
+            moment = clock(connection)
+            free = (
+                outbox.c.published_at.is_(None),
+                outbox.c.publish_after <= moment,
+                sa.or_(outbox.c.leased_until.is_(None), outbox.c.leased_until < moment),
+            )
             query = sa.select(outbox.c.draft_id).where(*free)
             ids = list(
                 connection.execute(query.order_by(outbox.c.publish_after).limit(MOST)).scalars()

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import alembic.script
 import sqlalchemy as sa
 
 from chatflow.errors import UsageError, one_line
+from chatflow.records import now
 from chatflow.secrets import read_secret
 
 BUSY_SECONDS = 30
@@ -105,6 +107,14 @@ class Database:
                 f"knows {known[0]}); install that"
             )
         return bool(found == known[0])
+
+
+def clock(connection: sa.Connection) -> datetime:
+    """The time by the database's clock, which all machines share that use it."""
+    if connection.dialect.name == "sqlite":  # a file of this machine
+        return now()
+    moment: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    return moment.astimezone(UTC)
 
 
 @functools.cache
