@@ -267,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
         default=10.0,
         help="how long an approval can be undone, and its reply waits (default: %(default)s)",
     )
+    console.add_argument(
+        "--keep_days",
+        type=days,
+        help="delete chats to which nothing has happened for so long, with all that is known of "
+        "them; not while a draft of theirs waits (default: never)",
+    )
     console.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     console.add_argument(
         "--port", type=int, default=8080, help="0: a free one (default: %(default)s)"
@@ -385,6 +391,13 @@ def positive(text: str) -> float:
 def seconds(text: str) -> float:
     """A flag's value that is a length of time, or nothing."""
     if not 0 <= (number := float(text)) <= 86_400:
+        raise ValueError
+    return number
+
+
+def days(text: str) -> float:
+    """A flag's value that is a number of days, up to a hundred years of them."""
+    if (number := positive(text)) > 36_500:
         raise ValueError
     return number
 

@@ -902,6 +902,7 @@ def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):
         ("--new_token ada:boss", "roles are observer, agent, lead"),
         ("--undo_seconds nan", "--undo_seconds"),
         ("--undo_seconds -1", "--undo_seconds"),
+        ("--keep_days 0", "--keep_days"),
         ("--redact boss", "--redact: 'boss' is no role"),
         ("--trusted_proxies x", "--trusted_proxies: 'x' does not appear to be"),
         ("--replies gs://b/replies", "--replies=gs://b/replies: replies go to a topic"),

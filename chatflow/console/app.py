@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import jinja2
@@ -30,9 +31,13 @@ from chatflow.console.command import OWN_HOSTS
 from chatflow.console.guard import HEADERS, Guard
 from chatflow.console.outbox import Publisher, Replies
 from chatflow.console.people import People, Person, Sessions, csrf_of, redacted
+from chatflow.console.retention import forget
 from chatflow.database.connect import Database
 from chatflow.errors import one_line
 from chatflow.records import now
+
+FORGET_SECONDS = 3600.0
+"""Between two looks for chats that are no longer to be kept."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ class Console:
     Attributes:
       replies: where approved replies go; None: they wait for another console.
       undo_seconds: how long an approval can be undone.
+      keep: how long chats are kept to which nothing happens; None: for ever.
       hosts: names by which the console may be called; others are refused, so that no page of
         another site can reach it by a name of its own (DNS rebinding).
     """
@@ -52,6 +58,7 @@ class Console:
     people: People
     replies: Replies | None = None
     undo_seconds: float = 10.0
+    keep: timedelta | None = None
     hosts: Sequence[str] = OWN_HOSTS
 
     def __post_init__(self) -> None:
@@ -148,13 +155,29 @@ class Console:
         publisher = Publisher(self.database, self.replies) if self.replies else None
         if publisher:
             publisher.start()
-        looking = asyncio.create_task(self.changes.look())
+        tasks = [asyncio.create_task(self.changes.look())]
+        if self.keep:
+            tasks.append(asyncio.create_task(self._forget(self.keep)))
         try:
             yield
         finally:
-            looking.cancel()
+            for task in tasks:
+                task.cancel()
             if publisher:
                 await run_in_threadpool(publisher.stop)
+
+    async def _forget(self, keep: timedelta) -> None:
+        """Deletes what is older, now and every hour."""
+        while True:
+            deleted = 0
+            try:
+                while count := await run_in_threadpool(forget, self.database, now() - keep):
+                    deleted += count
+            except sa.exc.SQLAlchemyError as error:
+                _log.warning("old chats were not deleted, trying again: %s", one_line(error))
+            if deleted:
+                _log.info("deleted %d chats, unchanged for %s", deleted, keep)
+            await asyncio.sleep(FORGET_SECONDS)
 
 
 class _Static(StaticFiles):

@@ -10,6 +10,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from chatflow.errors import UsageError
@@ -57,6 +58,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         known,
         replies_to(parsed.replies) if parsed.replies else None,
         parsed.undo_seconds,
+        timedelta(days=parsed.keep_days) if parsed.keep_days else None,
         [*OWN_HOSTS, parsed.host.lower(), *names],
     )
     listener = listen(parsed.host, parsed.port)

@@ -1,0 +1,82 @@
+"""Retention: what is known of a chat is deleted when nothing has happened to it for long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from chatflow.database import tables
+from chatflow.database.connect import Database
+from chatflow.database.tables import (
+    analyses,
+    chat_attributes,
+    chats,
+    customers,
+    dead_letters,
+    drafts,
+    history,
+    outbox,
+)
+
+MOST = 500
+"""Chats that are deleted in a transaction."""
+
+
+def forget(database: Database, before: datetime) -> int:
+    """Deletes chats to which nothing has happened since a moment, and old dead letters.
+
+    With a chat go its analyses, drafts and replies, and what people did with them. It is kept as
+    long as somebody waits for it: a draft for review, or a reply that is not published.
+
+    Returns:
+      how many chats were deleted, `MOST` at most; there are no more when it is 0.
+    """
+    with database.read() as connection:
+        ids = connection.execute(_old(before).limit(MOST)).scalars().all()
+    with database.write() as connection:
+        letters = dead_letters.c.failed_at < before
+        connection.execute(sa.delete(dead_letters).where(letters))
+        if not ids:
+            return 0
+        # In the order of `upserts`, so that neither waits for one that waits for it.
+        of_chats = sa.select(customers.c.revision).where(customers.c.chat_id.in_(ids))
+        by_key = of_chats.order_by(customers.c.chat_id, customers.c.user_id)
+        connection.execute(by_key.with_for_update())
+        ids = connection.execute(_old(before, ids)).scalars().all()
+        these = chats.c.chat_id.in_(ids)
+        connection.execute(sa.delete(chats).where(these, chats.c.stored_at < before))
+        # Of some a newer revision may have come just now.
+        newer = set(connection.execute(sa.select(chats.c.chat_id).where(these)).scalars())
+        ids = [chat_id for chat_id in ids if chat_id not in newer]
+        of_drafts = sa.select(drafts.c.draft_id).where(drafts.c.chat_id.in_(ids))
+        for table in (history, outbox):
+            connection.execute(sa.delete(table).where(table.c.draft_id.in_(of_drafts)))
+        for table in (drafts, analyses, customers, chat_attributes):
+            connection.execute(sa.delete(table).where(table.c.chat_id.in_(ids)))
+        return len(ids)
+
+
+def _old(before: datetime, ids: Sequence[str] | None = None) -> sa.Select[Any]:
+    """Ids of chats, or of some of them, to which nothing has happened since a moment."""
+
+    def ids_in(table: sa.Table) -> sa.Select[Any]:
+        found = sa.select(table.c.chat_id)
+        return found if ids is None else found.where(table.c.chat_id.in_(ids))
+
+    known = sa.union(*map(ids_in, (chats, analyses, drafts))).subquery()
+
+    def has(column: sa.Column[Any], *where: sa.ColumnElement[bool]) -> sa.Exists:
+        return sa.exists().where(column == known.c.chat_id, *where)
+
+    unpublished = sa.select(outbox.c.draft_id).where(outbox.c.published_at.is_(None))
+    needed = (
+        has(chats.c.chat_id, chats.c.stored_at >= before),
+        has(analyses.c.chat_id, analyses.c.analysed_at >= before),
+        has(drafts.c.chat_id, drafts.c.changed_at >= before),
+        has(drafts.c.chat_id, drafts.c.status == tables.WAITING),
+        has(drafts.c.chat_id, drafts.c.draft_id.in_(unpublished)),
+    )
+    return sa.select(known.c.chat_id).where(sa.not_(sa.or_(*needed)))

@@ -1,0 +1,172 @@
+"""What is deleted after a time, and what is not."""
+
+import random
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from consoles import Visitor, angry_chat, served, write
+
+from chatflow.console import app, retention
+from chatflow.console.outbox import Publisher
+from chatflow.console.retention import forget
+from chatflow.database import tables
+from chatflow.records import DeadLetter
+
+TABLES = tables.metadata.sorted_tables
+NOW = datetime.now(UTC)
+LONG_AGO = NOW - timedelta(days=100)
+OF_CHATS = ("chats", "chat_attributes", "customers", "analyses", "drafts", "history", "outbox")
+
+
+class Sent:
+    def send(self, replies, seconds):
+        pass
+
+
+def age(database, *chat_ids, moment=LONG_AGO):
+    """As if all that happened to some chats had happened long ago."""
+    times = (tables.chats.c.stored_at, tables.analyses.c.analysed_at, tables.drafts.c.changed_at)
+    with database.write() as connection:
+        for time in times:
+            change = sa.update(time.table).where(time.table.c.chat_id.in_(chat_ids))
+            connection.execute(change.values({time: moment}))
+
+
+def counts(database):
+    with database.read() as connection:
+        return {
+            table.name: connection.execute(
+                sa.select(sa.func.count()).select_from(table)
+            ).scalar_one()
+            for table in TABLES
+        }
+
+
+@pytest.fixture
+def decided(database):
+    """Chats 0 to 5: approved and sent, approved, dismissed, waiting, two without a draft."""
+    for number in range(6):
+        chat, analysis, draft = angry_chat(number)
+        write(database, chat, analysis, *([draft] if number < 4 else []))
+    with served(database, undo_seconds=0) as address:
+        visitor = Visitor(address)
+        visitor.decide("d0r0", "approve", text="Sorry!")
+        assert Publisher(database, Sent()).publish() == 1
+        visitor.decide("d1r0", "approve", text="Sorry!")
+        visitor.decide("d2r0", "dismiss", reason="other")
+    letter = {"stage": "read", "reason": "not_json", "error": "x"}
+    write(database, DeadLetter(payload="old", failed_at=LONG_AGO, **letter))
+    write(database, DeadLetter(payload="new", failed_at=NOW, **letter))
+    return database
+
+
+def kept_chats(database):
+    with database.read() as connection:
+        return sorted(connection.execute(sa.select(tables.chats.c.chat_id)).scalars())
+
+
+def test_what_is_old_is_deleted_with_all_that_is_known_of_it(decided):
+    before = counts(decided)
+    assert forget(decided, NOW - timedelta(days=90)) == 0
+    assert counts(decided) == before | {"dead_letters": 1}
+    age(decided, *(f"chat-{number}" for number in range(5)))
+    assert forget(decided, NOW - timedelta(days=90)) == 3
+    # One has a reply to be sent, one a draft to be reviewed, and one is new.
+    assert kept_chats(decided) == ["chat-1", "chat-3", "chat-5"]
+    expected = dict.fromkeys(OF_CHATS, 3) | {"drafts": 2, "history": 1, "outbox": 1}
+    assert counts(decided) == expected | {"dead_letters": 1, "sessions": 0}
+    with served(decided) as address:
+        for path in ("/", "/?status=dismissed", "/history", "/dashboard", "/drafts/d3r0"):
+            assert Visitor(address).get(path).status_code == 200, path
+
+
+@pytest.mark.parametrize("what", ["chat", "analysis", "draft"])
+def test_what_something_happened_to_is_kept(decided, what):
+    age(decided, "chat-2")
+    table, time = {
+        "chat": (tables.chats, "stored_at"),
+        "analysis": (tables.analyses, "analysed_at"),
+        "draft": (tables.drafts, "changed_at"),
+    }[what]
+    with decided.write() as connection:
+        newer = sa.update(table).where(table.c.chat_id == "chat-2").values({time: NOW})
+        connection.execute(newer)
+    assert forget(decided, NOW - timedelta(days=90)) == 0
+    assert "chat-2" in kept_chats(decided)
+
+
+def test_without_chats_the_rest_is_deleted_too(database):
+    write(database, *angry_chat(1)[1:])
+    with served(database) as address:
+        Visitor(address).decide("d1r0", "dismiss", reason="other")
+    age(database, "chat-1")
+    assert forget(database, NOW - timedelta(days=90)) == 1
+    assert set(counts(database).values()) == {0}
+
+
+def test_the_console_deletes_while_it_runs(decided, monkeypatch):
+    found_none = threading.Event()
+
+    def forget_one(*given):
+        count = forget(*given)
+        if not count:
+            found_none.set()
+        return count
+
+    def wait_for_a_look():
+        for _ in range(2):  # the first one may have begun before
+            found_none.clear()
+            assert found_none.wait(30)
+
+    monkeypatch.setattr(retention, "MOST", 1)
+    monkeypatch.setattr(app, "FORGET_SECONDS", 0.05)
+    monkeypatch.setattr(app, "forget", forget_one)
+    age(decided, "chat-0", "chat-2", "chat-4")
+    with served(decided, keep=timedelta(days=90)):
+        wait_for_a_look()
+        assert kept_chats(decided) == ["chat-1", "chat-3", "chat-5"]
+        age(decided, "chat-5")
+        wait_for_a_look()
+    assert kept_chats(decided) == ["chat-1", "chat-3"]
+
+
+def test_what_comes_meanwhile_is_kept_whole(database):
+    """Workers write newer revisions of chats that are about to be deleted."""
+    number_of = range(30)
+    for number in number_of:
+        write(database, *angry_chat(number)[:2])
+    age(database, *(f"chat-{number}" for number in number_of))
+    ended = threading.Event()
+    failed = []
+
+    def work(seed):
+        try:
+            noise = random.Random(seed)
+            for number in noise.sample(number_of, len(number_of)):
+                write(database, *angry_chat(number, revision=seed)[:2])
+        except Exception as error:
+            failed.append(error)
+
+    def delete():
+        try:
+            while not ended.is_set():
+                forget(database, NOW - timedelta(days=90))
+        except Exception as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2, 3)]
+    deleting = threading.Thread(target=delete)
+    for thread in (deleting, *workers):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    ended.set()
+    deleting.join()
+    assert failed == []
+    found = counts(database)
+    assert [found[name] for name in ("chats", "chat_attributes", "customers")] == [30, 30, 30]
+    with database.read() as connection:
+        newest = sa.select(sa.func.count()).where(tables.analyses.c.revision == 3)
+        assert connection.execute(newest).scalar_one() == 30
