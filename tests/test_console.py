@@ -497,6 +497,24 @@ def test_a_draft_far_down_the_list_has_neighbours(sqlite):
     assert found == {"prev": "/drafts/d1059r0?page=21", "next": "/drafts/d1061r0?page=21"}
 
 
+def test_after_a_decision_comes_the_first_one(sqlite):
+    for number in range(52):
+        write(sqlite, *angry_chat(number))
+    with served(sqlite) as address:
+        visitor = Visitor(address)
+        for number in (50, 51):
+            form = visitor.form(f"/drafts/d{number}r0?page=1&sort=oldest") | {"text": "Sorry!"}
+            answer = visitor.post(f"/drafts/d{number}r0/approve?page=1&sort=oldest", form)
+            location = f"/drafts/d0r0?sort=oldest&decided=d{number}r0"
+            assert answer.headers["location"] == location
+        page = visitor.get("/?page=1").text
+        assert "Nothing more" in page
+        assert "Nobody waits" not in page
+        # One that is not in the list leads there, too.
+        found = re.search(r'href="([^"]+)" rel="next"', visitor.get("/drafts/d51r0?page=1").text)
+        assert found[1] == "/drafts/d0r0?page=1"
+
+
 def test_the_history_says_who_did_what(sqlite):
     write(sqlite, *angry_chat(1), *angry_chat(2))
     with served(sqlite, People("ada")) as address:

@@ -146,7 +146,7 @@ _LISTED = (
 def neighbours(
     connection: sa.Connection, wanted: Filter, draft_id: str, texts: bool = True
 ) -> tuple[str | None, str | None]:
-    """The drafts before and after one in a list; after one that has left it, the first.
+    """The drafts before and after one in a list; after one that is not in it, the first.
 
     A list may be long: it is looked at from the page before the one that `wanted` names.
     """
@@ -154,6 +154,8 @@ def neighbours(
     found = found.limit(1000).offset(PAGE * max(0, wanted.page - 1))
     ids = list(connection.execute(found).scalars())
     if draft_id not in ids:
+        if wanted.page:
+            return neighbours(connection, dataclasses.replace(wanted, page=0), draft_id, texts)
         return None, ids[0] if ids else None
     place = ids.index(draft_id)
     return ids[place - 1] if place else None, ids[place + 1] if place + 1 < len(ids) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -108,6 +109,7 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
     except ValueError:
         raise HTTPException(400, "This form is not complete.") from None
     text, chat = _text(form, "text"), _text(form, "seen_chat")
+    wanted = inbox.Filter.of(request.query_params)
     try:
         with console.database.write() as connection:
             if action == "approve":
@@ -121,13 +123,13 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
                 decisions.undo(connection, *draft, person.name)
     except DecisionError as error:
         return show_draft(console, request, 409, str(error), form)
-    wanted = inbox.Filter.of(request.query_params)
     if action in ("save", "undo"):
         return RedirectResponse(f"/drafts/{draft_id}{wanted.query()}", 303)
+    # It has left the list, so that the first one is next.
+    wanted = dataclasses.replace(wanted, page=0)
     with console.database.read() as connection:
         _, after = inbox.neighbours(connection, wanted, draft_id, person.reads_texts)
-    place = f"/drafts/{after}" if after else "/"
-    query = wanted.query()
+    place, query = f"/drafts/{after}" if after else "/", wanted.query()
     return RedirectResponse(f"{place}{query}{'&' if query else '?'}decided={draft_id}", 303)
 
 
