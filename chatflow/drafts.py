@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -15,12 +16,12 @@ from chatflow import metrics
 from chatflow.analysis import content_words, grounding
 from chatflow.answers import parse_draft, says_any
 from chatflow.asking import Answered, AskModel
-from chatflow.dead_letters import DeadLettered
-from chatflow.errors import BadAnswerError
+from chatflow.dead_letters import DeadLettered, open_analysis
+from chatflow.errors import BadAnswerError, BadInputError
 from chatflow.models import Model
 from chatflow.models.requests import Answer
 from chatflow.prompts import DraftPrompt, Question
-from chatflow.records import AnalysedChat, Draft, Flag, Sentiment, now
+from chatflow.records import FAILED, AnalysedChat, DeadLetter, Draft, Flag, Sentiment, digest, now
 from chatflow.routes import Routed
 from chatflow.updates import Updates, newest
 
@@ -171,3 +172,22 @@ def draft_of(
         prompt_version=question.prompt_version,
         drafted_at=now(),
     )
+
+
+def to_be_written(letter: DeadLetter) -> Iterable[Draft]:
+    """For a draft that failed: word for the databases in which drafts are reviewed.
+
+    So its customer waits there like others, until there is a draft after all.
+    """
+    with contextlib.suppress(BadInputError):  # the letter is there all the same
+        for _, analysis in open_analysis(letter):
+            yield Draft(
+                draft_id=digest(FAILED, analysis.analysis_id),
+                flag=FAILED,
+                prompt_version="",  # none wrote it
+                drafted_at=letter.failed_at,
+                **{name: getattr(analysis, name) for name in _OF_ANALYSIS},
+            )
+
+
+_OF_ANALYSIS = ("analysis_id", "chat_id", "user_id", "revision", "model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,7 @@ import apache_beam as beam
 from chatflow.analysis import AnalyseChats
 from chatflow.conversations import AssembleChats
 from chatflow.dead_letters import OpenDeadLetters
-from chatflow.drafts import DraftApologies
+from chatflow.drafts import DraftApologies, to_be_written
 from chatflow.models import VLLM, Model, ModelSpec
 from chatflow.models.keyed import PerKeyModelHandler
 from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
@@ -24,7 +24,7 @@ from chatflow.revisions import Rules
 from chatflow.routes import Routes, routes_of
 from chatflow.sinks import WriteRecords, split_destinations
 from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
-from chatflow.sql import check_uri
+from chatflow.sql import DATABASE, check_uri
 from chatflow.updates import Updates, WatchUpdates, look
 
 
@@ -61,8 +61,10 @@ class Plan:
         return self.streaming and (updates or self.options.prompt_updates == "true")
 
     def write(self, kind: str) -> WriteRecords:
-        """What writes a kind of record; chats go to the database alone."""
-        destinations = self.destinations.get(kind, (self.options.database,))
+        """What writes a kind of record."""
+        return self.write_to(self.destinations[kind])
+
+    def write_to(self, destinations: Sequence[str]) -> WriteRecords:
         secrets = self.options.webhook_secret, self.options.database_password
         return WriteRecords(destinations, self.streaming, *secrets)
 
@@ -181,7 +183,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
     refused = []
     if options.database:  # people see what they decide on
-        refused.append(chats | "WriteChats" >> plan.write("chats"))
+        refused.append(chats | "WriteChats" >> plan.write_to([options.database]))
     updates = None
     if plan.watches:
         watch = WatchUpdates(
@@ -207,6 +209,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         if plan.replay:
             drafts = (drafts, opened.drafts) | "WithReplayedDrafts" >> beam.Flatten()
         refused.append(drafts | "WriteDrafts" >> plan.write("drafts"))
+        if databases := [uri for uri in plan.destinations["drafts"] if DATABASE.match(uri)]:
+            failed = drafted.dead_letters | "ToBeWritten" >> beam.FlatMap(to_be_written)
+            refused.append(failed | "WriteFailed" >> plan.write_to(databases))
 
     dead_letters += filter(None, refused)
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()

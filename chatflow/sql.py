@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import apache_beam as beam
 
-from chatflow.dead_letters import WRITE, dead_letter, open_analysis
+from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
-from chatflow.records import FAILED, DeadLetter, Draft, Record, record_id
+from chatflow.records import DeadLetter, Record
 from chatflow.services import wait_to_try_again
 
 if TYPE_CHECKING:
@@ -75,9 +75,6 @@ class _UpsertDoFn(beam.DoFn):
         self.database = opened(self.uri, password_at(self.password))
 
     def process(self, records: Sequence[Record]) -> Iterable[DeadLetter]:
-        return self._write([*records, *to_be_written(records)])
-
-    def _write(self, records: Sequence[Record]) -> Iterable[DeadLetter]:
         """Writes records; those that are refused on their own are dead letters.
 
         Raises:
@@ -100,37 +97,13 @@ class _UpsertDoFn(beam.DoFn):
             pause = wait_to_try_again(refused, f"writing to {self.database.uri}", pause, give_up)
         if len(records) > 1:
             half = len(records) // 2
-            yield from self._write(records[:half])
-            yield from self._write(records[half:])
+            yield from self.process(records[:half])
+            yield from self.process(records[half:])
         elif isinstance(records[0], DeadLetter):
             raise refused  # there is no other place for it
-        elif isinstance(records[0], Draft) and records[0].flag == FAILED:
-            _log.warning("%s: nobody can review it: %s", records[0].chat_id, one_line(refused))
         else:
             said = one_line(Exception(getattr(refused, "orig", refused)))
             yield dead_letter(WRITE, records[0], ElementError("sql_refused", said))
-
-
-def to_be_written(records: Iterable[Record]) -> Iterable[Draft]:
-    """For each angry customer whose draft became a dead letter, word that a person has to write.
-
-    They wait in the inbox like others, until there is a draft after all.
-    """
-    for letter in records:
-        if not (isinstance(letter, DeadLetter) and letter.stage.startswith("draft_")):
-            continue
-        with contextlib.suppress(Exception):  # of a letter that was cut nothing more is known
-            (analysed,) = open_analysis(letter)
-            analysis = analysed.analysis
-            yield Draft(
-                draft_id=record_id(letter),
-                flag=FAILED,
-                drafted_at=letter.failed_at,
-                **{name: getattr(analysis, name) for name in _OF_ANALYSIS},
-            )
-
-
-_OF_ANALYSIS = ("analysis_id", "chat_id", "user_id", "revision", "model", "prompt_version")
 
 
 def _is_of_a_record(error: sa.exc.SQLAlchemyError) -> bool:

@@ -1,5 +1,6 @@
 """The console in a real browser, on SQLite and on a real PostgreSQL."""
 
+import functools
 import re
 import shutil
 import statistics
@@ -13,6 +14,7 @@ from conftest import chat, required
 from consoles import LOCAL, angry_chat, served, write
 from playwright.sync_api import Error, expect, sync_playwright
 
+from chatflow.console import decisions
 from chatflow.console.outbox import ReplyFile
 from chatflow.console.people import People, new_token, read_users
 from chatflow.database import tables
@@ -65,9 +67,9 @@ def window(chromium):
     assert [said for said in complaints if not any(each in said for each in EXPECTED)] == []
 
 
-# A session that has ended, a decision that came too late, a page that is not there, and a console
-# that has ended.
-EXPECTED = ("401", "409", "404", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
+# A session that has ended, a decision that came too late, a page that is not there, a proxy, and a
+# console that has ended.
+EXPECTED = ("401", "409", "404", "502", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def status(database, draft_id):
 
 
 def expect_listening(page):
-    expect(page.locator("body[data-listens]")).to_be_attached()
+    expect(page.locator("body[data-listens][data-decides]")).to_be_attached()
 
 
 def expect_page(page, title):
@@ -179,7 +181,7 @@ def test_two_browsers_race_for_one_draft(database, window, replies):
         expect(second.locator("#stale")).to_be_visible()
         expect(second.get_by_label("The reply's text")).to_have_value("Mine!")
         second.get_by_role("button", name="Approve").click()
-        expect(second.locator(".notice.bad").first).to_contain_text("was approved by ada")
+        expect(second.locator("#problem")).to_contain_text("was approved by ada")
         expect(second.get_by_text("Mine!")).to_be_visible()
         wait_for_reply(replies)
     assert len(replies.path.read_text().splitlines()) == 1
@@ -443,34 +445,166 @@ def test_signing_in(sqlite, window, token, tmp_path):
         expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
 
 
-def test_what_was_typed_outlives_a_session(sqlite, window, token, tmp_path):
+@pytest.fixture
+def typing(sqlite, window, token, tmp_path):
+    """Somebody who has typed a reply and a comment when their session ended, and pressed a button.
+
+    Gives the page; there they can sign in again.
+    """
     write(sqlite, *angry_chat(1))
-    with served(sqlite, people_of(tmp_path)) as address:
+
+    def typed(address, press="Approve"):
         page = window(f"{address}/drafts/d1r0?sort=newest")
         sign_in(page, token)
         expect_page(page, "chat-1")
         page.get_by_label("Comment").fill("Perhaps not.")
-        page.get_by_label("The reply's text").fill("My words. ")
-        page.get_by_role("button", name="Save").click()
-        expect(page.locator("#history")).to_contain_text("ada edited")
-        expect(page.get_by_label("Comment")).to_have_value("Perhaps not.")
-        expect(page.locator("#kept")).to_be_hidden()
-        page.get_by_label("The reply's text").fill("My last words.")
+        page.get_by_label("The reply's text").fill("My words.")
         with sqlite.write() as connection:
             connection.execute(sa.delete(tables.sessions))
-        page.get_by_role("button", name="Approve").click()
+        page.get_by_role("button", name=press).click()
         expect(page.get_by_text("nothing was done")).to_be_visible()
         assert status(sqlite, "d1r0") == "waiting"
-        sign_in(page, token)
-        expect_page(page, "chat-1")
-        expect(page.locator("#kept")).to_be_visible()
-        expect(page.get_by_label("The reply's text")).to_have_value("My last words.")
-        page.get_by_role("button", name="Approve").click()
-        expect(page.locator("#toast")).to_contain_text("Approved")
-        page.get_by_role("button", name="Undo").click()
-        expect_page(page, "chat-1")
-        expect(page.get_by_label("The reply's text")).to_have_value("My last words.")
+        return page
+
+    with served(sqlite, people_of(tmp_path)) as address:
+        yield functools.partial(typed, address)
+
+
+def test_what_was_typed_outlives_a_session(typing, token):
+    page = typing()
+    sign_in(page, token)
+    expect_page(page, "chat-1")
+    expect(page.locator("#kept")).to_be_visible()
+    expect(page.get_by_label("The reply's text")).to_have_value("My words.")
+    expect(page.get_by_label("Comment")).to_have_value("Perhaps not.")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("Saved.")).to_be_visible()
+    expect(page.get_by_label("Comment")).to_have_value("Perhaps not.")
+    expect(page.locator("#kept")).to_be_hidden()
+    page.get_by_role("button", name="Approve").click()
+    expect(page.locator("#toast")).to_contain_text("Approved")
+    page.get_by_role("button", name="Undo").click()
+    expect_page(page, "chat-1")
+    expect(page.get_by_label("The reply's text")).to_have_value("My words.")
+    expect(page.locator("#kept")).to_be_hidden()
+
+
+@pytest.mark.parametrize("change", ["edited", "superseded"])
+def test_what_was_typed_takes_no_place_of_what_came_meanwhile(typing, sqlite, token, change):
+    page = typing("Save")
+    if change == "edited":
+        with sqlite.write() as connection:
+            decisions.save(connection, "d1r0", 0, "Another's words.", "grace")
+    else:
+        write(sqlite, angry_chat(1, revision=1)[1])
+    sign_in(page, token)
+    expect_page(page, "chat-1")
+    expect(page.locator("#kept")).to_be_hidden()
+    expect(page.locator("#kept-aside")).to_contain_text("My words.")
+    expect(page.locator("#kept-aside")).to_contain_text("Perhaps not.")
+    if change == "edited":
+        expect(page.get_by_label("The reply's text")).to_have_value("Another's words.")
+    page.reload()
+    expect_page(page, "chat-1")
+    expect(page.locator("#kept-aside")).to_be_hidden()
+
+
+def test_a_refusal_does_not_say_that_nothing_arrived(sqlite, window):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite) as address:
+        page = window(f"{address}/drafts/d1r0")
+        page.get_by_label("The reply's text").fill("My words.")
+        write(sqlite, angry_chat(1, revision=1)[0])
+        page.get_by_label("Dismiss because").select_option("other")
+        page.get_by_role("button", name="Dismiss").click()
+        expect(page.locator("#problem")).to_contain_text("There are new messages")
         expect(page.locator("#kept")).to_be_hidden()
+
+
+def test_a_text_that_was_emptied_is_the_models_again(sqlite, window):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite) as address:
+        page = window(f"{address}/drafts/d1r0")
+        page.get_by_label("The reply's text").fill("")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Saved.")).to_be_visible()
+        expect(page.get_by_label("The reply's text")).to_have_value("We are sorry, customer-1.")
+        expect(page.locator("#kept")).to_be_hidden()
+
+
+def test_a_key_that_is_pressed_twice_decides_once(sqlite, window):
+    write(sqlite, *angry_chat(1), *angry_chat(2))
+    with served(sqlite) as address:
+        page = window(f"{address}/drafts/d1r0")
+        expect_listening(page)
+        page.keyboard.press("a")
+        page.wait_for_url(re.compile("d2r0"))
+        page.keyboard.press("a")
+        expect_page(page, "chat-2")
+    assert status(sqlite, "d2r0") == "waiting"
+
+
+@pytest.mark.parametrize("fails", ["/changes", "/"])
+def test_a_page_goes_on_after_an_error_of_the_server(sqlite, window, fails):
+    failed = []
+
+    def fail_once(route):
+        failed.append(route.request.url)
+        route.fulfill(status=502, body="no")
+
+    with served(sqlite) as address:
+        page = window(address)
+        expect_listening(page)
+        page.route(re.compile(f"^{address}{fails}(\\?|$)"), fail_once, times=1)
+        if fails == "/changes":
+            page.reload()
+        write(sqlite, *angry_chat(1))
+        expect(page.locator("#draft-d1r0")).to_be_visible()
+    assert len(failed) == 1
+
+
+def test_an_open_page_says_that_its_session_has_ended(sqlite, window, token, tmp_path):
+    with served(sqlite, people_of(tmp_path)) as address:
+        page = window(address)
+        sign_in(page, token)
+        expect_page(page, "Drafts")
+        with sqlite.write() as connection:
+            connection.execute(sa.delete(tables.sessions))
+        write(sqlite, *angry_chat(1))
+        expect(page.locator("#signed-out")).to_be_visible()
+
+
+def test_an_open_page_says_when_its_reply_was_sent(sqlite, window, replies):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite, replies=replies, undo_seconds=1) as address:
+        page = window(address)
+        page.goto(f"{address}/drafts/d1r0")
+        page.get_by_role("button", name="Approve").click()
+        page.goto(f"{address}/drafts/d1r0")
+        expect(page.locator("#decision")).to_contain_text("not sent yet")
+        expect(page.locator("#decision")).to_contain_text("; sent")
+        expect(page.get_by_role("button", name="Undo")).not_to_be_attached()
+
+
+def test_without_replies_nothing_is_said_to_be_sent(sqlite, window):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite, undo_seconds=0) as address:
+        page = window(f"{address}/drafts/d1r0")
+        page.get_by_role("button", name="Approve").click()
+        expect(page.locator("#toast")).to_contain_text("waits for a console that sends replies")
+        page.get_by_role("button", name="Undo").click()
+        expect(page.get_by_label("The reply's text")).to_be_visible()
+
+
+def test_attributes_with_odd_spaces_are_found(sqlite, window):
+    odd = " New  York\n"
+    chat_, *rest = angry_chat(1)
+    write(sqlite, chat_.model_copy(update={"attributes": {"city": odd}}), *rest, *angry_chat(2))
+    with served(sqlite) as address:
+        page = window(address)
+        page.get_by_label("Attribute").select_option(f"city={odd}")
+        expect(page.locator(".draft")).to_have_count(1)
+        expect(page.locator("#draft-d1r0")).to_be_visible()
 
 
 @on_sqlite

@@ -218,6 +218,24 @@ CHANGES = {
 }
 
 
+def test_a_draft_that_came_after_all_comes_before_what_a_person_writes(sqlite):
+    chat, analysis, draft = angry_chat(1)
+    failed = {"draft_id": "failed", "text": None, "flag": "failed"}
+    write(sqlite, chat, analysis, draft.model_copy(update=failed))
+    with served(sqlite) as address:
+        visitor = Visitor(address)
+        page = visitor.get("/drafts/failed").text
+        assert "something went wrong" in page
+        assert "Draft by" not in page
+        form = visitor.form("/drafts/failed") | {"text": "My words."}
+        write(sqlite, draft)
+        answer = visitor.post("/drafts/failed/approve", form)
+        assert answer.status_code == 409
+        assert "There is a newer draft" in answer.text
+        assert 'href="/drafts/d1r0"' in answer.text
+        assert "My words." in answer.text
+
+
 def test_a_comment_that_comes_too_late_is_shown(sqlite):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
@@ -358,6 +376,27 @@ def test_a_place_that_takes_no_replies_is_tried_again_and_shown(sqlite):
 
     assert Publisher(sqlite, Back()).publish() == 1
     assert [reply.text for reply in sent] == ["Sorry, 0."]
+
+
+def test_a_reply_is_not_sent_again_because_the_database_was_away(sqlite, monkeypatch):
+    approved(sqlite, 1)
+    sent, faults = [], iter([sa.exc.OperationalError("UPDATE", {}, Exception("away"))] * 2)
+    write_to = sqlite.write
+
+    def away():
+        if sent and (fault := next(faults, None)):
+            raise fault
+        return write_to()
+
+    class Kept:
+        def send(self, replies, seconds):
+            sent.extend(replies)
+
+    monkeypatch.setattr(outbox, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(sqlite, "write", away)
+    publisher = Publisher(sqlite, Kept())
+    assert (publisher.publish(), publisher.publish(), len(sent)) == (1, 0, 1)
+    assert all(at for (at,) in rows(sqlite, tables.outbox, "published_at"))
 
 
 def test_replies_go_to_a_topic(sqlite, pubsub):
@@ -771,6 +810,27 @@ def test_signing_in_leads_to_the_console_alone(sqlite, users, to, goes_to):
         assert visitor.post("/sign-in", fields).headers["location"] == goes_to
 
 
+def test_after_a_wrong_token_the_way_is_still_known(sqlite, users):
+    with served(sqlite, by_token(users)) as address:
+        visitor = Visitor(address)
+        form = visitor.form("/sign-in") | {"to": "/drafts/d1r0?q=x"}
+        page = visitor.post("/sign-in", form | {"token": "guess"}).text
+        assert 'name="to" value="/drafts/d1r0?q=x"' in page
+        # Who asks for the address of a form gets its page.
+        location = visitor.get("/drafts/d1r0/approve?q=x").headers["location"]
+        assert location == "/sign-in?to=%2Fdrafts%2Fd1r0%3Fq%3Dx"
+
+
+def test_a_form_of_another_session_leads_back_to_its_page(sqlite, users):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite, by_token(users)) as address:
+        form = signed_in(address, "agent").form("/drafts/d1r0")
+        visitor = signed_in(address, "agent")
+        answer = visitor.post("/drafts/d1r0/approve?q=x", form | {"text": "Sorry!"})
+        assert answer.status_code == 403
+        assert '<a href="/drafts/d1r0?q=x">Back</a>' in answer.text
+
+
 def test_signing_in_and_out(sqlite, users):
     write(sqlite, *angry_chat(1))
     with served(sqlite, by_token(users)) as address:
@@ -896,6 +956,15 @@ def test_a_proxys_header_counts_only_from_the_proxy(sqlite):
         sqlite, People("", identity_header="X-Forwarded-User", proxies=[elsewhere])
     ) as address:
         assert Visitor(address, **ada).get("/").status_code == 403
+
+
+def test_a_header_that_comes_twice_is_not_believed(sqlite):
+    """From the browser, and from a proxy that adds its own to it."""
+    known = People("", identity_header="X-User", proxies=[ipaddress.ip_network("127.0.0.0/8")])
+    with served(sqlite, known) as address:
+        names = [("X-User", "mallory"), ("X-User", "ada"), ("Accept", "text/html")]
+        assert httpx.get(address, headers=names).status_code == 403
+        assert httpx.get(address, headers=names[1:]).status_code == 200
 
 
 def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):

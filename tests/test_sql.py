@@ -410,13 +410,23 @@ def test_a_person_writes_where_the_model_did_not(fails, analyse, script, new_dat
     ]
 
 
-def test_a_letter_that_was_cut_is_written_all_the_same(database):
-    fn = sql._UpsertDoFn("")
-    fn.database = database
-    cut = letter('{"chat":{"chat_id":').model_copy(update={"stage": "draft_model"})
-    assert list(fn.process([cut])) == []
-    assert rows(database, tables.dead_letters, "stage") == [("draft_model",)]
-    assert rows(database, tables.drafts) == []
+@pytest.mark.parametrize("kind", ["drafts", "dead_letters"])
+def test_it_is_where_drafts_are_that_a_person_writes(kind, analyse, new_database, tmp_path):
+    rules = (*RULES[:2], {"task": "apology", "answer": " "})
+    analyse(**{"database": "", "output": str(tmp_path), kind: new_database}, rules=rules)
+    found = counts(Database(new_database))
+    assert found == dict.fromkeys(COUNTS, 0) | {kind: {"drafts": 2, "dead_letters": 3}[kind]}
+
+
+def test_who_has_no_draft_waits_since_it_failed_first(database):
+    """And what a person began to write stays, when it fails again."""
+    first = draft(flag="failed")
+    write(database, analysis(), first)
+    with database.write() as connection:
+        connection.execute(sa.update(tables.drafts).values(edited_text="Half a"))
+    write(database, first.model_copy(update={"drafted_at": NOON + timedelta(hours=1)}))
+    columns = "drafted_at", "edited_text", "status"
+    assert rows(database, tables.drafts, *columns) == [(NOON, "Half a", "waiting")]
 
 
 def test_workers_in_other_processes_write_too(analyse, new_database):

@@ -28,7 +28,7 @@ from starlette.staticfiles import StaticFiles
 from chatflow.console import inbox, pages
 from chatflow.console.changes import Changes
 from chatflow.console.command import OWN_HOSTS
-from chatflow.console.guard import HEADERS, Guard
+from chatflow.console.guard import HEADERS, Guard, page_of
 from chatflow.console.outbox import Publisher, Replies
 from chatflow.console.people import People, Person, Sessions, csrf_of, redacted
 from chatflow.console.retention import forget
@@ -139,7 +139,7 @@ class Console:
             form = await request.form(max_files=0, max_fields=20, max_part_size=200_000)
             sent = str(form.get("csrf", ""))
             if not hmac.compare_digest(sent.encode(), csrf_of(request.scope["session"]).encode()):
-                raise HTTPException(403, "This form is too old. Please reload the page.")
+                raise HTTPException(403, "This form is older than your session. Please go back.")
             return await run_in_threadpool(endpoint, self, request, form)
 
         return Route(path, respond, methods=["POST"])
@@ -148,7 +148,8 @@ class Console:
         if not isinstance(error, HTTPException):
             _log.error("%s failed: %s", request.url.path, one_line(error), exc_info=error)
             error = HTTPException(500, "Something went wrong; the console's log says what.")
-        return self.page(request, "error", error.status_code, error=error)
+        back = page_of(request) if request.method == "POST" else "/"
+        return self.page(request, "error", error.status_code, error=error, back=back)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

@@ -31,7 +31,7 @@ PERIODS = {
 """By name: title, length, and how long each bar of the charts is."""
 
 SAMPLE = 5000
-"""Latencies are of so many newest ones."""
+"""Latencies, and how much was edited, are of so many newest ones."""
 
 DISTANCES = (
     (0.0, "as written"),
@@ -220,26 +220,29 @@ def _spread(values: Sequence[float]) -> tuple[float, float] | None:
 
 def _work(connection: sa.Connection, since: datetime) -> list[Work]:
     columns = drafts.c.model, drafts.c.prompt_version
-    query = (
-        sa.select(*columns, drafts.c.status, drafts.c.flag, drafts.c.edit_distance)
-        .where(
-            drafts.c.decided_at >= since,
-            drafts.c.status.in_((tables.APPROVED, tables.DISMISSED)),
-        )
+    decided = drafts.c.decided_at >= since
+    approved, dismissed = (
+        sa.func.sum(sa.case((drafts.c.status == status, 1), else_=0))
+        for status in (tables.APPROVED, tables.DISMISSED)
+    )
+    counted = (
+        sa.select(*columns, approved, dismissed, sa.func.count(drafts.c.flag))
+        .where(decided, drafts.c.status.in_((tables.APPROVED, tables.DISMISSED)))
+        .group_by(*columns)
         .order_by(*columns)
     )
-    found: dict[tuple[str, str], list[Any]] = {}
-    for row in connection.execute(query):
-        found.setdefault((row.model, row.prompt_version), []).append(row)
+    newest = (
+        sa.select(*columns, drafts.c.edit_distance)
+        .where(decided, drafts.c.edit_distance.is_not(None))
+        .order_by(drafts.c.decided_at.desc())
+        .limit(SAMPLE)
+    )
+    distances: dict[tuple[str, str], list[float]] = {}
+    for model, version, distance in connection.execute(newest):
+        distances.setdefault((model, version), []).append(distance)
     return [
-        Work(
-            *key,
-            approved=sum(row.status == tables.APPROVED for row in rows),
-            dismissed=sum(row.status == tables.DISMISSED for row in rows),
-            flagged=sum(row.flag is not None for row in rows),
-            distances=[row.edit_distance for row in rows if row.edit_distance is not None],
-        )
-        for key, rows in found.items()
+        Work(model, version, int(good), int(bad), flagged, distances.get((model, version), []))
+        for model, version, good, bad, flagged in connection.execute(counted)
     ]
 
 

@@ -158,7 +158,7 @@ def undo(connection: sa.Connection, draft_id: str, version: int, who: str) -> No
         waits = outbox.c.draft_id == draft_id, outbox.c.leased_by.is_(None)
         gone = connection.execute(sa.delete(outbox).where(*waits, outbox.c.published_at.is_(None)))
         if not gone.rowcount:
-            raise DecisionError("It is too late to undo: the reply was sent.")
+            raise DecisionError("It is too late to undo: the reply is on its way.")
     _change(
         connection,
         draft_id,
@@ -242,12 +242,18 @@ def _change(
     )
     if changed.rowcount:
         return
-    query = sa.select(drafts.c.status, drafts.c.decided_by).where(drafts.c.draft_id == draft_id)
+    query = sa.select(drafts.c.status, drafts.c.decided_by, drafts.c.revision, customers.c.revision)
+    of_customer = sa.and_(
+        customers.c.chat_id == drafts.c.chat_id, customers.c.user_id == drafts.c.user_id
+    )
+    query = query.join_from(drafts, customers, of_customer).where(drafts.c.draft_id == draft_id)
     found = connection.execute(query).one_or_none()
     if found is None:
         raise DecisionError("There is no such draft.")
     if found.status == tables.SUPERSEDED:
-        raise ConflictError("The customer wrote again: there is a newer analysis of this chat.")
+        if found[3] > found[2]:
+            raise ConflictError("The customer wrote again: there is a newer analysis of this chat.")
+        raise ConflictError("There is a newer draft for this customer; see below.")
     if found.status == tables.WAITING:
         raise ConflictError("Somebody changed this draft; please look again.")
     raise ConflictError(f"This draft was {found.status} by {found.decided_by}.")

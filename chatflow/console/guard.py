@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from typing import TYPE_CHECKING
@@ -96,9 +97,11 @@ class Guard:
         if not people.sign_in:
             person = people.person(people.local)
         elif people.identity_header:
-            # From elsewhere, anybody could say anything.
-            name = request.headers.get(people.identity_header, "")
-            person = people.person(name) if name and self._by_proxy(request) else None
+            # From elsewhere, anybody could say anything; so could who asks, where a proxy adds its
+            # word to theirs.
+            names = request.headers.getlist(people.identity_header)
+            said = names[0] if len(names) == 1 and self._by_proxy(request) else ""
+            person = people.person(said) if said else None
         else:
             bearer = request.headers.get("authorization", "")
             if bearer.startswith("Bearer "):
@@ -124,8 +127,10 @@ class Guard:
 def page_of(request: Request) -> str:
     """The page that somebody asked for, or whose form they sent."""
     path, query = request.url.path, request.url.query
-    if request.method != "GET":  # /drafts/ID/ACTION
-        path = path.rpartition("/")[0] or "/"
+    if of_draft := re.fullmatch(r"(/drafts/[^/]+)/[^/]+", path):
+        path = of_draft[1]
+    elif request.method != "GET":
+        return "/"
     return f"{path}?{query}" if query else path
 
 

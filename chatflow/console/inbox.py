@@ -56,14 +56,18 @@ class Filter:
             sort if sort in SORTS else "urgent",
             kind if kind in KINDS else "",
             query.get("q", "").strip()[:200],
-            query.get("attribute", "")[:2000],
+            query.get("attribute", "").replace("\r\n", "\n")[:2000],  # as forms send line ends
             int(page) if re.fullmatch(r"[0-9]{1,5}", page) else 0,
         )
 
     def query(self, **changes: Any) -> str:
-        """For an address: with its question mark, and only what is not the default."""
+        """For an address: with its question mark, and only what is not the default.
+
+        Args:
+          changes: other values, also of what is no filter.
+        """
         values = vars(self) | changes
-        parts = {name: value for name, value in values.items() if value != getattr(Filter, name)}
+        parts = {n: value for n, value in values.items() if value != getattr(Filter, n, None)}
         return f"?{urlencode(parts)}" if parts else ""
 
     @property
@@ -190,6 +194,7 @@ def state(connection: sa.Connection) -> str:
         *connection.execute(counted.where(drafts.c.status == tables.WAITING)).one(),
         connection.execute(sa.select(sa.func.max(history.c.history_id))).scalar(),
         connection.execute(sa.select(sa.func.max(analyses.c.analysed_at))).scalar(),
+        connection.execute(sa.select(sa.func.max(outbox.c.published_at))).scalar(),
     ]
     return "/".join(map(str, values))
 

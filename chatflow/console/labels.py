@@ -35,6 +35,7 @@ def labelled(connection: sa.Connection) -> Iterator[str]:
             ),
         )
         .order_by(drafts.c.chat_id, drafts.c.user_id, drafts.c.decided_at.desc())
+        .execution_options(yield_per=100)
     )
     last = None
     for row in connection.execute(query).mappings():

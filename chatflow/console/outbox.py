@@ -225,11 +225,19 @@ class Publisher:
         return len(due)
 
     def _note_sent(self, ids: Collection[str]) -> None:
-        with self.database.write() as connection:
-            mine = outbox.c.draft_id.in_(list(ids)), outbox.c.published_at.is_(None)
-            connection.execute(
-                sa.update(outbox).where(*mine).values(published_at=now(), error=None)
-            )
+        """Notes it while they are still this publisher's, also where the database is away."""
+        mine = outbox.c.draft_id.in_(list(ids)), outbox.c.published_at.is_(None)
+        give_up = time.monotonic() + LEASE_SECONDS / 2
+        while True:
+            try:
+                with self.database.write() as connection:
+                    noted = sa.update(outbox).where(*mine)
+                    connection.execute(noted.values(published_at=now(), error=None))
+                return
+            except sa.exc.DBAPIError:
+                if time.monotonic() > give_up:
+                    raise
+                self._stop.wait(LOOK_SECONDS)
 
     def _take(self) -> dict[str, Any]:
         """Replies for this publisher alone, by their drafts, in the order of approval."""

@@ -68,6 +68,7 @@ def show_draft(
             before=before,
             after=after,
             problem=problem,
+            saved=request.query_params.get("saved") == draft_id and not problem,
             typed={name: _text(form or FormData(), name) for name in TYPED},
             reasons=decisions.REASONS,
             characters=decisions.CHARACTERS,
@@ -123,14 +124,16 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
                 decisions.undo(connection, *draft, person.name)
     except DecisionError as error:
         return show_draft(console, request, 409, str(error), form)
-    if action in ("save", "undo"):
+    if action == "undo":
         return RedirectResponse(f"/drafts/{draft_id}{wanted.query()}", 303)
+    if action == "save":
+        return RedirectResponse(f"/drafts/{draft_id}{wanted.query(saved=draft_id)}", 303)
     # It has left the list, so that the first one is next.
     wanted = dataclasses.replace(wanted, page=0)
     with console.database.read() as connection:
         _, after = inbox.neighbours(connection, wanted, draft_id, person.reads_texts)
-    place, query = f"/drafts/{after}" if after else "/", wanted.query()
-    return RedirectResponse(f"{place}{query}{'&' if query else '?'}decided={draft_id}", 303)
+    place = f"/drafts/{after}" if after else "/"
+    return RedirectResponse(f"{place}{wanted.query(decided=draft_id)}", 303)
 
 
 def show_history(console: Console, request: Request) -> Response:
@@ -173,11 +176,11 @@ def export(console: Console, request: Request) -> Response:
 
 
 def show_sign_in(
-    console: Console, request: Request, status: int = 200, problem: str = ""
+    console: Console, request: Request, status: int = 200, problem: str = "", to: str = ""
 ) -> Response:
     if request.scope["person"]:
         return RedirectResponse("/", 303)
-    to = request.query_params.get("to", "/")
+    to = to or request.query_params.get("to", "/")
     return console.page(request, "sign_in", status, problem=problem, to=to)
 
 
@@ -185,10 +188,9 @@ _OWN_PAGE = re.compile(r"/(?![/\\]).*")  # for browsers, what begins with two is
 
 
 def sign_in(console: Console, request: Request, form: FormData) -> Response:
-    person = console.people.of_token(_text(form, "token").strip())
+    to, person = _text(form, "to"), console.people.of_token(_text(form, "token").strip())
     if person is None:
-        return show_sign_in(console, request, 403, "Nobody has this token.")
-    to = _text(form, "to")
+        return show_sign_in(console, request, 403, "Nobody has this token.", to)
     response = RedirectResponse(to if _OWN_PAGE.fullmatch(to) else "/", 303)
     value = console.sessions.begin(person)
     age = int(SESSION.total_seconds())

@@ -95,7 +95,9 @@ def _write_drafts(connection: sa.Connection, found: Sequence[Draft]) -> None:
         # Whoever has the page of another text open is to look again.
         rewritten = sa.case((known.text.is_distinct_from(new.text), 1), else_=0)
         fields = {name: new[name] for name in rows[0] if name != "draft_id"}
-        return {**fields, "version": known.version + rewritten}
+        # Whoever has no draft waits since the first time that it failed.
+        since = sa.case((known.flag == FAILED, known.drafted_at), else_=new.drafted_at)
+        return {**fields, "version": known.version + rewritten, "drafted_at": since}
 
     _upsert_rows(connection, tables.drafts, rows, lambda _: waits, set_to)
     supersede(connection, [record.chat_id for record in found])

@@ -35,6 +35,7 @@ function countDown() {
 
 // New things, without loading the page anew.
 
+const AGAIN = 3000; // milliseconds, after something failed
 let asked = 0;
 let waits;
 
@@ -49,7 +50,11 @@ async function refresh() {
   waits = undefined;
   asked = Date.now();
   const answer = await fetch(main.dataset.address ?? location.href).catch(() => null);
-  if (!answer?.ok || answer.redirected) return;
+  if (answer?.redirected || answer?.status === 401) return show("signed-out");
+  if (!answer?.ok) {
+    waits ??= setTimeout(refresh, AGAIN);
+    return;
+  }
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   const focused = document.activeElement;
   for (const part of document.querySelectorAll("[data-live]")) {
@@ -95,26 +100,46 @@ function listen() {
     changes = new EventSource(`/changes?since=${main.dataset.asked}`);
     changes.addEventListener("change", refreshSoon);
     changes.addEventListener("open", () => document.body.toggleAttribute("data-listens", true));
+    changes.addEventListener("error", () => {
+      // Browsers try again where the connection broke, but not after an answer that is an error.
+      if (changes?.readyState !== EventSource.CLOSED) return;
+      changes = undefined;
+      setTimeout(listen, AGAIN);
+      waits ??= setTimeout(refresh, AGAIN);
+    });
   }
 }
 
 // What was typed is not lost by a slip of a key, nor by a session that has ended.
 
 const fields = ["text", "reason", "comment"].map((id) => document.getElementById(id));
-const sent = (draft) => `sent ${draft}`;
+const keyOf = (draft) => `sent ${draft} by ${main.dataset.person}`;
+
+function show(id, words = "") {
+  const part = document.getElementById(id);
+  part.hidden = false;
+  if (words) part.querySelector(".typed").textContent = words;
+}
 
 function restore() {
-  if (toast) sessionStorage.removeItem(sent(toast.dataset.draft)); // it has arrived
-  if (!text) return;
+  if (toast) sessionStorage.removeItem(keyOf(toast.dataset.draft)); // it has arrived
   const { draft, version } = main.dataset;
-  const [of, ...kept] = JSON.parse(sessionStorage.getItem(sent(draft)) ?? "[]");
-  sessionStorage.removeItem(sent(draft));
-  kept.forEach((value, i) => {
-    if (fields[i].value.trim() === value.trim()) return;
-    fields[i].value = value;
-    // Where a text was saved, what stands in the form for dismissing comes back without a word.
-    if (fields[i] === text || of === version) document.getElementById("kept").hidden = false;
-  });
+  const kept = draft && JSON.parse(sessionStorage.getItem(keyOf(draft)));
+  if (!kept) return;
+  sessionStorage.removeItem(keyOf(draft));
+  if (document.getElementById("problem")) return; // it has arrived, and is on the page
+  const saved = document.getElementById("saved");
+  if (!saved && (!text || kept.version !== version)) {
+    // The draft that it was meant for is another one by now.
+    const words = [kept.text, kept.comment].filter(Boolean).join("\n\n");
+    if (words) show("kept-aside", words);
+    return;
+  }
+  for (const field of fields) {
+    if (field.value.trim() === kept[field.id].trim() || (saved && field === text)) continue;
+    field.value = kept[field.id];
+    if (!saved) show("kept");
+  }
 }
 
 let submitting = false;
@@ -122,8 +147,9 @@ const typed = text?.value;
 document.addEventListener("submit", ({ target }) => {
   submitting = target === reply || target.id === "dismiss";
   if (!submitting) return;
-  const values = [main.dataset.version, ...fields.map((field) => field.value)];
-  sessionStorage.setItem(sent(main.dataset.draft), JSON.stringify(values));
+  const { draft, version } = main.dataset;
+  const values = Object.fromEntries(fields.map((field) => [field.id, field.value]));
+  sessionStorage.setItem(keyOf(draft), JSON.stringify({ version, ...values }));
 });
 addEventListener("beforeunload", (event) => {
   if (text && text.value !== typed && !submitting) event.preventDefault();
@@ -146,6 +172,10 @@ singleKeys.checked = localStorage.getItem("single-keys") !== "off";
 singleKeys.addEventListener("change", () =>
   localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off"));
 
+// Whoever presses a key twice does not approve the next draft, which they have not seen.
+let decides = false;
+setTimeout(() => (decides = document.body.toggleAttribute("data-decides", true)), 400);
+
 function follow(selector) {
   document.querySelector(selector)?.click();
 }
@@ -161,7 +191,7 @@ const does = {
   j: () => move(1),
   k: () => move(-1),
   e: () => text?.focus(),
-  a: () => reply?.requestSubmit(document.getElementById("approve")),
+  a: () => decides && reply?.requestSubmit(document.getElementById("approve")),
   s: () => reply?.requestSubmit(document.getElementById("save")),
   d: () => document.getElementById("reason")?.focus(),
   u: () => document.querySelector("[data-undo]")?.requestSubmit(),
@@ -175,7 +205,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && writes) return event.target.blur();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target === text) {
     event.preventDefault();
-    return does.a();
+    return reply?.requestSubmit(document.getElementById("approve"));
   }
   if (event.key === "Enter" && event.target.id === "reason" && event.target.value) {
     event.preventDefault();
