@@ -58,8 +58,8 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         known,
         replies_to(parsed.replies) if parsed.replies else None,
         parsed.undo_seconds,
-        timedelta(days=parsed.keep_days) if parsed.keep_days else None,
-        [*OWN_HOSTS, parsed.host.lower(), *names],
+        keep=timedelta(days=parsed.keep_days) if parsed.keep_days else None,
+        hosts=[*OWN_HOSTS, parsed.host.lower(), *names],
     )
     listener = listen(parsed.host, parsed.port)
     shown = f"[{parsed.host}]" if ":" in parsed.host else parsed.host

@@ -127,7 +127,9 @@ function restore() {
   const kept = draft && JSON.parse(sessionStorage.getItem(keyOf(draft)));
   if (!kept) return;
   sessionStorage.removeItem(keyOf(draft));
-  if (document.getElementById("problem")) return; // it has arrived, and is on the page
+  // It has arrived, where the page says what became of it.
+  if (document.getElementById("problem")) return;
+  if (document.querySelector(".sent")?.textContent.trim() === kept.text.trim()) return;
   const saved = document.getElementById("saved");
   if (!saved && (!text || kept.version !== version)) {
     // The draft that it was meant for is another one by now.
