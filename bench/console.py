@@ -64,7 +64,7 @@ class Load:
     Attributes:
       kill_every: seconds from one SIGKILL to the next, of either console in turn.
       lease: the console's own LEASE_SECONDS, if not None.
-      undone: the share of decisions whose maker wants to take them back.
+      least: actions of which there is to be one at least; readers stay for them, a minute at most.
       chats_per_second: how many new chats there are, of four revisions each.
       pause: of a writer after a bundle, and of a reader after a page; seconds, in the mean.
       in_processes: writers are processes and not threads.
@@ -76,7 +76,7 @@ class Load:
     kill_every: float = 20
     lease: float | None = None
     undo_seconds: float = 1
-    undone: float = 0.3
+    least: frozenset[str] = frozenset()
     chats_per_second: float = 10
     pause: float = 0.25
     in_processes: bool = True
@@ -277,6 +277,10 @@ class Seen:
     def requests(self) -> int:
         return sum(map(len, self.seconds.values()))
 
+    def done(self) -> set[str]:
+        """Actions that were done, of some draft."""
+        return {action for _, action, _, answer in self.attempts if answer == YES}
+
 
 class Reader(threading.Thread):
     """Somebody who looks at lists and reviews drafts, mostly those on top, as others do."""
@@ -291,7 +295,7 @@ class Reader(threading.Thread):
     def run(self) -> None:
         try:
             time.sleep(self.noise.random())
-            while time.monotonic() < self.until:
+            while self.stays():
                 self.noise.choices(
                     [self.look, self.search, self.figures, self.review], [3, 2, 1, 6]
                 )[0]()
@@ -299,6 +303,10 @@ class Reader(threading.Thread):
         except Exception as error:
             self.seen.broken.append(f"a reader: {type(error).__name__}: {error}")
         self.client.close()
+
+    def stays(self) -> bool:
+        late = time.monotonic() - self.until
+        return late < 0 or (late < 60 and not self.load.least <= self.seen.done())
 
     def think(self) -> None:
         time.sleep(self.load.pause * 2 * self.noise.random())
@@ -353,7 +361,7 @@ class Reader(threading.Thread):
         if action == "approve" and form["text"] and self.noise.random() < 0.3:
             text = form["text"]
         said = self.decide(draft_id, action, text, form)
-        if action != "save" and said == YES and self.noise.random() < self.load.undone:
+        if action != "save" and said == YES and self.noise.random() < 0.3:
             form = self.form(draft_id)
             if "version" in form and "seen_chat" not in form:
                 self.decide(draft_id, "undo", "", form)

@@ -518,16 +518,14 @@ def test_search_and_filters(sqlite):
 
 
 def test_pages_of_the_inbox(sqlite):
-    for number in range(51):
-        write(sqlite, *angry_chat(number))
+    write(sqlite, *(record for number in range(51) for record in angry_chat(number)))
     with served(sqlite) as address:
         assert len(listed(address)) == 50
         assert listed(address, "?page=1") == ["d50r0"]
 
 
 def test_a_draft_far_down_the_list_has_neighbours(sqlite):
-    for number in range(1100):
-        write(sqlite, *angry_chat(number))
+    write(sqlite, *(record for number in range(1100) for record in angry_chat(number)))
     with served(sqlite) as address:
         page = Visitor(address).get("/?page=21").text
         assert 'href="/drafts/d1060r0?page=21"' in page
@@ -537,8 +535,7 @@ def test_a_draft_far_down_the_list_has_neighbours(sqlite):
 
 
 def test_after_a_decision_comes_the_first_one(sqlite):
-    for number in range(52):
-        write(sqlite, *angry_chat(number))
+    write(sqlite, *(record for number in range(52) for record in angry_chat(number)))
     with served(sqlite) as address:
         visitor = Visitor(address)
         for number in (50, 51):

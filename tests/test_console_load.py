@@ -17,8 +17,8 @@ def load_bench():
 def test_a_short_soak_loses_and_doubles_nothing(new_database, tmp_path):
     bench = load_bench()
     load = bench.Load(
-        seconds=3, writers=4, readers=10, kill_every=1.5, lease=0.5, undo_seconds=1, undone=0.7,
-        pause=0.1, in_processes=False,
+        seconds=3, writers=4, readers=10, kill_every=1.5, lease=0.5, undo_seconds=0.5, pause=0.1,
+        least=frozenset({"approve", "dismiss", "undo"}), in_processes=False,
     )  # fmt: skip
     figures = bench.soak(new_database, tmp_path, load, lambda _: None)
     assert figures["wrong"] == []
