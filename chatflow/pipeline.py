@@ -211,7 +211,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         refused.append(drafts | "WriteDrafts" >> plan.write("drafts"))
         if databases := [uri for uri in plan.destinations["drafts"] if DATABASE.match(uri)]:
             failed = drafted.dead_letters | "ToBeWritten" >> beam.FlatMap(to_be_written)
-            refused.append(failed | "WriteFailed" >> plan.write_to(databases))
+            failed | "WriteFailed" >> plan.write_to(databases)  # refused or not: it has its letter
 
     dead_letters += filter(None, refused)
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()

@@ -509,6 +509,38 @@ def test_what_was_typed_takes_no_place_of_what_came_meanwhile(typing, sqlite, to
     expect(page.locator("#kept-aside")).to_be_hidden()
 
 
+def test_what_was_typed_after_it_was_saved_is_not_taken_for_that(sqlite, window):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite) as address:
+        page = window(f"{address}/drafts/d1r0")
+        page.get_by_label("The reply's text").fill("First.")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Saved.")).to_be_visible()
+        page.get_by_label("The reply's text").fill("Second.")
+        page.route(re.compile("approve"), lambda route: route.fulfill(status=204))
+        with page.expect_response(re.compile("approve")):
+            page.get_by_role("button", name="Approve").click()
+        page.reload()
+        expect(page.get_by_label("The reply's text")).to_have_value("Second.")
+        expect(page.locator("#kept")).to_be_visible()
+
+
+def test_after_a_refusal_what_was_typed_is_not_left_without_a_question(sqlite, window):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite) as address:
+        page = window(f"{address}/drafts/d1r0")
+        page.get_by_label("The reply's text").fill("My words.")
+        write(sqlite, angry_chat(1, revision=1)[0])
+        page.get_by_role("button", name="Approve").click()
+        expect(page.locator("#problem")).to_contain_text("There are new messages")
+        expect_listening(page)
+        with page.expect_event("dialog") as asked:
+            page.evaluate("setTimeout(() => location.assign('/history'))")
+        assert asked.value.type == "beforeunload"
+        asked.value.dismiss()
+        expect(page.get_by_label("The reply's text")).to_have_value("My words.")
+
+
 def test_a_refusal_does_not_say_that_nothing_arrived(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
@@ -572,6 +604,11 @@ def test_an_open_page_says_that_its_session_has_ended(sqlite, window, token, tmp
             connection.execute(sa.delete(tables.sessions))
         write(sqlite, *angry_chat(1))
         expect(page.locator("#signed-out")).to_be_visible()
+        with page.expect_popup() as other:
+            page.locator("#signed-out").get_by_role("link", name="Sign in").click()
+        sign_in(other.value, token)
+        expect(page.locator("#signed-out")).to_be_hidden(timeout=15_000)
+        expect(page.locator("#draft-d1r0")).to_be_visible()
 
 
 def test_an_open_page_says_when_its_reply_was_sent(sqlite, window, replies):

@@ -97,6 +97,43 @@ def test_what_something_happened_to_is_kept(decided, what):
     assert "chat-2" in kept_chats(decided)
 
 
+def test_the_letter_of_a_draft_that_waits_is_kept(database):
+    write(database, *angry_chat(1, flag="failed"))
+    letter = {"stage": "draft_model", "reason": "x", "error": "x", "failed_at": LONG_AGO}
+    for chat_id in ("chat-1", "chat-2"):
+        write(database, DeadLetter(payload=chat_id, chat_id=chat_id, **letter))
+    age(database, "chat-1")
+    forget(database, NOW - timedelta(days=90))
+    with database.read() as connection:
+        kept = connection.execute(sa.select(tables.dead_letters.c.chat_id)).scalars().all()
+    assert kept == ["chat-1"]
+
+
+@pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
+def test_a_customer_who_comes_just_then_is_kept(database):
+    """Of a chat that is being deleted, and whose messages are not here."""
+    first = angry_chat(1)[1]
+    second = angry_chat(1)[1:]
+    second = [each.model_copy(update={"user_id": "second", "analysis_id": "b"}) for each in second]
+    write(database, first)
+    age(database, "chat-1")
+
+    def write_meanwhile(connection, cursor, statement, *_):
+        if statement.startswith("DELETE FROM chats") and second:
+            records = [*second]
+            second.clear()
+            write(database, *records)
+
+    sa.event.listen(database._engine, "before_cursor_execute", write_meanwhile)
+    assert forget(database, NOW - timedelta(days=90)) == 1
+    with database.read() as connection:
+        kept = connection.execute(sa.select(tables.analyses.c.user_id)).scalars().all()
+    assert kept == ["second"]
+    assert counts(database) == dict.fromkeys(counts(database), 0) | {
+        "analyses": 1, "drafts": 1, "customers": 1,
+    }  # fmt: skip
+
+
 def test_without_chats_the_rest_is_deleted_too(database):
     write(database, *angry_chat(1)[1:])
     with served(database) as address:

@@ -237,7 +237,7 @@ class Publisher:
             except sa.exc.DBAPIError:
                 if time.monotonic() > give_up:
                     raise
-                self._stop.wait(LOOK_SECONDS)
+                time.sleep(LOOK_SECONDS)
 
     def _take(self) -> dict[str, Any]:
         """Replies for this publisher alone, by their drafts, in the order of approval."""

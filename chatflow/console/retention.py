@@ -37,26 +37,38 @@ def forget(database: Database, before: datetime) -> int:
     with database.read() as connection:
         ids = connection.execute(_old(before).limit(MOST)).scalars().all()
     with database.write() as connection:
-        letters = dead_letters.c.failed_at < before
-        connection.execute(sa.delete(dead_letters).where(letters))
+        waits = sa.exists().where(
+            drafts.c.chat_id == dead_letters.c.chat_id, drafts.c.status == tables.WAITING
+        )
+        letters = dead_letters.c.failed_at < before, sa.not_(waits)
+        connection.execute(sa.delete(dead_letters).where(*letters))
         if not ids:
             return 0
         # In the order of `upserts`, so that neither waits for one that waits for it.
-        of_chats = sa.select(customers.c.revision).where(customers.c.chat_id.in_(ids))
-        by_key = of_chats.order_by(customers.c.chat_id, customers.c.user_id)
-        connection.execute(by_key.with_for_update())
+        key = customers.c.chat_id, customers.c.user_id
+        of_chats = sa.select(*key).where(customers.c.chat_id.in_(ids)).order_by(*key)
+        locked = connection.execute(of_chats.with_for_update()).all()
         ids = connection.execute(_old(before, ids)).scalars().all()
         these = chats.c.chat_id.in_(ids)
-        connection.execute(sa.delete(chats).where(these, chats.c.stored_at < before))
-        # Of some a newer revision may have come just now.
+        count = connection.execute(
+            sa.delete(chats).where(these, chats.c.stored_at < before)
+        ).rowcount
+        # Of some a newer revision may have come just now; or another customer, who is not locked.
         newer = set(connection.execute(sa.select(chats.c.chat_id).where(these)).scalars())
-        ids = [chat_id for chat_id in ids if chat_id not in newer]
-        of_drafts = sa.select(drafts.c.draft_id).where(drafts.c.chat_id.in_(ids))
+        gone = [chat_id for chat_id in ids if chat_id not in newer]
+        pairs = [(chat_id, user_id) for chat_id, user_id in locked if chat_id in set(gone)]
+
+        def theirs(table: sa.Table) -> sa.ColumnElement[bool]:
+            return sa.tuple_(table.c.chat_id, table.c.user_id).in_(pairs)
+
+        of_drafts = sa.select(drafts.c.draft_id).where(theirs(drafts))
         for table in (history, outbox):
             connection.execute(sa.delete(table).where(table.c.draft_id.in_(of_drafts)))
-        for table in (drafts, analyses, customers, chat_attributes):
-            connection.execute(sa.delete(table).where(table.c.chat_id.in_(ids)))
-        return len(ids)
+        for table in (drafts, analyses, customers):
+            count += connection.execute(sa.delete(table).where(theirs(table))).rowcount
+        of_gone = chat_attributes.c.chat_id.in_(gone)
+        connection.execute(sa.delete(chat_attributes).where(of_gone))
+        return len(gone) if count else 0
 
 
 def _old(before: datetime, ids: Sequence[str] | None = None) -> sa.Select[Any]:

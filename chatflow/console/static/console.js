@@ -5,6 +5,7 @@ const main = document.getElementById("main");
 const reply = document.getElementById("reply");
 const text = document.getElementById("text");
 const toast = document.getElementById("toast");
+const signedOut = document.getElementById("signed-out");
 
 // Times, as people say them.
 
@@ -50,12 +51,17 @@ async function refresh() {
   waits = undefined;
   asked = Date.now();
   const answer = await fetch(main.dataset.address ?? location.href).catch(() => null);
-  if (answer?.redirected || answer?.status === 401) return show("signed-out");
-  if (!answer?.ok) {
-    waits ??= setTimeout(refresh, AGAIN);
+  const body = await answer?.text().catch(() => null);
+  const stale = document.getElementById("stale");
+  if (answer?.status === 404 && stale) return show("stale");
+  const away = answer?.redirected || answer?.status === 401;
+  if (away) show("signed-out");
+  if (away || !answer?.ok || body === null) {
+    if (!document.hidden) waits ??= setTimeout(refresh, AGAIN);
     return;
   }
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  signedOut.hidden = true;
+  const page = new DOMParser().parseFromString(body, "text/html");
   const focused = document.activeElement;
   for (const part of document.querySelectorAll("[data-live]")) {
     const newer = page.getElementById(part.id);
@@ -77,7 +83,6 @@ async function refresh() {
   document.title = page.title;
   const now = page.getElementById("main").dataset;
   main.dataset.asked = now.asked;
-  const stale = document.getElementById("stale");
   if (stale && ["version", "chat", "status"].some((name) => now[name] !== main.dataset[name])) {
     stale.hidden = false;
   }
@@ -121,36 +126,40 @@ function show(id, words = "") {
   if (words) part.querySelector(".typed").textContent = words;
 }
 
+// What a page came with; after a refusal, that is what was typed.
+const typed = document.getElementById("problem") ? null : text?.value;
+
 function restore() {
   if (toast) sessionStorage.removeItem(keyOf(toast.dataset.draft)); // it has arrived
   const { draft, version } = main.dataset;
   const kept = draft && JSON.parse(sessionStorage.getItem(keyOf(draft)));
   if (!kept) return;
   sessionStorage.removeItem(keyOf(draft));
-  // It has arrived, where the page says what became of it.
-  if (document.getElementById("problem")) return;
-  if (document.querySelector(".sent")?.textContent.trim() === kept.text.trim()) return;
-  const saved = document.getElementById("saved");
-  if (!saved && (!text || kept.version !== version)) {
-    // The draft that it was meant for is another one by now.
-    const words = [kept.text, kept.comment].filter(Boolean).join("\n\n");
-    if (words) show("kept-aside", words);
+  if (document.getElementById("problem")) return; // it has arrived, and is on the page
+  const saved = kept.version !== version && document.getElementById("saved");
+  if (text && (saved || kept.version === version)) {
+    for (const field of fields) {
+      const value = kept[field.id];
+      if (value === null || field.value.trim() === value.trim() || (saved && field === text)) continue;
+      field.value = value;
+      if (!saved) show("kept");
+    }
     return;
   }
-  for (const field of fields) {
-    if (field.value.trim() === kept[field.id].trim() || (saved && field === text)) continue;
-    field.value = kept[field.id];
-    if (!saved) show("kept");
-  }
+  // The draft that it was meant for is another one by now.
+  const missing = (words) => words?.trim() && !main.textContent.includes(words.trim());
+  const words = [kept.text, kept.comment].filter(missing).join("\n\n");
+  if (words) show("kept-aside", words);
 }
 
 let submitting = false;
-const typed = text?.value;
+document.addEventListener("input", () => (submitting = false));
 document.addEventListener("submit", ({ target }) => {
   submitting = target === reply || target.id === "dismiss";
   if (!submitting) return;
   const { draft, version } = main.dataset;
   const values = Object.fromEntries(fields.map((field) => [field.id, field.value]));
+  if (values.text === typed) values.text = null; // the model's words, or somebody else's
   sessionStorage.setItem(keyOf(draft), JSON.stringify({ version, ...values }));
 });
 addEventListener("beforeunload", (event) => {
@@ -228,5 +237,8 @@ showTimes();
 countDown();
 setInterval(showTimes, 30000);
 setInterval(countDown, 500);
-document.addEventListener("visibilitychange", listen);
+document.addEventListener("visibilitychange", () => {
+  listen();
+  if (!document.hidden && !signedOut.hidden) refreshSoon();
+});
 listen();
