@@ -55,8 +55,8 @@ def forget(database: Database, before: datetime) -> int:
         ).rowcount
         # Of some a newer revision may have come just now; or another customer, who is not locked.
         newer = set(connection.execute(sa.select(chats.c.chat_id).where(these)).scalars())
-        gone = [chat_id for chat_id in ids if chat_id not in newer]
-        pairs = [(chat_id, user_id) for chat_id, user_id in locked if chat_id in set(gone)]
+        gone = set(ids) - newer
+        pairs = [(chat_id, user_id) for chat_id, user_id in locked if chat_id in gone]
 
         def theirs(table: sa.Table) -> sa.ColumnElement[bool]:
             return sa.tuple_(table.c.chat_id, table.c.user_id).in_(pairs)
