@@ -509,13 +509,17 @@ def test_what_was_typed_takes_no_place_of_what_came_meanwhile(typing, sqlite, to
     expect(page.locator("#kept-aside")).to_be_hidden()
 
 
+def save(page, text):
+    page.get_by_label("The reply's text").fill(text)
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("Saved.")).to_be_visible()
+
+
 def test_what_was_typed_after_it_was_saved_is_not_taken_for_that(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
         page = window(f"{address}/drafts/d1r0")
-        page.get_by_label("The reply's text").fill("First.")
-        page.get_by_role("button", name="Save").click()
-        expect(page.get_by_text("Saved.")).to_be_visible()
+        save(page, "First.")
         page.get_by_label("The reply's text").fill("Second.")
         page.route(re.compile("approve"), lambda route: route.fulfill(status=204))
         with page.expect_response(re.compile("approve")):
@@ -557,9 +561,7 @@ def test_a_text_that_was_emptied_is_the_models_again(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
         page = window(f"{address}/drafts/d1r0")
-        page.get_by_label("The reply's text").fill("")
-        page.get_by_role("button", name="Save").click()
-        expect(page.get_by_text("Saved.")).to_be_visible()
+        save(page, "")
         expect(page.get_by_label("The reply's text")).to_have_value("We are sorry, customer-1.")
         expect(page.locator("#kept")).to_be_hidden()
 

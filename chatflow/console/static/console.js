@@ -84,7 +84,7 @@ async function refresh() {
   const now = page.getElementById("main").dataset;
   main.dataset.asked = now.asked;
   if (stale && ["version", "chat", "status"].some((name) => now[name] !== main.dataset[name])) {
-    stale.hidden = false;
+    show("stale");
   }
   showTimes();
 }
@@ -127,7 +127,8 @@ function show(id, words = "") {
 }
 
 // What a page came with; after a refusal, that is what was typed.
-const typed = document.getElementById("problem") ? null : text?.value;
+const problem = document.getElementById("problem");
+const typed = problem ? null : text?.value;
 
 function restore() {
   if (toast) sessionStorage.removeItem(keyOf(toast.dataset.draft)); // it has arrived
@@ -135,7 +136,7 @@ function restore() {
   const kept = draft && JSON.parse(sessionStorage.getItem(keyOf(draft)));
   if (!kept) return;
   sessionStorage.removeItem(keyOf(draft));
-  if (document.getElementById("problem")) return; // it has arrived, and is on the page
+  if (problem) return; // it has arrived, and is on the page
   const saved = kept.version !== version && document.getElementById("saved");
   if (text && (saved || kept.version === version)) {
     for (const field of fields) {
@@ -187,6 +188,10 @@ singleKeys.addEventListener("change", () =>
 let decides = false;
 setTimeout(() => (decides = document.body.toggleAttribute("data-decides", true)), 400);
 
+function approve() {
+  reply?.requestSubmit(document.getElementById("approve"));
+}
+
 function follow(selector) {
   document.querySelector(selector)?.click();
 }
@@ -202,7 +207,7 @@ const does = {
   j: () => move(1),
   k: () => move(-1),
   e: () => text?.focus(),
-  a: () => decides && reply?.requestSubmit(document.getElementById("approve")),
+  a: () => decides && approve(),
   s: () => reply?.requestSubmit(document.getElementById("save")),
   d: () => document.getElementById("reason")?.focus(),
   u: () => document.querySelector("[data-undo]")?.requestSubmit(),
@@ -216,7 +221,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && writes) return event.target.blur();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target === text) {
     event.preventDefault();
-    return reply?.requestSubmit(document.getElementById("approve"));
+    return approve();
   }
   if (event.key === "Enter" && event.target.id === "reason" && event.target.value) {
     event.preventDefault();
