@@ -34,9 +34,9 @@ from rich.table import Table
 
 from chatflow import publish
 from chatflow.cli import main
+from chatflow.console.dashboard import percentiles
 from chatflow.emulator import emulator, make_topics, subscription_of
 from chatflow.records import Chat, Message
-from chatflow.stream import percentiles
 from chatflow.tail import follow
 
 BEAM = "apache_beam.runners.direct.direct_runner.BundleBasedDirectRunner"

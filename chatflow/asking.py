@@ -10,11 +10,12 @@ import apache_beam as beam
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 
 from chatflow import metrics
-from chatflow.dead_letters import DeadLettered, Outcome
+from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
 from chatflow.models import Model
 from chatflow.models.requests import Answer, Failure
 from chatflow.prompts import Question
+from chatflow.records import AnalysedChat
 
 RESHUFFLE_KEYS = 1024
 """Random keys of a reshuffle: more than a step has threads, and not a new one for each
@@ -86,3 +87,11 @@ def answered(result: tuple[Question, Any]) -> Iterable[Answered]:
     metrics.observe("answer_tokens_per_answer", inference.answer_tokens)
     metrics.observe("latency_ms", round(inference.seconds * 1000))
     yield Answered(question, inference)
+
+
+@payload_of.register
+def _question_payload(question: Question) -> dict[str, Any]:
+    """One user of the chat failed, so it is this user who is asked for again."""
+    if question.analysis is not None:
+        return payload_of(AnalysedChat(question.chat, question.analysis))
+    return payload_of(question.chat.model_copy(update={"user_id": question.user_id}))

@@ -14,7 +14,6 @@ import apache_beam as beam
 
 from chatflow import metrics
 from chatflow.errors import BadInputError, ElementError
-from chatflow.prompts import Question
 from chatflow.records import (
     AnalysedChat,
     Analysis,
@@ -145,14 +144,6 @@ def _chat_payload(chat: Chat) -> dict[str, Any]:
 @payload_of.register
 def _event_payload(event: Event) -> dict[str, Any]:
     return {"payload": event.to_line(), "chat_id": event.chat_id}
-
-
-@payload_of.register
-def _question_payload(question: Question) -> dict[str, Any]:
-    """One user of the chat failed, so it is this user who is asked for again."""
-    if question.analysis is not None:
-        return payload_of(AnalysedChat(question.chat, question.analysis))
-    return payload_of(question.chat.model_copy(update={"user_id": question.user_id}))
 
 
 @payload_of.register(tuple)

@@ -19,9 +19,18 @@ from chatflow.asking import Answered, AskModel
 from chatflow.dead_letters import DeadLettered, open_analysis
 from chatflow.errors import BadAnswerError, BadInputError
 from chatflow.models import Model
-from chatflow.models.requests import Answer
 from chatflow.prompts import DraftPrompt, Question
-from chatflow.records import FAILED, AnalysedChat, DeadLetter, Draft, Flag, Sentiment, digest, now
+from chatflow.records import (
+    FAILED,
+    AnalysedChat,
+    Chat,
+    DeadLetter,
+    Draft,
+    Flag,
+    Sentiment,
+    digest,
+    now,
+)
 from chatflow.routes import Routed
 from chatflow.updates import Updates, newest
 
@@ -114,10 +123,13 @@ def to_draft(answered: Answered) -> Draft:
         raise error.explained(answer.circumstances) from None
     if says_any(parsed.text, settings.get("refused_phrases", ())):
         return draft_of(question, answer.model, flag="refused_phrase")
-    if settings.get("flag_accusations", False) and accuses(question, answer):
+    chat, user_id = question.chat, question.user_id
+    if settings.get("flag_accusations", False) and accuses(answer.text, chat, user_id):
         return draft_of(question, answer.model, flag="accuses_customer")
     needed = settings.get("draft_grounding", 0)
-    if needed and draft_grounding(question, answer) < needed:
+    # The template's own words around the model's do not count.
+    written = answer.text.strip().removesuffix(asked.tail).removeprefix(asked.lead)
+    if needed and draft_grounding(written, chat, user_id) < needed:
         return draft_of(question, answer.model, flag="ungrounded")
     return draft_of(question, answer.model, text=parsed.text, repairs=parsed.repairs)
 
@@ -125,11 +137,11 @@ def to_draft(answered: Answered) -> Draft:
 _ACCUSATION = re.compile(r"\byou(?:['’]ve| have|r)? +(\w+)")
 
 
-def accuses(question: Question, answer: Answer) -> bool:
+def accuses(text: str, chat: Chat, user_id: str) -> bool:
     """Whether it says "you lost …" or "your driver …" where the customer does, who meant us."""
-    own = " ".join(question.chat.texts_of(question.user_id))
+    own = " ".join(chat.texts_of(user_id))
     said = set(_ACCUSATION.findall(own.lower()))
-    return not said.isdisjoint(_ACCUSATION.findall(answer.text.lower()))
+    return not said.isdisjoint(_ACCUSATION.findall(text.lower()))
 
 
 _APOLOGY_WORDS = frozenset(
@@ -140,15 +152,12 @@ _APOLOGY_WORDS = frozenset(
 )
 
 
-def draft_grounding(question: Question, answer: Answer) -> float:
+def draft_grounding(written: str, chat: Chat, user_id: str) -> float:
     """The share of content words of what the model wrote that the customer wrote, too.
 
-    The template's own words around it and words of apology do not count; see
-    `analysis.grounding`.
+    Words of apology do not count; see `analysis.grounding`.
     """
-    asked = question.request.parts[0]
-    written = answer.text.strip().removesuffix(asked.tail).removeprefix(asked.lead)
-    return grounding(written, question.chat, question.user_id, 1, _APOLOGY_WORDS)
+    return grounding(written, chat, user_id, 1, _APOLOGY_WORDS)
 
 
 def draft_of(

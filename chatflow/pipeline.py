@@ -14,8 +14,9 @@ from chatflow.analysis import AnalyseChats
 from chatflow.conversations import AssembleChats
 from chatflow.dead_letters import OpenDeadLetters
 from chatflow.drafts import DraftApologies, to_be_written
-from chatflow.models import VLLM, Model, ModelSpec
+from chatflow.models import Model, ModelSpec
 from chatflow.models.keyed import PerKeyModelHandler
+from chatflow.models.presets import VLLM
 from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
 from chatflow.options import NO_CLOUD, Cloud, Options
 from chatflow.prices import Price, price_of

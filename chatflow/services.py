@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import ssl
 import time
 from collections.abc import Callable, Iterable
 
@@ -59,13 +57,3 @@ def wait_to_try_again(
     _log.log(level, "%s failed, trying again: %s", what, error)
     time.sleep(pause)
     return min(2 * pause, 30)
-
-
-def trusted() -> ssl.SSLContext:
-    """Whose certificates are taken: as google-genai does it."""
-    import certifi
-
-    return ssl.create_default_context(
-        cafile=os.environ.get("SSL_CERT_FILE", certifi.where()),
-        capath=os.environ.get("SSL_CERT_DIR"),
-    )

@@ -6,14 +6,14 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from chatflow.console.dashboard import percentiles
 from chatflow.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
@@ -26,13 +26,6 @@ EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS, REPLIES = TOPICS = tuple(
     f"projects/{PROJECT}/topics/{name}"
     for name in ("events", "analyses", "drafts", "dead-letters", "replies")
 )
-
-
-def percentiles(values: Iterable[float]) -> tuple[float, float]:
-    """p50 and p95 of at least one value."""
-    in_order = sorted(values)
-    cuts = statistics.quantiles([in_order[0], *in_order], n=100, method="inclusive")
-    return cuts[49], cuts[94]
 
 
 class Board:

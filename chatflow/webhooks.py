@@ -22,10 +22,9 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
-from chatflow.models.faults import wait_of
+from chatflow.network import trusted, wait_of
 from chatflow.records import DeadLetter, Record, record_id
 from chatflow.secrets import PLACES_SAID, check_place, read_secret
-from chatflow.services import trusted
 
 WEBHOOK = re.compile(r"https?://", re.IGNORECASE)
 

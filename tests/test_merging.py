@@ -7,7 +7,7 @@ import threading
 import pytest
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 
-from chatflow.models.handlers import LanguageModel
+from chatflow.models.base import LanguageModel
 from chatflow.models.merging import Merger
 from chatflow.models.requests import Answer, Part, Request
 

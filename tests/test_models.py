@@ -8,7 +8,7 @@ import pytest
 
 from chatflow.errors import ElementError, UsageError
 from chatflow.models import Model, ModelSpec
-from chatflow.models.handlers import LanguageModel
+from chatflow.models.base import LanguageModel
 from chatflow.models.presets import PRESETS_VARIABLE, check_preset, is_instruct, local_preset
 from chatflow.models.requests import Answer, Failure, Part, Request
 from chatflow.models.scripted import ScriptedModelHandler, load_script

@@ -21,7 +21,7 @@ from tiny import tiny_gemma
 
 from chatflow.errors import ModelError, UsageError
 from chatflow.models import refreshing
-from chatflow.models.handlers import LanguageModel
+from chatflow.models.base import LanguageModel
 from chatflow.models.presets import forget, local_file, local_preset, use_jax
 from chatflow.models.refreshing import RefreshedModel, newest_version
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version

@@ -27,10 +27,9 @@ from starlette.staticfiles import StaticFiles
 
 from chatflow.console import inbox, pages
 from chatflow.console.changes import Changes
-from chatflow.console.command import OWN_HOSTS
 from chatflow.console.guard import HEADERS, Guard, page_of
 from chatflow.console.outbox import Publisher, Replies
-from chatflow.console.people import People, Person, Sessions, csrf_of, redacted
+from chatflow.console.people import OWN_HOSTS, People, Person, Sessions, csrf_of, redacted
 from chatflow.console.retention import forget
 from chatflow.database.connect import Database
 from chatflow.errors import one_line

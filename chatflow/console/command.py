@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from chatflow.console.people import OWN_HOSTS
 from chatflow.errors import UsageError
 from chatflow.run import quieten
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from chatflow.console.app import Server
     from chatflow.console.people import People
     from chatflow.database.connect import Database
-
-OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
-"""Names by which only this machine calls itself."""
 
 
 def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:

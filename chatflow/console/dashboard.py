@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +20,6 @@ from chatflow.database.tables import (
     drafts,
     outbox,
 )
-from chatflow.stream import percentiles
 
 PERIODS = {
     "day": ("24 hours", timedelta(hours=24), timedelta(hours=1)),
@@ -284,3 +283,10 @@ def _replies(connection: sa.Connection, since: datetime) -> dict[str, Any]:
         "waiting": _count(connection, outbox.c.draft_id, waits),
         "error": connection.execute(failing).scalar(),
     }
+
+
+def percentiles(values: Iterable[float]) -> tuple[float, float]:
+    """p50 and p95 of at least one value."""
+    in_order = sorted(values)
+    cuts = statistics.quantiles([in_order[0], *in_order], n=100, method="inclusive")
+    return cuts[49], cuts[94]

@@ -21,6 +21,9 @@ from chatflow.database.tables import sessions
 from chatflow.errors import UsageError
 from chatflow.records import now
 
+OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
+"""Names by which only this machine calls itself."""
+
 ROLES = {
     "observer": "sees lists and figures",
     "agent": "also decides on drafts",

@@ -14,6 +14,7 @@ from typing import Any
 from chatflow.errors import UsageError
 from chatflow.models import embedded
 from chatflow.models.adapters import check_adapter, chosen
+from chatflow.models.presets import SCRIPTED, TORCH, VLLM
 from chatflow.models.requests import (
     ONE_BUNDLE,
     ONE_COPY,
@@ -22,8 +23,6 @@ from chatflow.models.requests import (
     Request,
     WorkerSettings,
 )
-
-SCRIPTED, TORCH, VLLM = "scripted:", "torch:", "vllm:"
 
 
 @dataclasses.dataclass(frozen=True)

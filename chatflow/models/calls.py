@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from apache_beam.io.components.rate_limiter import RateLimiter
 
 from chatflow.errors import BadAnswerError, ModelError
+from chatflow.models.base import LanguageModel
 from chatflow.models.clients import Client, Reply, Turn
 from chatflow.models.faults import Fault, Kind, classify
 from chatflow.models.gate import Gate
-from chatflow.models.handlers import LanguageModel
 from chatflow.models.requests import (
     Answer,
     Failure,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import email.utils
 import enum
 import json
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import aiohttp
 import google.auth.exceptions
@@ -15,6 +13,7 @@ import grpc
 from google.api_core import exceptions as api_core
 
 from chatflow.errors import ElementError, ModelError, UsageError
+from chatflow.network import wait_of
 
 
 class Kind(enum.Enum):
@@ -119,42 +118,3 @@ def status_of(error: Exception) -> int | None:
         if isinstance(value, int) and value >= 400:
             return int(value)
     return None
-
-
-def wait_of(error: Any) -> float:
-    """Seconds to wait, as an error or an answer asks: by Retry-After or google.rpc.RetryInfo."""
-    headers = getattr(error, "headers", None)
-    if headers is None:
-        headers = getattr(getattr(error, "response", None), "headers", None)
-    asked = [_seconds_of_header((headers or {}).get("Retry-After", ""))]
-    for info in _details(getattr(error, "details", None)):
-        delay = info.get("retryDelay") if isinstance(info, dict) else None
-        if delay is not None:
-            asked.append(_number(str(delay).removesuffix("s")))
-        elif hasattr(info, "retry_delay"):
-            asked.append(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
-    return max(asked)
-
-
-def _details(details: Any) -> Iterator[Any]:
-    """The details of a Google API's error: JSON as it came, or messages of gRPC."""
-    if isinstance(details, dict):
-        details = details.get("error", details)
-        details = details.get("details") if isinstance(details, dict) else None
-    if isinstance(details, Iterable) and not isinstance(details, (str, bytes)):
-        yield from details
-
-
-def _seconds_of_header(value: str) -> float:
-    try:
-        at = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
-        return _number(value)
-    return max(0.0, at.timestamp() - time.time())
-
-
-def _number(text: str) -> float:
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        return 0.0

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from chatflow.errors import ElementError
-from chatflow.models.handlers import LanguageModel, ask
+from chatflow.models.base import LanguageModel
+from chatflow.models.handlers import ask
 from chatflow.models.merging import merged
 from chatflow.models.requests import Answer, Failure, Part, Request
 

@@ -13,6 +13,11 @@ from typing import Any
 from chatflow.errors import UsageError
 from chatflow.models import embedded
 
+MARKERS = ("SHA256SUMS.json", "config.json")
+"""Files that stand for the folder that they are in, which holds a model."""
+
+SCRIPTED, TORCH, VLLM = "scripted:", "torch:", "vllm:"
+
 PRESETS_VARIABLE = "CHATFLOW_PRESETS"
 
 

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 from chatflow.errors import UsageError, one_line
-from chatflow.models import TORCH
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.parts import EngineModel
-from chatflow.models.presets import brought, is_instruct, local_preset
+from chatflow.models.presets import TORCH, brought, is_instruct, local_preset
 from chatflow.models.requests import (
     FIRST,
     ONE_BUNDLE,

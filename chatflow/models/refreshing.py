@@ -14,8 +14,8 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
 from chatflow.models import adapters
-from chatflow.models.handlers import LanguageModel
-from chatflow.models.presets import forget
+from chatflow.models.base import LanguageModel
+from chatflow.models.presets import MARKERS, forget
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 300.0
 
-MARKERS = ("SHA256SUMS.json", "config.json")
-"""Files that stand for the folder that they are in, which holds a model."""
 
 ENDS = {
     "script": (".jsonl",),

@@ -27,7 +27,8 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import ElementError, UsageError
-from chatflow.models.handlers import LanguageModel, LanguageModelHandler
+from chatflow.models.base import LanguageModel
+from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.requests import (
     FIRST,
     ONE_BUNDLE,

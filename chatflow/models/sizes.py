@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
-from chatflow.models import TORCH
-from chatflow.models.presets import brought
+from chatflow.models.presets import TORCH, brought
 
 ATTENTION_BYTES = 1 << 30
 """Of the attention scores of one call of PyTorch's, as float32, at most."""

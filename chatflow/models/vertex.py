@@ -18,7 +18,7 @@ from chatflow.errors import UsageError
 from chatflow.models.clients import Client, Reply, Turn, checked, post
 from chatflow.models.faults import Fault, HttpError, MalformedReplyError
 from chatflow.models.requests import Part, RemoteSettings
-from chatflow.services import trusted
+from chatflow.network import trusted
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatflow.errors import UsageError
-from chatflow.models import VLLM
+from chatflow.models.base import LanguageModel
 from chatflow.models.calls import RemoteModel
-from chatflow.models.handlers import LanguageModel, LanguageModelHandler
+from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.parts import Result, put_together
-from chatflow.models.presets import brought, copied
+from chatflow.models.presets import VLLM, brought, copied
 from chatflow.models.requests import (
     FIRST,
     ONE_BUNDLE,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatflow.errors import UsageError
-from chatflow.models import TORCH
+from chatflow.models.presets import TORCH
 from chatflow.models.sizes import GEMMAS, T5S, Architecture, EncoderDecoder, architecture_of
 from chatflow.sizing import (
     ANSWER_TOKENS,
