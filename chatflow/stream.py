@@ -161,12 +161,10 @@ class Run:
 
     Attributes:
       error: what made it fail; None while it runs, and where it ended well.
-      summary: its counts, once it has ended.
     """
 
     result: Any
     error: BaseException | None = None
-    summary: Any = None
 
     def __post_init__(self) -> None:
         self.ended = threading.Event()

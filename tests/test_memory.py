@@ -5,8 +5,6 @@ import gc
 import io
 import json
 import os
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -18,7 +16,7 @@ from test_pipeline import answer_any
 from tiny import tiny_gemma
 
 from chatflow.cli import main
-from chatflow.models import Model, copies
+from chatflow.models import Model
 from chatflow.models.gemma import GemmaModelHandler
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.requests import Batching, Part, Request, WorkerSettings
@@ -34,43 +32,10 @@ def preset(tmp_path_factory):
     return tiny_gemma(tmp_path_factory.mktemp("gemma3"))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Notes of copies, beside those of other tests."""
-    monkeypatch.setattr(copies, "notes", lambda: tmp_path / "loaded")
-
-
 def load(preset, **settings):
     return GemmaModelHandler(
         preset, False, WorkerSettings(dtype="float32", **settings)
     ).load_model()
-
-
-def test_a_copy_is_noted_as_long_as_it_is_in_memory(preset, capsys):
-    assert main(["model", "copies"]) == 0
-    assert "no model is loaded" in capsys.readouterr().out
-    one, two = load(preset), load(preset)
-    assert main(["model", "copies", "--summary=json"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(copy["model"], copy["pid"]) for copy in found] == [(preset, os.getpid())] * 2
-    assert found[0]["resident_mb"] > 100
-    assert main(["model", "copies"]) == 0
-    assert "2 copies of models in 1 processes" in capsys.readouterr().out
-    del one
-    gc.collect()
-    assert len(copies.loaded()) == 1
-    del two
-
-
-def test_a_note_of_a_process_that_died_is_removed(tmp_path):
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    (tmp_path / "loaded").mkdir()
-    note = tmp_path / "loaded" / "x.json"
-    note.write_text(json.dumps(copies.Copy("m", done.pid, "7", 0.0)._asdict()))
-    (tmp_path / "loaded" / "half.json").write_text("{")
-    assert copies.loaded() == []
-    assert not note.exists()
 
 
 def test_the_weights_of_a_model_that_is_let_go_are_freed(preset):
@@ -163,15 +128,3 @@ def test_models_that_come_and_go_take_no_more_memory_each(preset):
         del model
         sizes.append(resident_mb())
     assert sizes[-1] - sizes[1] < 3 * 40, sizes  # it was 130 for each
-
-
-def test_a_note_that_cannot_be_written_fails_no_load(preset, tmp_path):
-    (tmp_path / "loaded").write_text("a file, where the folder is to be")
-    assert load(preset).new_counts()["copies_loaded"] == 1
-    assert copies.loaded() == []
-
-
-def test_the_copy_of_a_process_that_has_just_ended_holds_nothing():
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    assert copies.Copy("gemma", ended.pid, "1", 0.0).resident_mb == 0

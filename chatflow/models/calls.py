@@ -104,11 +104,6 @@ class RemoteModel(LanguageModel):
         """Ends the thread and all connections; also done when nobody holds the model."""
         self._close()
 
-    @property
-    def peak(self) -> int:
-        """Most calls that were in flight at once."""
-        return self._gate.peak
-
     def counts(self) -> dict[str, int]:
         with self._lock:
             counts, self._counts = self._counts, collections.Counter()

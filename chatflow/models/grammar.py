@@ -62,15 +62,13 @@ class Text(NamedTuple):
 class JsonAnswer(NamedTuple):
     """A JSON object as the stretches that a model need not write, and what it fills in.
 
-    The object is `before`, one of `choices`, `between`, a text of at most so many
-    `characters`, and the closing marks.
+    The object is `before`, one of `choices`, `between`, a text, and the closing marks.
     """
 
     fields: tuple[str, str]
     before: str
     choices: tuple[str, ...]
     between: str
-    characters: int
 
 
 def json_answer(schema: Mapping[str, Any]) -> JsonAnswer:
@@ -90,7 +88,6 @@ def json_answer(schema: Mapping[str, Any]) -> JsonAnswer:
         before=f"{{{json.dumps(enum)}:",
         choices=tuple(json.dumps(value) for value in fields[enum]["enum"]),
         between=f',{json.dumps(text)}:"',
-        characters=fields[text].get("maxLength", ENDLESS),
     )
 
 

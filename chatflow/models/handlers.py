@@ -16,7 +16,6 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from chatflow import metrics
 from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
-from chatflow.models import copies
 from chatflow.models.base import LanguageModel
 from chatflow.models.requests import (
     FIRST,
@@ -126,7 +125,6 @@ class LanguageModelHandler(
 
     def _loaded(self, version: Version = FIRST) -> ModelT:
         model = self.load(version)
-        copies.note(model, version.named(self.name))
         model.warm_up(self.expected)
         return model
 

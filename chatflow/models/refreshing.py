@@ -104,8 +104,6 @@ class RefreshedModel(LanguageModel):
                 self._loading.release()
         return self._model.answer(requests)
 
-    loads = 0
-
     def new_counts(self) -> dict[str, int]:
         self._counts.update(self._model.new_counts())
         new, self._counts = self._counts, collections.Counter()

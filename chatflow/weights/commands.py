@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from chatflow.options import Parser
-from chatflow.weights import convert, copies, fetch, parsers
+from chatflow.weights import convert, fetch, parsers
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -18,4 +18,3 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     convert.add(commands)
     parsers.add_save(commands)
     parsers.add_info(commands)
-    copies.add(commands)
