@@ -25,8 +25,8 @@ from rich.table import Table as Shown
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fakes.bigquery import FakeBigQuery, Table
 
-from chatflow import bigquery
 from chatflow.records import Analysis, now
+from chatflow.sinks import bigquery
 
 URI = "bigquery://p.d.analyses"
 Append = Callable[[Sequence[bytes]], None]

@@ -41,12 +41,12 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from postgres import MissingError, postgres
 
-from chatflow import sql
 from chatflow.console.dashboard import percentiles
 from chatflow.database import tables
-from chatflow.database.connect import Database
+from chatflow.database.connections import Database
 from chatflow.database.upserts import upsert, values_of
 from chatflow.records import Analysis, Chat, Draft, Message, Record, now
+from chatflow.sinks import database as sql
 
 SIDES = ("SQLite", "PostgreSQL")
 TARGET = 0.1

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chatflow.models.presets import local_preset, use_jax
+from chatflow.weights.presets import local_preset, use_jax
 
 use_jax()
 import jax  # noqa: E402
@@ -27,9 +27,9 @@ import jax.numpy as jnp  # noqa: E402
 import keras_hub  # noqa: E402
 from sides import keras_generate  # noqa: E402
 
-from chatflow.models.engine import Engine, Row  # noqa: E402
-from chatflow.models.grammar import Text  # noqa: E402
-from chatflow.models.loading import without_initial_values  # noqa: E402
+from chatflow.models.gemma.engine import Engine, Row  # noqa: E402
+from chatflow.models.gemma.grammar import Text  # noqa: E402
+from chatflow.weights.keras_loading import without_initial_values  # noqa: E402
 
 # From the presets' own config.json.
 SHAPES = {

@@ -23,11 +23,11 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from chatflow.models import ModelSpec
-from chatflow.models.requests import Batching
-from chatflow.prompts import AnalysisPrompt
+from chatflow.models.settings import Batching
+from chatflow.models.spec import ModelSpec
+from chatflow.prompts.questions import AnalysisPrompt
+from chatflow.prompts.templates import load_folder
 from chatflow.records import Chat, Message, read_chat
-from chatflow.templates import load_folder
 
 HERE = Path(__file__).parent
 LENGTHS = (10, 30, 100, 300, 1000)

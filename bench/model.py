@@ -30,13 +30,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from chatflow.answers import ANALYSIS_SCHEMA, parse_analysis
 from chatflow.errors import ElementError
-from chatflow.models import ModelSpec, embedded
-from chatflow.models.presets import local_preset, use_jax
-from chatflow.prompts import AnalysisPrompt
+from chatflow.models.spec import ModelSpec
+from chatflow.prompts.answers import ANALYSIS_SCHEMA, parse_analysis
+from chatflow.prompts.questions import AnalysisPrompt
+from chatflow.prompts.templates import load_folder
 from chatflow.records import Chat, read_chat
-from chatflow.templates import load_folder
+from chatflow.weights import embedded
+from chatflow.weights.presets import local_preset, use_jax
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent / "samples" / "chats.jsonl"

@@ -39,9 +39,10 @@ from google.oauth2.credentials import Credentials
 from rich.console import Console
 from rich.table import Table
 
-from chatflow.models.remote import RemoteLanguageModelHandler
-from chatflow.models.requests import Failure, Part, RemoteSettings, Request
-from chatflow.options import LOCAL_RUNNER
+from chatflow.models.remote.handler import RemoteLanguageModelHandler
+from chatflow.models.requests import Failure, Part, Request
+from chatflow.models.settings import RemoteSettings
+from chatflow.running.launch import LOCAL_RUNNER
 
 ROOT = Path(__file__).parent.parent
 ENDPOINT = "projects/p/locations/us-central1/endpoints/1001"

@@ -182,8 +182,8 @@ class Ours(Jax):
         super().__init__(work)
         import pickle
 
-        from chatflow.models.gemma import GemmaModelHandler
-        from chatflow.models.requests import Batching, WorkerSettings
+        from chatflow.models.gemma.handler import GemmaModelHandler
+        from chatflow.models.settings import Batching, WorkerSettings
 
         settings = WorkerSettings(work["dtype"], work["quantization"])
         handler = GemmaModelHandler(work["model"], False, settings, Batching(64))
@@ -191,8 +191,8 @@ class Ours(Jax):
         self.requests = pickle.loads(bytes.fromhex(work["requests"]))
 
     def rows(self, prompts: list[Ids], tokens: int) -> list[Any]:
-        from chatflow.models.engine import Row
-        from chatflow.models.grammar import Text
+        from chatflow.models.gemma.engine import Row
+        from chatflow.models.gemma.grammar import Text
 
         texts = [self.work["texts"][self.work["prompts"].index(prompt)] for prompt in prompts]
         return [Row("", text, text=Text(), max_tokens=tokens) for text in texts]

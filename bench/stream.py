@@ -32,12 +32,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from chatflow import publish
 from chatflow.cli import main
+from chatflow.commands import publish
+from chatflow.commands.tail import follow
 from chatflow.console.dashboard import percentiles
-from chatflow.emulator import emulator, make_topics, subscription_of
 from chatflow.records import Chat, Message
-from chatflow.tail import follow
+from chatflow.running.emulator import emulator, make_topics, subscription_of
 
 BEAM = "apache_beam.runners.direct.direct_runner.BundleBasedDirectRunner"
 RULES = [

@@ -374,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
         """,
         epilog=None,
     )
-    from chatflow.weights.commands import add_commands
+    from chatflow.commands.model.parser import add_commands
 
     add_commands(model)
     model.set_defaults(run=_model)
@@ -417,49 +417,49 @@ def natural(text: str) -> int:
 
 
 def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.run import run
+    from chatflow.commands.run import run
 
     return run(parsed, rest)
 
 
 def _stream(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.stream import stream
+    from chatflow.commands.stream import stream
 
     return stream(parsed, rest)
 
 
 def _publish(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.publish import publish
+    from chatflow.commands.publish import publish
 
     return publish(parsed, rest)
 
 
 def _tail(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.tail import tail
+    from chatflow.commands.tail import tail
 
     return tail(parsed, rest)
 
 
 def _evaluate(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.evaluation.command import evaluate
+    from chatflow.commands.evaluate import evaluate
 
     return evaluate(parsed, rest)
 
 
 def _tune(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.tune import tune
+    from chatflow.commands.tune import tune
 
     return tune(parsed, rest)
 
 
 def _console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.console.command import console
+    from chatflow.commands.console import console
 
     return console(parsed, rest)
 
 
 def _size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.sizing import size
+    from chatflow.commands.size import size
 
     return size(parsed, rest)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import email.utils
+import logging
 import os
 import ssl
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 def wait_of(error: Any) -> float:
@@ -57,3 +60,22 @@ def trusted() -> ssl.SSLContext:
         cafile=os.environ.get("SSL_CERT_FILE", certifi.where()),
         capath=os.environ.get("SSL_CERT_DIR"),
     )
+
+
+def wait_to_try_again(
+    error: Exception, what: str, pause: float, give_up: float, level: int = logging.WARNING
+) -> float:
+    """Waits after a fault; gives the next, longer pause.
+
+    Args:
+      pause: in seconds.
+      give_up: when there are no more tries, of `time.monotonic`.
+
+    Raises:
+      Exception: the error itself, when the time is over.
+    """
+    if time.monotonic() + pause > give_up:
+        raise error
+    _log.log(level, "%s failed, trying again: %s", what, error)
+    time.sleep(pause)
+    return min(2 * pause, 30)

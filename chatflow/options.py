@@ -7,11 +7,7 @@ that are not here are Beam's and go to the runner.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import difflib
-import functools
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -383,54 +379,6 @@ def from_flags(parsed: argparse.Namespace, required: Sequence[str] = ()) -> Opti
     return Options(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
 
 
-def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()) -> Any:
-    """Beam's `PipelineOptions` of the flags that are not chatflow's.
-
-    Args:
-      streaming: the input never ends.
-      shown: chatflow's own flags, for runners that show the options of a job.
-
-    Raises:
-      UsageError: a flag that Beam does not know either, or that needs another runner.
-    """
-    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-
-    parser = Parser(add_help=False, allow_abbrev=False)
-    for options in set(PipelineOptions.__subclasses__()) - {_shown_options()}:
-        options._add_argparse_args(parser)
-    _, unknown = parser.parse_known_args(list(flags))
-    if unknown:
-        own = [f"--{name}" for name in Options.defaults()]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], own, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; it is neither chatflow's nor Beam's"
-        raise UsageError(f"unknown flag {unknown[0]}{hint}")
-    options = PipelineOptions(list(flags))
-    standard = options.view_as(StandardOptions)
-    standard.streaming = standard.streaming or streaming
-    if standard.runner in (None, "DirectRunner"):
-        # Beam's DirectRunner first tries to fetch another runner from the network.
-        standard.runner = LOCAL_STREAM_RUNNER if standard.streaming else LOCAL_RUNNER
-    if not is_local(options):
-        return PipelineOptions([*flags, *shown], streaming=standard.streaming)
-    if standard.no_wait_until_finish:
-        raise UsageError("--no_wait_until_finish: needs a --runner that runs elsewhere")
-    return options
-
-
-@functools.cache
-def _shown_options() -> Any:
-    """chatflow's flags as options of Beam's, by which a job's page shows them."""
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    class ChatflowOptions(PipelineOptions):
-        @classmethod
-        def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
-            for name, flag in Options.defaults().items():
-                parser.add_argument(f"--{name}", default=flag["default"])
-
-    return ChatflowOptions
-
-
 class Cloud(NamedTuple):
     """A Google Cloud project and location, empty where unknown."""
 
@@ -439,28 +387,3 @@ class Cloud(NamedTuple):
 
 
 NO_CLOUD = Cloud()
-
-
-def cloud_of(options: Any, chatflow: Options) -> Cloud:
-    """From flags, else the environment, else (where a model needs it) Google's credentials."""
-    from apache_beam.options.pipeline_options import GoogleCloudOptions
-
-    given = options.view_as(GoogleCloudOptions)
-    project = given.project or os.environ.get("GOOGLE_CLOUD_PROJECT", "")
-    if not project and chatflow.inference == "remote" and chatflow.model.startswith("gemini-"):
-        import google.auth
-
-        with contextlib.suppress(google.auth.exceptions.GoogleAuthError):
-            project = google.auth.default()[1] or ""
-    location = chatflow.location or given.region or os.environ.get("GOOGLE_CLOUD_LOCATION", "")
-    return Cloud(project, location)
-
-
-LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
-LOCAL_STREAM_RUNNER = "chatflow.local_runner.LocalStreamRunner"
-
-
-def is_local(options: Any) -> bool:
-    from apache_beam.options.pipeline_options import StandardOptions
-
-    return options.view_as(StandardOptions).runner in (LOCAL_RUNNER, LOCAL_STREAM_RUNNER)

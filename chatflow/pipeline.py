@@ -10,23 +10,24 @@ from typing import Any
 
 import apache_beam as beam
 
-from chatflow.analysis import AnalyseChats
-from chatflow.conversations import AssembleChats
-from chatflow.dead_letters import OpenDeadLetters
-from chatflow.drafts import DraftApologies, to_be_written
-from chatflow.models import Model, ModelSpec
 from chatflow.models.keyed import PerKeyModelHandler
-from chatflow.models.presets import VLLM
-from chatflow.models.requests import Batching, RemoteSettings, WorkerSettings
+from chatflow.models.prices import Price, price_of
+from chatflow.models.settings import Batching, RemoteSettings, WorkerSettings
+from chatflow.models.spec import Model, ModelSpec
 from chatflow.options import NO_CLOUD, Cloud, Options
-from chatflow.prices import Price, price_of
+from chatflow.prompts.routes import Routes, routes_of
+from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis
-from chatflow.revisions import Rules
-from chatflow.routes import Routes, routes_of
-from chatflow.sinks import WriteRecords, split_destinations
-from chatflow.sources import ParseArrivals, ReadArrivals, is_stream, split_inputs
-from chatflow.sql import DATABASE, check_uri
-from chatflow.updates import Updates, WatchUpdates, look
+from chatflow.sinks.database import DATABASE, check_uri
+from chatflow.sinks.write import WriteRecords, split_destinations
+from chatflow.sources.parse import ParseArrivals
+from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
+from chatflow.stages.analyse import AnalyseChats
+from chatflow.stages.assemble import AssembleChats
+from chatflow.stages.draft import DraftApologies, to_be_written
+from chatflow.stages.replay import OpenDeadLetters
+from chatflow.stages.revisions import Rules
+from chatflow.weights.presets import VLLM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from chatflow.cli import main  # noqa: E402
 from chatflow.console.outbox import ReplyFile  # noqa: E402
 from chatflow.console.people import People  # noqa: E402
 from chatflow.database import tables  # noqa: E402
-from chatflow.database.connect import Database  # noqa: E402
+from chatflow.database.connections import Database  # noqa: E402
 from chatflow.records import now  # noqa: E402
 
 PICTURES = {

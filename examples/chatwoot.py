@@ -27,7 +27,7 @@ import requests
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.records import Draft, parse_record
-from chatflow.webhooks import read_keys, signed
+from chatflow.sinks.webhooks import read_keys, signed
 
 TOLERANCE = 300  # seconds by which clocks may differ, as the specification's libraries have it
 PAUSE = {"Retry-After": "5"}  # seconds

@@ -14,15 +14,14 @@ import apache_beam as beam
 from rich.console import Console
 
 from chatflow.errors import UsageError
-from chatflow.models import Model, ModelSpec
-from chatflow.models.requests import Batching
-from chatflow.options import beam_options, is_local
-from chatflow.publishing import check_topics
-from chatflow.run import finish, quieten
-from chatflow.sinks import WriteRecords
-from chatflow.sources import ReadMessages, check_messages
-from chatflow.templates import load_template
-from chatflow.texts import AskTexts
+from chatflow.models.settings import Batching
+from chatflow.models.spec import Model, ModelSpec
+from chatflow.prompts.templates import load_template
+from chatflow.running.launch import beam_options, finish, is_local, quieten
+from chatflow.sinks.pubsub import check_topics
+from chatflow.sinks.write import WriteRecords
+from chatflow.sources.read import ReadMessages, check_messages
+from chatflow.stages.respond import AskTexts
 
 
 def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:

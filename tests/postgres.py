@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from chatflow.emulator import free_port
+from chatflow.running.emulator import free_port
 
 INSTALL = "install PostgreSQL's server (Debian: apt-get install postgresql)"
 

@@ -5,14 +5,15 @@ import math
 import pytest
 from conftest import chat, run_stage, scripted
 
-from chatflow.analysis import AnalyseChats, content_words, extract, grounding, to_analysis
-from chatflow.asking import Answered
 from chatflow.errors import ElementError
-from chatflow.models import ModelSpec
 from chatflow.models.requests import Answer
-from chatflow.prompts import AnalysisPrompt
+from chatflow.models.spec import ModelSpec
+from chatflow.prompts.answers import content_words, extract, grounding
+from chatflow.prompts.questions import AnalysisPrompt
+from chatflow.prompts.templates import load_folder
 from chatflow.records import AnalysedChat, Chat, Message, Sentiment
-from chatflow.templates import load_folder
+from chatflow.stages.analyse import AnalyseChats, to_analysis
+from chatflow.stages.ask import Answered
 
 ANGRY = {"sentiment": -1, "summary": "The parcel is late."}
 LATE = chat("My parcel is late!", "Sorry.", chat_id="1")

@@ -5,9 +5,9 @@ from conftest import chat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatflow.answers import parse_analysis, parse_draft, says_any, shorten
 from chatflow.errors import BadAnswerError
 from chatflow.models.requests import Part
+from chatflow.prompts.answers import parse_analysis, parse_draft, says_any, shorten
 from chatflow.records import Sentiment
 
 GOOD = '{"sentiment": -1, "summary": "221 is annoyed about pizza."}'

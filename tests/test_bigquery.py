@@ -9,10 +9,10 @@ import pytest
 from conftest import JOB_SERVICE, chat, mistake
 from fakes.bigquery import FakeBigQuery, Table
 
-from chatflow import bigquery
 from chatflow.options import Options
 from chatflow.records import KINDS, Analysis, DeadLetter, Draft, now, record_id
-from chatflow.run import execute
+from chatflow.running.launch import execute
+from chatflow.sinks import bigquery
 
 SCHEMAS = Path(__file__).parent.parent / "infra" / "terraform" / "schemas"
 

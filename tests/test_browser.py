@@ -19,7 +19,7 @@ from chatflow.console.outbox import ReplyFile
 from chatflow.console.people import People, new_token, read_users
 from chatflow.database import tables
 from chatflow.options import Options
-from chatflow.run import execute
+from chatflow.running.launch import execute
 
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",

@@ -19,8 +19,8 @@ from test_sinks import ANALYSIS, DRAFT
 from test_webhooks import RULES, SECRET
 
 from chatflow.options import Options
-from chatflow.run import execute
-from chatflow.webhooks import keys_of, signed
+from chatflow.running.launch import execute
+from chatflow.sinks.webhooks import keys_of, signed
 
 RELAY = str(Path(__file__).parent.parent / "examples" / "chatwoot.py")
 

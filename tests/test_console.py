@@ -17,16 +17,17 @@ import sqlalchemy as sa
 from conftest import mistake
 from consoles import Visitor, angry_chat, decided_in, served, write
 
-from chatflow import publishing
 from chatflow.cli import main
+from chatflow.commands.console import listen
 from chatflow.console import dashboard, decisions, outbox, people
-from chatflow.console.beside import console_beside
-from chatflow.console.command import listen
 from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People
-from chatflow.database import connect, tables
+from chatflow.database import connections as connect
+from chatflow.database import tables
 from chatflow.errors import UsageError
 from chatflow.records import DeadLetter, Reply, Sentiment
+from chatflow.running.console import console_beside
+from chatflow.sinks import pubsub as publishing
 
 
 def rows(database, table, *columns):

@@ -17,19 +17,19 @@ from fakes.vllm import Place
 from test_remote import settings_of
 from tiny import tiny_t5
 
-from chatflow.analysis import AnalyseChats
-from chatflow.drafts import DraftApologies
 from chatflow.errors import ElementError
-from chatflow.models import Model, ModelSpec
-from chatflow.models.gemma import GemmaModelHandler
-from chatflow.models.remote import RemoteLanguageModelHandler
+from chatflow.models.gemma.handler import GemmaModelHandler
+from chatflow.models.remote.handler import RemoteLanguageModelHandler
 from chatflow.models.requests import Answer, Failure
 from chatflow.models.scripted import ScriptedModelHandler
-from chatflow.models.vllm import VllmModelHandler
-from chatflow.options import LOCAL_RUNNER
-from chatflow.prompts import AnalysisPrompt, DraftPrompt
+from chatflow.models.spec import Model, ModelSpec
+from chatflow.models.vllm.handler import VllmModelHandler
+from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
+from chatflow.prompts.templates import load_folder
 from chatflow.records import load_object, read_chat
-from chatflow.templates import load_folder
+from chatflow.running.launch import LOCAL_RUNNER
+from chatflow.stages.analyse import AnalyseChats
+from chatflow.stages.draft import DraftApologies
 
 POISON = "poisonous"
 
@@ -74,7 +74,7 @@ class LoadedGemma(GemmaModelHandler):
 
 
 def on_worker(gemma, monkeypatch):
-    from chatflow.models import engine
+    from chatflow.models.gemma import engine
 
     # A prompt longer than the longest cache, which is made a short one.
     short = tuple(total for total in engine.TOTALS if total <= 1024)

@@ -15,9 +15,9 @@ from conftest import KEPT, keep, run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatflow.conversations import AssembleChats
 from chatflow.records import Chat, Event, Message
-from chatflow.revisions import Conversation, Kept, Rules, advance
+from chatflow.stages.assemble import AssembleChats
+from chatflow.stages.revisions import Conversation, Kept, Rules, advance
 
 T0 = datetime(2026, 3, 1, 10, tzinfo=UTC)
 START = int(T0.timestamp())

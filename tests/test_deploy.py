@@ -19,10 +19,10 @@ from fakes import environment
 from fakes.bigquery import FakeBigQuery
 from fakes.dataflow import FakeCloud
 
-from chatflow import bigquery
 from chatflow.cli import main
 from chatflow.errors import UsageError
 from chatflow.options import Options
+from chatflow.sinks import bigquery
 
 ROOT = Path(__file__).parent.parent
 PLACE = {"PROJECT": "proj-1", "REGION": "us-central1", "TAG": "v1"}

@@ -12,11 +12,12 @@ import pytest
 from conftest import SAMPLES, required
 
 import chatflow
-from chatflow import sizing
-from chatflow.bigquery import columns
-from chatflow.options import LOCAL_RUNNER, Options, markdown_table, template_parameters
+from chatflow.commands import size as sizing
+from chatflow.commands.model import info
+from chatflow.options import Options, markdown_table, template_parameters
 from chatflow.records import KINDS
-from chatflow.weights import info
+from chatflow.running.launch import LOCAL_RUNNER
+from chatflow.sinks.bigquery import columns
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

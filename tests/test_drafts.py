@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatflow import metrics
-from chatflow.drafts import DraftApologies
+from chatflow.commands.tail import for_people
 from chatflow.errors import BadInputError, ElementError, UsageError
-from chatflow.models import ModelSpec
-from chatflow.prompts import DraftPrompt
+from chatflow.models.spec import ModelSpec
+from chatflow.prompts.questions import DraftPrompt
+from chatflow.prompts.templates import load_folder
 from chatflow.records import AnalysedChat, Analysis, Draft, now, parse_record
-from chatflow.report import Summary
-from chatflow.tail import for_people
-from chatflow.templates import load_folder
+from chatflow.running.summary import Summary
+from chatflow.stages.draft import DraftApologies
 
 LATE = chat("My parcel is late!", "Sorry.")
 SCORES = ModelSpec("torch:google/flan-t5-small", kind="instruct")

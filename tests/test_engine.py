@@ -11,15 +11,16 @@ import pytest
 from conftest import required
 from tiny import CORPUS, tiny_gemma
 
-from chatflow.answers import parse_analysis
-from chatflow.models.gemma import GemmaModelHandler
-from chatflow.models.grammar import Text
-from chatflow.models.presets import use_jax
-from chatflow.models.requests import Batching, Failure, Part, Request, WorkerSettings
+from chatflow.models.gemma.grammar import Text
+from chatflow.models.gemma.handler import GemmaModelHandler
+from chatflow.models.requests import Failure, Part, Request
+from chatflow.models.settings import Batching, WorkerSettings
+from chatflow.prompts.answers import parse_analysis
+from chatflow.weights.presets import use_jax
 
 # chatflow.models.engine is imported when keras has its backend.
 use_jax()
-from chatflow.models.engine import Row  # noqa: E402
+from chatflow.models.gemma.engine import Row  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
@@ -234,7 +235,7 @@ def request(prompt, chat_id="1"):
 
 
 def test_a_prompt_that_is_too_long_fails_alone(preset, monkeypatch):
-    monkeypatch.setattr("chatflow.models.engine.TOTALS", (128, 192))
+    monkeypatch.setattr("chatflow.models.gemma.handler.engine.TOTALS", (128, 192))
     handler = GemmaModelHandler(preset)
     model = load(preset)
     batch = [request("sorry"), request("angry " * 400), request("late")]
@@ -254,7 +255,7 @@ def test_bfloat16_answers_too(preset):
 
 def test_a_remote_folder_is_copied_once(preset, tmp_path, monkeypatch):
     """As for gs://, here through the same interface of Beam with a local address."""
-    from chatflow.models import presets
+    from chatflow.weights import presets
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said: list[str] = []
@@ -268,6 +269,6 @@ def test_a_remote_folder_is_copied_once(preset, tmp_path, monkeypatch):
 
 
 def test_its_size_is_known_from_its_folder(preset, engine):
-    from chatflow.models.sizes import architecture_of
+    from chatflow.weights.architectures import architecture_of
 
     assert architecture_of(preset).parameters == engine.forward.model.count_params()

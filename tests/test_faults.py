@@ -12,10 +12,10 @@ from google.api_core import exceptions as api_core
 from test_remote import GEMINI, MODELS, request, settings_of
 
 from chatflow.errors import ModelError, UsageError
-from chatflow.models.clients import Reply, Turn
-from chatflow.models.faults import HttpError, Kind, MalformedReplyError, classify
-from chatflow.models.remote import client_of
-from chatflow.models.vertex import look_up
+from chatflow.models.remote.clients import Reply, Turn
+from chatflow.models.remote.faults import HttpError, Kind, MalformedReplyError, classify
+from chatflow.models.remote.handler import client_of
+from chatflow.models.remote.vertex import look_up
 
 BUSY, PASSING, MALFORMED, FATAL = Kind.BUSY, Kind.PASSING, Kind.MALFORMED, Kind.FATAL
 

@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 
-from chatflow.models.gate import Gate
+from chatflow.models.remote.gate import Gate
 
 ANSWER = 0.2  # seconds
 

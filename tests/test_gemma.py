@@ -12,14 +12,15 @@ import pytest
 import test_contract as contract
 from conftest import chat
 
-from chatflow.analysis import to_analysis
-from chatflow.asking import Answered
-from chatflow.drafts import to_draft
-from chatflow.models import ModelSpec, embedded
-from chatflow.models.grammar import Text
-from chatflow.prompts import AnalysisPrompt, DraftPrompt
+from chatflow.models.gemma.grammar import Text
+from chatflow.models.spec import ModelSpec
+from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
+from chatflow.prompts.templates import load_folder
 from chatflow.records import AnalysedChat, Sentiment
-from chatflow.templates import load_folder
+from chatflow.stages.analyse import to_analysis
+from chatflow.stages.ask import Answered
+from chatflow.stages.draft import to_draft
+from chatflow.weights import embedded
 
 pytestmark = pytest.mark.gemma
 
@@ -118,7 +119,7 @@ def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
 
 def test_greedy_text_is_that_of_a_plain_forward_pass(gemma):
     """Of the whole text, without the cache: after each token, the next is the likeliest."""
-    from chatflow.models.engine import Row
+    from chatflow.models.gemma.engine import Row
 
     engine, ids = gemma.engine, [2, *gemma.engine.encode("The capital of France is")]
     row = Row("The capital", " of France is", text=Text(), max_tokens=6)

@@ -7,14 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatflow.models.grammar import (
-    DONE,
-    ENDLESS,
-    Text,
-    Vocabulary,
-    compile_texts,
-    json_answer,
-)
+from chatflow.models.gemma.grammar import DONE, ENDLESS, Text, Vocabulary, compile_texts
+from chatflow.models.parts import json_answer
 
 PIECES = (
     b"",  # the end token

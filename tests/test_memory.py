@@ -16,15 +16,16 @@ from test_pipeline import answer_any
 from tiny import tiny_gemma
 
 from chatflow.cli import main
-from chatflow.models import Model
-from chatflow.models.gemma import GemmaModelHandler
+from chatflow.models.gemma.handler import GemmaModelHandler
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.requests import Batching, Part, Request, WorkerSettings
+from chatflow.models.requests import Part, Request
 from chatflow.models.scripted import ScriptedModelHandler
-from chatflow.options import Options, beam_options
+from chatflow.models.settings import Batching, WorkerSettings
+from chatflow.models.spec import Model
+from chatflow.options import Options
 from chatflow.pipeline import build
-from chatflow.report import Summary
-from chatflow.run import prepare
+from chatflow.running.launch import beam_options, prepare
+from chatflow.running.summary import Summary
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from conftest import mistake
 from tiny import tiny_t5
 
 from chatflow.cli import main
-from chatflow.models.sizes import GEMMAS, T5S, EncoderDecoder, architecture_of
-from chatflow.sizing import read_machines, size_of
-from chatflow.weights.info import MODELS, markdown_table, needs_of
+from chatflow.commands.model.info import MODELS, markdown_table, needs_of
+from chatflow.commands.size import read_machines, size_of
+from chatflow.weights.architectures import GEMMAS, T5S, EncoderDecoder, architecture_of
 
 # Google's sample: https://github.com/GoogleCloudPlatform/python-docs-samples/tree/main/dataflow/
 # run-inference. In GB: memory to load, its machine, its disk; memory to run, its machine.

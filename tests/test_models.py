@@ -7,11 +7,11 @@ import time
 import pytest
 
 from chatflow.errors import ElementError, UsageError
-from chatflow.models import Model, ModelSpec
 from chatflow.models.base import LanguageModel
-from chatflow.models.presets import PRESETS_VARIABLE, check_preset, is_instruct, local_preset
 from chatflow.models.requests import Answer, Failure, Part, Request
 from chatflow.models.scripted import ScriptedModelHandler, load_script
+from chatflow.models.spec import Model, ModelSpec
+from chatflow.weights.presets import PRESETS_VARIABLE, check_preset, is_instruct, local_preset
 
 
 def request(prompt="hello", task="analysis", chat_id="7", user_id="c"):

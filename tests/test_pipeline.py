@@ -17,18 +17,18 @@ from conftest import JOB_SERVICE, SAMPLES, as_line, chat, mistake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chatflow.analysis import AnalyseChats
 from chatflow.cli import main
-from chatflow.drafts import DraftApologies
-from chatflow.models import Model
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.requests import ONE_COPY, Batching
 from chatflow.models.scripted import ScriptedModelHandler
-from chatflow.options import Options, beam_options
+from chatflow.models.settings import ONE_COPY, Batching
+from chatflow.models.spec import Model
+from chatflow.options import Options
 from chatflow.pipeline import build, plan
+from chatflow.prompts.templates import default_folder
 from chatflow.records import KINDS
-from chatflow.run import execute
-from chatflow.templates import default_folder
+from chatflow.running.launch import beam_options, execute
+from chatflow.stages.analyse import AnalyseChats
+from chatflow.stages.draft import DraftApologies
 
 ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
 APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}

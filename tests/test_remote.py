@@ -11,14 +11,17 @@ from conftest import chat
 from fakes.brain import FAULTS
 from fakes.vertex import ENDPOINTS
 
-from chatflow.answers import ANALYSIS_SCHEMA
 from chatflow.cli import main
 from chatflow.errors import BadAnswerError, UsageError
-from chatflow.models import ModelSpec, calls, remote
-from chatflow.models.calls import RemoteModel
-from chatflow.models.gemini import thinking_of
-from chatflow.models.remote import RemoteLanguageModelHandler, client_of
-from chatflow.models.requests import Answer, Failure, Part, RemoteSettings, Request
+from chatflow.models.remote import calls
+from chatflow.models.remote import handler as remote
+from chatflow.models.remote.calls import RemoteModel
+from chatflow.models.remote.gemini import thinking_of
+from chatflow.models.remote.handler import RemoteLanguageModelHandler, client_of
+from chatflow.models.requests import Answer, Failure, Part, Request
+from chatflow.models.settings import RemoteSettings
+from chatflow.models.spec import ModelSpec
+from chatflow.prompts.answers import ANALYSIS_SCHEMA
 
 GEMINI = "gemini-2.5-flash"
 MODELS = [GEMINI, *(ENDPOINTS[kind] for kind in ENDPOINTS if kind != "empty")]
@@ -563,7 +566,7 @@ def test_the_cost_is_by_the_users_own_table(fake, tmp_path, lines, capsys):
 
 
 def test_an_endpoint_costs_by_the_hour():
-    from chatflow.prices import Price
+    from chatflow.models.prices import Price
 
     assert Price(hour=2.0).of(1_000_000, 1_000_000, 1800) == 1.0
 
@@ -642,7 +645,8 @@ def test_prompts_for_a_remote_model_need_a_block_json(fake, tmp_path, lines, cap
 
 
 def test_the_location_and_the_project_are_those_of_the_flags_else_the_environments(monkeypatch):
-    from chatflow.options import Options, beam_options, cloud_of
+    from chatflow.options import Options
+    from chatflow.running.launch import beam_options, cloud_of
 
     remote_model = {"inference": "remote", "model": GEMINI}
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "of-environment")

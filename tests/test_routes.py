@@ -19,9 +19,9 @@ from chatflow.models.requests import Failure, Request
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import spec_of
-from chatflow.routes import Routed, routes_of
-from chatflow.run import execute
-from chatflow.updates import look
+from chatflow.prompts.routes import Routed, routes_of
+from chatflow.prompts.updates import look
+from chatflow.running.launch import execute
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import pytest
 from test_pipeline import read
 
 from chatflow.errors import UsageError
-from chatflow.publishing import to_message
 from chatflow.records import Analysis, DeadLetter, Draft, now, parse_record
-from chatflow.sinks import AppendFiles, prepare_output, result_files, shown, split_destinations
+from chatflow.sinks.files import AppendFiles, prepare_output, result_files
+from chatflow.sinks.pubsub import to_message
+from chatflow.sinks.write import shown, split_destinations
 
 ANALYSIS = Analysis(
     analysis_id="a1", chat_id="7", user_id="c", revision=3, sentiment=-1, summary="It is late.",

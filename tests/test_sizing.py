@@ -7,8 +7,8 @@ import pytest
 from conftest import GEMMA3_1B, mistake, required
 
 from chatflow.cli import main
-from chatflow.models.sizes import GEMMAS, architecture_of
-from chatflow.sizing import read_machines, size_of
+from chatflow.commands.size import read_machines, size_of
+from chatflow.weights.architectures import GEMMAS, architecture_of
 
 TABLE = read_machines()
 
@@ -16,7 +16,7 @@ TABLE = read_machines()
 def test_parameters_are_those_that_keras_hub_states():
     if not importlib.util.find_spec("keras_hub"):
         required("keras_hub", "pip install 'chatflow[gemma]'")
-    from chatflow.models.presets import use_jax
+    from chatflow.weights.presets import use_jax
 
     use_jax()
     from keras_hub.models import Gemma3Backbone, GemmaBackbone

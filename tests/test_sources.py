@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.records import Arrival, Event, Message, Reading
-from chatflow.sources import (
-    ParseArrivals,
-    check_input,
-    is_stream,
-    parse_arrival,
-    split_inputs,
-    to_arrival,
-)
+from chatflow.sources.parse import ParseArrivals, parse_arrival
+from chatflow.sources.read import check_input, is_stream, split_inputs, to_arrival
 
 DAY = timedelta(hours=24)
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -11,15 +11,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from conftest import JOB_SERVICE, chat, mistake
 
-from chatflow import sql
 from chatflow.cli import main
 from chatflow.database import tables
-from chatflow.database.connect import Database, parse_uri
+from chatflow.database.connections import Database, parse_uri
 from chatflow.database.upserts import upsert
 from chatflow.errors import UsageError
 from chatflow.options import Options
 from chatflow.records import Analysis, DeadLetter, Draft
-from chatflow.run import execute
+from chatflow.running.launch import execute
+from chatflow.sinks import database as sql
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 

@@ -20,7 +20,7 @@ from conftest import mistake
 from tiny import tiny_t5
 
 from chatflow.cli import main
-from chatflow.weights import save as weights_save
+from chatflow.commands.model import save_state_dict as weights_save
 
 torch = pytest.importorskip("torch")
 

@@ -22,13 +22,12 @@ from fakes.hook import Answer, Hook
 from test_pipeline import ANGRY, APOLOGY, read
 
 from chatflow.cli import main
-from chatflow.emulator import HOST_VARIABLE
+from chatflow.commands.publish import Line, send
 from chatflow.errors import ModelError
-from chatflow.options import beam_options
-from chatflow.publish import Line, send
 from chatflow.records import now
-from chatflow.run import execute
-from chatflow.sources import ReadArrivals, ReadMessages
+from chatflow.running.emulator import HOST_VARIABLE
+from chatflow.running.launch import beam_options, execute
+from chatflow.sources.read import ReadArrivals, ReadMessages
 
 CODE = re.compile(r"\bm\d+x\d+\b")
 

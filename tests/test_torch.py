@@ -23,17 +23,18 @@ torch = pytest.importorskip("torch")
 if not pytest.importorskip("transformers"):
     required("transformers", "pip install 'chatflow[torch]'")
 
+from chatflow.commands.tail import follow  # noqa: E402
 from chatflow.errors import BadInputError, UsageError  # noqa: E402
-from chatflow.models import Model, ModelSpec  # noqa: E402
-from chatflow.models.pytorch import TorchModelHandler  # noqa: E402
-from chatflow.models.pytorch_engine import LONGEST  # noqa: E402
-from chatflow.models.requests import Failure, Part, Request, WorkerSettings  # noqa: E402
+from chatflow.models.pytorch.engine import LONGEST  # noqa: E402
+from chatflow.models.pytorch.handler import TorchModelHandler  # noqa: E402
+from chatflow.models.requests import Failure, Part, Request  # noqa: E402
+from chatflow.models.settings import WorkerSettings  # noqa: E402
+from chatflow.models.spec import Model, ModelSpec  # noqa: E402
 from chatflow.options import Options  # noqa: E402
+from chatflow.prompts.templates import load_template  # noqa: E402
 from chatflow.records import Arrival  # noqa: E402
-from chatflow.run import execute  # noqa: E402
-from chatflow.tail import follow  # noqa: E402
-from chatflow.templates import load_template  # noqa: E402
-from chatflow.texts import AskTexts  # noqa: E402
+from chatflow.running.launch import execute  # noqa: E402
+from chatflow.stages.respond import AskTexts  # noqa: E402
 
 torch.set_num_threads(1)  # others of a busy machine are waited for
 
@@ -253,7 +254,7 @@ def test_a_model_that_is_dropped_leaves_nothing_behind(t5):
 def weights(folder):
     from transformers import AutoConfig
 
-    from chatflow.models.pytorch_loading import without_weights
+    from chatflow.weights.torch_loading import without_weights
 
     return type(without_weights(AutoConfig.from_pretrained(folder))).from_pretrained(folder)
 
@@ -441,7 +442,9 @@ def test_what_cannot_be_is_refused_at_launch(t5, tmp_path, capsys, flags, says):
 
 
 def test_without_pytorch_the_extra_is_named(t5, monkeypatch):
-    monkeypatch.setattr("chatflow.models.pytorch.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "chatflow.models.pytorch.handler.importlib.util.find_spec", lambda name: None
+    )
     with pytest.raises(
         UsageError, match=r"torch is not installed: pip install 'chatflow\[torch\]'"
     ):

@@ -20,14 +20,14 @@ from test_pipeline import read
 from tiny import tiny_gemma
 
 from chatflow.cli import main
+from chatflow.commands.tune import divided
 from chatflow.errors import UsageError
 from chatflow.evaluation.labels import Label, near_copies, read_labels
-from chatflow.models import ModelSpec
-from chatflow.models.adapters import chosen
+from chatflow.models.spec import ModelSpec
 from chatflow.options import Options
 from chatflow.pipeline import plan
-from chatflow.run import execute
-from chatflow.tune import divided
+from chatflow.running.launch import execute
+from chatflow.weights.adapters import chosen
 
 TINY = ("--batch=20", "--dtype=float32", "--max_prompt_tokens=400")
 GEMMA = {"dtype": "float32", "max_prompt_tokens": 400}
@@ -128,9 +128,8 @@ def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alon
 
 @pytest.mark.usefixtures("settled")
 def test_an_adapter_works_on_weights_of_8_bits(tuned, preset):
-    from chatflow.models.engine import Row
-    from chatflow.models.grammar import Text
-    from chatflow.models.loading import load_engine
+    from chatflow.models.gemma.engine import Row, load_engine
+    from chatflow.models.gemma.grammar import Text
 
     row = Row("", "the parcel is late", choices=(" angry", "said"))
     text = Row("", "the parcel is late", text=Text(("\n",)), max_tokens=4)
@@ -159,7 +158,7 @@ def test_chatflows_own_adapter_goes_with_prompts_that_have_constants_for_it(tmp_
 
 
 def test_keras_reads_the_adapter(tuned, preset):
-    from chatflow.models.presets import use_jax
+    from chatflow.weights.presets import use_jax
 
     use_jax()
     import keras_hub

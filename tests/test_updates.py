@@ -22,15 +22,15 @@ from tiny import tiny_gemma
 from chatflow.errors import ModelError, UsageError
 from chatflow.models import refreshing
 from chatflow.models.base import LanguageModel
-from chatflow.models.presets import forget, local_file, local_preset, use_jax
 from chatflow.models.refreshing import RefreshedModel, newest_version
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import spec_of
-from chatflow.routes import routes_of
-from chatflow.run import execute
-from chatflow.templates import default_folder
-from chatflow.updates import _Look, look
+from chatflow.prompts.routes import routes_of
+from chatflow.prompts.templates import default_folder
+from chatflow.prompts.updates import _Look, look
+from chatflow.running.launch import execute
+from chatflow.weights.presets import forget, local_file, local_preset, use_jax
 
 REQUEST = Request("id", "analysis", "7", "c", ())
 
@@ -406,8 +406,8 @@ def scores_by_hand(preset, adapter):
     use_jax()
     import keras_hub
 
-    from chatflow.models.engine import Engine
-    from chatflow.models.gemma import row_of
+    from chatflow.models.gemma.engine import Engine
+    from chatflow.models.gemma.handler import row_of
 
     backbone = keras_hub.models.Backbone.from_preset(preset, dtype="float32")
     backbone.load_lora_weights(adapter)

@@ -23,19 +23,21 @@ from fakes.vllm import Place
 from rich.console import Console
 from test_pipeline import read
 
-from chatflow.answers import ANALYSIS_SCHEMA
 from chatflow.cli import main
+from chatflow.commands.stream import Run
 from chatflow.errors import BadAnswerError, ModelError, UsageError
-from chatflow.models import ModelSpec, calls
-from chatflow.models.calls import RemoteModel
-from chatflow.models.requests import Answer, Failure, Part, RemoteSettings, Request, WorkerSettings
-from chatflow.models.vllm import VllmModelHandler, check, server_arguments
-from chatflow.models.vllm_client import VllmClient, _scores_of
-from chatflow.models.vllm_server import GUARD, VllmServer
-from chatflow.options import Options, beam_options
+from chatflow.models.remote import calls
+from chatflow.models.remote.calls import RemoteModel
+from chatflow.models.requests import Answer, Failure, Part, Request
+from chatflow.models.settings import RemoteSettings, WorkerSettings
+from chatflow.models.spec import ModelSpec
+from chatflow.models.vllm.client import VllmClient, _scores_of
+from chatflow.models.vllm.handler import VllmModelHandler, check, server_arguments
+from chatflow.models.vllm.server import GUARD, VllmServer
+from chatflow.options import Options
 from chatflow.pipeline import build, plan
-from chatflow.run import check_accelerator, execute, prepare
-from chatflow.stream import Run
+from chatflow.prompts.answers import ANALYSIS_SCHEMA
+from chatflow.running.launch import beam_options, check_accelerator, execute, prepare
 
 NAME = "vllm:google/gemma-3-1b-it"
 BASE = "vllm:google/gemma-3-1b-pt"

@@ -23,14 +23,14 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from test_pipeline import read
 from test_sinks import ANALYSIS, DRAFT
 
-from chatflow import webhooks
 from chatflow.errors import UsageError
-from chatflow.options import LOCAL_RUNNER, Options
+from chatflow.options import Options
 from chatflow.records import Analysis, DeadLetter, Record, Response, now
-from chatflow.run import execute
+from chatflow.running.launch import LOCAL_RUNNER, execute
 from chatflow.secrets import HOST_VARIABLE
-from chatflow.sinks import WriteRecords, split_destinations
-from chatflow.webhooks import Poster, check_address, read_keys, shown
+from chatflow.sinks import webhooks
+from chatflow.sinks.webhooks import Poster, check_address, read_keys, shown
+from chatflow.sinks.write import WriteRecords, split_destinations
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of more than 24 bytes").decode()
 RULES = (

@@ -16,14 +16,13 @@ from safetensors.numpy import load_file, save_file
 from tiny import tiny_gemma
 
 from chatflow.cli import main
-from chatflow.models.grammar import Text
-from chatflow.models.presets import use_jax
+from chatflow.models.gemma.grammar import Text
 from chatflow.weights.folders import SUMS
+from chatflow.weights.presets import use_jax
 
 # chatflow.models.engine is imported when keras has its backend.
 use_jax()
-from chatflow.models.engine import Row  # noqa: E402
-from chatflow.models.loading import load_engine  # noqa: E402
+from chatflow.models.gemma.engine import Row, load_engine  # noqa: E402
 
 LAYERS = {"gemma": 2, "gemma2": 2, "gemma3": 6}  # the last is the first that sees all tokens
 IDS = [2, *range(20, 40), 7, 300]  # more than the sliding window

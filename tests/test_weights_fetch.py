@@ -13,7 +13,7 @@ from fakes.hub import FakeHub
 
 from chatflow.cli import main
 from chatflow.weights.folders import SUMS, Folder
-from chatflow.weights.sources import needed
+from chatflow.weights.hubs import needed
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MB
 MODEL = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from chatflow.models.presets import use_jax
+from chatflow.weights.presets import use_jax
 
 CORPUS = "the parcel is late and the customer is angry about it but the agent said sorry . " * 4
 

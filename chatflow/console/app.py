@@ -31,7 +31,7 @@ from chatflow.console.guard import HEADERS, Guard, page_of
 from chatflow.console.outbox import Publisher, Replies
 from chatflow.console.people import OWN_HOSTS, People, Person, Sessions, csrf_of, redacted
 from chatflow.console.retention import forget
-from chatflow.database.connect import Database
+from chatflow.database.connections import Database
 from chatflow.errors import one_line
 from chatflow.records import now
 

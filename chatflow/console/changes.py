@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from chatflow.console import inbox
-from chatflow.database.connect import Database
+from chatflow.database.connections import Database
 from chatflow.errors import one_line
 
 LOOK_SECONDS = 0.5

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from rapidfuzz.distance import Levenshtein
 
 from chatflow.database import tables
-from chatflow.database.connect import clock
+from chatflow.database.connections import clock
 from chatflow.database.tables import chats, customers, drafts, history, outbox
 from chatflow.database.upserts import supersede
 from chatflow.records import Reply, digest, now

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import fasteners
 import sqlalchemy as sa
 
-from chatflow.database.connect import Database, clock
+from chatflow.database.connections import Database, clock
 from chatflow.database.tables import outbox
 from chatflow.errors import UsageError, one_line
 from chatflow.records import Reply, now
@@ -135,7 +135,7 @@ class ReplyTopic:
 
     def send(self, replies: Sequence[Reply], seconds: float) -> None:
         # Beam takes seconds to be imported, which files need not wait for.
-        from chatflow.publishing import publisher, to_message
+        from chatflow.sinks.pubsub import publisher, to_message
 
         if self._client is None:
             self._client = publisher()
@@ -164,7 +164,7 @@ def replies_to(uri: str) -> Replies:
       UsageError: nothing that replies can go to.
     """
     if uri.startswith(("projects/", "pubsub://")):
-        from chatflow.publishing import PUBSUB_TOPIC, check_topics
+        from chatflow.sinks.pubsub import PUBSUB_TOPIC, check_topics
 
         if topic := PUBSUB_TOPIC.fullmatch(uri):
             check_topics([uri])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from chatflow.database.connect import Database
+from chatflow.database.connections import Database
 from chatflow.database.tables import sessions
 from chatflow.errors import UsageError
 from chatflow.records import now

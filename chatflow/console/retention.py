@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chatflow.database import tables
-from chatflow.database.connect import Database
+from chatflow.database.connections import Database
 from chatflow.database.tables import (
     analyses,
     chat_attributes,

@@ -11,10 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from chatflow.analysis import content_words, without_users
-from chatflow.answers import copies_template
 from chatflow.evaluation.labels import words_of
 from chatflow.models.requests import Part
+from chatflow.prompts.answers import content_words, copies_template, without_users
 from chatflow.records import Chat
 
 APOLOGY = re.compile(r"\b(?:sorry|apolog\w+)", re.IGNORECASE)

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from chatflow.report import plain
+from chatflow.running.terminal import plain
 
 
 def show(report: Mapping[str, Any]) -> None:

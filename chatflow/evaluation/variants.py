@@ -13,11 +13,11 @@ from chatflow.errors import UsageError
 from chatflow.evaluation.baselines import vader
 from chatflow.evaluation.flags import LEFT_OUT
 from chatflow.evaluation.labels import Key, Label
-from chatflow.options import Options, Parser, add_flags, beam_options, cloud_of, from_flags
+from chatflow.options import Options, Parser, add_flags, from_flags
 from chatflow.pipeline import Plan, plan
 from chatflow.records import Analysis, DeadLetter, Draft, Sentiment
-from chatflow.report import Summary, read_records
-from chatflow.run import execute
+from chatflow.running.launch import beam_options, cloud_of, execute
+from chatflow.running.summary import Summary, read_records
 
 VADER = "vader"
 

@@ -17,16 +17,8 @@ from chatflow import metrics
 from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
 from chatflow.models.base import LanguageModel
-from chatflow.models.requests import (
-    FIRST,
-    ONE_BUNDLE,
-    Answer,
-    Batching,
-    Failure,
-    Request,
-    Version,
-    WorkerSettings,
-)
+from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
+from chatflow.models.settings import ONE_BUNDLE, Batching, WorkerSettings
 
 METRICS = "chatflow_model"
 """The namespace of RunInference's own metrics."""

@@ -7,8 +7,8 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from chatflow.errors import ElementError
 from chatflow.models.base import LanguageModel
@@ -65,8 +65,6 @@ def put_together(
             for choice, score in zip(part.choices, result.scores, strict=True):
                 scores[choice.strip()] = round(score, 4)
         elif part.schema and result.choice >= 0:
-            from chatflow.models.grammar import json_answer
-
             form = json_answer(part.schema)
             enum, string = form.fields
             fields |= {enum: json.loads(form.choices[result.choice]), string: said}
@@ -131,3 +129,35 @@ class EngineModel(LanguageModel):
         by_request = [[(part, next(results)) for part in r.parts] for r in requests]
         seconds = time.monotonic() - started
         return [put_together(result, self.name, seconds) for result in by_request]
+
+
+class JsonAnswer(NamedTuple):
+    """A JSON object as the stretches that a model need not write, and what it fills in.
+
+    The object is `before`, one of `choices`, `between`, a text, and the closing marks.
+    """
+
+    fields: tuple[str, str]
+    before: str
+    choices: tuple[str, ...]
+    between: str
+
+
+def json_answer(schema: Mapping[str, Any]) -> JsonAnswer:
+    """How to fill in a flat object of one enumeration and one string.
+
+    Raises:
+      ValueError: the schema asks for something else.
+    """
+    fields = schema.get("properties", {})
+    enums = [name for name, field in fields.items() if "enum" in field]
+    texts = [name for name in fields if name not in enums]
+    if len(enums) != 1 or len(texts) != 1 or fields[texts[0]].get("type") != "string":
+        raise ValueError("only an object of one enumeration and one string can be answered")
+    (enum,), (text,) = enums, texts
+    return JsonAnswer(
+        fields=(enum, text),
+        before=f"{{{json.dumps(enum)}:",
+        choices=tuple(json.dumps(value) for value in fields[enum]["enum"]),
+        between=f',{json.dumps(text)}:"',
+    )

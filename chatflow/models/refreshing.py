@@ -12,42 +12,17 @@ from typing import TYPE_CHECKING
 
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import UsageError, one_line
-from chatflow.models import adapters
+from chatflow.errors import one_line
 from chatflow.models.base import LanguageModel
-from chatflow.models.presets import MARKERS, forget
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
+from chatflow.weights.presets import MARKERS, forget
 
 if TYPE_CHECKING:
-    from chatflow.models import ModelSpec
+    pass
 
 _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 300.0
-
-
-ENDS = {
-    "script": (".jsonl",),
-    "torch": (*MARKERS, ".pt", ".pth", ".bin", ".safetensors"),
-    "gemma": (*MARKERS, adapters.ENDS),
-}
-"""How the patterns end by which the weights of a kind of model may be replaced."""
-
-
-def check_pattern(spec: ModelSpec) -> None:
-    """Makes sure that a model can take up what a pattern of `--model_updates` names.
-
-    Raises:
-      UsageError: it has no weights here, or not of this kind.
-    """
-    if spec.is_remote or spec.is_vllm:
-        raise UsageError(f"--model_updates: {spec.name} has no weights here to be updated")
-    kind = "script" if spec.is_scripted else "torch" if spec.is_torch else "gemma"
-    if not spec.updates.endswith(ENDS[kind]):
-        raise UsageError(
-            f"--model_updates={spec.updates}: for --model={spec.name} it must end in one of "
-            f"{', '.join(ENDS[kind])}"
-        )
 
 
 def newest_version(pattern: str, seen: float = 0.0) -> Version:

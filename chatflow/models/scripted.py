@@ -29,15 +29,8 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow.errors import ElementError, UsageError
 from chatflow.models.base import LanguageModel
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.requests import (
-    FIRST,
-    ONE_BUNDLE,
-    Answer,
-    Batching,
-    Failure,
-    Request,
-    Version,
-)
+from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
+from chatflow.models.settings import ONE_BUNDLE, Batching
 
 _FIELDS = frozenset(
     ("task", "chat_id", "user_id", "match", "answer", "error", "crash", "stall_seconds", "times")

@@ -58,8 +58,8 @@ def finder(name: str) -> Find:
     """
     if Path(name).is_dir():
         return _in_folder(Path(name))
-    from chatflow.models.embedded import NAME
-    from chatflow.models.presets import brought, local_preset
+    from chatflow.weights.embedded import NAME
+    from chatflow.weights.presets import brought, local_preset
 
     if name == NAME or brought(name) or ("://" in name and not name.startswith("hf://")):
         try:
@@ -92,7 +92,7 @@ def _on_hub(name: str) -> Find:
         from huggingface_hub import constants, errors, hf_hub_download
     except ImportError:
         raise needs_torch(f"{name}: the hub's files") from None
-    from chatflow.weights.sources import hub_error
+    from chatflow.weights.hubs import hub_error
 
     def find(file: str) -> Path | None:
         try:

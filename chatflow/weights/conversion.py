@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chatflow.errors import UsageError, one_line
-from chatflow.models import embedded
-from chatflow.models.presets import is_instruct, slug, use_jax
-from chatflow.weights.fetch import names_instruct
+from chatflow.weights import embedded
+from chatflow.weights.fetching import Fetched, Progressing, fetch
 from chatflow.weights.folders import SUMS, Folder
-from chatflow.weights.sources import FolderSource, open_source
-from chatflow.weights.transfer import Fetched, Progressing, fetch
+from chatflow.weights.hubs import FolderSource, open_source
+from chatflow.weights.presets import is_instruct, names_instruct, slug, use_jax
 
 TEXT = "My parcel is three weeks late, and nobody answers. In short, the customer is"
 
@@ -260,7 +259,7 @@ def _read(source: str, folder: Path, dtype: str) -> tuple[Any, Any]:
     """Backbone and tokenizer."""
     import keras_hub
 
-    from chatflow.models.loading import without_initial_values
+    from chatflow.weights.keras_loading import without_initial_values
 
     try:
         with without_initial_values():

@@ -15,8 +15,8 @@ from typing import IO, Any
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
-from chatflow.models import embedded
-from chatflow.models.presets import slug
+from chatflow.weights import embedded
+from chatflow.weights.presets import slug
 
 SUMS = "SHA256SUMS.json"
 """Name -> SHA-256 of each other file, written when all of them are there."""

@@ -17,6 +17,8 @@ from typing import IO, Any, NamedTuple
 from chatflow.errors import UsageError, one_line
 from chatflow.weights.checkpoints import Find, Stored, contents, needs_torch, shards, tensors
 
+DTYPES = ("float16", "bfloat16", "float32")
+
 SUFFIXES = (".pt", ".pth", ".safetensors")
 
 CHUNK = 4_000_000
@@ -90,7 +92,7 @@ def blank_model(find: Find, name: str) -> Any:
         from transformers import AutoConfig
         from transformers.utils import logging
 
-        from chatflow.models.pytorch_loading import without_weights
+        from chatflow.weights.torch_loading import without_weights
     except ImportError:
         raise needs_torch(name) from None
 

@@ -27,7 +27,7 @@ RUN case "$ACCELERATOR" in torch) builds=cpu ;; torch-gpu) builds=cu130 ;; *) ex
 FROM installed AS converted
 # Only this file of the code, so that no other change converts anew. One time for all files, so
 # that the same weights are the same layer.
-RUN --mount=type=bind,source=chatflow/models/embedded.py,target=/src/embedded.py \
+RUN --mount=type=bind,source=chatflow/weights/embedded.py,target=/src/embedded.py \
     mkdir /presets && XDG_CACHE_HOME=/tmp PYTHONPATH=/src /opt/venv/bin/python -c \
       "import embedded as e; e.ensure(print).rename(f'/presets/{e.NAME}')" && \
     find /presets -exec touch -d @0 {} +

@@ -1,0 +1,1 @@
+"""`chatflow model`: fetches, converts and measures models."""

@@ -1,0 +1,144 @@
+"""`chatflow model fetch`: weights, brought to where workers load them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from chatflow.weights.presets import is_instruct, names_instruct
+from chatflow.weights.state_dict import DTYPES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from chatflow.weights.fetching import Progressing
+
+FETCH = """
+Copies a model to a folder, here or at gs://, for `--model` of chatflow run. SOURCE is
+gemma3-270m (embedded), hf://ORG/NAME, ORG/NAME@REVISION, kaggle://…, a preset of keras_hub's,
+gs://… or a folder. SHA256SUMS.json is written last: where it is, the folder is whole. A
+second run takes what is there; where files have changed, SHA256SUMS.json is gone until all are new.
+So give each version a folder of its own where --model_updates watches: else workers go back to an
+older one meanwhile.
+
+  HF_TOKEN=… chatflow model fetch google/gemma-3-1b-it gs://BUCKET/models/gemma-3-1b-it
+"""
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "fetch",
+        help="copy a model to a folder or bucket",
+        description=FETCH.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    parser.set_defaults(act=_fetch)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands have that bring a model from one place to another."""
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("destination", metavar="DESTINATION", help="a folder, or gs://BUCKET/NAME")
+    parser.add_argument("--summary", choices=("table", "json"), default="table")
+
+
+@contextlib.contextmanager
+def shown(progress: Progressing, name: str, console: Console) -> Iterator[None]:
+    """Shows on a terminal, or as lines in a log, how far it has come."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from chatflow.running.terminal import in_background, lines
+
+    def text() -> str:
+        there = progress.sent if progress.sending else progress.here
+        done = f", {there / 1e6:,.0f} of {progress.total / 1e6:,.0f} MB" if progress.total else ""
+        return f"{name}: {progress.doing}{done}"
+
+    def bars(done: threading.Event) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bars:
+            here = bars.add_task("", total=None)
+            sent = bars.add_task("sending", total=None, visible=False)
+            while not done.wait(0.2):
+                total = progress.total or None
+                bars.update(here, completed=progress.here, total=total, description=progress.doing)
+                bars.update(sent, completed=progress.sent, total=total, visible=progress.sending)
+
+    with in_background(bars) if console.is_terminal else lines(console, text):
+        yield
+
+
+def _fetch(parsed: argparse.Namespace) -> int:
+    """The command."""
+    from rich.console import Console
+
+    from chatflow.weights.fetching import Progressing, fetch
+    from chatflow.weights.folders import Folder
+    from chatflow.weights.hubs import open_source
+
+    started = time.monotonic()
+    console = Console(stderr=True)
+    folder = Folder(parsed.destination)
+    progress = Progressing()
+    with shown(progress, folder.url, console):
+        fetched = fetch(open_source(parsed.source), folder, progress)
+    instruct = names_instruct(parsed.source)
+    say(parsed, "fetched", fetched.to_dict(), str(fetched), started, instruct)
+    return 0
+
+
+def say(
+    parsed: argparse.Namespace,
+    done: str,
+    values: Mapping[str, Any],
+    text: str,
+    started: float,
+    instruct: bool,
+) -> None:
+    """The end of a command: one line for people or machines, and a warning where one is due.
+
+    Args:
+      instruct: whether the source follows instructions, which the name of the destination
+        has to say.
+    """
+    if instruct and not is_instruct(parsed.destination):
+        print(
+            f"warning: {parsed.source} was tuned to follow instructions, and the name "
+            f"{parsed.destination} does not say so: its prompts would not be wrapped as turns; "
+            "put -it or instruct into the name",
+            file=sys.stderr,
+        )
+    seconds = round(time.monotonic() - started, 2)
+    if parsed.summary == "json":
+        places = {"source": parsed.source, "destination": parsed.destination}
+        print(json.dumps({**places, **values, "seconds": seconds}))
+    else:
+        print(f"{done} {parsed.destination} in {seconds} s: {text}", file=sys.stderr)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="precision (default: %(default)s)"
+    )
+    parser.add_argument("--summary", choices=("table", "json"), default="table")

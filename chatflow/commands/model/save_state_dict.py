@@ -1,0 +1,180 @@
+"""`chatflow model save-state-dict`: a model's weights as one file that workers load."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+from rich.console import Console
+
+from chatflow.commands.model import vertex_job
+from chatflow.commands.model.fetch import _add_common, shown
+from chatflow.commands.model.vertex_job import VERTEX_FLAGS
+from chatflow.errors import UsageError, one_line
+from chatflow.weights.checkpoints import finder
+from chatflow.weights.fetching import Progressing
+from chatflow.weights.state_dict import SUFFIXES, plan, write
+
+COPY_BYTES = 1 << 24
+
+
+def act(parsed: argparse.Namespace) -> int:
+    """The command: here, or on Vertex AI."""
+    check_path(parsed.path, parsed.overwrite)
+    if parsed.on == "vertex":
+        return vertex_job.run(parsed)
+    vertex_job.check_unused(parsed)
+    saved = save(parsed.name, parsed.path, parsed.dtype)
+    if parsed.summary == "json":
+        print(json.dumps(saved))
+    else:
+        print(
+            f"{saved['path']}: {saved['parameters']:,} parameters as {saved['dtype']}, "
+            f"{saved['bytes'] / 1e6:,.1f} MB in {saved['seconds']} s\nSHA-256 {saved['sha256']}"
+        )
+    return 0
+
+
+def check_path(path: str, overwrite: bool) -> None:
+    """Makes sure that a file can be made under this name.
+
+    Raises:
+      UsageError: it has another suffix, is there already, or its place cannot be asked.
+    """
+    if not path.endswith(SUFFIXES):
+        raise UsageError(f"PATH={path}: must end in {', '.join(SUFFIXES)}")
+    with reached(path):
+        there = FileSystems.exists(path)
+    if there and not overwrite:
+        raise UsageError(f"PATH={path} is there already; --overwrite replaces it")
+
+
+def save(name: str, path: str, dtype: str) -> dict[str, Any]:
+    """Writes the file and its sum; returns what was written, for the summary.
+
+    The file is written under another name first, so that no broken one is ever found at `path`.
+    What is bound for another filesystem is made in the temporary folder (`TMPDIR`).
+
+    Raises:
+      UsageError: as `state_dict.plan` and `write`; or there is no room, or no way to write there.
+    """
+    started = time.monotonic()
+    planned = plan(finder(name), name, dtype)
+    with reached(path):
+        made = _workplace(path, planned.bytes)
+    with made:
+        part = Path(made.name) / f"{path.rsplit('/', 1)[-1]}.part"
+        progress = Progressing("no tensor yet", planned.bytes)
+        with shown(progress, name, Console(stderr=True)), reached(path, OSError):
+            write(planned, part, _counting(progress, len(planned.stored)))
+        size = part.stat().st_size
+        with reached(path):
+            sha256 = _publish(part, path)
+    return {
+        "model": name, "path": path, "dtype": dtype, "parameters": planned.parameters,
+        "tensors": len(planned.stored), "bytes": size, "sha256": sha256,
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def reached(path: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Says of an error what it was about; each filesystem has its own."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except kind as error:
+        raise UsageError(f"PATH={path} cannot be written: {one_line(error)}") from error
+
+
+def _workplace(path: str, needed: int) -> tempfile.TemporaryDirectory[str]:
+    """A folder with room: beside a local file, so that it only has to be renamed."""
+    remote = "://" in path
+    folder = tempfile.gettempdir() if remote else os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UsageError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the file needs {needed / 1e9:.1f} GB"
+            + (" (TMPDIR names another folder)" if remote else "")
+        )
+    return tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.rsplit('/', 1)[-1]}-")
+
+
+def _publish(part: Path, path: str) -> str:
+    """Puts a whole file under its name, and its SHA-256 beside it."""
+    total = hashlib.sha256()
+    remote = f"{path}.part" if "://" in path else ""
+    kind = "application/octet-stream"
+    with (
+        part.open("rb") as source,
+        FileSystems.create(remote, kind, "uncompressed")
+        if remote
+        else open(os.devnull, "wb") as to,
+    ):
+        while data := source.read(COPY_BYTES):
+            total.update(data)
+            to.write(data)
+    if there := [name for name in (path, f"{path}.sha256") if FileSystems.exists(name)]:
+        FileSystems.delete(there)
+    if remote:
+        FileSystems.rename([remote], [path])
+    else:
+        part.replace(path)
+    with FileSystems.create(f"{path}.sha256", "text/plain", "uncompressed") as file:
+        file.write(f"{total.hexdigest()}  {path.rsplit('/', 1)[-1]}\n".encode())
+    return total.hexdigest()
+
+
+def _counting(progress: Progressing, tensors: int) -> Callable[[int, int], None]:
+    """Counts what is written of so many tensors."""
+    written = 0
+
+    def count(more: int, size: int) -> None:
+        nonlocal written
+        written += more
+        progress.got += size
+        progress.doing = f"{written} of {tensors} tensors"
+
+    return count
+
+
+def add_save(commands: Any) -> None:
+    parser = commands.add_parser(
+        "save-state-dict",
+        help="write a model's weights as one file of a chosen precision",
+        description="Writes the state_dict of a model of Hugging Face's as one file, which Beam's "
+        "PytorchModelHandler and --state_dict_path read, tensor by tensor: neither the model nor "
+        "the file is ever in memory as a whole. Its SHA-256 is put beside it. "
+        "--on=vertex does the same on a machine of Vertex AI.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help="a model on the hub (google/flan-t5-xl), a folder, or gs://…"
+    )
+    parser.add_argument(
+        "path", metavar="PATH", help="the file, local or gs://: .pt, .pth or .safetensors"
+    )
+    _add_common(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
+    group = parser.add_argument_group("on Vertex AI")
+    group.add_argument(
+        "--on", choices=("here", "vertex"), default="here", help="where (default: %(default)s)"
+    )
+    for name, help in VERTEX_FLAGS.items():
+        metavar = name.rsplit("_", 1)[-1].upper()
+        group.add_argument(f"--{name}", default="", metavar=metavar, help=help)
+    group.add_argument(
+        "--no_wait_until_finish", action="store_true", help="start the job, print its id, and end"
+    )
+    parser.set_defaults(act=act)

@@ -1,0 +1,1 @@
+"""Gemma on the workers: keras_hub on the JAX backend."""

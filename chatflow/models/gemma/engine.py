@@ -1,0 +1,447 @@
+"""Scoring and greedy decoding for keras_hub's Gemma models: prompts in, answers out.
+
+`keras_hub`'s own `generate` compiles for every shape, feeds long prompts token by
+token and runs the whole prompt each time. Here
+
+- the part of a prompt that its template shares is run once; its KV cache is kept;
+- the rest is run in blocks of rows of about the same length, so that little is padding;
+- all rows that write an answer, whatever their template, decode in one batch, which gets
+  smaller as rows finish;
+- a grammar masks tokens that would not fit the answer; see `chatflow.models.grammar`.
+"""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import keras_hub
+import numpy as np
+import sentencepiece
+
+from chatflow.chat_text import CONTROL_TOKEN
+from chatflow.models.gemma.forward import Cache, Forward, Rules, Writing
+from chatflow.models.gemma.grammar import DONE, ENDLESS, Text, Vocabulary, compile_texts
+from chatflow.models.gemma.shapes import STEPS, TOTALS, PromptTooLongError, Shape, bucket
+from chatflow.models.parts import Result
+from chatflow.weights.keras_loading import is_of_scoring, load_backbone
+
+PREFIXES_KEPT = 16
+
+
+class Row(NamedTuple):
+    """What is asked of one row of a batch: a choice, a text, or a choice and then a text.
+
+    Attributes:
+      prefix: the text that prompts of a template begin with.
+      suffix: the rest of the prompt.
+      lead: the start of the answer, which is given.
+      choices: scored as the next text; told apart by their first token.
+      bias: taken off their log-probabilities before the likeliest is taken.
+      between: text between the choice and the text.
+      text: what is written; None: nothing.
+      max_tokens, max_characters: of it.
+    """
+
+    prefix: str
+    suffix: str
+    lead: str = ""
+    choices: tuple[str, ...] = ()
+    bias: tuple[float, ...] = ()
+    between: str = ""
+    text: Text | None = None
+    max_tokens: int = 0
+    max_characters: int = ENDLESS
+
+
+class _Prompt(NamedTuple):
+    """A row as tokens, and the positions that it needs."""
+
+    number: int
+    row: Row
+    start: int
+    tokens: list[int]
+    total: int
+
+    @property
+    def bridged(self) -> bool:
+        """A text follows a choice."""
+        return bool(self.row.choices and self.row.text)
+
+
+class Engine:
+    """A Gemma model with its tokenizer, ready to score and to decode.
+
+    Args:
+      backbone: keras_hub's, of a Gemma 1, 2 or 3 text model.
+      tokenizer: keras_hub's.
+      instruct: wrap each prompt in Gemma's chat template, as one turn of the user. The
+        turn tokens are put in by id, so that no text can stand for them.
+      scoring: values of some variables, by their paths, for rows that only score choices,
+        behind what all prompts of their template share: an adapter of the tone.
+
+    Attributes:
+      counts: `prefill_tokens`, `decode_steps`, `decoded_tokens` so far.
+
+    Raises:
+      ValueError: the backbone is another model's.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        instruct: bool = False,
+        scoring: Mapping[str, jax.Array] | None = None,
+    ):
+        self.shape = Shape.of_device(backbone.compute_dtype)
+        self.forward = Forward(backbone)
+        self.scoring = self.forward.replaced(scoring or {})
+        weakref.finalize(self, self.forward.release).atexit = False
+        self.tokenizer = tokenizer
+        self.vocabulary = _vocabulary(tokenizer, backbone.vocabulary_size)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._before, self._after = [self.tokenizer.start_token_id], []
+        if instruct:
+            start, end = map(self.tokenizer.token_to_id, ("<start_of_turn>", "<end_of_turn>"))
+            self._before += [start, *self.encode("user\n")]
+            self._after = [end, *self.encode("\n"), start, *self.encode("model\n")]
+        self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
+        # A step of its own reads the weights. A byte of the caches costs more than one of
+        # the weights, because they are copied: 7 times was measured on a CPU.
+        weights = sum(value.nbytes for value in self.forward.weights)
+        self._step_positions = weights // (7 * self.forward.cache_bytes)
+        self._starts: dict[Text, int] = {}  # the state of the automaton in which each begins
+        self._rules: Rules
+        self._longest = ENDLESS
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without a start token."""
+        return [int(i) for i in self.tokenizer(text)] if text else []
+
+    def run(self, rows: Sequence[Row]) -> list[Result | PromptTooLongError]:
+        """Answers rows, in their order.
+
+        Raises:
+          ValueError: two choices begin with the same token, or the vocabulary cannot
+            write a text.
+        """
+        self._know(row.text for row in rows if row.text)
+        for choices in {row.choices for row in rows}:
+            self.first_tokens(choices)
+        results: dict[int, Result | PromptTooLongError] = {}
+        prompts = []
+        for number, row in enumerate(rows):
+            try:
+                prompts.append(self.prompt(number, row))
+            except PromptTooLongError as error:
+                results[number] = error
+        writing = [prompt for prompt in prompts if prompt.row.text]
+        for block, total in self._blocks([prompt for prompt in prompts if not prompt.row.text]):
+            self._read(block, total, results)
+        for batch, total in self._batches(writing):
+            self._write(batch, total, results)
+        return [results[number] for number in range(len(rows))]
+
+    def warm_up(self, rows: Sequence[Row], most: int) -> None:
+        """Runs rows alone, and each `most` times, with answers of a token or two."""
+        self._longest = 2
+        try:
+            self.run(rows)
+            for row in rows:
+                self.run([row] * most)
+        finally:
+            self._longest = ENDLESS
+
+    def all_counts(self) -> collections.Counter[str]:
+        return self.counts + collections.Counter(compilations=self.forward.compilations)
+
+    # From rows to blocks and batches.
+
+    def prompt(self, number: int, row: Row) -> _Prompt:
+        start = self.prefix(row.prefix)[1]
+        tokens = [*self.encode(row.suffix), *self._after, *self.encode(row.lead)]
+        room = row.max_tokens if row.text else 0
+        if row.choices and row.text:
+            longest = max(len(self.encode(choice + row.between)) for choice in row.choices)
+            room = max(room + longest, self.shape.fed(longest))
+        size = start + max(self.shape.fed(len(tokens)), len(tokens) + room)
+        return _Prompt(number, row, start, tokens, bucket(size, TOTALS))
+
+    def _blocks(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
+        """Prompts of one prefix and one kind, those of like length together."""
+        groups: dict[tuple[str, bool], list[_Prompt]] = collections.defaultdict(list)
+        for prompt in prompts:
+            groups[prompt.row.prefix, prompt.bridged].append(prompt)
+        for some in groups.values():
+            some.sort(key=lambda prompt: len(prompt.tokens))
+            while some:
+                total = max(prompt.total for prompt in some)
+                yield self._take(some, total, self.shape.blocks), total
+
+    def _batches(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
+        """Prompts that decode together; the longest first.
+
+        All rows have caches of the longest one's length, which each step reads. Where that
+        costs more than a step of their own, the shorter rows wait for the next batch.
+        """
+        prompts = sorted(prompts, key=lambda prompt: (prompt.total, prompt.number))
+        while prompts:
+            total = prompts[-1].total
+            apart = 0
+            for at, prompt in enumerate(prompts):
+                if (at + 1) * (total - prompt.total) > self._step_positions:
+                    apart = at + 1
+            shorter, prompts = prompts[:apart], prompts[apart:]
+            yield self._take(prompts, total, self.shape.batches), total
+            prompts = shorter + prompts
+
+    def _take(self, prompts: list[_Prompt], total: int, sizes: Sequence[int]) -> list[_Prompt]:
+        """Removes as many of the last as have room."""
+        fit = self.shape.cache_bytes // (total * self.forward.cache_bytes)
+        most = max([size for size in sizes if size <= fit], default=sizes[0])
+        taken = prompts[-most:]
+        del prompts[-most:]
+        return taken
+
+    # Prefill.
+
+    def prefix(self, prefix: str) -> tuple[Cache, int]:
+        """KV cache of a prefix, one row, and how many tokens it has."""
+        if prefix not in self._prefixes:
+            ids = [*self._before, *self.encode(prefix)]
+            total = bucket(self.shape.fed(len(ids)), TOTALS)
+            rows = self.shape.blocks[0]
+            cache = self.forward.cache(None, rows=rows, total=total)
+            _, cache = self._prefill(self.forward.weights, cache, [ids], [0], rows, total)
+            if rows > 1:
+                cache = jax.tree.map(lambda values: values[:1], cache)
+            self._prefixes[prefix] = cache, len(ids)
+            while len(self._prefixes) > PREFIXES_KEPT:
+                self._prefixes.popitem(last=False)
+        self._prefixes.move_to_end(prefix)
+        return self._prefixes[prefix]
+
+    def _prefill(
+        self,
+        weights: Any,
+        cache: Cache,
+        tokens: list[list[int]],
+        starts: list[int],
+        rows: int,
+        total: int,
+    ) -> tuple[jax.Array, Cache]:
+        padded = np.zeros((rows, total), np.int32)
+        lengths, positions = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        for at, (ids, start) in enumerate(zip(tokens, starts, strict=True)):
+            padded[at, : len(ids)] = ids
+            lengths[at], positions[at] = len(ids), start
+        self.counts["prefill_tokens"] += sum(map(len, tokens))
+        hidden, cache = self.forward.prefill(
+            weights, cache, padded, positions, lengths, chunk=self.shape.chunks[rows]
+        )
+        return hidden, cache
+
+    def _read(
+        self, block: list[_Prompt], total: int, results: dict[int, Any]
+    ) -> tuple[jax.Array, Cache, list[int]]:
+        """Runs the prompts of a block and scores their choices.
+
+        Returns:
+          The hidden state of each row's last token, the cache, and the rows' positions.
+        """
+        size = bucket(len(block), self.shape.blocks)
+        prefix, start = self.prefix(block[0].row.prefix)
+        cache = self.forward.cache(prefix, rows=size, total=total)
+        tokens = [prompt.tokens for prompt in block]
+        weights = self.forward.weights if block[0].row.text else self.scoring
+        hidden, cache = self._prefill(weights, cache, tokens, [start] * len(block), size, total)
+        positions = [start + len(ids) for ids in tokens]
+        for prompt, position in zip(block, positions, strict=True):
+            results[prompt.number] = Result(position)
+        self._score(block, hidden, results)
+        if block[0].bridged:
+            bridges = [
+                self.encode(row.choices[results[number].choice] + row.between)
+                for number, row, *_ in block
+            ]
+            hidden, cache = self._prefill(weights, cache, bridges, positions, size, total)
+            positions = [at + len(ids) for at, ids in zip(positions, bridges, strict=True)]
+        return hidden, cache, positions
+
+    def _score(self, block: list[_Prompt], hidden: jax.Array, results: dict[int, Any]) -> None:
+        for choices in {prompt.row.choices for prompt in block if prompt.row.choices}:
+            first = self.first_tokens(choices)
+            scores = np.asarray(self.forward.scores(self.forward.weights, hidden, first))
+            for prompt, found in zip(block, scores, strict=False):
+                if prompt.row.choices == choices:
+                    result = results[prompt.number]
+                    result.scores = tuple(map(float, found))
+                    result.choice = int(np.argmax(found - np.array(prompt.row.bias or 0.0)))
+
+    def first_tokens(self, choices: tuple[str, ...]) -> np.ndarray:
+        """By which choices are told apart.
+
+        Raises:
+          ValueError: two begin with the same.
+        """
+        first = np.array([self.encode(choice)[0] for choice in choices], np.int32)
+        if len(set(first.tolist())) < len(choices):
+            raise ValueError(f"the choices {list(choices)} do not differ in their first token")
+        return first
+
+    # Decode.
+
+    def _write(self, batch: list[_Prompt], total: int, results: dict[int, Any]) -> None:
+        """Runs the prompts of a batch and writes their answers."""
+        size = bucket(len(batch), self.shape.batches)
+        cache = self.forward.cache(None, rows=size, total=total)
+        prompts: list[_Prompt] = []
+        hidden, positions = [], []
+        for block, block_total in self._blocks(batch):
+            states, filled, at = self._read(block, block_total, results)
+            places = np.full(states.shape[0], size, np.int32)  # outside: left out
+            places[: len(block)] = range(len(prompts), len(prompts) + len(block))
+            cache = self.forward.place(cache, filled, places)
+            prompts += block
+            positions += at
+            hidden.append(np.asarray(states)[: len(block)])
+        # Rows that only fill the batch are done from the start.
+        blank = size - len(prompts)
+        starts = [self._starts[prompt.row.text] for prompt in prompts if prompt.row.text]
+        writing: Any = Writing._make(
+            np.pad(np.array(values, np.int32), (0, blank))
+            for values in (
+                [0] * len(prompts),
+                positions,
+                starts,
+                [prompt.row.max_characters for prompt in prompts],
+                [min(prompt.row.max_tokens, self._longest) for prompt in prompts],
+            )
+        )
+        last = np.pad(np.concatenate(hidden), ((0, blank), (0, 0)))
+        writing = self.forward.first(self.forward.weights, last, self._rules, writing)
+        written = [[int(token)] for token in np.asarray(writing.token)[: len(prompts)]]
+        ended = self._decode(cache, writing, total, written)
+        for prompt, ids, by_itself in zip(prompts, written, ended, strict=True):
+            assert prompt.row.text
+            result = results[prompt.number]
+            spelled = b"".join(self.vocabulary.pieces[token] for token in ids)
+            result.text = prompt.row.text.read(spelled)
+            result.tokens = tuple(ids)
+            result.cut = not by_itself
+
+    def _decode(
+        self, cache: Cache, writing: Any, total: int, written: list[list[int]]
+    ) -> list[bool]:
+        """Adds to what each row has written until all have ended.
+
+        The batch gets smaller when so many have ended that a smaller one holds the rest.
+
+        Returns:
+          Whether each ended by itself.
+        """
+        ended = [False] * len(written)
+        rows = np.arange(len(written))  # which answer each row of the batch writes, or -1
+        while True:
+            now: Any = Writing._make(np.asarray(values)[: len(rows)] for values in writing)
+            for at in np.flatnonzero(~now.active & (rows >= 0)):
+                within = now.tokens[at] > 0 and now.characters[at] > 0
+                ended[rows[at]] = bool(now.state[at] == DONE and within)
+                rows[at] = -1
+            going = np.flatnonzero(rows >= 0)
+            if not len(going):
+                return ended
+            size = bucket(len(going), self.shape.batches)
+            if size < len(writing.token):
+                places = np.full(len(writing.token), size, np.int32)
+                places[going] = range(len(going))
+                empty = self.forward.cache(None, rows=size, total=total)
+                cache = self.forward.place(empty, cache, places)
+                blank = size - len(going)
+                writing = Writing._make(np.pad(values[going], (0, blank)) for values in now)
+                rows = rows[going]
+            before = np.asarray(writing.tokens)
+            floor = max([rows for rows in self.shape.batches if rows < len(going)], default=0)
+            steps = bucket(min(int(before.max()), STEPS[-1]), STEPS)
+            chosen, writing, cache = self.forward.decode(
+                self.forward.weights, cache, self._rules, writing, floor, steps=steps
+            )
+            counts = before - np.asarray(writing.tokens)
+            self.counts["decode_steps"] += int(counts.max())
+            self.counts["decoded_tokens"] += int(counts.sum())
+            for row, ids, count in zip(rows, np.asarray(chosen), counts, strict=False):
+                written[row] += ids[:count].tolist()  # nothing where the row is -1: its count is 0
+
+    def _know(self, texts: Iterable[Text]) -> None:
+        """Makes the automaton anew where it lacks a text."""
+        known = dict.fromkeys([*self._starts, *texts])
+        if len(known) > len(self._starts):
+            automaton = compile_texts(list(known), self.vocabulary)
+            self._starts = dict(zip(known, automaton.starts, strict=True))
+            self._rules = self.forward.rules(automaton)
+
+
+def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+    """The bytes of each token; those that no text holds have none."""
+    pieces = []
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
+    for token in range(min(size, model.vocab_size())):
+        piece = model.id_to_piece(token)
+        if model.is_byte(token):
+            pieces.append(bytes([int(piece[3:-1], 16)]))
+        elif (
+            model.is_control(token)
+            or model.is_unknown(token)
+            or model.is_unused(token)
+            or CONTROL_TOKEN.fullmatch(piece)
+        ):
+            pieces.append(b"")
+        else:
+            pieces.append(piece.replace("▁", " ").encode())
+    pieces += [b""] * (size - len(pieces))
+    ends = {tokenizer.end_token_id, tokenizer.token_to_id("<end_of_turn>")}
+    return Vocabulary(tuple(pieces), tuple(ends - {model.unk_id()}))
+
+
+def load_engine(
+    preset: str,
+    dtype: str = "auto",
+    instruct: bool = False,
+    quantization: str = "none",
+    adapter: str = "",
+) -> Engine:
+    """An engine with the weights and the tokenizer of a preset.
+
+    Args:
+      preset: a local folder, or any handle that keras_hub can load.
+      dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
+      quantization: `int8`: of the weights, and of the activations while they are
+        multiplied, by Keras; or `none`.
+      adapter: a file of Keras's `save_lora_weights`, whose LoRA is added to the weights; one
+        of `chatflow tune` to those of the scoring pass alone, for it knows nothing else.
+
+    Raises:
+      ValueError: the preset is not a Gemma 1, 2 or 3 text model, or the adapter is another's.
+    """
+    scoring = None
+    if adapter and is_of_scoring(adapter):
+        # Loaded for its few changed values, and let go before the model as it is comes.
+        scoring = _adapted(load_backbone(preset, dtype, quantization, adapter))
+        adapter = ""
+    backbone = load_backbone(preset, dtype, quantization, adapter)
+    tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
+    return Engine(backbone, tokenizer, instruct, scoring)
+
+
+def _adapted(backbone: keras_hub.models.Backbone) -> dict[str, jax.Array]:
+    """The values of the layers that an adapter has changed, by their paths."""
+    return {
+        variable.path: variable.value
+        for layer in backbone._flatten_layers()
+        if hasattr(layer, "lora_kernel_a")
+        for variable in layer.variables
+    }

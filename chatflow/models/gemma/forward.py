@@ -1,0 +1,347 @@
+"""What runs on the device: prefill and decode of keras_hub's Gemma models, compiled by JAX.
+
+Rows are independent calls of keras_hub's `call_with_cache` under `jax.vmap`, each at its
+own position, so that attention, sliding windows and soft caps of Gemma 1, 2 and 3 are
+keras_hub's, not copies of them. What stands behind a row's end in its cache is never
+attended to: the causal mask hides it, and later tokens overwrite it.
+
+Every array has one of a few shapes, so that little is compiled: `rows` and `total` (the
+positions of a cache) are buckets; how many tokens are fed, and how many decoded, is a loop
+on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import keras
+import keras_hub
+import numpy as np
+
+from chatflow.models.gemma.grammar import DONE, Automaton
+
+Cache = Any
+"""Keys and values: a tree of arrays `[rows, …, total, heads, head_dim]`."""
+
+
+_TURNED = ("query/kernel", "attention_output/kernel")
+"""Kernels that XLA multiplies with their first two axes exchanged: kept so, because on a
+CPU it would exchange them anew at each step, which takes a fifth of a step of one row."""
+
+
+class Rules(NamedTuple):
+    """An `Automaton` on the device, padded so that its shapes are few."""
+
+    token_class: jax.Array  # [vocabulary]
+    next_state: jax.Array  # [states, classes]
+    characters: jax.Array  # [states, classes]
+    characters_to_end: jax.Array  # [states]
+    tokens_to_end: jax.Array  # [states]
+
+
+class Writing(NamedTuple):
+    """Where each row is while it decodes; each `[rows]`.
+
+    Attributes:
+      token: chosen last, not yet fed.
+      position: at which it is fed.
+      state: of the automaton; `DONE` where the text has ended.
+      characters, tokens: how many more there may be.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    state: jax.Array
+    characters: jax.Array
+    tokens: jax.Array
+
+    @property
+    def active(self) -> jax.Array:
+        return (self.state != DONE) & (self.tokens > 0)
+
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+
+def _compiled(**options: Any) -> Callable[[MethodT], MethodT]:
+    """A method that is compiled for each object by itself: JAX keeps what it compiled as long as
+    the function is there, and functions of classes always are."""
+
+    def marked(method: MethodT) -> MethodT:
+        method.compiled = options  # type: ignore[attr-defined]
+        return method
+
+    return marked
+
+
+class Forward:
+    """A Gemma backbone and its compiled functions.
+
+    Args:
+      backbone: keras_hub's, of Gemma 1, 2 or 3, text only.
+
+    Attributes:
+      weights: the values of the model's variables, which every function is given.
+      compilations: how many functions were compiled so far.
+
+    Raises:
+      ValueError: the backbone is another model's.
+    """
+
+    def __init__(self, backbone: Any):
+        if isinstance(backbone, keras_hub.models.Gemma3Backbone):
+            causal_lm, self._position_axis = keras_hub.models.Gemma3CausalLM, 1
+        elif isinstance(backbone, keras_hub.models.GemmaBackbone):
+            causal_lm, self._position_axis = keras_hub.models.GemmaCausalLM, 3
+        else:
+            raise ValueError(f"a {type(backbone).__name__} is not a Gemma model")
+        self.model = causal_lm(backbone=backbone, preprocessor=None)
+        self._turned = [
+            variable.ndim == 3 and variable.path.endswith(_TURNED)
+            for variable in self.model.variables
+        ]
+        self.weights = [
+            jnp.transpose(variable.value, (1, 0, 2)) if turned else variable.value
+            for variable, turned in zip(self.model.variables, self._turned, strict=True)
+        ]
+        self._paths = [variable.path for variable in self.model.variables]
+        self.compilations = 0
+        self._own: list[Any] = []
+        for name, method in vars(Forward).items():
+            if (options := getattr(method, "compiled", None)) is not None:
+                function = jax.jit(functools.partial(method, self), **options)
+                setattr(self, name, function)
+                self._own.append(function)
+
+    def release(self) -> None:
+        """Lets go of the weights, and of what was compiled for them."""
+        self.weights, self.model = [], None
+        for function in self._own:
+            function.clear_cache()
+
+    def replaced(self, values: Mapping[str, jax.Array]) -> list[Any]:
+        """The weights, with other values for some variables, by their paths."""
+        return [
+            own
+            if (new := values.get(path)) is None
+            else jnp.transpose(new, (1, 0, 2))
+            if turned
+            else new
+            for path, turned, own in zip(self._paths, self._turned, self.weights, strict=True)
+        ]
+
+    def positions(self, cache: Cache) -> int:
+        """How many a cache has."""
+        return int(jax.tree.leaves(cache)[0].shape[self._position_axis])
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one position of one row."""
+        shapes = jax.eval_shape(lambda: self._zeros(1, 1))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+    def rules(self, automaton: Automaton) -> Rules:
+        states, classes = automaton.next_state.shape
+        more = (-states % 64, -classes % 512)
+        return Rules(
+            *map(
+                jnp.asarray,
+                (
+                    automaton.token_class,
+                    np.pad(automaton.next_state, ((0, more[0]), (0, more[1])), constant_values=-1),
+                    np.pad(automaton.characters, ((0, more[0]), (0, more[1]))),
+                    np.pad(automaton.characters_to_end, (0, more[0])),
+                    np.pad(automaton.tokens_to_end, (0, more[0])),
+                ),
+            )
+        )
+
+    @_compiled(static_argnames=("rows", "total"))
+    def cache(self, prefix: Cache | None, *, rows: int, total: int) -> Cache:
+        """A cache of so many rows, each of which begins with a prefix (one row) or empty."""
+        self.compilations += 1
+        empty = self._zeros(rows, total)
+        if prefix is None:
+            return empty
+        return jax.tree.map(
+            lambda empty, known: jax.lax.dynamic_update_slice(
+                empty,
+                jnp.broadcast_to(known, (rows, *known.shape[1:])),
+                (0,) * empty.ndim,
+            ),
+            empty,
+            prefix,
+        )
+
+    @_compiled(donate_argnames="to")
+    def place(self, to: Cache, rows: Cache, where: Any) -> Cache:
+        """Copies rows of a cache to others; those whose place is outside are left out."""
+        self.compilations += 1
+
+        def put(to: jax.Array, rows: jax.Array) -> jax.Array:
+            axis = self._position_axis
+            total = min(to.shape[axis], rows.shape[axis])
+            rows = jax.lax.slice_in_dim(rows, 0, total, axis=axis)
+            at = (where, *[slice(None)] * (axis - 1), slice(0, total))
+            return to.at[at].set(rows, mode="drop")
+
+        return jax.tree.map(put, to, rows)
+
+    @_compiled(static_argnames=("chunk",), donate_argnames="cache")
+    def prefill(
+        self, weights: Any, cache: Cache, tokens: Any, starts: Any, lengths: Any, *, chunk: int
+    ) -> tuple[jax.Array, Cache]:
+        """Feeds each row its next tokens, a chunk of all rows at a time.
+
+        A cache needs room for the last chunk of its longest row as a whole.
+
+        Args:
+          tokens: `[rows, total]`, of which `lengths` are the rows' own.
+          starts: `[rows]`, the position of each row's first token.
+          lengths: `[rows]`, at least 1.
+
+        Returns:
+          hidden: `[rows, hidden]`, the state of each row's last token.
+        """
+        self.compilations += 1
+        run = jax.vmap(self.row, in_axes=(None, 0, 0, 0))
+
+        def feed(number: Any, state: Any) -> Any:
+            last, cache = state
+            begin = number * chunk
+            part = jax.lax.dynamic_slice_in_dim(tokens, begin, chunk, axis=1)
+            hidden, cache = run(weights, part, cache, starts + begin)  # [rows, chunk, hidden]
+            at = lengths - 1 - begin
+            ends_here = (at >= 0) & (at < chunk)
+            found = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[
+                :, 0
+            ]
+            return jnp.where(ends_here[:, None], found, last), cache
+
+        backbone = self.model.backbone
+        last = jnp.zeros((tokens.shape[0], backbone.hidden_dim), backbone.compute_dtype)
+        chunks = (jnp.max(lengths) + chunk - 1) // chunk
+        hidden, cache = jax.lax.fori_loop(0, chunks, feed, (last, cache))
+        return hidden, cache
+
+    @_compiled()
+    def scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
+        """Log-probability of each of `tokens` `[choices]` as the next: `[rows, choices]`."""
+        self.compilations += 1
+        logits = self.logits(weights, hidden).astype(jnp.float32)
+        return jax.nn.log_softmax(logits)[:, tokens]
+
+    @_compiled()
+    def first(self, weights: Any, hidden: Any, rules: Rules, writing: Writing) -> Writing:
+        """Chooses each row's first token, after its prompt."""
+        self.compilations += 1
+        return self._choose(weights, hidden, rules, writing)
+
+    @_compiled(static_argnames=("steps",), donate_argnames="cache")
+    def decode(
+        self,
+        weights: Any,
+        cache: Cache,
+        rules: Rules,
+        writing: Writing,
+        floor: Any,
+        *,
+        steps: int,
+    ) -> tuple[jax.Array, Writing, Cache]:
+        """Decodes greedily until no more than `floor` rows are still active.
+
+        Returns:
+          tokens: `[rows, steps]`, those that were chosen; of an active row as many as its
+            `Writing.tokens` went down.
+        """
+        self.compilations += 1
+        run = jax.vmap(self.row, in_axes=(None, 0, 0, 0))
+
+        def going_on(state: Any) -> Any:
+            step, writing, _, _ = state
+            return (step < steps) & (jnp.sum(writing.active) > floor)
+
+        def one_step(state: Any) -> Any:
+            step, before, chosen, cache = state
+            hidden, cache = run(weights, before.token[:, None], cache, before.position)
+            fed = before._replace(position=before.position + before.active)
+            writing = self._choose(weights, hidden[:, 0], rules, fed)
+            return step + 1, writing, chosen.at[:, step].set(writing.token), cache
+
+        chosen = jnp.zeros((writing.token.shape[0], steps), jnp.int32)
+        _, writing, chosen, cache = jax.lax.while_loop(
+            going_on, one_step, (jnp.int32(0), writing, chosen, cache)
+        )
+        return chosen, writing, cache
+
+    # Parts of the compiled functions.
+
+    def _choose(self, weights: Any, hidden: Any, rules: Rules, now: Writing) -> Writing:
+        """The likeliest token that leaves enough characters and tokens to end the text."""
+        logits = self.logits(weights, hidden)  # [rows, vocabulary]
+        following = rules.next_state[now.state]  # [rows, classes]
+        after = jnp.maximum(following, 0)
+        left = now.characters[:, None] - rules.characters[now.state]
+        allowed = (
+            (following >= 0)
+            & (left >= rules.characters_to_end[after])
+            & (now.tokens[:, None] > rules.tokens_to_end[after])
+        )
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        of_row = jnp.arange(best.shape[0])
+        # The mask over all tokens is only made where it changes something.
+        token = jax.lax.cond(
+            jnp.all(allowed[of_row, rules.token_class[best]] | ~now.active),
+            lambda: best,
+            lambda: jnp.argmax(
+                jnp.where(allowed[:, rules.token_class], logits, -jnp.inf), axis=-1
+            ).astype(jnp.int32),
+        )
+        kind = rules.token_class[token]
+        chosen = Writing(
+            token,
+            now.position,
+            after[of_row, kind],
+            left[of_row, kind],
+            now.tokens - 1,
+        )
+        return Writing(
+            *(jnp.where(now.active, new, old) for new, old in zip(chosen, now, strict=True))
+        )
+
+    def _zeros(self, rows: int, total: int) -> Cache:
+        backbone = self.model.backbone
+        heads, dim = backbone.num_key_value_heads, backbone.head_dim
+        if self._position_axis == 1:
+            shape: tuple[int, ...] = (rows, total, heads, dim)
+            return tuple(
+                (jnp.zeros(shape, backbone.compute_dtype), jnp.zeros(shape, backbone.compute_dtype))
+                for _ in range(backbone.num_layers)
+            )
+        shape = (rows, backbone.num_layers, 2, total, heads, dim)
+        return jnp.zeros(shape, backbone.compute_dtype)
+
+    def _using(self, weights: Any) -> Any:
+        """The model's variables have these values."""
+        values = [
+            jnp.transpose(value, (1, 0, 2)) if turned else value
+            for value, turned in zip(weights, self._turned, strict=True)
+        ]
+        return keras.StatelessScope(state_mapping=zip(self.model.variables, values, strict=True))
+
+    def row(self, weights: Any, tokens: jax.Array, cache: Cache, start: Any) -> tuple[Any, Cache]:
+        """One row: tokens [n] at position `start` of its cache -> hidden [n, hidden], cache."""
+        with self._using(weights):
+            one = jax.tree.map(lambda x: x[None], cache)
+            _, hidden, filled = self.model.call_with_cache(tokens[None], one, start)
+        return hidden[0], jax.tree.map(lambda x: x[0], filled)
+
+    def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
+        """hidden [rows, hidden] -> logits [rows, vocabulary]"""
+        with self._using(weights):
+            logits: jax.Array = self.model.backbone.token_embedding(hidden, reverse=True)
+            return logits

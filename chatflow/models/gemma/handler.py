@@ -1,0 +1,133 @@
+"""Gemma on the workers: keras_hub on the JAX backend, behind a Beam model handler."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from chatflow.models.gemma.grammar import ENDLESS, Text
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.parts import EngineModel, json_answer
+from chatflow.models.requests import FIRST, Part, Request, Version
+from chatflow.models.settings import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
+from chatflow.weights import embedded
+from chatflow.weights.adapters import ENDS, local_adapter
+from chatflow.weights.presets import is_instruct, local_preset, use_jax
+
+if TYPE_CHECKING:
+    from chatflow.models.gemma.engine import Row
+
+_log = logging.getLogger(__name__)
+
+
+class GemmaModel(EngineModel):
+    """A loaded Gemma that answers requests, part by part.
+
+    Args:
+      preset, settings: see `GemmaModelHandler`.
+      instruct: prompts are wrapped as a user's turn.
+      adapter: a local file with LoRA weights for the preset, as Keras saves them; empty: none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        preset: str,
+        settings: WorkerSettings,
+        instruct: bool,
+        most: int,
+        adapter: str = "",
+    ):
+        started = time.monotonic()
+        use_jax(alone=settings.large_model and settings.model_copies == 1)
+        from chatflow.models.gemma.engine import load_engine
+
+        engine = load_engine(preset, settings.dtype, instruct, settings.quantization, adapter)
+        super().__init__(name, engine, most, settings.merge_seconds)
+        _log.info("loaded %s in %.1f s", preset, time.monotonic() - started)
+
+    def warm_up(self, requests: Sequence[Request]) -> None:
+        """Compiles what answers to such requests need, alone and in a full batch."""
+        started = time.monotonic()
+        rows = [row_of(part) for request in requests for part in request.parts]
+        if rows:
+            self.engine.warm_up(rows, self.most)
+            _log.info(
+                "warmed up in %.1f s: %d compilations",
+                time.monotonic() - started,
+                self.engine.forward.compilations,
+            )
+
+    def prompt(self, part: Part) -> Row:
+        return row_of(part)
+
+
+def row_of(part: Part) -> Row:
+    """What the engine is asked for a part."""
+    from chatflow.models.gemma.engine import Row
+
+    shared = part.shared if part.shared < len(part.prompt) else 0
+    row = Row(part.prompt[:shared], part.prompt[shared:])
+    if part.choices:
+        return row._replace(choices=part.choices, bias=part.bias)
+    row = row._replace(max_tokens=part.max_tokens, max_characters=part.characters or ENDLESS)
+    if part.schema:
+        form = json_answer(part.schema)
+        return row._replace(
+            lead=form.before,
+            choices=form.choices,
+            between=form.between,
+            text=Text(json_string=True),
+        )
+    return row._replace(text=Text(part.stop))
+
+
+class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
+    """Gemma 1, 2 or 3 on the worker: one copy of the weights for all its processes and steps.
+
+    Args:
+      preset: `gemma3-270m` (embedded), a name of keras_hub's, a local folder, or a
+        handle: `hf://`, `kaggle://`, `gs://`.
+      instruct: whether prompts are wrapped in the turns of Gemma's chat template;
+        None: as the preset's name says.
+      settings: how the weights are kept.
+      expected, updates: see `LanguageModelHandler`.
+      adapter: LoRA weights for the preset, see `chatflow.models.adapters`; empty: none.
+      name: what results say made them; empty: the preset.
+    """
+
+    def __init__(
+        self,
+        preset: str = embedded.NAME,
+        instruct: bool | None = None,
+        settings: WorkerSettings = ONE_COPY,
+        batching: Batching = ONE_BUNDLE,
+        expected: tuple[Request, ...] = (),
+        updates: str = "",
+        adapter: str = "",
+        name: str = "",
+    ):
+        super().__init__(name or preset, batching, settings, expected, updates)
+        self.preset = preset
+        self.adapter = adapter
+        self.settings = settings
+        self.most = batching.size
+        self.instruct = is_instruct(preset) if instruct is None else instruct
+
+    def load(self, version: Version = FIRST) -> GemmaModel:
+        """A Gemma of the preset; with a version that is a folder, of that; else adapted by it."""
+        preset, adapter = self.preset, self.adapter
+        if version.path.endswith(ENDS):
+            adapter = version.path
+        elif version.path:
+            preset, adapter = version.path, ""
+        return GemmaModel(
+            version.named(self.preset) if version.path else self.name,
+            local_preset(preset, _log.info),
+            self.settings,
+            self.instruct,
+            self.most,
+            local_adapter(adapter, _log.info) if adapter else "",
+        )

@@ -1,0 +1,161 @@
+"""T5, Flan-T5 and other text models of Hugging Face's on PyTorch, behind a Beam model handler."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+from chatflow.errors import UsageError, one_line
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.parts import EngineModel
+from chatflow.models.requests import FIRST, Request, Version
+from chatflow.models.settings import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
+from chatflow.weights.presets import TORCH, brought, is_instruct, local_preset
+
+_log = logging.getLogger(__name__)
+
+STATE_DICT = r"\.(pt|pth|bin|safetensors)$"
+"""How the names of state dicts end."""
+
+
+def check_torch(name: str, state_dict_path: str, settings: WorkerSettings) -> None:
+    """Checks what can be checked of a model without loading it.
+
+    Args:
+      name: behind `torch:`.
+
+    Raises:
+      UsageError: PyTorch is not installed, or the model or its state dict is not there.
+    """
+    flag = f"--model={TORCH}{name}"
+    missing = [lib for lib in ("torch", "transformers") if importlib.util.find_spec(lib) is None]
+    if missing:
+        raise UsageError(f"{flag}: {missing[0]} is not installed: pip install 'chatflow[torch]'")
+    if settings.quantization != "none":
+        raise UsageError(f"--quantization={settings.quantization}: only for Gemma, not with {flag}")
+    folder = brought(name) or Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"{flag}: the folder has no config.json, so it is no model")
+    elif not _LOADABLE.fullmatch(name):
+        raise UsageError(
+            f"{flag}: no such folder, and no name of the Hugging Face hub; give a folder, gs://…, "
+            "or a name like google/flan-t5-small"
+        )
+    if state_dict_path:
+        check_state_dict(state_dict_path)
+
+
+_LOADABLE = re.compile(r"(hf://)?[\w-][\w.-]*(/[\w-][\w.-]*)?|(?!kaggle:|hf:)\w+://.+")
+"""A name of the hub, or a folder of a filesystem."""
+
+
+def check_state_dict(path: str) -> None:
+    """Makes sure that there is a state dict.
+
+    Raises:
+      UsageError: there is none, or its file system cannot be asked.
+    """
+    from apache_beam.io.filesystems import FileSystems
+
+    try:
+        found = FileSystems.exists(path)
+    except Exception as error:  # each filesystem has its own
+        said = f"--state_dict_path={path}: cannot be looked up: {one_line(error)}"
+        raise UsageError(said) from None
+    if not found or os.path.isdir(path):
+        raise UsageError(f"--state_dict_path={path}: no such file")
+
+
+def local_model(name: str) -> str:
+    """What transformers can load: a folder, or a name of the hub; `gs://` is copied first."""
+    if name.startswith("hf://"):
+        return name.removeprefix("hf://")
+    return local_preset(name, _log.info)
+
+
+class TorchModel(EngineModel):
+    """A loaded model that answers requests, part by part.
+
+    The weights are let go with the last reference to it.
+
+    Args:
+      path: a local folder or a name of the hub.
+      state_dict_path, settings: see `TorchModelHandler`.
+      instruct: prompts are a user's turn of the tokenizer's chat template, if it has one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        state_dict_path: str,
+        settings: WorkerSettings,
+        instruct: bool,
+        most: int,
+    ):
+        started = time.monotonic()
+        from chatflow.models.pytorch.engine import Engine
+        from chatflow.weights.torch_loading import load
+
+        loaded = load(path, state_dict_path, settings.dtype, name)
+        super().__init__(name, Engine(*loaded, instruct, most), most, settings.merge_seconds)
+        _log.info("loaded %s in %.1f s", name, time.monotonic() - started)
+
+
+def _name(model: str, weights: str) -> str:
+    """What answers say made them."""
+    return f"{TORCH}{model}@{weights}" if weights else f"{TORCH}{model}"
+
+
+class TorchModelHandler(LanguageModelHandler[TorchModel]):
+    """A text model of Hugging Face's on the worker: one copy for all its processes and steps.
+
+    Encoder-decoders (T5, Flan-T5, BART …) and decoder-only models (Llama, Qwen …).
+
+    Args:
+      model: a name of the hub (`google/flan-t5-small`), a local folder, or `gs://…`.
+      instruct: whether prompts are instructions; None: as the model's name says.
+      state_dict_path: weights instead of the folder's: what `torch.save` wrote of a
+        `state_dict()`, or a file of safetensors; of any filesystem that Beam knows. The folder
+        is read for the configuration and the tokenizer only.
+      settings: how the weights are kept.
+      expected, updates: see `LanguageModelHandler`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        instruct: bool | None = None,
+        state_dict_path: str = "",
+        settings: WorkerSettings = ONE_COPY,
+        batching: Batching = ONE_BUNDLE,
+        expected: tuple[Request, ...] = (),
+        updates: str = "",
+    ):
+        super().__init__(_name(model, state_dict_path), batching, settings, expected, updates)
+        self.model = model
+        self.state_dict_path = state_dict_path
+        self.settings = settings
+        self.most = batching.size
+        self.instruct = is_instruct(model) if instruct is None else instruct
+
+    def load(self, version: Version = FIRST) -> TorchModel:
+        """The model; with a version that is a folder, of that, else with its state dict."""
+        model, state_dict_path = self.model, self.state_dict_path
+        if re.search(STATE_DICT, version.path):
+            state_dict_path = version.path
+        elif version.path:
+            model, state_dict_path = version.path, ""
+        return TorchModel(
+            _name(self.model, version.path) if version.path else self.name,
+            local_model(model),
+            state_dict_path,
+            self.settings,
+            self.instruct,
+            self.most,
+        )

@@ -1,0 +1,1 @@
+"""Models behind a service: Gemini and endpoints of Vertex AI."""

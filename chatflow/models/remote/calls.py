@@ -1,0 +1,284 @@
+"""Requests to answers by calls to a service: at once, again where they fail, in a budget."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import random
+import threading
+import time
+import weakref
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from apache_beam.io.components.rate_limiter import RateLimiter
+
+from chatflow.errors import BadAnswerError, ModelError
+from chatflow.models.base import LanguageModel
+from chatflow.models.remote.clients import Client, Reply, Turn
+from chatflow.models.remote.faults import Fault, Kind, classify
+from chatflow.models.remote.gate import Gate
+from chatflow.models.requests import Answer, Failure, Part, Request
+from chatflow.models.settings import RemoteSettings
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_PAUSE = 0.5  # seconds; doubled by each call that failed, with full jitter
+LONGEST_PAUSE = 30.0
+MALFORMED_RETRIES = 2
+
+ASK_AGAIN = (
+    "That answer cannot be used: {error}. Answer the same question again, with nothing but the "
+    "JSON object that was asked for."
+)
+
+
+class RemoteModel(LanguageModel):
+    """Answers each request by calls of its own, at most so many of them at once.
+
+    All callers in a process share one: see `shared_model`. Calls are made by one thread,
+    which waits for many of them.
+
+    Args:
+      limiter: asked before each call, in a thread, for it may block.
+    """
+
+    loads = 0  # the weights are elsewhere
+
+    def __init__(
+        self,
+        name: str,
+        client: Client,
+        settings: RemoteSettings,
+        limiter: RateLimiter | None = None,
+    ):
+        self.name, self.settings = name, settings
+        self._client, self._limiter = client, limiter
+        self._gate = Gate(settings.max_in_flight, settings.max_per_second)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._throttled = 0.0
+        self._lock = threading.Lock()
+        self._refusing_since: float | None = None  # no call was answered since
+        if limiter is not None:
+            self._blocking = concurrent.futures.ThreadPoolExecutor(settings.max_in_flight)
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=_run, args=(loop,), name=f"calls {name}", daemon=True)
+        thread.start()
+        self._loop = loop
+        self._close = weakref.finalize(self, _close, loop, thread, client)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        return self._on_loop(self._answers(requests))
+
+    def check(self) -> str:
+        """See `Client.check`; within `RemoteSettings.timeout`."""
+
+        async def check() -> str:
+            async with asyncio.timeout(self.settings.timeout):
+                return await self._client.check()
+
+        return self._on_loop(check())
+
+    def _on_loop(self, what: Coroutine[Any, Any, T]) -> T:
+        if self.closed:
+            what.close()
+            raise RuntimeError(f"the client of {self.name} is closed")
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
+
+    @property
+    def closed(self) -> bool:
+        return not self._close.alive
+
+    def close(self) -> None:
+        """Ends the thread and all connections; also done when nobody holds the model."""
+        self._close()
+
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            counts, self._counts = self._counts, collections.Counter()
+        return dict(counts)
+
+    def throttled(self) -> float:
+        """Seconds that batches waited for the service, since this was last asked."""
+        with self._lock:
+            seconds, self._throttled = self._throttled, 0.0
+        return seconds
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    async def _answers(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        budgets = [_Budget(self.settings.retry_seconds) for _ in requests]
+        answers = await asyncio.gather(*map(self._answer, requests, budgets))
+        with self._lock:
+            self._throttled += max((budget.throttled for budget in budgets), default=0.0)
+        return answers
+
+    async def _answer(self, request: Request, budget: _Budget) -> Answer | Failure:
+        started = time.monotonic()
+        first: Reply | None = None
+        try:
+            (part,) = request.parts
+            turns = [Turn("user", part.prompt)]
+            outcome = await self._ask(turns, part, budget)
+            complaint = _complaint(part, outcome)
+            if complaint and isinstance(outcome, Reply):
+                self._count("asked_again")
+                first = outcome
+                budget.earlier.append(first)
+                turns += [Turn("model", first.text), Turn("user", complaint)]
+                outcome = await self._ask(turns, part, budget)
+        except Exception as error:  # a bug; it must not take the batch with it
+            _log.exception("a request failed: %s", error)
+            outcome = classify(error)
+        paid = [*budget.earlier, outcome]
+        prompt_tokens = sum(call.prompt_tokens for call in paid)
+        answer_tokens = sum(call.answer_tokens for call in paid)
+        if isinstance(outcome, Fault):
+            said = outcome.answer or (first.text if first else None)
+            return Failure(outcome.reason, outcome.error, said, prompt_tokens, answer_tokens)
+        return Answer(
+            outcome.text,
+            self.name,
+            prompt_tokens=prompt_tokens,
+            answer_tokens=answer_tokens,
+            seconds=time.monotonic() - started,
+            finish_reason=outcome.finish_reason,
+            repairs=("asked_again",) if first else (),
+        )
+
+    async def _ask(self, turns: Sequence[Turn], part: Part, budget: _Budget) -> Reply | Fault:
+        """Calls until there is an answer, or none is to be hoped for."""
+        calls = malformed = 0
+        while True:
+            outcome = await self._call(turns, part, budget, again=calls > 0)
+            if isinstance(outcome, Reply):
+                return outcome
+            calls += 1
+            malformed += outcome.kind is Kind.MALFORMED
+            most = min(FIRST_PAUSE * 2 ** (calls - 1), LONGEST_PAUSE)
+            pause = outcome.wait + most * random.random()
+            budget.left -= pause
+            if outcome.kind is Kind.FATAL or malformed > MALFORMED_RETRIES or budget.left < 0:
+                times = "once" if calls == 1 else f"{calls} times"
+                wait = f", and is to wait {outcome.wait:.0f} s" if outcome.wait else ""
+                return outcome._replace(error=f"{outcome.error} (called {times}{wait})")
+            self._count("retries")
+            budget.earlier.append(outcome)
+            budget.throttled += pause if outcome.kind is Kind.BUSY else 0.0
+            await asyncio.sleep(pause)
+
+    async def _call(
+        self, turns: Sequence[Turn], part: Part, budget: _Budget, again: bool
+    ) -> Reply | Fault:
+        """One call. A failed one, and what one that is made again waits, is off the budget."""
+        started = time.monotonic()
+        try:
+            await self._client.prepare()
+            granted = await self._gate.enter(first=again)
+        except Exception as error:
+            budget.left -= time.monotonic() - started
+            return classify(error)
+        waited = time.monotonic() - started
+        budget.throttled += waited if self._gate.limit < self._gate.most else 0.0
+        budget.left -= waited if again else 0.0
+        try:
+            fault = await self._not_allowed()
+            granted = granted._replace(entered=self._loop.time())
+            outcome = fault or await self._ask_client(turns, part)
+        except asyncio.CancelledError:
+            self._gate.leave(granted)
+            raise
+        if isinstance(outcome, Reply):
+            self._refusing_since = None
+            self._gate.leave(granted, answered=True)
+            return outcome
+        budget.left -= self._loop.time() - granted.entered
+        self._count(f"faults/{outcome.reason}")
+        busy = outcome.kind is Kind.BUSY
+        self._gate.leave(granted, refused=busy)
+        if busy:
+            self._note_refusal(outcome)
+        else:
+            self._refusing_since = None
+        return outcome
+
+    async def _ask_client(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
+        self._count("requests")
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                return await self._client.ask(turns, part)
+        except Exception as error:
+            return classify(error)
+
+    def _note_refusal(self, fault: Fault) -> None:
+        """Turns away those that wait when all was refused for as long as one may wait."""
+        now = self._loop.time()
+        if self._refusing_since is None:
+            self._refusing_since = now
+        refused = now - self._refusing_since
+        if refused > self.settings.retry_seconds:
+            said = f"the service has refused every call for {refused:.0f} s: {fault.error}"
+            self._gate.turn_away(ModelError(fault.reason, said))
+
+    async def _not_allowed(self) -> Fault | None:
+        """What the rate limiter says against a call; waits in a thread, for it may block."""
+        if self._limiter is None:
+            return None
+        try:
+            allowed = await self._loop.run_in_executor(self._blocking, self._limiter.allow)
+        except Exception as error:
+            return classify(error)._replace(reason="rate_limiter")
+        refusal = Fault(Kind.BUSY, "rate_limited", "the rate limiter allows no call")
+        return None if allowed else refusal
+
+
+@dataclasses.dataclass
+class _Budget:
+    """What one request may still spend, and has spent.
+
+    Attributes:
+      left: seconds for calls that fail, and for waiting after them.
+      throttled: seconds waited because the service takes no more.
+      earlier: calls before the last one, which are paid for, too.
+    """
+
+    left: float
+    throttled: float = 0.0
+    earlier: list[Reply | Fault] = dataclasses.field(default_factory=list)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Client) -> None:
+    async def close() -> None:
+        try:
+            await client.close()
+        finally:
+            loop.call_later(0.1, loop.stop)  # google-genai closes again when it is deleted
+
+    closing = asyncio.run_coroutine_threadsafe(close(), loop)
+    if threading.current_thread() is not thread:
+        with contextlib.suppress(TimeoutError):
+            closing.result(timeout=2)
+
+
+def _complaint(part: Part, outcome: Reply | Fault) -> str:
+    """What is wrong with an answer, to be sent back with it; empty where nothing is."""
+    if part.check is None or isinstance(outcome, Fault):
+        return ""
+    try:
+        part.check(outcome.text)
+    except BadAnswerError as error:
+        return ASK_AGAIN.format(error=f"{error}; finish reason {outcome.finish_reason}")
+    return ""

@@ -1,0 +1,146 @@
+"""Gemini on Vertex AI, through google-genai."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from google import genai
+from google.genai import types
+from google.oauth2.credentials import Credentials
+
+from chatflow.errors import UsageError
+from chatflow.models.remote.clients import Client, Reply, Turn, checked
+from chatflow.models.remote.faults import Fault, Kind
+from chatflow.models.requests import Part
+from chatflow.models.settings import RemoteSettings
+
+FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length"}
+BLOCKED = frozenset(
+    ("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
+)
+
+LEVELS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192}
+"""Tokens that an answer may be longer for what is thought before it, by thinking level."""
+
+
+def thinking_of(model: str, setting: str) -> tuple[dict[str, Any] | None, int]:
+    """What google-genai's `ThinkingConfig` is made of, and how many tokens more it needs.
+
+    Thinking is paid for as part of the answer, and cut off with it at `max_output_tokens`; a
+    tone and a summary hardly need it.
+
+    Args:
+      setting: a level of Gemini 3 and later (`minimal`, `low`, `medium`, `high`), a budget of
+        tokens for Gemini 2.5, `none` to say nothing, or `auto`: as little as the model takes.
+
+    Raises:
+      UsageError: it is none of these.
+    """
+    if setting == "auto":
+        found = re.match(r"gemini-(\d+(?:\.\d+)?)", model)
+        version = float(found[1]) if found else 3.0
+        if version < 2.5:
+            setting = "none"
+        elif version < 3:
+            setting = "128" if "pro" in model else "0"
+        else:
+            setting = "low"
+    if setting == "none":
+        return None, 0
+    if setting.isdecimal():
+        return {"thinking_budget": int(setting)}, int(setting)
+    if setting not in LEVELS:
+        raise UsageError(
+            f"--thinking={setting}: must be auto, none, a number of tokens, or one of "
+            f"{', '.join(LEVELS)}"
+        )
+    return {"thinking_level": setting}, LEVELS[setting]
+
+
+class GeminiClient(Client):
+    """generateContent of one model, with a response schema where JSON is asked for.
+
+    Args:
+      name: `gemini-…`.
+    """
+
+    def __init__(self, name: str, settings: RemoteSettings):
+        self.name = name
+        self._thinking, self._headroom = thinking_of(name, settings.thinking)
+        address = settings.api_endpoint
+        if address and "://" not in address:
+            address = f"https://{address}"
+        no_credentials = Credentials(token="none")  # type: ignore[no-untyped-call]
+        self._client = genai.Client(
+            vertexai=True,
+            project=settings.project,
+            location=settings.location,
+            http_options=types.HttpOptions(
+                timeout=round(settings.timeout * 1000),
+                # Its own retries pay no attention to Retry-After, and there is one that is
+                # hidden, which this turns off, too.
+                retry_options=types.HttpRetryOptions(attempts=1),
+                base_url=address or None,
+            ),
+            credentials=no_credentials if settings.without_credentials else None,
+        )
+
+    async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
+        response = await self._client.aio.models.generate_content(
+            model=self.name,
+            contents=[
+                types.Content(role=turn.role, parts=[types.Part(text=turn.text)]) for turn in turns
+            ],
+            config=self._config(part),
+        )
+        return _reply(response)
+
+    def _config(self, part: Part) -> types.GenerateContentConfig:
+        form: dict[str, Any] = {}
+        if part.schema:
+            # As an OpenAPI schema an enum is of strings only, so this is JSON Schema.
+            form = {"response_mime_type": "application/json", "response_json_schema": part.schema}
+        if self._thinking is not None:
+            form["thinking_config"] = types.ThinkingConfig(**self._thinking)
+        return types.GenerateContentConfig(
+            temperature=0, max_output_tokens=part.max_tokens + self._headroom, **form
+        )
+
+    async def check(self) -> str:
+        await self._client.aio.models.count_tokens(model=self.name, contents="Hello")
+        return f"{self.name} is there"
+
+    async def close(self) -> None:
+        await self._client.aio.aclose()
+
+
+def _reply(response: types.GenerateContentResponse) -> Reply | Fault:
+    usage = response.usage_metadata or types.GenerateContentResponseUsageMetadata()
+    paid = (
+        usage.prompt_token_count or 0,
+        (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0),
+    )
+    feedback = response.prompt_feedback
+    if feedback is not None and feedback.block_reason:
+        why = _with_ratings(feedback.block_reason.value, feedback.safety_ratings)
+        return checked(Reply("", *paid, "blocked"), why)
+    if not response.candidates:
+        said = "the reply has no candidates"
+        return Fault(Kind.MALFORMED, "no_candidates", said, 0.0, None, *paid)
+    candidate = response.candidates[0]
+    said = candidate.finish_reason.value if candidate.finish_reason else "none"
+    parts = (candidate.content.parts if candidate.content else None) or []
+    text = "".join(part.text for part in parts if part.text and not part.thought)
+    blocked = _with_ratings(said, candidate.safety_ratings) if said in BLOCKED else ""
+    return checked(Reply(text, *paid, FINISH_REASONS.get(said, said.lower())), blocked)
+
+
+def _with_ratings(reason: str, ratings: Sequence[types.SafetyRating] | None) -> str:
+    blocked = [
+        f"{rating.category.value} {rating.probability.value if rating.probability else ''}".strip()
+        for rating in ratings or ()
+        if rating.blocked and rating.category
+    ]
+    return f"{reason} ({', '.join(blocked)})" if blocked else reason

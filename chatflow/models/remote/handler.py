@@ -1,0 +1,140 @@
+"""Models behind a service, for Beam: which client, one for a process, and the handler."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from apache_beam.io.components.rate_limiter import EnvoyRateLimiter
+from apache_beam.ml.inference.base import PredictionResult, RemoteModelHandler
+
+from chatflow.errors import UsageError
+from chatflow.models.handlers import METRICS, LanguageModelHandler
+from chatflow.models.remote.calls import RemoteModel
+from chatflow.models.remote.clients import Client
+from chatflow.models.requests import FIRST, Request, Version
+from chatflow.models.settings import ONE_BUNDLE, Batching, RemoteSettings
+
+
+def check_name(name: str, settings: RemoteSettings) -> None:
+    """Checks a remote model's name and settings; calls nothing.
+
+    Raises:
+      UsageError: it is neither an endpoint nor a Gemini model with a project and a location.
+    """
+    from chatflow.models.remote.vertex import ENDPOINT
+
+    if ENDPOINT.fullmatch(name):
+        return
+    if settings.endpoint_override:
+        raise UsageError(f"--endpoint_override: only with an endpoint, not with --model={name}")
+    if not name.startswith("gemini-"):
+        raise UsageError(
+            f"--model={name}: with --inference=remote give gemini-… or "
+            "projects/P/locations/L/endpoints/E"
+        )
+    if not settings.project:
+        raise UsageError(f"--model={name}: give --project, or set GOOGLE_CLOUD_PROJECT")
+    if not settings.location:
+        raise UsageError(
+            f"--model={name}: give --location (or Beam's --region), or set GOOGLE_CLOUD_LOCATION"
+        )
+    from chatflow.models.remote.gemini import thinking_of
+
+    thinking_of(name, settings.thinking)
+
+
+def client_of(name: str, settings: RemoteSettings) -> Client:
+    from chatflow.models.remote.vertex import ENDPOINT, EndpointClient
+
+    if ENDPOINT.fullmatch(name):
+        return EndpointClient(name, settings)
+    from chatflow.models.remote.gemini import GeminiClient
+
+    return GeminiClient(name, settings)
+
+
+_models: weakref.WeakValueDictionary[Any, RemoteModel] = weakref.WeakValueDictionary()
+_models_lock = threading.Lock()
+
+
+def shared_model(name: str, settings: RemoteSettings) -> RemoteModel:
+    """The one client of this process, for all its steps and threads."""
+    with _models_lock:
+        model = _models.get((name, settings))
+        if model is None or model.closed:
+            limiter = None
+            if settings.rate_limit_service:
+                limiter = EnvoyRateLimiter(
+                    settings.rate_limit_service,
+                    domain="chatflow",
+                    descriptors=[{"model": name}],
+                    namespace=METRICS,
+                )
+            model = RemoteModel(name, client_of(name, settings), settings, limiter)
+            _models[name, settings] = model
+        return model
+
+
+def _never(error: Exception) -> bool:
+    return False
+
+
+class RemoteLanguageModelHandler(
+    RemoteModelHandler[Request, PredictionResult, RemoteModel], LanguageModelHandler[RemoteModel]
+):
+    """A language model behind a service, for `RunInference`.
+
+    Each request is a call of its own; a batch is as many at once as may be in flight, over
+    all threads and steps of a worker process. A call that fails is made again as `faults`
+    says, within `RemoteSettings.retry_seconds`, with exponential pauses and full jitter, and
+    not before the service's Retry-After or RetryInfo, which holds for that request alone. An
+    answer that is not what was asked for is sent back once, with the error. Whatever still
+    fails is a `Failure` of that request; nothing fails a batch.
+
+    Beam's base retries and throttles whole batches; both stay idle, for `request` does not
+    raise. What it gives is the signal of throttled time to the runner.
+
+    Args:
+      model: `gemini-…` or `projects/P/locations/L/endpoints/E`.
+    """
+
+    def __init__(
+        self, model: str, settings: RemoteSettings, batching: Batching = ONE_BUNDLE
+    ) -> None:
+        # A batch ends with its slowest call, so in files it is much wider than what is in
+        # flight. In streams, whose batches come as they come, no answer waits for so many.
+        times = 16 if batching.seconds is None else 2
+        wide = batching._replace(size=times * settings.max_in_flight)
+        LanguageModelHandler.__init__(self, model, wide)
+        # Beam's throttler counts what is under way as failed, and sleeps 5 s at a time.
+        RemoteModelHandler.__init__(
+            self,
+            namespace=METRICS,
+            num_retries=0,
+            retry_filter=_never,
+            throttle_delay_secs=0,
+        )
+        self.settings = settings
+
+    holds_weights = False
+
+    def create_client(self) -> RemoteModel:
+        return self.load()
+
+    def load(self, version: Version = FIRST) -> RemoteModel:
+        return shared_model(self.name, self.settings)
+
+    def request(
+        self,
+        batch: Sequence[Request],
+        model: RemoteModel,
+        inference_args: dict[str, Any] | None = None,
+    ) -> list[PredictionResult]:
+        results = list(LanguageModelHandler.run_inference(self, batch, model, inference_args))
+        if throttled := math.ceil(model.throttled()):
+            self.throttler.throttling_signaler.signal_throttled(throttled)
+        return results

@@ -1,0 +1,282 @@
+"""Text models on Vertex AI endpoints of every kind: public, dedicated and private."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import aiohttp
+import google.auth
+import google.auth.transport.requests
+from google.auth.credentials import AnonymousCredentials
+
+from chatflow.errors import UsageError
+from chatflow.models.remote.clients import Client, Reply, Turn, checked, post
+from chatflow.models.remote.faults import Fault, HttpError, MalformedReplyError
+from chatflow.models.requests import Part
+from chatflow.models.settings import RemoteSettings
+from chatflow.network import trusted
+
+ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
+SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
+
+
+def schema_fields(schema: Mapping[str, Any] | None, spelling: str) -> dict[str, Any]:
+    """How a chat completion is told the JSON schema of its answer.
+
+    Args:
+      spelling: `response_format` (OpenAI's), `structured_outputs` (vLLM from 0.12 on),
+        `guided_json` (vLLM before), or `none`. Servers are said to ignore one that they do not
+        know, so answers are checked all the same.
+    """
+    if not schema or spelling == "none":
+        return {}
+    if spelling == "response_format":
+        form = {"name": "answer", "schema": schema}
+        return {"response_format": {"type": "json_schema", "json_schema": form}}
+    return {"guided_json": schema} if spelling == "guided_json" else {spelling: {"json": schema}}
+
+
+def body(turns: Sequence[Turn], part: Part, settings: RemoteSettings) -> dict[str, Any]:
+    """The body of a call, by `RemoteSettings.request_format`.
+
+    - `chat_completions`: an instance of predict, as Model Garden's vLLM containers take it.
+    - `raw_predict`: OpenAI's body as it is, for containers that serve its route.
+    - `prompt`: an instance with a prompt, for containers that know no chats.
+    """
+    limits = {"max_tokens": part.max_tokens, "temperature": 0}
+    if settings.request_format == "prompt":
+        prompt = "\n\n".join(turn.text for turn in turns)
+        return {"instances": [{"prompt": prompt, **limits}]}
+    chat = {
+        "messages": [
+            {"role": "assistant" if turn.role == "model" else turn.role, "content": turn.text}
+            for turn in turns
+        ],
+        **limits,
+        **schema_fields(part.schema, settings.response_format),
+    }
+    if settings.request_format == "raw_predict":
+        return {"model": "", **chat}
+    return {"instances": [{"@requestFormat": "chatCompletions", **chat}]}
+
+
+class Address(NamedTuple):
+    """Where an endpoint answers.
+
+    Attributes:
+      kind: `public`, `dedicated`, `private service access` or `overridden`.
+      predict, raw_predict: URLs.
+      models: how many are deployed on it.
+      verified: whether its certificate is checked.
+    """
+
+    kind: str
+    predict: str
+    raw_predict: str
+    models: int = 1
+    verified: bool = True
+
+    @classmethod
+    def at(cls, base: str, name: str, kind: str, models: int = 1, verified: bool = True) -> Address:
+        """Of an endpoint that the host `base` serves, under the name that Vertex AI has for it."""
+        url = f"{base.rstrip('/')}/v1/{name}"
+        return cls(kind, f"{url}:predict", f"{url}:rawPredict", models, verified)
+
+
+class EndpointClient(Client):
+    """predict or rawPredict of one endpoint over HTTP.
+
+    The endpoint is looked up once, by its first call, for its kind and its address; see
+    `look_up`. Calls go over HTTP for every kind, and not through aiplatform's classes, which
+    hide the status of what a dedicated endpoint refuses in a text, and know no time-out for a
+    private one.
+
+    Args:
+      name: `projects/P/locations/L/endpoints/E`.
+    """
+
+    def __init__(self, name: str, settings: RemoteSettings):
+        self.name, self.settings = name, settings
+        self._address: Address | None = None
+        self._looking_up = asyncio.Lock()
+        self._token = _Token(settings.without_credentials)
+        self._http: aiohttp.ClientSession | None = None
+
+    async def prepare(self) -> None:
+        if self._address is None:
+            await self.address()
+
+    async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
+        address = await self.address()
+        raw = self.settings.request_format == "raw_predict"
+        content = await self._post(
+            address.raw_predict if raw else address.predict,
+            body(turns, part, self.settings),
+            address.verified,
+        )
+        return reply_of(content if raw else _prediction(content))
+
+    async def address(self) -> Address:
+        async with self._looking_up:
+            if self._address is None:
+                settings = self.settings
+                if settings.endpoint_override:
+                    self._address = overridden(self.name, settings.endpoint_override)
+                else:
+                    self._address = await asyncio.to_thread(look_up, self.name, settings)
+            return self._address
+
+    async def _post(self, url: str, content: Mapping[str, Any], verified: bool) -> Any:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=trusted() if verified else False),
+                timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
+                trust_env=True,
+            )
+        headers = await self._token.header() if url.startswith("https://") else {}
+        try:
+            return await post(self._http, url, content, headers)
+        except HttpError as error:
+            if error.status == 404:  # perhaps it was deployed anew, elsewhere
+                self._address = None
+            raise
+
+    async def check(self) -> str:
+        if self.settings.endpoint_override:
+            return (
+                f"{self.name} is not looked up: it is called at {self.settings.endpoint_override}"
+            )
+        address = await self.address()
+        if not address.models:
+            raise _nothing_deployed(self.name)
+        return f"{self.name} is there, a {address.kind} endpoint"
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+
+
+class _Token:
+    """An access token of the machine's own credentials, renewed before it ends."""
+
+    def __init__(self, none: bool):
+        self._credentials: Any = None
+        self._none = none
+        self._lock = threading.Lock()
+
+    async def header(self) -> dict[str, str]:
+        if self._none:
+            return {}
+        if self._credentials is None or not self._credentials.valid:
+            await asyncio.to_thread(self._renew)
+        headers: dict[str, str] = {}
+        self._credentials.apply(headers)
+        return headers
+
+    def _renew(self) -> None:
+        with self._lock:
+            if self._credentials is None:
+                self._credentials, _ = google.auth.default(scopes=SCOPES)
+            if not self._credentials.valid:
+                request = google.auth.transport.requests.Request()
+                self._credentials.refresh(request)
+
+
+def overridden(name: str, address: str) -> Address:
+    """An endpoint at an address that is known; an address without scheme is https's."""
+    if "://" in address:
+        return Address.at(address, name, "overridden")
+    # aiplatform's PrivateEndpoint checks no certificate here, for the address is one of the
+    # user's own network, and the certificate is Google's own.
+    return Address.at(f"https://{address}", name, "overridden", verified=False)
+
+
+def _nothing_deployed(name: str) -> UsageError:
+    return UsageError(f"--model={name}: no model is deployed on this endpoint")
+
+
+def look_up(name: str, settings: RemoteSettings) -> Address:
+    """Asks Vertex AI for an endpoint.
+
+    Raises:
+      UsageError: a private service connect endpoint without its address.
+      google.api_core.exceptions.GoogleAPICallError: as the service says.
+    """
+    found = ENDPOINT.fullmatch(name)
+    assert found is not None  # checked by remote.check_name
+    base = settings.api_endpoint or f"https://{found[2]}-aiplatform.googleapis.com"
+    if "://" not in base:
+        base = f"https://{base}"
+    endpoint = _endpoint_service(base).get_endpoint(name=name, timeout=settings.timeout, retry=None)
+    models = len(endpoint.deployed_models)
+    if endpoint.dedicated_endpoint_enabled and endpoint.dedicated_endpoint_dns:
+        kind, base = "dedicated", f"https://{endpoint.dedicated_endpoint_dns}"
+    elif endpoint.private_service_connect_config.enable_private_service_connect:
+        raise UsageError(
+            f"--model={name} is a private service connect endpoint: give the address of its "
+            "forwarding rule with --endpoint_override"
+        )
+    elif endpoint.network:
+        if not models:
+            raise _nothing_deployed(name)
+        uri = endpoint.deployed_models[0].private_endpoints.predict_http_uri
+        return Address("private service access", uri, uri, models)
+    else:
+        kind = "public"
+    return Address.at(base, name, kind, models)
+
+
+def _endpoint_service(base: str) -> Any:
+    from google.cloud.aiplatform_v1 import EndpointServiceClient
+    from google.cloud.aiplatform_v1.services.endpoint_service.transports.rest import (
+        EndpointServiceRestTransport,
+    )
+
+    scheme, host = base.rstrip("/").split("://", 1)
+    if scheme == "http":
+        anonymous = AnonymousCredentials()  # type: ignore[no-untyped-call]
+        transport = EndpointServiceRestTransport(
+            host=host, url_scheme="http", credentials=anonymous
+        )
+        return EndpointServiceClient(transport=transport)
+    return EndpointServiceClient(client_options={"api_endpoint": host})
+
+
+def _prediction(content: Any) -> Any:
+    """The one prediction of a reply. Public examples disagree whether it stands in a list."""
+    predictions = content.get("predictions") if isinstance(content, dict) else None
+    if not predictions:
+        said = "the reply has no predictions"
+        raise MalformedReplyError("no_predictions", said, _raw(content))
+    return predictions[0] if isinstance(predictions, list) else predictions
+
+
+def reply_of(prediction: Any) -> Reply | Fault:
+    """Reads a chat completion, a completion, or the text of a container that knows prompts only.
+
+    Raises:
+      MalformedReplyError: it is neither.
+    """
+    if isinstance(prediction, str):
+        # Model Garden's containers say the prompt again.
+        return checked(Reply(prediction.split("\nOutput:\n", 1)[-1], finish_reason="unknown"))
+    try:
+        choice, usage = prediction["choices"][0], prediction.get("usage") or {}
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        said = str(choice.get("finish_reason"))
+        paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        reply = Reply(str(text or ""), *paid, said)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise MalformedReplyError(
+            "bad_reply", f"no chat completion in the reply: {error!r}", _raw(prediction)
+        ) from None
+    return checked(reply, said if said == "content_filter" else "")
+
+
+def _raw(content: Any) -> str:
+    return json.dumps(content, default=str)[:2000]

@@ -1,0 +1,1 @@
+"""vLLM's own server on the workers."""

@@ -1,0 +1,123 @@
+"""How vLLM's server on this machine is asked: one call, for one part of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from chatflow.models.remote.clients import Client, Reply, Turn, post
+from chatflow.models.remote.faults import Fault, Kind, MalformedReplyError
+from chatflow.models.remote.vertex import body, reply_of, schema_fields
+from chatflow.models.requests import Part
+from chatflow.models.settings import RemoteSettings
+
+if TYPE_CHECKING:
+    from chatflow.models.vllm.server import VllmServer
+
+TOP = 20
+"""Likeliest first tokens among which the choices are looked for; vLLM gives no more by default."""
+
+
+class VllmClient(Client):
+    """Completions of a server on this machine, which is started again when it has ended.
+
+    Args:
+      name: of the model, as the server knows it.
+      instruct: chat completions are asked for, else the prompt is continued.
+
+    Where a part has choices, the reply's text is a JSON list of their log-probabilities.
+    """
+
+    def __init__(self, name: str, server: VllmServer, settings: RemoteSettings, instruct: bool):
+        self.name, self.settings, self.instruct = name, settings, instruct
+        self._server = server
+        self._start: asyncio.Future[None] | None = None
+        self._http: aiohttp.ClientSession | None = None
+
+    async def prepare(self) -> None:
+        """Waits for the server. All that wait for one start have its outcome."""
+        if self._server.runs and (self._start is None or self._start.done()):
+            return
+        if self._start is None or self._start.done():
+            self._start = asyncio.ensure_future(asyncio.to_thread(self._server.start_again))
+        await asyncio.shield(self._start)
+
+    async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
+            )
+        path = "chat/completions" if self.instruct else "completions"
+        content = self._body(turns, part)
+        reply = await post(self._http, f"{self._server.address}/v1/{path}", content)
+        return _scores_of(reply, part) if part.choices else reply_of(reply)
+
+    def _body(self, turns: Sequence[Turn], part: Part) -> dict[str, Any]:
+        if part.choices:  # nothing is written
+            part = dataclasses.replace(part, max_tokens=1, stop=(), schema=None)
+        if self.instruct:
+            raw = self.settings._replace(request_format="raw_predict")
+            content = body(turns, part, raw)
+        else:
+            prompt = "\n\n".join(turn.text for turn in turns)
+            schema = schema_fields(part.schema, self.settings.response_format)
+            limits = {"max_tokens": part.max_tokens, "temperature": 0}
+            content = {"prompt": prompt, **limits, **schema}
+        content["model"] = self.name
+        if part.stop:
+            content["stop"] = list(part.stop)
+        if part.choices and self.instruct:
+            content |= {"logprobs": True, "top_logprobs": TOP}
+        elif part.choices:
+            content["logprobs"] = TOP
+        return content
+
+    async def check(self) -> str:
+        await self.prepare()
+        return f"{self.name} is there"
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+
+
+def _scores_of(content: Any, part: Part) -> Reply | Fault:
+    """The log-probability of each choice's first token, in place of a text; as JSON.
+
+    A token that begins several choices says nothing of one of them, and is left out.
+
+    Raises:
+      MalformedReplyError: the reply has no log-probabilities.
+    """
+    try:
+        usage, found = content.get("usage") or {}, content["choices"][0]["logprobs"]
+        paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        if "content" in found:
+            tops = {top["token"]: top["logprob"] for top in found["content"][0]["top_logprobs"]}
+        else:
+            tops = dict(found["top_logprobs"][0])
+        least = min(tops.values())  # of a choice that is not among them, at most
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        said = f"no log-probabilities in the reply: {error!r}"
+        raise MalformedReplyError("bad_reply", said, json.dumps(content)[:2000]) from None
+    by_choice: dict[str, list[float]] = {choice: [] for choice in part.choices}
+    for token, score in tops.items():
+        begun = [choice for choice in by_choice if _begins(choice, token)]
+        if len(begun) == 1:
+            by_choice[begun[0]].append(score)
+    if not any(by_choice.values()):
+        choices = list(part.choices)
+        said = f"none of the {TOP} likeliest tokens begins just one of {choices}: {list(tops)}"
+        return Fault(Kind.FATAL, "no_choice", said, 0.0, None, *paid)
+    return Reply(json.dumps([max(scores, default=least) for scores in by_choice.values()]), *paid)
+
+
+def _begins(choice: str, token: str) -> bool:
+    # Tokenizers differ in what they say of a word's leading space.
+    return bool(token.strip()) and choice.strip().startswith(token.strip())

@@ -1,0 +1,245 @@
+"""vLLM on the workers: its own server, which Beam's handlers start, asked as a service is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import re
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatflow.errors import UsageError
+from chatflow.models.base import LanguageModel
+from chatflow.models.handlers import LanguageModelHandler
+from chatflow.models.parts import Result, put_together
+from chatflow.models.remote.calls import RemoteModel
+from chatflow.models.requests import FIRST, Answer, Failure, Part, Request, Version
+from chatflow.models.settings import ONE_BUNDLE, ONE_COPY, Batching, RemoteSettings, WorkerSettings
+from chatflow.models.vllm.client import VllmClient
+from chatflow.weights.presets import VLLM, brought, copied
+
+if TYPE_CHECKING:
+    from chatflow.models.vllm.server import VllmServer
+
+_log = logging.getLogger(__name__)
+
+INSTALL = "pip install 'chatflow[vllm]'"
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_ARGUMENT = re.compile(r"(?:--)?([a-z][\w.-]*)(?:=(.+))?", re.DOTALL)
+_OURS = ("model", "port", "uds", "served-model-name", "root-path", "api-key", "ssl-keyfile")
+
+
+def check(name: str, worker: WorkerSettings) -> None:
+    """Checks what can be checked of `vllm:NAME` and its settings; loads nothing.
+
+    Raises:
+      UsageError: it is no name that vLLM could load, or a setting that it does not have.
+    """
+    model = name.removeprefix(VLLM)
+    folder = Path(model)
+    if model and folder.is_dir() and not (folder / "config.json").is_file():
+        raise UsageError(f"--model={name}: the folder has no config.json, so it is no model")
+    scheme, bucket, _ = model.partition("://")
+    known = (
+        scheme not in ("hf", "kaggle")
+        if bucket
+        else model and (folder.is_dir() or folder.is_absolute() or brought(model))
+    )
+    if not known and not _HUB_NAME.fullmatch(model):
+        raise UsageError(
+            f"--model={name}: give vllm:ORGANISATION/NAME of Hugging Face's, a folder on the "
+            "workers, or one of Cloud Storage (gs://…)"
+        )
+    if not worker.large_model:
+        raise UsageError(
+            f"--large_model=false: not with --model={VLLM}…, whose server serves all processes "
+            "of a worker"
+        )
+    if worker.model_copies > 1:
+        raise UsageError(
+            f"--model_copies={worker.model_copies}: not with --model={VLLM}…, whose server has all "
+            "GPUs of a worker; give --vllm_args=data-parallel-size="
+            f"{worker.model_copies} for copies, or tensor-parallel-size for parts"
+        )
+    if worker.quantization != "none":
+        raise UsageError(
+            f"--quantization={worker.quantization}: is Keras's; vLLM has its own, e.g. "
+            "--vllm_args=quantization=fp8, and finds that of quantised weights by itself"
+        )
+    parse_arguments(worker.vllm_args)
+
+
+def parse_arguments(text: str) -> dict[str, str | None]:
+    """Flags of vLLM's server by name; None for one without a value.
+
+    A comma is between two flags where the name of one follows it, so that values may be JSON.
+
+    >>> parse_arguments('tensor-parallel-size=2,enforce_eager,limit-mm-per-prompt={"a":0,"b":0}')
+    {'tensor-parallel-size': '2', 'enforce-eager': None, 'limit-mm-per-prompt': '{"a":0,"b":0}'}
+
+    Raises:
+      UsageError: that is no list of flags, or one of them is chatflow's own.
+    """
+    arguments: dict[str, str | None] = {}
+    for item in re.split(r",(?=[a-z-])", text) if text else ():
+        found = _ARGUMENT.fullmatch(item)
+        if not found:
+            raise UsageError(
+                f"--vllm_args: {item!r} is no flag of vLLM's; give e.g. "
+                "tensor-parallel-size=2,gpu-memory-utilization=0.9,enforce-eager"
+            )
+        name = found[1].replace("_", "-")
+        if name in _OURS:
+            raise UsageError(f"--vllm_args: {name} is not yours to give; --model names the model")
+        if name in arguments:
+            raise UsageError(f"--vllm_args: {name} is there twice")
+        arguments[name] = found[2]
+    return arguments
+
+
+def check_installed(name: str) -> None:
+    """For a model that runs on this machine.
+
+    Raises:
+      UsageError: vLLM, or what Beam's handler needs, is not installed.
+    """
+    for package in ("vllm", "openai"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"--model={name}: {package} is not installed here; {INSTALL}")
+    if (model := Path(name.removeprefix(VLLM))).is_absolute() and not model.is_dir():
+        raise UsageError(f"--model={name}: there is no such folder here")
+
+
+def server_arguments(name: str, worker: WorkerSettings, most: int) -> dict[str, str | None]:
+    """The flags that a server is started with, beside the model and the port.
+
+    Args:
+      most: requests at once.
+    """
+    # Only for us: the server asks nobody for a key. It would log each call. Prompts are budgeted by
+    # an estimate, and one that is asked again holds the first answer, too; without a limit, vLLM
+    # does not start where the longest context that the model knows has no room.
+    arguments: dict[str, str | None] = {
+        "host": "127.0.0.1",
+        "served-model-name": name.removeprefix(VLLM),
+        "max-model-len": str(2 * worker.max_prompt_tokens + 1024),
+        "max-num-seqs": str(most),
+        "disable-uvicorn-access-log": None,
+    }
+    if worker.dtype != "auto":
+        arguments["dtype"] = worker.dtype
+    return arguments | parse_arguments(worker.vllm_args)
+
+
+class VllmModel(LanguageModel):
+    """A server and its client. Each part of a request is a call of its own.
+
+    Args:
+      name: what answers say made them.
+      path: what the server loads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        arguments: Mapping[str, str | None],
+        instruct: bool,
+        settings: RemoteSettings,
+    ):
+        from chatflow.models.vllm.server import VllmServer
+
+        started = time.monotonic()
+        server = VllmServer(path, arguments, instruct)
+        _log.info("loaded %s in %.1f s", path, time.monotonic() - started)
+        client = VllmClient(str(arguments["served-model-name"]), server, settings, instruct)
+        self._calls = RemoteModel(name, client, settings)
+        self._release = weakref.finalize(self, _release, self._calls, server)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        calls = [dataclasses.replace(r, parts=(part,)) for r in requests for part in r.parts]
+        answers = iter(self._calls.answer(calls))
+        return [_together(r.parts, [next(answers) for _ in r.parts]) for r in requests]
+
+    def counts(self) -> dict[str, int]:
+        return self._calls.counts()
+
+    def close(self) -> None:
+        """Ends the server; also done when nobody holds the model, and when the process ends."""
+        self._release()
+
+
+def _release(calls: RemoteModel, server: VllmServer) -> None:
+    calls.close()
+    server.stop()
+
+
+def _together(parts: Sequence[Part], found: Sequence[Answer | Failure]) -> Answer | Failure:
+    """One answer from those to a request's parts, or the first failure; all are paid for."""
+    read = sum(each.prompt_tokens for each in found)
+    written = sum(each.answer_tokens for each in found)
+    answers: list[Answer] = []
+    for each in found:
+        if isinstance(each, Failure):
+            return dataclasses.replace(each, prompt_tokens=read, answer_tokens=written)
+        answers.append(each)
+    results = [(part, _result(part, each)) for part, each in zip(parts, answers, strict=True)]
+    made = put_together(results, answers[0].model, max(each.seconds for each in answers))
+    if isinstance(made, Answer):
+        repairs = tuple(repair for each in answers for repair in each.repairs)
+        made = dataclasses.replace(made, repairs=repairs)
+    return dataclasses.replace(made, prompt_tokens=read, answer_tokens=written)
+
+
+def _result(part: Part, answer: Answer) -> Result:
+    if not part.choices:
+        cut = answer.finish_reason == "length"
+        return Result(answer.prompt_tokens, text=answer.text, cut=cut)
+    scores = tuple(json.loads(answer.text))  # see VllmClient
+    biased = [score - bias for score, bias in zip(scores, part.bias, strict=True)]
+    return Result(answer.prompt_tokens, scores, biased.index(max(biased)))
+
+
+class VllmModelHandler(LanguageModelHandler[VllmModel]):
+    """A model of vLLM's on the worker: one server for all its processes and steps.
+
+    Beam's own handlers ask it for a whole batch, which one error fails, without a time-out and
+    without a schema. Here they only start it; it is asked as a remote model is: see
+    `RemoteLanguageModelHandler`. It has its own batches, which calls join and leave as they
+    come, so that `Batching.size` says how many are in flight.
+
+    Args:
+      name: `vllm:` and a name of Hugging Face's, a folder on the worker, or one of Cloud Storage.
+      instruct: chat completions are asked for, else prompts are continued.
+      worker: `dtype`, `max_prompt_tokens` and `vllm_args` are for the server.
+      remote: time-outs and retries, as of a remote model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        instruct: bool,
+        worker: WorkerSettings = ONE_COPY,
+        remote: RemoteSettings | None = None,
+        batching: Batching = ONE_BUNDLE,
+    ):
+        times = 16 if batching.seconds is None else 2  # as for remote models
+        super().__init__(name, batching._replace(size=times * batching.size), worker)
+        self.instruct = instruct
+        self.settings = (remote or RemoteSettings())._replace(max_in_flight=batching.size)
+        self.arguments = server_arguments(name, worker, batching.size)
+
+    def load(self, version: Version = FIRST) -> VllmModel:
+        model = self.name.removeprefix(VLLM)
+        if folder := brought(model):
+            model = os.fspath(folder)
+        elif "://" in model:
+            model = os.fspath(copied(model, _log.info))
+        return VllmModel(self.name, model, self.arguments, self.instruct, self.settings)

@@ -1,0 +1,1 @@
+"""What is asked: templates, questions, answers."""

@@ -1,0 +1,310 @@
+"""What a model's answer must look like: parsed, mended at most once, or refused.
+
+An analysis is a JSON object with `sentiment` and `summary`; a draft is plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from chatflow.chat_text import CONTROL_TOKEN, as_data
+from chatflow.errors import BadAnswerError
+from chatflow.models.requests import Part
+from chatflow.records import Chat, Sentiment
+
+_ACCUSATION = re.compile(r"\byou(?:['’]ve| have|r)? +(\w+)")
+
+
+_CONTENT_WORD = re.compile(r"\d+|[^\W\d_]{3,}")
+
+
+_EMPTY_WORDS = frozenset(
+    "about after again ago all also and any are because been before being but can could customer "
+    "did does doing done down each even every find for from get given give going got had has have "
+    "having her here him his how into its just know let like look made make making may more most "
+    "much need needs not now off one only other our out over own per please said same saw say "
+    "says see she should some such sure take than thank thanks that the their them then there "
+    "these they thing things this those through time too two under until use user very want "
+    "wanted wants was way well were what when where which while who will with would yet you your "
+    "agent company service support".split()
+)
+
+
+_NO_WORD = re.compile(r"\S*[@/\d]\S*")
+
+TONE_WORDS: Mapping[str, Sentiment] = {
+    "angry": Sentiment.ANGRY,
+    "unhappy": Sentiment.ANGRY,
+    "negative": Sentiment.ANGRY,
+    "neutral": Sentiment.NEUTRAL,
+    "happy": Sentiment.HAPPY,
+    "positive": Sentiment.HAPPY,
+}
+"""Words that models write where a number was asked for."""
+
+
+ANALYSIS_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "sentiment": {"type": "integer", "enum": [-1, 0, 1]},
+        "summary": {"type": "string"},
+    },
+    "required": ["sentiment", "summary"],
+}
+"""JSON schema of the answer where the model writes JSON."""
+
+
+class AnalysisAnswer(NamedTuple):
+    sentiment: Sentiment
+    summary: str
+    repairs: tuple[str, ...]
+
+
+class DraftAnswer(NamedTuple):
+    text: str
+    repairs: tuple[str, ...]
+
+
+def parse_analysis(
+    answer: str, summary_characters: int, tones: Mapping[str, Sentiment] = TONE_WORDS
+) -> AnalysisAnswer:
+    """Reads sentiment and summary from a model's answer.
+
+    Takes JSON that is fenced, prefixed, single-quoted, cut off or has trailing commas;
+    what had to be mended is said in `repairs`. A summary that is too long ends at a
+    word, with an ellipsis, and says so.
+
+    Args:
+      tones: the template's words for the sentiments, taken beside the usual ones.
+
+    Raises:
+      BadAnswerError: `empty_answer`, `not_json`, `no_sentiment`, `bad_sentiment`,
+        `no_summary`, `empty_summary`.
+    """
+    if not answer.strip():
+        raise BadAnswerError("empty_answer", "the model's answer is empty", answer)
+    value, repairs = _answer_object(answer)
+    fields = {str(key).strip().lower(): item for key, item in value.items()}
+    if "sentiment" not in fields:
+        raise BadAnswerError("no_sentiment", "the answer has no field sentiment", answer)
+    words = {**TONE_WORDS, **{word.lower(): tone for word, tone in tones.items()}}
+    sentiment = _sentiment(fields["sentiment"], words)
+    if sentiment is None:
+        shown = json.dumps(fields["sentiment"], default=str)[:80]
+        raise BadAnswerError("bad_sentiment", f"sentiment is {shown}, not -1, 0 or 1", answer)
+    if "summary" not in fields:
+        raise BadAnswerError("no_summary", "the answer has no field summary", answer)
+    if not isinstance(fields["summary"], str):
+        kind = type(fields["summary"]).__name__
+        raise BadAnswerError("no_summary", f"summary is a JSON {kind}, not a string", answer)
+    summary, mended = _plain_text(fields["summary"])
+    summary = " ".join(summary.split())
+    if not summary:
+        raise BadAnswerError("empty_summary", "the summary is empty", answer)
+    repairs += mended
+    if len(summary) > summary_characters:
+        summary, repairs = shorten(summary, summary_characters), (*repairs, "summary_cut")
+    return AnalysisAnswer(sentiment, summary, repairs)
+
+
+def parse_draft(answer: str, asked: Part, chat: Chat, limit: int) -> DraftAnswer:
+    """Checks the text of a draft.
+
+    Args:
+      asked: what the model was asked, to see whether it only says it again.
+      chat: whose words a draft may take up, but not repeat as a whole.
+      limit: characters; a longer draft ends at its last whole sentence within it.
+
+    Raises:
+      BadAnswerError: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`.
+    """
+    text = answer.strip()
+    written = text.removesuffix(asked.tail)
+    if not re.search(r"\w", written.removeprefix(asked.lead)):
+        raise BadAnswerError("empty_draft", "the draft has no words", answer)
+    if CONTROL_TOKEN.search(text):
+        raise BadAnswerError("control_tokens", "the draft holds control tokens", answer)
+    if copies_template(written, asked.prompt, chat) or _words(written) in _words(asked.prompt):
+        raise BadAnswerError("repeats_prompt", "the draft says its prompt again", answer)
+    if repeats_itself(written):
+        raise BadAnswerError("repeats_itself", "the draft says the same again and again", answer)
+    if len(text) <= limit:
+        return DraftAnswer(text, ())
+    ends = [end.end() for end in re.finditer(r"[.!?…](?=\s|$)", text[:limit])]
+    return DraftAnswer(text[: ends[-1]] if ends else shorten(text, limit), ("draft_cut",))
+
+
+def says_any(text: str, phrases: Sequence[str]) -> bool:
+    """Whether a text holds one of some phrases: words in a row, in any case."""
+    return any(_words(phrase) in _words(text) for phrase in phrases)
+
+
+def shorten(text: str, limit: int) -> str:
+    """The start of a text up to a word's end, with an ellipsis; at most `limit` characters."""
+    if len(text) <= limit:
+        return text
+    start = text[: limit - 1]
+    at_word = start.rsplit(" ", 1)[0] if " " in start else start
+    return at_word.rstrip(" ,;:") + "…"
+
+
+def copies_template(text: str, prompt: str, chat: Chat) -> bool:
+    """Whether most of a text stands in its prompt's instructions and examples.
+
+    Words that it takes from the chat itself are no copy.
+    """
+    template = prompt
+    for message in chat.messages:
+        template = template.replace(as_data(message.text), "\n")
+    runs, known = word_runs(text), set(word_runs(template))
+    return sum(run in known for run in runs) * 2 > len(runs)
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether more than half of a text's runs of words come again."""
+    runs = word_runs(text)
+    return len(set(runs)) * 2 < len(runs)
+
+
+def word_runs(text: str, length: int = 5) -> list[tuple[str, ...]]:
+    """All runs of so many words; of a shorter text, the words as one run."""
+    words = re.findall(r"\w+", text.lower())
+    if len(words) <= length:
+        return [tuple(words)] if words else []
+    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+
+
+def _words(text: str) -> str:
+    return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
+
+
+def _plain_text(text: str) -> tuple[str, tuple[str, ...]]:
+    plain = CONTROL_TOKEN.sub(" ", text)
+    return plain, ("control_tokens",) if plain != text else ()
+
+
+def _answer_object(answer: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The first JSON object of an answer that has a field we ask for, and what was mended."""
+    for value in _whole_objects(answer):
+        if _asked(value):
+            return value, ()
+    import json_repair
+
+    start = answer.find("{")
+    if start >= 0:
+        try:
+            value = json_repair.loads(answer[start:])
+        except Exception:  # json_repair's own mistakes are those of the answer, too
+            value = None
+        for item in value if isinstance(value, list) else [value]:
+            if _asked(item):
+                return item, ("json",)
+    raise BadAnswerError("not_json", "the answer holds no JSON object with the fields", answer)
+
+
+def _asked(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        str(key).strip().lower() in ("sentiment", "summary") for key in value
+    )
+
+
+def _whole_objects(text: str) -> Iterator[Any]:
+    decoder = json.JSONDecoder()
+    at = text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            yield value
+        at = text.find("{", end)
+
+
+def _sentiment(value: Any, tones: Mapping[str, Sentiment]) -> Sentiment | None:
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in tones:
+            return tones[word]
+        try:
+            value = float(word)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return Sentiment(int(value)) if value in (-1, 0, 1) else None
+
+
+def content_words(text: str) -> list[str]:
+    """Numbers, and the words that carry meaning, lower-cased, by their first five letters.
+
+    Five letters, so that "refunded" in a summary is found in a chat about a "refund".
+    """
+    words = _CONTENT_WORD.findall(text.lower())
+    return [word[:5] for word in words if word not in _EMPTY_WORDS]
+
+
+def grounding(
+    text: str, chat: Chat, user_id: str, least: int = 2, ignored: Collection[str] = ()
+) -> float:
+    """The share of a text's content words that the user wrote, too.
+
+    0 where it has too few of them, and so says nothing. Names of the chat's users do not
+    count.
+
+    Args:
+      least: how many different content words a text must have.
+      ignored: content words that do not count, either.
+    """
+    known = set(content_words(" ".join(chat.texts_of(user_id))))
+    words = [word for word in content_words(without_users(text, chat)) if word not in ignored]
+    return sum(word in known for word in words) / len(words) if len(set(words)) >= least else 0.0
+
+
+def without_users(text: str, chat: Chat) -> str:
+    """A text without the names of a chat's users."""
+    for name in {m.user_id for m in chat.messages}:
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
+    return text
+
+
+def extract(chat: Chat, user_id: str, limit: int) -> str:
+    """The user's own words: the first message that says something, whole or shortened.
+
+    That is one of at least three content words, for people mostly begin with their
+    concern; where there is none, it is the message with the most. Numbers, addresses
+    and links do not count.
+    """
+
+    def says(text: str) -> int:
+        return len(set(content_words(_NO_WORD.sub(" ", text))))
+
+    own = [" ".join(text.split()) for text in chat.texts_of(user_id)]
+    telling = next((text for text in own if says(text) >= 3), None) or max(own, key=says)
+    return f"“{shorten(telling, limit - 2)}”"
+
+
+def accuses(text: str, chat: Chat, user_id: str) -> bool:
+    """Whether it says "you lost …" or "your driver …" where the customer does, who meant us."""
+    own = " ".join(chat.texts_of(user_id))
+    said = set(_ACCUSATION.findall(own.lower()))
+    return not said.isdisjoint(_ACCUSATION.findall(text.lower()))
+
+
+_APOLOGY_WORDS = frozenset(
+    content_words(
+        "sorry regret apologise apologize apology sincerely understand inconvenience "
+        "frustrating annoying upset disappointed feel trouble experience"
+    )
+)
+
+
+def draft_grounding(written: str, chat: Chat, user_id: str) -> float:
+    """The share of content words of what the model wrote that the customer wrote, too.
+
+    Words of apology do not count; see `analysis.grounding`.
+    """
+    return grounding(written, chat, user_id, 1, _APOLOGY_WORDS)

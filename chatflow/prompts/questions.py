@@ -1,0 +1,412 @@
+"""Chats to questions: a template rendered for one user of one chat."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import jinja2
+
+from chatflow.chat_text import as_data, estimate_tokens, keep_newest
+from chatflow.errors import BadInputError, UsageError
+from chatflow.models.requests import FIRST, Part, Request, Version
+from chatflow.models.spec import ModelSpec
+from chatflow.prompts.answers import ANALYSIS_SCHEMA, AnalysisAnswer, parse_analysis
+from chatflow.prompts.templates import Template
+from chatflow.records import (
+    SUMMARY_CHARACTERS,
+    Analysis,
+    Chat,
+    Identity,
+    Message,
+    Sentiment,
+    now,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A request to a model, and what it is about.
+
+    Attributes:
+      chat: the chat as it came.
+      user_id: whose tone is asked for, or to whom the draft speaks.
+      dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
+      prompt_version, settings: of the template that asks, by which the answer is read; while a
+        pipeline runs, templates may change.
+      analysis: of the draft's chat; None when it is the analysis that is asked for.
+    """
+
+    chat: Chat
+    user_id: str
+    request: Request
+    dropped_messages: int
+    cut_messages: int
+    prompt_version: str
+    settings: Mapping[str, Any]
+    analysis: Analysis | None = None
+
+    def id_of(self, model: str) -> str:
+        """The id of what a model answers; not always the one that was meant to."""
+        identity = Identity(
+            self.chat.chat_id, self.user_id, self.chat.revision, self.prompt_version, model
+        )
+        return identity.digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A template with the settings that it is rendered with: chats to questions.
+
+    Attributes:
+      template: of `load_folder`.
+      model: who will answer; decides which blocks are asked.
+      max_prompt_tokens: the budget of one prompt, in estimated tokens.
+      weights: the version of the model that is asked for.
+
+    Raises:
+      UsageError: the template has a mistake, with file and line.
+    """
+
+    template: Template
+    model: ModelSpec
+    max_prompt_tokens: int = 1536
+    weights: Version = FIRST
+
+    def __post_init__(self) -> None:
+        self.check_settings()
+        for number, (chat, user_id, analysis) in enumerate(_PROBES):
+            for block in self.block_names:
+                try:
+                    text = self._render(block, chat, chat.messages, user_id, analysis)
+                except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+                    raise UsageError(self.template.error_at(error)) from None
+                if number == 0 and not text:
+                    raise UsageError(f"{self.template.where}: block {block} is empty")
+        try:
+            _ = self.probe
+        except BadInputError as error:
+            raise UsageError(str(error)) from None
+
+    def texts(self, name: str, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """A constant of the template that lists texts, if it is there.
+
+        Raises:
+          UsageError: it is something else.
+        """
+        found = self.template.settings.get(name, usual)
+        if not isinstance(found, (list, tuple)) or not all(isinstance(x, str) for x in found):
+            raise UsageError(f"{self.template.where}: {name} must list texts; found {found!r}")
+        return tuple(found)
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def check_settings(self) -> None:
+        raise NotImplementedError
+
+    def part(self, block: str, text: str, lead: str, tail: str) -> Part:
+        """The prompt of a block as a part of a request."""
+        raise NotImplementedError
+
+    @property
+    def result_name(self) -> str:
+        """What results will say made them."""
+        path = self.weights.path
+        return self.weights.named(self.model.base_name) if path else self.model.result_name
+
+    def of(self, chat: Chat) -> Self:
+        """The prompt for a chat; others than this one may differ by chat, see `routes.Routed`."""
+        return self
+
+    @functools.cached_property
+    def version(self) -> str:
+        return self.template.version(*self.block_names, self.max_prompt_tokens)
+
+    @functools.cached_property
+    def shared(self) -> Mapping[str, str]:
+        """By block, the text that every prompt begins with: instructions and examples."""
+        return {block: self._shared(block) for block in self.block_names}
+
+    def _shared(self, block: str) -> str:
+        texts = [
+            self._render(block, chat, chat.messages, user_id, analysis)
+            for chat, user_id, analysis in _PROBES
+        ]
+        common = os.path.commonprefix(texts)  # noqa: RUF071 (texts, not paths)
+        return common[: common.rfind("\n") + 1]  # whole lines, so that tokens do not straddle
+
+    def _shared_length(self, block: str, text: str) -> int:
+        return len(self.shared[block]) if text.startswith(self.shared[block]) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def question(self, chat: Chat, user_id: str, analysis: Analysis | None = None) -> Question:
+        """Renders all blocks for one user of a chat.
+
+        Raises:
+          BadInputError: `template_error`; a template that fails on this chat alone.
+        """
+        budget = self.max_prompt_tokens - self._overhead
+        kept = keep_newest(chat, user_id, max(budget, 64))
+        try:
+            parts = [
+                self.part(
+                    block,
+                    self._render(block, chat, kept.messages, user_id, analysis),
+                    self._beside(f"{block}_start", chat, kept.messages, user_id, analysis),
+                    self._beside(f"{block}_end", chat, kept.messages, user_id, analysis),
+                )
+                for block in self.block_names
+            ]
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise BadInputError("template_error", self.template.error_at(error)) from None
+        identity = Identity(chat.chat_id, user_id, chat.revision, self.version, self.result_name)
+        request = Request(
+            id=identity.digest(),
+            task=self.template.name.removesuffix(".jinja"),
+            chat_id=chat.chat_id,
+            user_id=user_id,
+            parts=tuple(parts),
+            model=self.model.key,
+            version=self.weights,
+        )
+        return Question(
+            chat, user_id, request, kept.dropped, kept.cut,
+            self.version, self.template.settings, analysis,
+        )  # fmt: skip
+
+    @property
+    def probe(self) -> Request:
+        """A request of a short chat, as they will come."""
+        return self.question(*_PROBES[0]).request
+
+    def _beside(self, block: str, *values: Any) -> str:
+        return self._render(block, *values) if block in self.template.blocks else ""
+
+    @functools.cached_property
+    def _overhead(self) -> int:
+        """Estimated tokens of the longest block, without the messages."""
+        chat, user_id, analysis = _PROBES[0]
+        return max(
+            estimate_tokens(self._render(block, chat, chat.messages, user_id, analysis))
+            for block in self.block_names
+        )
+
+    def _render(
+        self,
+        block: str,
+        chat: Chat,
+        messages: Iterable[Message],
+        user_id: str,
+        analysis: Analysis | None,
+    ) -> str:
+        view: dict[str, Any] = {
+            # Without its messages: those that do not fit the budget must not come in this way.
+            "chat": {k: _data_view(v) for k, v in dict(chat).items() if k != "messages"},
+            "messages": [_data_view(message) for message in messages],
+            "user_id": as_data(user_id),
+        }
+        if analysis is not None:
+            view["analysis"] = _data_view(analysis)
+        return self.template.render(block, **view)
+
+
+def _data_view(value: Any) -> Any:
+    """A record with every string of it made safe, as dictionaries that a template reads."""
+    if isinstance(value, (Message, Analysis)):
+        return _data_view(dict(value))
+    if isinstance(value, str):
+        return as_data(value)
+    if isinstance(value, Mapping):
+        return {key: _data_view(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_data_view(item) for item in value]
+    return value
+
+
+def tones_of(settings: Mapping[str, Any]) -> dict[str, Sentiment]:
+    return {word: Sentiment(value) for word, value in settings["tones"].items()}
+
+
+def reader(settings: Mapping[str, Any]) -> Callable[[str], AnalysisAnswer]:
+    """Reads sentiment and summary of an answer to a template; see `answers.parse_analysis`."""
+    return functools.partial(
+        parse_analysis,
+        summary_characters=settings["summary_characters"],
+        tones=tones_of(settings),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysisPrompt(Prompt):
+    """Asks for tone and summary."""
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """`json` for a model that writes JSON, or where the template asks in no other way."""
+        blocks = self.template.blocks
+        asks_in_parts = {"tone", "summary"} <= blocks
+        if "json" in blocks and (self.model.writes_json or not asks_in_parts):
+            return ("json",)
+        return ("tone", "summary")
+
+    def check_settings(self) -> None:
+        where = self.template.where
+        missing = [block for block in self.block_names if block not in self.template.blocks]
+        if self.model.is_remote and "json" not in self.template.blocks:
+            missing = ["json, by which remote models are asked"]
+        if missing:
+            raise UsageError(f"{where}: has no block {' and no block '.join(missing)}")
+        tones = self.template.setting("tones", dict)
+        if sorted(tones.values()) != sorted(Sentiment) or not all(
+            isinstance(word, str) and word for word in tones
+        ):
+            raise UsageError(f"{where}: tones must map three words to -1, 0 and 1; found {tones!r}")
+        limit = self.template.setting("summary_characters", int)
+        if not 1 <= limit <= SUMMARY_CHARACTERS:
+            raise UsageError(
+                f"{where}: summary_characters must be 1 to {SUMMARY_CHARACTERS}; found {limit}"
+            )
+        grounding = self.template.setting("summary_grounding", (int, float))
+        if not 0 <= grounding <= 1:
+            raise UsageError(f"{where}: summary_grounding must be 0 to 1; found {grounding}")
+        if self.template.setting("answer_tokens", int) < 1:
+            raise UsageError(f"{where}: answer_tokens must be at least 1")
+        fitted = self.template.settings.get("tone_bias", {})
+        if not isinstance(fitted, dict):
+            raise UsageError(f"{where}: tone_bias must map models to numbers by tone")
+        for model, bias in fitted.items():
+            if not isinstance(bias, dict) or set(bias) != set(tones):
+                raise UsageError(
+                    f"{where}: tone_bias of {model!r} must have a number for each of {list(tones)}"
+                )
+
+        temperatures = self.template.settings.get("tone_temperature", {})
+        if not isinstance(temperatures, dict) or not all(
+            isinstance(value, (int, float)) and value > 0 for value in temperatures.values()
+        ):
+            raise UsageError(f"{where}: tone_temperature must map models to numbers above 0")
+
+    @property
+    def tones(self) -> dict[str, Sentiment]:
+        return tones_of(self.template.settings)
+
+    @property
+    def tone_bias(self) -> dict[str, float] | None:
+        """Constants taken off the scores of the tone words; None: not fitted for the model.
+
+        New weights of a model have its constants, until there are some for their own name.
+        """
+        found = self._fitted("tone_bias")
+        return {word: float(value) for word, value in found.items()} if found else None
+
+    def _fitted(self, name: str) -> Any:
+        """What a constant that is a table by model has for this one; None: nothing."""
+        table = self.template.settings.get(name, {})
+        model = self.model
+        for known in (self.result_name, model.result_name, model.base_name):
+            if known in table:
+                return table[known]
+        return None
+
+    def part(self, block: str, text: str, lead: str, tail: str) -> Part:
+        settings = self.template.settings
+        if block == "tone":
+            bias = self.tone_bias or dict.fromkeys(self.tones, 0.0)
+            return Part(
+                field="sentiment",
+                prompt=text,
+                shared=self._shared_length(block, text),
+                choices=tuple(("" if self.model.instruct else " ") + word for word in self.tones),
+                values=tuple(int(value) for value in self.tones.values()),
+                bias=tuple(bias[word] for word in self.tones),
+                temperature=float(self._fitted("tone_temperature") or 1.0),
+            )
+        common: dict[str, Any] = {
+            "prompt": text,
+            "shared": self._shared_length(block, text),
+            "max_tokens": settings["answer_tokens"],
+        }
+        characters = settings["summary_characters"] - 1  # room for an ellipsis
+        if block == "json":
+            return Part(
+                field=None,
+                schema=ANALYSIS_SCHEMA,
+                characters=max(1, characters),
+                check=reader(settings),
+                **common,
+            )
+        return Part(
+            field="summary",
+            lead=lead,
+            tail=tail,
+            stop=self.texts("stop", ("\n",)),
+            characters=max(1, characters - len(lead) - len(tail)),
+            **common,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftPrompt(Prompt):
+    """Asks for an apology to an angry user."""
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        return ("draft",)
+
+    def check_settings(self) -> None:
+        where = self.template.where
+        if "draft" not in self.template.blocks:
+            raise UsageError(f"{where}: has no block draft")
+        for name in ("draft_characters", "answer_tokens"):
+            if self.template.setting(name, int) < 1:
+                raise UsageError(f"{where}: {name} must be at least 1")
+        for name in ("draft_confidence", "draft_grounding"):
+            least = self.template.settings.get(name, 0)
+            if not isinstance(least, (int, float)) or not 0 <= least <= 1:
+                raise UsageError(f"{where}: {name} must be 0 to 1; found {least!r}")
+        if self.template.settings.get("draft_confidence", 0) and self.model.writes_json:
+            raise UsageError(
+                f"{where}: draft_confidence: {self.model.name} does not score the tone, so that "
+                "nothing is known of how sure it is; leave it out"
+            )
+        self.texts("refused_phrases")
+        if not isinstance(self.template.settings.get("flag_accusations", False), bool):
+            raise UsageError(f"{where}: flag_accusations must be true or false")
+
+    def part(self, block: str, text: str, lead: str, tail: str) -> Part:
+        settings = self.template.settings
+        return Part(
+            field=None,
+            prompt=text,
+            shared=self._shared_length(block, text),
+            lead=lead,
+            tail=tail,
+            max_tokens=settings["answer_tokens"],
+            stop=self.texts("stop"),
+        )
+
+
+def _probe(number: int, words: str) -> tuple[Chat, str, Analysis]:
+    user = f"{number}{words[0]}"
+    messages = (
+        Message(user_id=user, role="customer", text=words, sent_at=now(), message_id="1"),
+        Message(user_id=f"{words[1]}{number}", text=words[::-1]),
+    )
+    chat = Chat(chat_id=f"{number}", messages=messages, attributes={})
+    analysis = Analysis(
+        analysis_id=words, chat_id=chat.chat_id, user_id=user, revision=0,
+        sentiment=Sentiment.ANGRY, summary=words, model="probe", prompt_version="0",
+        analysed_at=now(),
+    )  # fmt: skip
+    return chat, user, analysis
+
+
+# Two chats with nothing in common: what their prompts share comes from the template.
+_PROBES = (_probe(1, "alpha beta"), _probe(2, "gamma delta"))

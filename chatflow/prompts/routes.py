@@ -1,0 +1,252 @@
+"""Which model and prompts answer a chat: the same for all, or by one of its attributes.
+
+`--models=FILE` is YAML. A key is a value of the chats' attribute; what an entry leaves out is as
+the flags have it:
+
+    attribute: tenant
+    models:
+      - keys: [acme, globex]
+        prompts: prompts/shop
+      - keys: [initech]
+        model: torch:google/flan-t5-base
+        settings: {summary_grounding: 0.5, draft_confidence: 0.7}
+    default: {}
+
+`settings` are constants of the templates, thresholds among them. `default` answers for chats
+with any other value, or none; without it they become dead letters. Entries whose models are alike
+share one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import yaml
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow.errors import BadInputError, UsageError, one_line
+from chatflow.models.spec import ModelSpec
+from chatflow.options import Options
+from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt, Prompt
+from chatflow.prompts.templates import load_folder
+from chatflow.records import Chat
+
+PromptT = TypeVar("PromptT", bound=Prompt)
+
+_log = logging.getLogger(__name__)
+
+FIELDS = (
+    "inference", "model", "model_kind", "state_dict_path", "adapter", "prompts",
+    "max_prompt_tokens", "dtype", "quantization", "vllm_args", "model_updates",
+)  # fmt: skip
+"""The flags that an entry may set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed(Generic[PromptT]):
+    """A prompt, with the model that answers it, by an attribute of the chat.
+
+    Attributes:
+      default: for chats with another value, or none; None: they have no prompt.
+    """
+
+    attribute: str
+    by_key: Mapping[str, PromptT]
+    default: PromptT | None
+
+    def of(self, chat: Chat) -> PromptT:
+        """The prompt for a chat.
+
+        Raises:
+          BadInputError: `no_model`; there is none for its value.
+        """
+        key = chat.attributes.get(self.attribute)
+        prompt = self.by_key.get(key, self.default) if key is not None else self.default
+        if prompt is None:
+            raise BadInputError(
+                "no_model",
+                f"--models has no model for {self.attribute}={key!r}, and no default",
+            )
+        return prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A model with its prompts.
+
+    Attributes:
+      keys: values of the attribute; empty: of the default.
+      folder: of the prompts.
+      overrides: constants of the templates that are set here.
+    """
+
+    spec: ModelSpec
+    folder: str
+    max_prompt_tokens: int
+    keys: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    def prompts(self) -> tuple[AnalysisPrompt, DraftPrompt]:
+        """Its prompts, as their templates are now.
+
+        Raises:
+          UsageError: a template has a mistake, or none has a constant that is to be set.
+        """
+        templates = load_folder(self.folder)
+        analysis, apology = templates["analysis"], templates["apology"]
+        unknown = dict(self.overrides).keys() - analysis.settings.keys() - apology.settings.keys()
+        if unknown := unknown - {"draft_confidence", "draft_grounding"}:
+            raise UsageError(
+                f"--models: settings: no template in {self.folder!r} sets {sorted(unknown)[0]!r}"
+            )
+        put = functools.partial(dataclasses.replace, overrides=self.overrides)
+        try:
+            return (
+                AnalysisPrompt(put(analysis), self.spec, self.max_prompt_tokens),
+                DraftPrompt(put(apology), self.spec, self.max_prompt_tokens),
+            )
+        except UsageError as error:
+            where = "--models: settings, or the template that they are for: "
+            raise UsageError(f"{where if self.overrides else ''}{error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """All models and prompts of a pipeline.
+
+    Attributes:
+      attribute: by which chats are told apart; empty: all chats are the default's.
+      max_models: in a worker's memory at once; 0: any number.
+    """
+
+    routes: tuple[Route, ...]
+    attribute: str = ""
+    max_models: int = 0
+
+    @functools.cached_property
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """The models, each once."""
+        return tuple({route.spec.key: route.spec for route in self.routes}.values())
+
+    def by_chat(self, prompts: list[PromptT]) -> PromptT | Routed[PromptT]:
+        """Prompts, in the order of the routes, as the stages take them."""
+        if not self.attribute:
+            return prompts[0]
+        pairs = list(zip(self.routes, prompts, strict=True))
+        return Routed(
+            self.attribute,
+            {key: prompt for route, prompt in pairs for key in route.keys},
+            next((prompt for route, prompt in pairs if not route.keys), None),
+        )
+
+
+SpecOf = Callable[[Options], ModelSpec]
+
+
+def routes_of(options: Options, spec_of: SpecOf) -> Routes:
+    """The routes that the flags say, with those of the file of `--models`.
+
+    Args:
+      spec_of: the model of some flags.
+
+    Raises:
+      UsageError: the file cannot be read, or has a mistake; with the entry and the field.
+    """
+    if not options.models:
+        return Routes((_route(options, spec_of),))
+    if options.model_copies > 1 or options.large_model == "false":
+        raise UsageError(
+            "--model_copies, --large_model: only with one model; of --models, a worker has one "
+            "copy of each"
+        )
+    try:
+        with FileSystems.open(options.models) as file:
+            value = yaml.safe_load(file.read())
+    except Exception as error:  # each filesystem has its own, and YAML
+        raise UsageError(f"--models={options.models}: cannot be read: {one_line(error)}") from None
+    where = f"--models={options.models}"
+    _check_fields(where, value, {"attribute", "models", "default", "max_models"})
+    attribute, entries = value.get("attribute"), value.get("models")
+    if not isinstance(attribute, str) or not attribute:
+        raise UsageError(f"{where}: attribute: name the chats' attribute, e.g. tenant")
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f"{where}: models: must be a list of entries with keys")
+    most = value.get("max_models", 0)
+    if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+        raise UsageError(f"{where}: max_models: must be a number, of models at once in memory")
+    routes: list[Route] = []
+    taken: set[str] = set()
+    for number, entry in enumerate(entries, 1):
+        here = f"{where}: models, entry {number}"
+        _check_fields(here, entry, {"keys", "settings", *FIELDS})
+        keys = entry.get("keys")
+        if not isinstance(keys, list) or not keys:
+            raise UsageError(f"{here}: keys: must be a list of values of {attribute}")
+        keys = tuple(_key(here, key) for key in keys)
+        if double := [key for key in keys if key in taken or keys.count(key) > 1]:
+            raise UsageError(f"{here}: keys: {double[0]!r} is there twice")
+        taken.update(keys)
+        routes.append(_entry(here, entry, options, spec_of, keys))
+    if "default" in value:
+        here = f"{where}: default"
+        _check_fields(here, value["default"], {"settings", *FIELDS})
+        routes.append(_entry(here, value["default"], options, spec_of, ()))
+    return Routes(tuple(routes), attribute, most)
+
+
+def _check_fields(where: str, value: Any, known: set[str]) -> None:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: must have fields, of {', '.join(sorted(known))}")
+    if unknown := {str(name) for name in value} - known:
+        raise UsageError(
+            f"{where}: unknown field {min(unknown)!r}; known are {', '.join(sorted(known))}"
+        )
+
+
+def _key(where: str, key: Any) -> str:
+    # YAML reads `no`, the language Norwegian, as false.
+    if isinstance(key, bool) or not isinstance(key, (str, int)):
+        raise UsageError(f"{where}: keys: {key!r} must be text; put it in quotes")
+    return str(key)
+
+
+def _entry(
+    where: str, entry: Mapping[str, Any], options: Options, spec_of: SpecOf, keys: tuple[str, ...]
+) -> Route:
+    settings = entry.get("settings", {})
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise UsageError(f"{where}: settings: must map names to values")
+    flags = {name: entry[name] for name in FIELDS if name in entry}
+    for name, value in flags.items():
+        kind = type(getattr(options, name))
+        if type(value) is not kind:
+            raise UsageError(f"{where}: {name}: must be {kind.__name__}; found {value!r}")
+    if "model" in flags:  # these belong to a model
+        options = dataclasses.replace(
+            options, state_dict_path="", adapter="auto", vllm_args="", model_updates=""
+        )
+    try:
+        own = dataclasses.replace(options, **flags)
+        return _route(own, spec_of, keys, tuple(sorted(settings.items())))
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _route(
+    options: Options,
+    spec_of: SpecOf,
+    keys: tuple[str, ...] = (),
+    overrides: tuple[tuple[str, Any], ...] = (),
+) -> Route:
+    spec = spec_of(options)
+    folder = options.prompts or ("instruct" if spec.instruct else "base")
+    if spec.adapter == "auto" and spec.own_adapter:
+        # Prompts that chatflow's own adapter is good for have constants for it.
+        fitted = load_folder(folder)["analysis"].settings.get("tone_bias", {})
+        if isinstance(fitted, dict) and spec.result_name not in fitted:
+            spec = dataclasses.replace(spec, adapter="none")
+    return Route(spec, folder, options.max_prompt_tokens, keys, overrides)

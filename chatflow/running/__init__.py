@@ -1,0 +1,1 @@
+"""A run: it is launched, watched and ended."""

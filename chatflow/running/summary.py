@@ -1,0 +1,176 @@
+"""The counts of a run, from Beam's metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow import metrics
+from chatflow.models.prices import Price
+from chatflow.pipeline import Plan
+from chatflow.records import Record, parse_record
+from chatflow.sinks.files import result_files
+from chatflow.sinks.write import is_file, shown
+
+TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "green")}
+
+
+_REDUCED = (
+    "forgotten_messages",
+    "too_late_events",
+    "clock_skewed_messages",
+    "dropped_messages",
+    "cut_messages",
+)
+
+
+DISTRIBUTIONS = {
+    "batch_size": ("requests in a batch", ""),
+    "latency_ms": ("time to answer", " ms"),
+    "prompt_tokens_per_answer": ("tokens of a prompt", ""),
+    "answer_tokens_per_answer": ("tokens of an answer", ""),
+}
+"""The distributions that a summary shows, with their titles and units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The counts and distributions of a run, from Beam's metrics.
+
+    `lost` is what entered a stage and left it neither as a result nor as a dead letter, or
+    left it twice. It is 0, or chatflow has a bug.
+    """
+
+    counts: dict[str, int]
+    distributions: dict[str, dict[str, float]]
+    seconds: float
+    destinations: Mapping[str, Sequence[str]]
+    price: Price | None = None
+
+    @classmethod
+    def of(cls, result: Any, seconds: float, planned: Plan) -> Summary:
+        """From a Beam `PipelineResult`, and what was planned."""
+        found = result.metrics().query()
+        counts: dict[str, int] = {}
+        for metric in found["counters"]:
+            if metric.key.metric.namespace == metrics.NAMESPACE:
+                name = metric.key.metric.name
+                counts[name] = counts.get(name, 0) + int(metric.result)
+        values: dict[str, list[Any]] = {}
+        for metric in found["distributions"]:
+            if metric.key.metric.namespace == metrics.NAMESPACE and metric.result.count:
+                values.setdefault(metric.key.metric.name, []).append(metric.result)
+        distributions = {
+            name: {
+                "min": min(part.min for part in parts),
+                "mean": round(sum(part.sum for part in parts) / sum(p.count for p in parts), 1),
+                "max": max(part.max for part in parts),
+            }
+            for name, parts in values.items()
+        }
+        return cls(counts, distributions, seconds, planned.destinations, planned.price)
+
+    def get(self, name: str) -> int:
+        return self.counts.get(name, 0)
+
+    def under(self, prefix: str) -> dict[str, int]:
+        """Counters below a prefix: `under("analysed")` is {"angry": …, …}."""
+        start = prefix + "/"
+        return {
+            name.removeprefix(start): value
+            for name, value in sorted(self.counts.items())
+            if name.startswith(start) and value
+        }
+
+    def dead_lettered(self, *stages: str) -> int:
+        return sum(sum(self.under(f"dead_letters/{stage}").values()) for stage in stages)
+
+    @property
+    def lost(self) -> int:
+        kinds = ("chats_read", "messages_read", "closes_read", "empty_events")
+        read = self.get("lines_read") - sum(map(self.get, kinds)) - self.dead_lettered("read")
+        gone = ("messages_joined", "duplicate_events", "too_late_events")
+        assembled = self.get("messages_read") - sum(map(self.get, gone))
+        analysed = self.get("asked") - self.get("analysed")
+        flagged = sum(self.under("drafts_flagged").values())
+        drafted = self.get("drafts_asked") - self.get("drafted") - flagged
+        return (
+            abs(read)
+            + abs(assembled)
+            + abs(analysed - self.dead_lettered("prompt", "model", "answer"))
+            + abs(drafted - self.dead_lettered("draft_prompt", "draft_model", "draft_answer"))
+        )
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars, estimated; None where the price is not known."""
+        if self.price is None:
+            return None
+        tokens = self.get("prompt_tokens"), self.get("answer_tokens")
+        return round(self.price.of(*tokens, self.seconds), 6)
+
+    def to_dict(self) -> dict[str, Any]:
+        letters = self.under("dead_letters")
+        tones = self.under("analysed")
+        return {
+            "lines_read": self.get("lines_read"),
+            "chats_read": self.get("chats_read"),
+            "messages_read": self.get("messages_read"),
+            "chats_assembled": self.get("chats_assembled"),
+            "asked": self.get("asked"),
+            "analysed": self.get("analysed"),
+            "sentiment": {name: tones.get(name, 0) for name, _ in TONE_STYLES.values()},
+            "summaries": self.under("summaries"),
+            "drafted": self.get("drafted"),
+            "drafts_flagged": self.under("drafts_flagged"),
+            "dead_letters": sum(letters.values()),
+            "dead_letters_by_reason": letters,
+            "lost": self.lost,
+            "reduced": {
+                "empty_messages": self.get("empty_messages") + self.get("empty_events"),
+                "duplicate_messages": self.get("duplicate_messages") + self.get("duplicate_events"),
+                **{name: self.get(name) for name in _REDUCED},
+            },
+            "repaired": self.under("repaired"),
+            "prompt_tokens": self.get("prompt_tokens"),
+            "answer_tokens": self.get("answer_tokens"),
+            "requests": self.get("model/requests"),
+            "retries": self.get("model/retries"),
+            "asked_again": self.get("model/asked_again"),
+            "faults": self.under("model/faults"),
+            "copies_loaded": self.get("model/copies_loaded"),
+            "updates": {
+                "taken_up": self.get("model/updates"),
+                "refused": self.get("model/updates_refused"),
+                "templates_refused": self.get("updates/prompts_refused"),
+            },
+            "cost_usd": self.cost,
+            **{name: self.distributions.get(name, {}) for name in DISTRIBUTIONS},
+            "seconds": round(self.seconds, 2),
+            "chats_per_second": round(
+                (self.get("chats_read") + self.get("chats_assembled")) / max(self.seconds, 1e-9), 3
+            ),
+            "files": {kind: self.files(kind) for kind in self.destinations},
+            "other_destinations": {
+                kind: [shown(uri) for uri in uris if not is_file(uri)]
+                for kind, uris in self.destinations.items()
+            },
+        }
+
+    def files(self, kind: str) -> list[str]:
+        prefixes = filter(is_file, self.destinations[kind])
+        return [path for prefix in prefixes for path in result_files(prefix)]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:
+    for path in files:
+        with FileSystems.open(path) as file:
+            for line in file.read().splitlines():
+                yield parse_record(kind, line)

@@ -1,0 +1,188 @@
+"""What a person sees of a run: progress while it goes on, results and counts at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from chatflow import metrics
+from chatflow.records import Analysis, Draft
+from chatflow.running.summary import DISTRIBUTIONS, TONE_STYLES, Summary, read_records
+
+if TYPE_CHECKING:
+    pass
+
+
+def results_table(summary: Summary, most: int) -> Table:
+    """Chat, user, sentiment, summary and draft of up to `most` analyses in files."""
+    drafts = {
+        draft.analysis_id: draft_text(draft)
+        for draft in read_records(Draft, summary.files("drafts"))
+    }
+    analyses = list(read_records(Analysis, summary.files("analyses")))
+    analyses.sort(key=lambda a: (a.sentiment, a.chat_id, a.user_id))
+    table = Table(title="Analyses", show_lines=True, expand=True)
+    table.add_column("chat", overflow="fold", max_width=18)
+    table.add_column("user", overflow="fold", max_width=14)
+    table.add_column("sentiment", width=9)
+    table.add_column("summary", ratio=3, overflow="fold")
+    table.add_column("draft for review", ratio=4, overflow="fold")
+    for analysis in analyses[:most]:
+        word, style = TONE_STYLES[int(analysis.sentiment)]
+        table.add_row(
+            plain(analysis.chat_id),
+            plain(analysis.user_id),
+            f"[{style}]{analysis.sentiment:+d} {word}[/]" if analysis.sentiment else "0 neutral",
+            plain(analysis.summary),
+            plain(drafts.get(analysis.analysis_id, "")),
+        )
+    if len(analyses) > most:
+        table.caption = f"{len(analyses) - most} more in the files; --show=N shows more"
+    return table
+
+
+def draft_text(draft: Draft) -> str:
+    """The text of a draft, or why there is none."""
+    return draft.text or f"⚑ {str(draft.flag).replace('_', ' ')}: no draft, please look"
+
+
+def plain(text: str) -> str:
+    """A text of a chat or a model for a terminal: no markup, no escape sequences."""
+    from rich.markup import escape
+
+    return escape("".join(c for c in text if c.isprintable() or c == "\n"))
+
+
+def _few(files: list[str]) -> list[str]:
+    return files if len(files) <= 5 else [*files[:4], f"and {len(files) - 4} more files"]
+
+
+def _spaced(parts: dict[str, int]) -> dict[str, int]:
+    return {name.replace("_", " "): value for name, value in parts.items() if value}
+
+
+_SOURCES = {"model": "by the model", "extract": "the user's own words"}
+
+
+def counts_table(summary: Summary) -> Table:
+    values = summary.to_dict()
+    table = Table(title="Counts", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+
+    def listed(parts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {value:,}" for name, value in parts.items()) or "none"
+
+    letters, flagged = values["dead_letters_by_reason"], values["drafts_flagged"]
+    rows = {
+        "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats"
+        f" and {values['messages_read']:,} messages",
+        "assembled": f"{values['chats_assembled']:,} chats and revisions of messages",
+        "analysed": f"{values['analysed']:,} of {values['asked']:,} users asked about: "
+        + listed(values["sentiment"]),
+        "summaries": listed({_SOURCES[k]: v for k, v in values["summaries"].items()}),
+        "drafts": f"{values['drafted']:,} of {summary.get('drafts_asked'):,} angry users"
+        + (f"; flagged: {listed(_spaced(flagged))}" if flagged else ""),
+        "dead letters": f"{values['dead_letters']:,}" + (f": {listed(letters)}" if letters else ""),
+        "left out": listed(_spaced(values["reduced"])),
+        "mended answers": listed(values["repaired"]),
+        "tokens": f"{values['prompt_tokens']:,} read, {values['answer_tokens']:,} written",
+        "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
+        "lost": f"{values['lost']:,}",
+    }
+    if values["requests"]:
+        again = {"made again": values["retries"], "with an answer sent back": values["asked_again"]}
+        faults = f"; faults: {listed(values['faults'])}" if values["faults"] else ""
+        rows["calls"] = f"{values['requests']:,}, of these {listed(again)}{faults}"
+    if values["copies_loaded"]:
+        rows["models"] = f"copies loaded {values['copies_loaded']:,}"
+    if any(values["updates"].values()):
+        rows["updates"] = listed(_spaced(values["updates"]))
+    if summary.cost is not None:
+        rows["cost"] = f"about {summary.cost:,.4f} US dollars, by the table of --prices"
+    for name, (title, unit) in DISTRIBUTIONS.items():
+        if name in summary.distributions:
+            spread = summary.distributions[name]
+            rows[title] = "{min:,.0f} to {max:,.0f}, mean {mean:,.0f}".format(**spread) + unit
+    for kind, files in values["files"].items():
+        rows[f"{kind.replace('_', ' ')} in"] = "\n".join(
+            _few(files) + values["other_destinations"][kind]
+        )
+    for name, text in rows.items():
+        table.add_row(name, plain(text))
+    return table
+
+
+@contextlib.contextmanager
+def progress(console: Console) -> Iterator[None]:
+    """Shows the counts of this process while a run goes on in it."""
+    metrics.reset_local_counts()
+    started = time.monotonic()
+
+    def text() -> str:
+        counts = ", ".join(
+            f"{what} {count}" + (f" of {total}" if total != count else "")
+            for what, count, total in _state()
+        )
+        return f"[{time.monotonic() - started:5.0f} s] {counts}"
+
+    with in_background(_bars, console) if console.is_terminal else lines(console, text):
+        yield
+
+
+@contextlib.contextmanager
+def in_background(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Runs a function in a thread, with an event that tells it when to end."""
+    done = threading.Event()
+    thread = threading.Thread(target=show, args=(*arguments, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def lines(console: Console, text: Callable[[], str], every: float = 5.0) -> Any:
+    """Prints a line every so often, for logs; a context, which ends it."""
+
+    def show(done: threading.Event) -> None:
+        while not done.wait(every):
+            console.print(text(), highlight=False, markup=False, soft_wrap=True)
+
+    return in_background(show)
+
+
+def _state() -> list[tuple[str, int, int]]:
+    """(what, done, of how many so far) of each step of a run."""
+    counts = metrics.local_counts()
+    letters = sum(v for k, v in counts.items() if k.startswith("dead_letters/"))
+    read = counts.get("lines_read", 0)
+    drafts = counts.get("answered/apology", 0) + counts.get("drafts_flagged/low_confidence", 0)
+    return [
+        ("lines read", read, read),
+        ("analyses", counts.get("answered/analysis", 0), counts.get("asked", 0)),
+        ("drafts", drafts, counts.get("drafts_asked", 0)),
+        ("dead letters", letters, letters),
+    ]
+
+
+def _bars(console: Console, done: threading.Event) -> None:
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks = {what: bars.add_task(what, total=None) for what, _, _ in _state()}
+        while not done.wait(0.2):
+            for what, count, total in _state():
+                bars.update(tasks[what], completed=count, total=total or None)

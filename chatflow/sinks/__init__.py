@@ -1,0 +1,1 @@
+"""Out: records to files, Pub/Sub, BigQuery, databases and webhooks."""

@@ -1,0 +1,358 @@
+"""WriteRows: records to BigQuery tables, upserted by id through the Storage Write API."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import queue
+import re
+import threading
+import time
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import apache_beam as beam
+import pydantic_core
+
+from chatflow.dead_letters import shortened
+from chatflow.errors import UsageError
+from chatflow.network import wait_to_try_again
+from chatflow.records import KINDS, DeadLetter, Record, record_id
+from chatflow.sinks.google import check_each
+
+TABLE = re.compile(r"bigquery://(?P<table>.+\.\w+\.[\w-]+?)(?:\?upsert=(?P<upsert>true|false))?")
+"""`bigquery://PROJECT.DATASET.TABLE`; with `?upsert=false`, rows are only appended."""
+
+HOST_VARIABLE = "BIGQUERY_STORAGE_EMULATOR_HOST"
+"""Names a stand-in for the Storage Write API (HOST:PORT, gRPC without TLS), as for Pub/Sub."""
+
+APPEND_BYTES = 9_000_000
+"""The service takes 10 MB with all that belongs to a request."""
+
+APPEND_SECONDS = 600.0
+"""How long rows are tried to be appended before their bundle fails, and the runner goes on."""
+
+FIRST_PAUSE = 0.5
+"""Seconds before the second try; then twice as long each time."""
+
+ANSWER_SECONDS = 60.0
+"""How long one request may take, after which it is sent again."""
+
+
+@beam.typehints.with_input_types(Record)
+@dataclasses.dataclass
+class WriteRows(beam.PTransform):
+    """Records to rows of a BigQuery table, through its default stream.
+
+    Rows are upserted by the record's id (change data capture), so that a bundle that the
+    runner does again, a replay or a backfill writes each row once. The table has to have
+    that id as its primary key; see `columns` for the others.
+
+    Beam's own Storage Write API sink is Java, so that local runs of it need Docker; this one
+    is Google's Python client, and runs wherever the pipeline does.
+
+    Attributes:
+      uri: see `TABLE`.
+    """
+
+    uri: str
+
+    def expand(self, records: beam.PCollection[Record]) -> Any:
+        upsert = not self.uri.endswith("?upsert=false")
+        return records | "AppendRows" >> beam.ParDo(_AppendRowsDoFn(stream_of(self.uri), upsert))
+
+
+class _AppendRowsDoFn(beam.DoFn):
+    def __init__(self, stream: str, upsert: bool):
+        self.stream, self.upsert = stream, upsert
+
+    def start_bundle(self) -> None:
+        self.rows: list[bytes] = []
+        self.bytes = 0
+
+    def process(self, record: Record) -> None:
+        row = to_row(record, self.upsert)
+        if self.rows and self.bytes + len(row) > APPEND_BYTES:
+            self.append()
+        self.rows.append(row)
+        self.bytes += len(row)
+        self.schema = descriptor(type(record), self.upsert)
+
+    def finish_bundle(self) -> None:
+        if self.rows:
+            self.append()
+
+    def append(self) -> None:
+        """Appends the rows at hand; tries again, on a new connection, while that fails.
+
+        Raises:
+          GoogleAPIError: the service's own, when `APPEND_SECONDS` are over.
+        """
+        from google.api_core.exceptions import GoogleAPIError
+
+        give_up, pause = time.monotonic() + APPEND_SECONDS, FIRST_PAUSE
+        while True:
+            connection = Connection.idle(self.stream, self.schema)
+            try:
+                connection.append(self.rows)
+                connection.keep()
+                break
+            except GoogleAPIError as error:
+                connection.close()
+                # The service closes connections that nobody has used for a while.
+                level = logging.INFO if pause == FIRST_PAUSE else logging.WARNING
+                what = f"appending to {self.stream}"
+                pause = wait_to_try_again(error, what, pause, give_up, level)
+        self.rows, self.bytes = [], 0
+
+    def teardown(self) -> None:
+        Connection.close_idle(self.stream)
+
+
+class Connection:
+    """A connection that appends rows of one kind to one stream.
+
+    Connections are kept for the next bundle, of any thread: a process has as many of them as
+    it appends at once, for a project may only have so many.
+
+    The client's own `AppendRowsStream` asks now and then whether there is an answer, which
+    costs half a second a bundle (bench/bigquery.py).
+    """
+
+    _idle: ClassVar[collections.defaultdict[str, list[Connection]]] = collections.defaultdict(list)
+
+    @classmethod
+    def idle(cls, stream: str, schema: Any) -> Connection:
+        """One that nobody uses, or a new one."""
+        try:
+            return cls._idle[stream].pop()
+        except IndexError:
+            return cls(write_client(), stream, schema)
+
+    @classmethod
+    def close_idle(cls, stream: str) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                cls._idle[stream].pop().close()
+
+    def keep(self) -> None:
+        self._idle[self.stream].append(self)
+
+    def __init__(self, client: Any, stream: str, schema: Any):
+        self.stream = stream
+        self.opening = {"write_stream": stream, "schema": schema}
+        self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.answers = client.transport.append_rows(
+            iter(self.requests.get, None),
+            metadata=[("x-goog-request-params", f"write_stream={stream}")],
+        )
+
+    def append(self, rows: Sequence[bytes]) -> None:
+        """Sends rows, and waits until they are stored.
+
+        Raises:
+          GoogleAPIError: they are not, or nothing is known of it within `ANSWER_SECONDS`.
+        """
+        import grpc
+        from google.api_core import exceptions
+        from google.cloud.bigquery_storage_v1 import types as bq
+
+        data = bq.AppendRowsRequest.ProtoData(rows=bq.ProtoRows(serialized_rows=rows))
+        request = bq.AppendRowsRequest(proto_rows=data)
+        if opening := self.opening:  # the first request says where to, and what rows are
+            request.write_stream = opening["write_stream"]
+            data.writer_schema = bq.ProtoSchema(proto_descriptor=opening["schema"])
+            request.proto_rows = data
+            self.opening = {}
+        self.requests.put(request)
+        timer = threading.Timer(ANSWER_SECONDS, self.answers.cancel)
+        timer.start()
+        try:
+            answer = next(self.answers, None)
+        except grpc.RpcError as error:
+            raise exceptions.from_grpc_error(error) from None
+        finally:
+            timer.cancel()
+        if answer is None:
+            raise exceptions.ServiceUnavailable("the service ended the connection")
+        if answer.error.code:
+            raise exceptions.from_grpc_status(answer.error.code, answer.error.message)
+
+    def close(self) -> None:
+        self.requests.put(None)
+        self.answers.cancel()
+
+
+def write_client() -> Any:
+    """Google's client, one for this process, of the service or of a stand-in."""
+    return _write_client(os.environ.get(HOST_VARIABLE, ""))
+
+
+@functools.cache
+def _write_client(host: str) -> Any:
+    from google.cloud.bigquery_storage_v1 import BigQueryWriteClient
+    from google.cloud.bigquery_storage_v1.services.big_query_write import transports
+
+    if host:
+        import grpc
+
+        limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+        channel = grpc.insecure_channel(host, options=limits)
+        return BigQueryWriteClient(transport=transports.BigQueryWriteGrpcTransport(channel=channel))
+    return BigQueryWriteClient()
+
+
+def stream_of(uri: str) -> str:
+    """The default stream of a table, as the service names it."""
+    found = TABLE.fullmatch(uri)
+    assert found is not None, uri
+    project, dataset, table = found["table"].rsplit(".", 2)
+    return f"projects/{project}/datasets/{dataset}/tables/{table}/streams/_default"
+
+
+def columns(kind: type[Record]) -> list[dict[str, Any]]:
+    """The columns of a kind's table, as BigQuery's JSON schemas have them.
+
+    >>> columns(Draft)[0]
+    {'name': 'draft_id', 'type': 'STRING', 'mode': 'REQUIRED'}
+    """
+    key = {"name": id_column(kind), "type": "STRING", "mode": "REQUIRED"}
+    made = [
+        {"name": name, **_column(field.annotation, field.is_required())}
+        for name, field in kind.model_fields.items()
+    ]
+    return made if key in made else [key, *made]
+
+
+@functools.cache
+def id_column(kind: type[Record]) -> str:
+    """The primary key of a kind's table, e.g. `dead_letter_id`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower() + "_id"
+
+
+def _column(annotation: Any, required: bool) -> dict[str, str]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        (annotation,) = (a for a in arguments if a is not type(None))
+        return _column(annotation, False)
+    if origin is typing.Annotated:
+        return _column(arguments[0], required)
+    mode = "REQUIRED" if required else "NULLABLE"
+    if origin is tuple:
+        return {"type": _TYPES[arguments[0]], "mode": "REPEATED"}
+    if origin is dict:
+        return {"type": "JSON", "mode": mode}
+    if origin is typing.Literal:
+        return {"type": "STRING", "mode": mode}
+    if isinstance(annotation, type) and issubclass(annotation, IntEnum):
+        return {"type": "INTEGER", "mode": mode}
+    return {"type": _TYPES[annotation], "mode": mode}
+
+
+_TYPES = {str: "STRING", int: "INTEGER", float: "FLOAT", datetime: "TIMESTAMP"}
+
+_CHANGE = "_CHANGE_TYPE"  # a pseudo-column of change data capture
+
+
+@functools.cache
+def descriptor(kind: type[Record], upsert: bool = True) -> Any:
+    """A kind's rows as a protocol buffer.
+
+    Types are those that the service takes for each type of column: times are microseconds
+    since 1970, JSON is text.
+    https://cloud.google.com/bigquery/docs/write-api#data_type_conversions
+    """
+    from google.protobuf.descriptor_pb2 import DescriptorProto
+    from google.protobuf.descriptor_pb2 import FieldDescriptorProto as Field
+
+    numbers = {
+        "INTEGER": Field.TYPE_INT64, "TIMESTAMP": Field.TYPE_INT64, "FLOAT": Field.TYPE_DOUBLE
+    }  # fmt: skip
+    made = DescriptorProto(name=kind.__name__)
+    change = {"name": _CHANGE, "type": "STRING", "mode": "NULLABLE"}
+    everything = [*columns(kind), change] if upsert else columns(kind)
+    for number, column in enumerate(everything, 1):
+        repeated = column["mode"] == "REPEATED"
+        made.field.add(
+            name=column["name"],
+            number=number,
+            type=numbers.get(column["type"], Field.TYPE_STRING),
+            label=Field.LABEL_REPEATED if repeated else Field.LABEL_OPTIONAL,
+        )
+    return made
+
+
+@functools.cache
+def message_class(kind: type[Record]) -> Any:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name=f"{kind.__name__}.proto", package="chatflow")
+    file.message_type.append(descriptor(kind))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    found = pool.FindMessageTypeByName(f"chatflow.{kind.__name__}")
+    return message_factory.GetMessageClass(found)
+
+
+def to_row(record: Record, upsert: bool = True) -> bytes:
+    """A record as a row; a dead letter that is too large for one is shortened."""
+    key, made = record_id(record), message_class(type(record))
+    row = made(**_values(record, key, upsert)).SerializeToString()
+    if len(row) > APPEND_BYTES and isinstance(record, DeadLetter):
+        short = shortened(record, APPEND_BYTES)
+        row = made(**_values(short, key, upsert)).SerializeToString()
+    return bytes(row)
+
+
+def _values(record: Record, key: str, upsert: bool) -> dict[str, Any]:
+    values: dict[str, Any] = {id_column(type(record)): key}
+    for name in type(record).model_fields:
+        value = getattr(record, name)
+        if isinstance(value, datetime):
+            value = round(value.timestamp() * 1_000_000)
+        elif isinstance(value, dict):
+            value = pydantic_core.to_json(value, inf_nan_mode="null").decode()
+        if value is not None:
+            values[name] = value
+    return values | ({_CHANGE: "UPSERT"} if upsert else {})
+
+
+def check_tables(uris: Mapping[str, Sequence[str]], local: bool = True) -> None:
+    """Makes sure that there are the tables to write to, with all columns.
+
+    Args:
+      uris: by kind of record, destinations of any scheme.
+      local: as of `services.check_each`.
+
+    Raises:
+      UsageError: a table is not there, out of reach, lacks a column, or requires one that
+        records may leave out.
+    """
+    from google.cloud.bigquery_storage_v1 import types as bq
+
+    def ask(uri: str) -> None:
+        request = bq.GetWriteStreamRequest(name=stream_of(uri), view=bq.WriteStreamView.FULL)
+        found = write_client().get_write_stream(request, timeout=10, retry=None)
+        there = {field.name: field.mode for field in found.table_schema.fields}
+        for name in (name for name, several in uris.items() if uri in several):
+            wanted = {column["name"]: column["mode"] for column in columns(KINDS[name])}
+            remedy = f"infra/terraform/schemas/{name}.json is what it should look like"
+            if lacking := [column for column in wanted if column not in there]:
+                raise UsageError(f"{uri} has no column {', '.join(lacking)}; {remedy}")
+            # An older table, whose rows without a value the service would refuse for good.
+            required = bq.TableFieldSchema.Mode.REQUIRED
+            if strict := [
+                c for c, mode in wanted.items() if mode != "REQUIRED" and there[c] == required
+            ]:
+                raise UsageError(f"{uri} requires column {', '.join(strict)}; {remedy}")
+
+    tables = [uri for several in uris.values() for uri in several if TABLE.fullmatch(uri)]
+    check_each(tables, ask, "written to", local)

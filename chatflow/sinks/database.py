@@ -1,0 +1,166 @@
+"""UpsertRecords: records to a database, each once; what is newer supersedes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import apache_beam as beam
+
+from chatflow.dead_letters import WRITE, dead_letter
+from chatflow.errors import ElementError, UsageError, one_line
+from chatflow.network import wait_to_try_again
+from chatflow.records import DeadLetter, Record
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+DATABASE = re.compile(r"(?:sqlite|postgresql(?:\+psycopg)?):.*")
+"""`sqlite:///FILE` (four slashes before an absolute path), `postgresql+psycopg://USER@HOST/NAME`."""
+
+ROWS = 500
+"""The most records of a transaction."""
+
+UPSERT_SECONDS = 600.0
+"""How long records are tried to be written before their bundle fails, and the runner goes on."""
+
+FIRST_PAUSE = 0.5
+"""Seconds before the second try; then twice as long each time."""
+
+
+_log = logging.getLogger(__name__)
+
+
+@beam.typehints.with_input_types(Record)
+@dataclasses.dataclass
+class UpsertRecords(beam.PTransform):
+    """Records to rows of the tables in `chatflow.database.tables`, upserted by their ids.
+
+    So a bundle that the runner does again, a replay or a backfill has each row once, however
+    many workers write at the same time. Of a chat the newest revision is kept. A draft that
+    waits for review is superseded when there is a newer analysis of its customer, or a newer
+    draft; what people did with a draft is never written over.
+
+    Gives dead letters: of records that the database will not take, whatever the try.
+
+    Attributes:
+      uri: see `DATABASE`.
+      password: where the password is, for a URI without one; see `secrets.PLACES`.
+    """
+
+    uri: str = dataclasses.field(repr=False)  # it may hold a password
+    password: str = dataclasses.field(default="", repr=False)
+
+    def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
+        return (
+            records
+            | "Batch" >> beam.BatchElements(ROWS, ROWS)
+            | "Upsert"
+            >> beam.ParDo(_UpsertDoFn(self.uri, self.password)).with_output_types(DeadLetter)
+        )
+
+
+class _UpsertDoFn(beam.DoFn):
+    def __init__(self, uri: str, password: str = ""):
+        self.uri, self.password = uri, password
+
+    def setup(self) -> None:
+        from chatflow.database.connections import opened, password_at
+
+        self.database = opened(self.uri, password_at(self.password))
+
+    def process(self, records: Sequence[Record]) -> Iterable[DeadLetter]:
+        """Writes records; those that are refused on their own are dead letters.
+
+        Raises:
+          DBAPIError: the database cannot be reached, or lets nobody write.
+        """
+        import sqlalchemy as sa
+
+        from chatflow.database.upserts import upsert
+
+        give_up, pause = time.monotonic() + UPSERT_SECONDS, FIRST_PAUSE
+        while True:
+            try:
+                with self.database.write() as connection:
+                    upsert(connection, records)
+                return
+            except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+                refused = error
+            if _is_of_a_record(refused):
+                break
+            pause = wait_to_try_again(refused, f"writing to {self.database.uri}", pause, give_up)
+        if len(records) > 1:
+            half = len(records) // 2
+            yield from self.process(records[:half])
+            yield from self.process(records[half:])
+        elif isinstance(records[0], DeadLetter):
+            raise refused  # there is no other place for it
+        else:
+            said = one_line(Exception(getattr(refused, "orig", refused)))
+            yield dead_letter(WRITE, records[0], ElementError("sql_refused", said))
+
+
+def _is_of_a_record(error: sa.exc.SQLAlchemyError) -> bool:
+    """Whether it is the record's own mistake, and not one of the database or of its settings."""
+    import sqlalchemy as sa
+
+    code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+    # 54: an id too long for an index. https://www.postgresql.org/docs/current/errcodes-appendix.html
+    return isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError)) or code.startswith("54")
+
+
+def without_passwords(text: str) -> str:
+    """A text with databases, less their passwords."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+_PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):(?:[^/,\s]*@|[^@?,\s]*@)")
+
+
+def check_uri(uri: str, flag: str) -> None:
+    """Makes sure that a URI names a database.
+
+    Raises:
+      UsageError: see `connect.parse_uri`; with the flag.
+    """
+    from chatflow.database.connections import parse_uri
+
+    try:
+        parse_uri(uri)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def check_databases(
+    destinations: Iterable[str], password: str, local: bool = True, share_files: bool = True
+) -> None:
+    """Makes the tables where they are missing, before anything runs.
+
+    Args:
+      password: where it is, if anywhere.
+      local: the pipeline runs here; else its workers may reach what is out of reach from here,
+        and make the tables when they start.
+      share_files: workers see files of this machine.
+
+    Raises:
+      UsageError: a database cannot be used, or not by workers elsewhere.
+    """
+    from chatflow.database.connections import Database, password_at
+
+    for uri in sorted({uri for uri in destinations if DATABASE.match(uri)}):
+        if uri.startswith("sqlite:") and not share_files:
+            raise UsageError(f"{uri} is a file of this machine, where no worker comes to")
+        try:
+            database = Database(uri, password_at(password))
+            with contextlib.closing(database):
+                database.upgrade()
+        except UsageError as error:
+            if local:
+                raise
+            _log.warning("not checked: %s", error)

@@ -1,0 +1,141 @@
+"""PublishRecords: records to Pub/Sub topics."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import apache_beam as beam
+
+from chatflow.dead_letters import shortened
+from chatflow.network import wait_to_try_again
+from chatflow.records import Analysis, DeadLetter, Record, digest, record_id
+from chatflow.sinks.google import check_each
+
+PUBSUB_TOPIC = re.compile(r"(?:pubsub://)?(projects/[^/]+/topics/[^/]+)")
+
+PUBSUB_BYTES = 9_500_000
+"""Pub/Sub takes 10 MB with all that belongs to a message."""
+
+PUBLISH_SECONDS = 600.0
+"""How long a message is tried to be published before its bundle fails, and the runner goes on."""
+
+
+@beam.typehints.with_input_types(Record)
+@dataclasses.dataclass
+class PublishRecords(beam.PTransform):
+    """Records to a Pub/Sub topic, ordered by chat.
+
+    Delivery is at least once: a bundle that the runner does again is published again. A
+    record has the same id then (attribute `id`), by which a reader can leave it out.
+
+    Attributes (of a message): `kind`, `id`, `chat_id`, `user_id`, `revision`,
+    `sentiment`, `stage`, `reason`; those that the record has. The ordering key is the
+    chat's id.
+
+    Beam's own WriteToPubSub has no ordering keys on Dataflow, and gives up at the first
+    error that Google's client does not retry, e.g. a topic that is not there yet.
+    """
+
+    topic: str
+
+    def expand(self, records: beam.PCollection[Record]) -> Any:
+        return records | "Publish" >> beam.ParDo(_PublishDoFn(self.topic))
+
+
+class _PublishDoFn(beam.DoFn):
+    def __init__(self, topic: str):
+        self.topic = topic
+
+    def setup(self) -> None:
+        self.publisher = publisher()
+
+    def start_bundle(self) -> None:
+        self.waiting: list[tuple[dict[str, Any], Any]] = []
+
+    def process(self, record: Record) -> None:
+        message = to_message(record)
+        self.waiting.append((message, self.publisher.publish(self.topic, **message)))
+
+    def teardown(self) -> None:
+        self.publisher.stop()
+
+    def finish_bundle(self) -> None:
+        give_up = time.monotonic() + PUBLISH_SECONDS
+        for message, future in self.waiting:
+            wait_published(self.publisher, self.topic, message, future, give_up)
+
+
+def publisher() -> Any:
+    import google.cloud.pubsub_v1 as pubsub_v1
+
+    return pubsub_v1.PublisherClient(
+        publisher_options=pubsub_v1.types.PublisherOptions(enable_message_ordering=True)
+    )
+
+
+def wait_published(
+    publisher: Any, topic: str, message: dict[str, Any], future: Any, give_up: float
+) -> None:
+    """Waits until a message is published; tries again while the topic cannot be reached.
+
+    Raises:
+      Exception: the client's own, when the time (of `time.monotonic`) is over.
+    """
+    pause = 0.5
+    while True:
+        try:
+            future.result(timeout=max(give_up - time.monotonic(), 1))
+            return
+        except Exception as error:
+            pause = wait_to_try_again(error, f"publishing to {topic}", pause, give_up)
+            if key := message.get("ordering_key"):
+                publisher.resume_publish(topic, key)
+            future = publisher.publish(topic, **message)
+
+
+def to_message(record: Record) -> dict[str, Any]:
+    """The data, ordering key and attributes with which a record is published."""
+    data = record.to_json().encode()
+    if len(data) > PUBSUB_BYTES and isinstance(record, DeadLetter):
+        data = shortened(record, PUBSUB_BYTES).to_json().encode()
+    fields = {
+        "kind": type(record).__name__,
+        "id": record_id(record),
+        **{name: getattr(record, name, None) for name in _ATTRIBUTES},
+    }
+    attributes = {name: str(value) for name, value in fields.items() if value is not None}
+    if isinstance(record, Analysis):
+        attributes["sentiment"] = str(int(record.sentiment))
+    short = {k: v for k, v in attributes.items() if len(v.encode()) <= _ATTRIBUTE_BYTES}
+    return {"data": data, "ordering_key": ordering_key(attributes.get("chat_id", "")), **short}
+
+
+def ordering_key(chat_id: str) -> str:
+    """The chat's id, or a hash of it where Pub/Sub would not take it."""
+    return chat_id if len(chat_id.encode()) <= _ATTRIBUTE_BYTES else digest(chat_id)
+
+
+_ATTRIBUTES = ("chat_id", "user_id", "revision", "flag", "stage", "reason")
+_ATTRIBUTE_BYTES = 1024  # Pub/Sub's limit for a value, and for an ordering key
+
+
+def check_topics(destinations: Iterable[str], local: bool = True) -> None:
+    """Makes sure that there are the topics to publish to.
+
+    Args:
+      local: as of `services.check_each`.
+
+    Raises:
+      UsageError: one does not exist, or is out of reach.
+    """
+
+    def ask(topic: str) -> None:
+        with publisher() as client:
+            client.get_topic(topic=topic, timeout=10, retry=None)
+
+    topics = [found[1] for uri in destinations if (found := PUBSUB_TOPIC.fullmatch(uri))]
+    check_each(topics, ask, "published to", local)

@@ -1,0 +1,1 @@
+"""In: files, Pub/Sub; lines to chats and events."""

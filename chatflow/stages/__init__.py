@@ -1,0 +1,1 @@
+"""Between: what a chat passes through from its arrival to a draft."""

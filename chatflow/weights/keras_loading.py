@@ -1,0 +1,70 @@
+"""Weights and tokenizer of a preset, into an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import jax
+import jax.numpy as jnp
+import keras
+import keras_hub
+
+_SCORING = "chatflow_scoring"
+"""Attribute of an adapter's file: it is for the scoring pass alone."""
+
+
+def load_backbone(
+    preset: str, dtype: str = "auto", quantization: str = "none", adapter: str = ""
+) -> Any:
+    """A preset's backbone; see `load_engine`."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with without_initial_values():
+        backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
+    if adapter:
+        add_adapter(backbone, adapter)
+    if quantization != "none":
+        with warnings.catch_warnings():
+            # Keras says of each layer without a kernel that it cannot be quantised.
+            warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
+            backbone.quantize(quantization)
+    return backbone
+
+
+def add_adapter(backbone: keras_hub.models.Backbone, path: str) -> None:
+    """Adds the products of an adapter's matrices to the weights that they adapt.
+
+    After https://arxiv.org/abs/2106.09685: merged, they cost nothing when the model runs.
+    """
+    backbone.load_lora_weights(path)
+    for layer in backbone._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            merged, layer.lora_enabled = layer.kernel, False
+            layer._kernel.assign(merged)
+
+
+def mark_as_scoring(path: str) -> None:
+    """Writes into an adapter's file that it is for the scoring pass alone."""
+    with h5py.File(path, "a") as file:
+        file.attrs[_SCORING] = True
+
+
+def is_of_scoring(path: str) -> bool:
+    with h5py.File(path) as file:
+        return bool(file.attrs.get(_SCORING, False))
+
+
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Keras draws random weights before it reads those of the file; here they are zeros."""
+    initializer = keras.initializers.VarianceScaling
+    drawn = initializer.__call__
+    initializer.__call__ = lambda self, shape, dtype=None: jnp.zeros(shape, dtype)
+    try:
+        yield
+    finally:
+        initializer.__call__ = drawn
