@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import functools
 import gc
+import glob
 import importlib.util
 import io
 import json
@@ -42,20 +44,45 @@ from chatflow.options import Options
 from chatflow.pipeline import build
 from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
 from chatflow.prompts.templates import load_folder
-from chatflow.records import KINDS, Chat, Message
+from chatflow.records import KINDS, Analysis, Chat, Draft, Message
 from chatflow.running.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
 from chatflow.running.launch import LOCAL_RUNNER, beam_options, prepare
 from chatflow.running.summary import Summary
 from chatflow.sinks.pubsub import publisher
 
-SAMPLES = Path(__file__).parent.parent / "samples" / "chats.jsonl"
+ROOT = Path(__file__).parent.parent
+SAMPLES = ROOT / "samples" / "chats.jsonl"
+
+ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
+APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}
+"""Rules of a script."""
+
+RULES = (
+    {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
+    {"task": "apology", "answer": "We are sorry that it is late."},
+)
+
+ANALYSIS = Analysis(
+    analysis_id="a1", chat_id="7", user_id="c", revision=3, sentiment=-1, summary="It is late.",
+    model="m", prompt_version="v", analysed_at="2026-03-01T10:00:00.25Z",
+)  # fmt: skip
+DRAFT = Draft(
+    draft_id="d1", analysis_id="a1", chat_id="7", user_id="c", revision=3, text="Sorry.",
+    model="m", prompt_version="v", drafted_at="2026-03-01T10:00:01Z",
+)  # fmt: skip
+
+SECRET = "whsec_" + base64.b64encode(b"a secret of more than 24 bytes").decode()
+"""Signs webhooks."""
 
 LONGEST = (
     "gemma", "browser", "updates", "tune", "pipeline", "contract", "remote", "stream", "engine",
-    "deploy", "console", "sql", "webhooks", "drafts", "routes", "conversations",
-    "weights_convert", "torch", "bigquery", "vllm", "memory",
+    "deploy", "console", "database", "webhooks", "draft", "routes", "assemble",
+    "conversion", "torch", "bigquery", "vllm", "memory",
 )  # fmt: skip
 """The files that take longest; they begin first, so that no process is left alone with one."""
+
+
+pytest.register_assert_rewrite("contract")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -194,6 +221,20 @@ JOB_SERVICE = [
     f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
 ]
 """Flags for Beam's job service with workers in other processes."""
+
+
+def read(folder: str | Path, kind: str) -> list[Any]:
+    """The records of a kind in a run's folder."""
+    return [
+        json.loads(line)
+        for path in sorted(glob.glob(f"{folder}/{kind}-*.jsonl"))
+        for line in Path(path).read_text().splitlines()
+    ]
+
+
+def answer_any(request: Request) -> str:
+    """A script that finds every customer angry."""
+    return json.dumps(ANGRY["answer"]) if request.task == "analysis" else APOLOGY["answer"]
 
 
 def mistake(

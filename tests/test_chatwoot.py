@@ -7,22 +7,18 @@ import runpy
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import requests
-from conftest import chat
+from conftest import ANALYSIS, DRAFT, ROOT, RULES, SECRET, chat, read
 from fakes import Loopback
 from fakes.hook import Answer, Hook
-from test_pipeline import read
-from test_sinks import ANALYSIS, DRAFT
-from test_webhooks import RULES, SECRET
 
 from chatflow.options import Options
 from chatflow.running.launch import execute
 from chatflow.sinks.webhooks import keys_of, signed
 
-RELAY = str(Path(__file__).parent.parent / "examples" / "chatwoot.py")
+RELAY = str(ROOT / "examples" / "chatwoot.py")
 
 
 class Chatwoot(Hook):

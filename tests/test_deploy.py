@@ -10,11 +10,10 @@ import shutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from apache_beam.runners.portability import stager
-from conftest import GEMMA3_1B, chat, required
+from conftest import GEMMA3_1B, ROOT, chat, required
 from fakes import environment
 from fakes.bigquery import FakeBigQuery
 from fakes.dataflow import FakeCloud
@@ -24,7 +23,6 @@ from chatflow.errors import UsageError
 from chatflow.options import Options
 from chatflow.sinks import bigquery
 
-ROOT = Path(__file__).parent.parent
 PLACE = {"PROJECT": "proj-1", "REGION": "us-central1", "TAG": "v1"}
 FILES = {"INPUT": "gs://proj-1-chatflow/chats/*.jsonl"}
 REMOTE = {"INFERENCE": "remote", "ARGS": "--check_endpoint=false"}

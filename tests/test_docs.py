@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLES, required
+from conftest import ROOT, SAMPLES, required
 
 import chatflow
 from chatflow.commands import size as sizing
@@ -19,7 +19,6 @@ from chatflow.records import KINDS
 from chatflow.running.launch import LOCAL_RUNNER
 from chatflow.sinks.bigquery import columns
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SYSTEMS = ROOT / "docs" / "systems.md"
 TABLE = r"(<!-- {0}: .*? -->\n).*?(<!-- end of {0} -->)"

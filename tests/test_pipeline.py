@@ -13,7 +13,7 @@ from pathlib import Path
 import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
-from conftest import JOB_SERVICE, SAMPLES, as_line, chat, mistake
+from conftest import ANGRY, APOLOGY, JOB_SERVICE, SAMPLES, answer_any, as_line, chat, mistake, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,17 +29,6 @@ from chatflow.records import KINDS
 from chatflow.running.launch import beam_options, execute
 from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.draft import DraftApologies
-
-ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
-APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}
-
-
-def read(folder, kind):
-    return [
-        json.loads(line)
-        for path in sorted(glob.glob(f"{folder}/{kind}-*.jsonl"))
-        for line in Path(path).read_text().splitlines()
-    ]
 
 
 def run(path, output, model, **options):
@@ -465,10 +454,6 @@ class CountedHandler(ScriptedModelHandler):
         with open(self.path, "a") as file:
             file.write("loaded\n")
         return super().load_model()
-
-
-def answer_any(request):
-    return json.dumps(ANGRY["answer"]) if request.task == "analysis" else APOLOGY["answer"]
 
 
 def test_one_copy_of_the_weights_serves_both_steps(tmp_path, analysis_prompt, draft_prompt):

@@ -13,10 +13,9 @@ import weakref
 import numpy as np
 import pytest
 from apache_beam.io.filesystems import FileSystems
-from conftest import chat
+from conftest import ANGRY, APOLOGY, chat, read
 from fakes import environment
 from fakes.dataflow import FakeCloud
-from test_pipeline import ANGRY, APOLOGY, read
 from tiny import tiny_gemma
 
 from chatflow.errors import ModelError, UsageError

@@ -14,7 +14,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLES, chat, mistake, required
+from conftest import ROOT, SAMPLES, chat, mistake, required
 from fakes import environment
 from fakes.dataflow import FakeCloud
 from tiny import tiny_llama, tiny_t5
@@ -38,7 +38,7 @@ from chatflow.stages.respond import AskTexts  # noqa: E402
 
 torch.set_num_threads(1)  # others of a busy machine are waited for
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 PROMPTS = [
     "the parcel is late",

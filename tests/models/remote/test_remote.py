@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import chat
+from conftest import ROOT, chat
 from fakes.brain import FAULTS
 from fakes.vertex import ENDPOINTS
+from remotes import GEMINI, MODELS, request, settings_of
 
 from chatflow.cli import main
 from chatflow.errors import BadAnswerError, UsageError
@@ -18,13 +19,11 @@ from chatflow.models.remote import handler as remote
 from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.remote.gemini import thinking_of
 from chatflow.models.remote.handler import RemoteLanguageModelHandler, client_of
-from chatflow.models.requests import Answer, Failure, Part, Request
+from chatflow.models.requests import Answer, Failure
 from chatflow.models.settings import RemoteSettings
 from chatflow.models.spec import ModelSpec
 from chatflow.prompts.answers import ANALYSIS_SCHEMA
 
-GEMINI = "gemini-2.5-flash"
-MODELS = [GEMINI, *(ENDPOINTS[kind] for kind in ENDPOINTS if kind != "empty")]
 ANGRY = '{"sentiment": -1, "summary": "The parcel is late."}'
 ASKED = 2_000
 
@@ -50,19 +49,6 @@ def misbehave(fake, **behaviour):
 def is_json(text):
     if not text.startswith("{"):
         raise BadAnswerError("not_json", "that is no JSON", text)
-
-
-def request(prompt="hello", task="analysis", check=None, name="id"):
-    schema = ANALYSIS_SCHEMA if task == "analysis" else None
-    part = Part(field=None, prompt=prompt, max_tokens=9, schema=schema, check=check)
-    return Request(name, task, "7", "c", (part,))
-
-
-def settings_of(fake, model, **settings):
-    defaults = {"project": "p", "location": "us-central1", "api_endpoint": fake.address}
-    if model == ENDPOINTS["private service connect"]:
-        defaults["endpoint_override"] = fake.address
-    return RemoteSettings(**{**defaults, **settings})
 
 
 def ask(fake, model, *requests, **settings):
@@ -638,7 +624,7 @@ def test_the_graph_is_built_without_the_service():
 
 
 def test_prompts_for_a_remote_model_need_a_block_json(fake, tmp_path, lines, capsys):
-    base = Path(__file__).parent.parent / "prompts" / "base"
+    base = ROOT / "prompts" / "base"
     arguments = flags(fake, lines(chat("late")), tmp_path, "--prompts", str(base))
     assert main(arguments) == 2
     assert "json, by which remote models are asked" in capsys.readouterr().err

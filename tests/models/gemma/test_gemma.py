@@ -5,12 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import contract
 import numpy as np
 import pytest
-import test_contract as contract
-from conftest import chat
+from conftest import ROOT, chat
 
 from chatflow.models.gemma.grammar import Text
 from chatflow.models.spec import ModelSpec
@@ -134,7 +133,7 @@ def test_greedy_text_is_that_of_a_plain_forward_pass(gemma):
 
 def test_the_gpu_bench_runs_anywhere():
     """With a tiny shape; on a GPU it measures those of Gemma 3 1B and 4B."""
-    script = Path(__file__).parent.parent / "bench" / "gpu.py"
+    script = ROOT / "bench" / "gpu.py"
     command = [sys.executable, str(script), "--shapes=tiny", "--batches=1,4"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (shape,) = json.loads(out.splitlines()[-1])["shapes"]

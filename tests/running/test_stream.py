@@ -16,10 +16,19 @@ from typing import ClassVar
 
 import apache_beam as beam
 import pytest
-from conftest import JOB_SERVICE, PubSub, chat, mistake, scripted, start_emulator
+from conftest import (
+    ANGRY,
+    APOLOGY,
+    JOB_SERVICE,
+    PubSub,
+    chat,
+    mistake,
+    read,
+    scripted,
+    start_emulator,
+)
 from consoles import Visitor
 from fakes.hook import Answer, Hook
-from test_pipeline import ANGRY, APOLOGY, read
 
 from chatflow.cli import main
 from chatflow.commands.publish import Line, send

@@ -13,7 +13,7 @@ import pytest
 from fakes import environment
 from fakes.dataflow import FakeCloud
 from fakes.jobs import FakeJobs
-from test_state_dict import mistake_of, read, save
+from state_dicts import mistake_of, read, save
 from tiny import tiny_t5
 
 from chatflow.cli import _parser, main

@@ -6,22 +6,13 @@ import os
 import random
 
 import pytest
-from test_pipeline import read
+from conftest import ANALYSIS, DRAFT, read
 
 from chatflow.errors import UsageError
-from chatflow.records import Analysis, DeadLetter, Draft, now, parse_record
+from chatflow.records import Analysis, DeadLetter, now, parse_record
 from chatflow.sinks.files import AppendFiles, prepare_output, result_files
 from chatflow.sinks.pubsub import to_message
 from chatflow.sinks.write import shown, split_destinations
-
-ANALYSIS = Analysis(
-    analysis_id="a1", chat_id="7", user_id="c", revision=3, sentiment=-1, summary="It is late.",
-    model="m", prompt_version="v", analysed_at="2026-03-01T10:00:00.25Z",
-)  # fmt: skip
-DRAFT = Draft(
-    draft_id="d1", analysis_id="a1", chat_id="7", user_id="c", revision=3, text="Sorry.",
-    model="m", prompt_version="v", drafted_at="2026-03-01T10:00:01Z",
-)  # fmt: skip
 
 
 def letter(payload, **fields):

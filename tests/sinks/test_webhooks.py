@@ -15,13 +15,11 @@ import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that
 from apache_beam.transforms.window import FixedWindows, GlobalWindows, TimestampedValue
-from conftest import KEPT, chat, keep, mistake
+from conftest import ANALYSIS, DRAFT, KEPT, RULES, SECRET, chat, keep, mistake, read
 from fakes import Loopback, environment
 from fakes.hook import Answer, Hook
 from fakes.vertex import make_certificate
 from standardwebhooks import Webhook, WebhookVerificationError
-from test_pipeline import read
-from test_sinks import ANALYSIS, DRAFT
 
 from chatflow.errors import UsageError
 from chatflow.options import Options
@@ -31,12 +29,6 @@ from chatflow.secrets import HOST_VARIABLE
 from chatflow.sinks import webhooks
 from chatflow.sinks.webhooks import Poster, check_address, read_keys, shown
 from chatflow.sinks.write import WriteRecords, split_destinations
-
-SECRET = "whsec_" + base64.b64encode(b"a secret of more than 24 bytes").decode()
-RULES = (
-    {"task": "analysis", "answer": {"sentiment": -1, "summary": "It is late."}},
-    {"task": "apology", "answer": "We are sorry that it is late."},
-)
 
 
 @pytest.fixture(autouse=True)

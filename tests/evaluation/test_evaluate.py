@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import chat, mistake
+from conftest import ROOT, chat, mistake
 
 from chatflow.cli import main
 from chatflow.evaluation.figures import figures
@@ -287,13 +287,13 @@ def test_the_page_shows_how_sure_the_model_was():
 
 
 def test_the_page_never_turns_escaping_off():
-    source = Path(__file__).parent.parent / "chatflow" / "evaluation" / "page.html.jinja"
+    source = ROOT / "chatflow" / "evaluation" / "page.html.jinja"
     assert "autoescape" not in source.read_text()
     assert "|safe" not in source.read_text().replace(" ", "")
 
 
 def test_the_history_was_measured_with_the_prompts_and_the_adapter_of_today():
-    root = Path(__file__).parent.parent / "tuning"
+    root = ROOT / "tuning"
     newest = read_history(str(root / "history.jsonl"))[-1]
     planned = plan(Options(input="chats.jsonl", output="results"))
     prompts = planned.first

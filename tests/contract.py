@@ -14,7 +14,7 @@ from fakes import environment
 from fakes.brain import SCRIPT, scripted_answer
 from fakes.vertex import ENDPOINTS
 from fakes.vllm import Place
-from test_remote import settings_of
+from remotes import settings_of
 from tiny import tiny_t5
 
 from chatflow.errors import ElementError

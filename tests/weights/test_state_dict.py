@@ -16,7 +16,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import mistake
+from conftest import mistake, read
+from state_dicts import mistake_of, save
 from tiny import tiny_t5
 
 from chatflow.cli import main
@@ -54,22 +55,6 @@ def loaded(folder):
     config = json.loads((Path(folder) / "config.json").read_text())
     kind = AutoModelForSeq2SeqLM if config["model_type"] == "t5" else AutoModelForCausalLM
     return kind.from_pretrained(folder).eval()
-
-
-def save(folder, path, *flags, capsys=None):
-    """Runs the command; gives its summary."""
-    if capsys is not None:
-        capsys.readouterr()
-    assert main(["model", "save-state-dict", str(folder), str(path), "--summary=json", *flags]) == 0
-    return json.loads(capsys.readouterr().out) if capsys is not None else None
-
-
-def read(path):
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, weights_only=True)
 
 
 def edited(folder, to, change):
@@ -282,13 +267,6 @@ def test_a_value_beyond_float16_is_said(t5, tmp_path, capsys):
     assert os.listdir(out) == []
     save(large, out / "t5.pt", "--dtype=bfloat16")
     assert sorted(os.listdir(out)) == ["t5.pt", "t5.pt.sha256"]
-
-
-def mistake_of(folder, path, capsys, *flags):
-    """What the command says in its last line; exit code 2."""
-    capsys.readouterr()
-    assert main(["model", "save-state-dict", str(folder), str(path), *flags]) == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_there_is_only_replaced_when_told_to(t5, tmp_path, capsys):

@@ -2,9 +2,10 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
-BENCH = Path(__file__).parent.parent / "bench" / "console.py"
+from conftest import ROOT
+
+BENCH = ROOT / "bench" / "console.py"
 
 
 def load_bench():

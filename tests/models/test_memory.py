@@ -10,9 +10,8 @@ import weakref
 
 import apache_beam as beam
 import pytest
-from conftest import chat
+from conftest import ROOT, answer_any, chat
 from rich.console import Console
-from test_pipeline import answer_any
 from tiny import tiny_gemma
 
 from chatflow.cli import main
@@ -85,7 +84,8 @@ def test_two_processes_of_a_worker_load_as_many_copies_as_they_are_told(
     lines, tmp_path, script, monkeypatch, setup
 ):
     """Both inference steps run in both processes."""
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # they import this file
+    places = os.path.dirname(__file__), ROOT / "tests"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))  # they import this file
     settings, expected = SETUPS[setup]
     path = lines(*(chat("the parcel is late", chat_id=str(n)) for n in range(24)))
     options = Options(input=path, output=f"{tmp_path}/out", model=script({"answer": "unused"}))

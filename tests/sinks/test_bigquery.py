@@ -2,11 +2,10 @@
 
 import json
 import random
-from pathlib import Path
 
 import grpc
 import pytest
-from conftest import JOB_SERVICE, chat, mistake
+from conftest import JOB_SERVICE, ROOT, chat, mistake
 from fakes.bigquery import FakeBigQuery, Table
 
 from chatflow.options import Options
@@ -14,7 +13,7 @@ from chatflow.records import KINDS, Analysis, DeadLetter, Draft, now, record_id
 from chatflow.running.launch import execute
 from chatflow.sinks import bigquery
 
-SCHEMAS = Path(__file__).parent.parent / "infra" / "terraform" / "schemas"
+SCHEMAS = ROOT / "infra" / "terraform" / "schemas"
 
 
 @pytest.fixture

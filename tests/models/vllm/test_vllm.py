@@ -17,11 +17,10 @@ import apache_beam as beam
 import pytest
 from apache_beam.ml.inference import vllm_inference
 from apache_beam.utils.multi_process_shared import MultiProcessShared
-from conftest import SAMPLES, chat, mistake
+from conftest import SAMPLES, chat, mistake, read
 from fakes import environment
 from fakes.vllm import Place
 from rich.console import Console
-from test_pipeline import read
 
 from chatflow.cli import main
 from chatflow.commands.stream import Run

@@ -9,7 +9,7 @@ import google.auth.exceptions
 import pytest
 from fakes.vertex import ENDPOINTS
 from google.api_core import exceptions as api_core
-from test_remote import GEMINI, MODELS, request, settings_of
+from remotes import GEMINI, MODELS, request, settings_of
 
 from chatflow.errors import ModelError, UsageError
 from chatflow.models.remote.clients import Reply, Turn

@@ -15,8 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import chat
-from test_pipeline import read
+from conftest import ROOT, chat, read
 from tiny import tiny_gemma
 
 from chatflow.cli import main
@@ -31,7 +30,6 @@ from chatflow.weights.adapters import chosen
 
 TINY = ("--batch=20", "--dtype=float32", "--max_prompt_tokens=400")
 GEMMA = {"dtype": "float32", "max_prompt_tokens": 400}
-ROOT = Path(__file__).parent.parent
 WORDS = {-1: "late", 0: "parcel", 1: "sorry"}
 
 

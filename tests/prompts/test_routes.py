@@ -9,8 +9,7 @@ import sys
 import threading
 
 import pytest
-from conftest import chat, mistake
-from test_pipeline import ANGRY, APOLOGY, read
+from conftest import ANGRY, APOLOGY, chat, mistake, read
 from tiny import tiny_gemma
 
 from chatflow.errors import BadInputError

@@ -1,0 +1,27 @@
+"""What the tests of remote models share."""
+
+from __future__ import annotations
+
+from fakes.vertex import ENDPOINTS
+
+from chatflow.models.requests import Part, Request
+from chatflow.models.settings import RemoteSettings
+from chatflow.prompts.answers import ANALYSIS_SCHEMA
+
+GEMINI = "gemini-2.5-flash"
+
+
+MODELS = [GEMINI, *(ENDPOINTS[kind] for kind in ENDPOINTS if kind != "empty")]
+
+
+def request(prompt="hello", task="analysis", check=None, name="id"):
+    schema = ANALYSIS_SCHEMA if task == "analysis" else None
+    part = Part(field=None, prompt=prompt, max_tokens=9, schema=schema, check=check)
+    return Request(name, task, "7", "c", (part,))
+
+
+def settings_of(fake, model, **settings):
+    defaults = {"project": "p", "location": "us-central1", "api_endpoint": fake.address}
+    if model == ENDPOINTS["private service connect"]:
+        defaults["endpoint_override"] = fake.address
+    return RemoteSettings(**{**defaults, **settings})
