@@ -16,8 +16,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import mistake, read
-from state_dicts import mistake_of, save
+from conftest import mistake
+from state_dicts import mistake_of, read, save
 from tiny import tiny_t5
 
 from chatflow.cli import main
