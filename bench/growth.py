@@ -23,8 +23,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from chatflow.models.settings import Batching
 from chatflow.models.spec import ModelSpec
+from chatflow.options import Batching
 from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.templates import load_folder
 from chatflow.records import Chat, Message, read_chat
@@ -55,7 +55,7 @@ def bench() -> None:
     flags = parser.parse_args()
     lines = (HERE.parent / "samples" / "chats.jsonl").read_text().splitlines()
     texts = [m.text for line in lines for m in read_chat(json.loads(line)).chat.messages]
-    spec = ModelSpec(batching=Batching(64))
+    spec = ModelSpec(batching=Batching(max_batch_size=64, max_batch_duration_secs=0))
     model = spec.handler().load_model()
     figures: list[dict[str, Any]] = []
 

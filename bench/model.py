@@ -155,7 +155,7 @@ def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
     work["json_prompts"] = [
         [2, *tokenizer.encode(json_prompt(q.chat, q.user_id))] for q in questions
     ]
-    instruct = ModelSpec("scripted:talks", kind="instruct")
+    instruct = ModelSpec("scripted:talks", model_kind="instruct")
     talks = AnalysisPrompt(load_folder("instruct")["analysis"], instruct)
     work["talks_prompts"] = [
         [2, *tokenizer.encode(talks.question(q.chat, q.user_id).request.parts[0].prompt)]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ from rich.table import Table
 
 from chatflow.models.remote.handler import RemoteLanguageModelHandler
 from chatflow.models.requests import Failure, Part, Request
-from chatflow.models.settings import RemoteSettings
+from chatflow.options import RemoteSettings
 from chatflow.running.launch import LOCAL_RUNNER
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +107,9 @@ def beams_handlers_at(address: str) -> Iterator[None]:
 
 
 def ours(name: str, address: str) -> tuple[Any, Callable[[int], Any]]:
-    settings = RemoteSettings("p", "us-central1", address, max_in_flight=IN_FLIGHT)
+    settings = RemoteSettings(
+        project="p", location="us-central1", api_endpoint=address, max_in_flight=IN_FLIGHT
+    )
 
     def element(number: int) -> Request:
         part = Part(field=None, prompt=prompt(number), max_tokens=TOKENS)
@@ -259,7 +262,7 @@ def losses(stand_in: StandIn, options: argparse.Namespace) -> dict[str, Any]:
             }
         for name, (handler, element) in sides.items():
             if hasattr(handler, "settings"):
-                handler.settings = handler.settings._replace(timeout=2.0)
+                handler.settings = dataclasses.replace(handler.settings, request_timeout=2.0)
             script = list(behaviour.get("script", ()))
             stand_in.behave(**{**behaviour, "script": script}, latency=0.01)
             figures.setdefault(fault, {})[name] = run(handler, element, count)

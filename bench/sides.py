@@ -183,10 +183,12 @@ class Ours(Jax):
         import pickle
 
         from chatflow.models.gemma.handler import GemmaModelHandler
-        from chatflow.models.settings import Batching, WorkerSettings
+        from chatflow.options import Batching, WorkerSettings
 
-        settings = WorkerSettings(work["dtype"], work["quantization"])
-        handler = GemmaModelHandler(work["model"], False, settings, Batching(64))
+        settings = WorkerSettings(dtype=work["dtype"], quantization=work["quantization"])
+        handler = GemmaModelHandler(
+            work["model"], False, settings, Batching(max_batch_size=64, max_batch_duration_secs=0)
+        )
         self.model = handler.load_model()
         self.requests = pickle.loads(bytes.fromhex(work["requests"]))
 

@@ -34,10 +34,10 @@ from rich.table import Table
 
 from chatflow.cli import main
 from chatflow.commands import publish
-from chatflow.commands.tail import follow
 from chatflow.console.dashboard import percentiles
 from chatflow.records import Chat, Message
 from chatflow.running.emulator import emulator, make_topics, subscription_of
+from chatflow.sources.puller import follow
 
 BEAM = "apache_beam.runners.direct.direct_runner.BundleBasedDirectRunner"
 RULES = [

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import apache_beam as beam
 
 from chatflow.models.keyed import PerKeyModelHandler
 from chatflow.models.prices import Price, price_of
-from chatflow.models.settings import Batching, RemoteSettings, WorkerSettings
 from chatflow.models.spec import Model, ModelSpec
-from chatflow.options import NO_CLOUD, Cloud, Options
+from chatflow.options import (
+    NO_CLOUD,
+    Cloud,
+    Options,
+    Rules,
+)
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis
@@ -26,8 +29,6 @@ from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.assemble import AssembleChats
 from chatflow.stages.draft import DraftApologies, to_be_written
 from chatflow.stages.replay import OpenDeadLetters
-from chatflow.stages.revisions import Rules
-from chatflow.weights.presets import VLLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Plan:
     def watches(self) -> bool:
         """New weights or templates are taken up while the pipeline runs."""
         updates = any(spec.updates for spec in self.routes.specs)
-        return self.streaming and (updates or self.options.prompt_updates == "true")
+        return self.streaming and (updates or self.options.prompt_updates)
 
     def write(self, kind: str) -> WriteRecords:
         """What writes a kind of record."""
@@ -90,20 +91,14 @@ def plan(
     streaming = is_stream(options.input)
     if options.database:
         check_uri(options.database, "--database")
-    rules = Rules(
-        timedelta(seconds=options.quiet_seconds),
-        options.every_messages,
-        options.max_messages,
-        timedelta(hours=options.retention_hours),
-    )
-    routes = routes_of(options, functools.partial(spec_of, cloud=cloud, streaming=streaming))
+    routes = routes_of(options, functools.partial(ModelSpec.of, cloud=cloud, streaming=streaming))
     first = look(routes)
     return Plan(
         options,
         routes,
         model_of(routes, first, streaming, options.resource_hints),
         first,
-        rules,
+        options.take(Rules),
         {
             kind: split_destinations(kind, getattr(options, kind), options.output, options.database)
             for kind in KINDS
@@ -112,47 +107,6 @@ def plan(
         replay,
         drafts,
         price_of(routes.specs[0].name, options.prices) if len(routes.specs) == 1 else None,
-    )
-
-
-def spec_of(options: Options, cloud: Cloud, streaming: bool) -> ModelSpec:
-    """The model that the flags name."""
-    is_vllm = options.model.startswith(VLLM)
-    return ModelSpec(
-        name=options.model,
-        inference=options.inference,
-        kind=options.model_kind,
-        worker=WorkerSettings(
-            options.dtype,
-            options.quantization,
-            options.large_model == "true",
-            options.model_copies,
-            # Only vLLM's server needs it: other models are the same whatever the budget.
-            **({"max_prompt_tokens": options.max_prompt_tokens} if is_vllm else {}),
-            vllm_args=options.vllm_args,
-        ),
-        batching=Batching(
-            options.max_batch_size,
-            (options.max_batch_duration_secs or None) if streaming else None,
-            options.bucket_boundaries if streaming else (),
-        ),
-        remote=RemoteSettings(
-            cloud.project,
-            cloud.location,
-            options.api_endpoint,
-            options.endpoint_override,
-            options.request_timeout,
-            options.max_in_flight,
-            options.max_requests_per_second,
-            options.rate_limit_service,
-            options.retry_seconds,
-            options.request_format,
-            options.response_format,
-            options.thinking,
-        ),
-        state_dict_path=options.state_dict_path,
-        adapter=options.adapter,
-        updates=options.model_updates,
     )
 
 
@@ -189,7 +143,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     updates = None
     if plan.watches:
         watch = WatchUpdates(
-            plan.routes, plan.first, options.update_seconds, options.prompt_updates == "true"
+            plan.routes, plan.first, options.update_seconds, options.prompt_updates
         )
         updates = beam.pvalue.AsIter(pipeline | "WatchUpdates" >> watch)
     analysed = chats | "AnalyseChats" >> AnalyseChats(model, plan.first.analysis, updates)

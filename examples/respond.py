@@ -14,8 +14,8 @@ import apache_beam as beam
 from rich.console import Console
 
 from chatflow.errors import UsageError
-from chatflow.models.settings import Batching
 from chatflow.models.spec import Model, ModelSpec
+from chatflow.options import Batching
 from chatflow.prompts.templates import load_template
 from chatflow.running.launch import beam_options, finish, is_local, quieten
 from chatflow.sinks.pubsub import check_topics
@@ -30,7 +30,9 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
     spec = ModelSpec(
         flags.model,
         state_dict_path=flags.state_dict_path,
-        batching=Batching(size=32, seconds=0.2),  # for which others of the stream are waited for
+        batching=Batching(
+            max_batch_size=32, max_batch_duration_secs=0.2
+        ),  # for which others of the stream are waited for
     )
     template = load_template(Path(__file__).parent / "prompts" / "respond.jinja")
     ask = AskTexts(Model(spec.handler()), template)

@@ -12,8 +12,8 @@ from pathlib import Path
 import apache_beam as beam
 
 from chatflow.errors import UsageError
-from chatflow.models.settings import Batching, WorkerSettings
 from chatflow.models.spec import Model, ModelSpec
+from chatflow.options import Batching, WorkerSettings
 from chatflow.prompts.templates import load_template
 from chatflow.running.launch import beam_options, is_local, quieten
 from chatflow.sinks.files import prepare_output
@@ -31,7 +31,7 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
         flags.model,
         state_dict_path=flags.state_dict_path,
         worker=WorkerSettings(dtype=flags.dtype),
-        batching=Batching(flags.max_batch_size),
+        batching=Batching(max_batch_size=flags.max_batch_size, max_batch_duration_secs=0),
     )
     ask = AskTexts(Model(spec.handler()), load_template(TEMPLATE), {"task": flags.task})
     responses, dead_letters = f"{flags.output}/responses", f"{flags.output}/dead_letters"

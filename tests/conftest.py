@@ -34,7 +34,6 @@ from rich.console import Console
 
 from chatflow.cli import main
 from chatflow.commands.stream import Run
-from chatflow.commands.tail import follow
 from chatflow.database.connections import Database
 from chatflow.errors import UsageError
 from chatflow.models.requests import Request
@@ -49,6 +48,7 @@ from chatflow.running.emulator import HOST_VARIABLE, Emulator, make_topics, subs
 from chatflow.running.launch import LOCAL_RUNNER, beam_options, prepare
 from chatflow.running.summary import Summary
 from chatflow.sinks.pubsub import publisher
+from chatflow.sources.puller import follow
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "samples" / "chats.jsonl"

@@ -91,7 +91,7 @@ def on_pytorch(tmp_path_factory):
     pytest.importorskip("torch").set_num_threads(1)  # others of a busy machine are waited for
     folder = tmp_path_factory.mktemp("t5")
     for seed in range(20):
-        spec = ModelSpec(f"torch:{tiny_t5(folder, seed)}", kind="instruct")
+        spec = ModelSpec(f"torch:{tiny_t5(folder, seed)}", model_kind="instruct")
         case = Case(spec, spec.handler(), "longer " * 3_000)
         template = with_settings(case.analysis.template, "answer_tokens = 256", "answer_tokens = 8")
         case.analysis = AnalysisPrompt(template, spec, max_prompt_tokens=10**6)
@@ -213,7 +213,7 @@ def test_no_requests_have_no_results(case):
 def test_the_handler_travels_and_its_making_asks_nobody(case):
     again = pickle.loads(pickle.dumps(case.spec.handler()))
     assert again.name == case.spec.result_name
-    if case.spec.is_remote:
+    if case.spec.inference == "remote":
         assert again.settings == case.handler.settings
     assert again.get_metrics_namespace() == "chatflow_model"
     assert again.batch_elements_kwargs()["max_batch_size"] >= 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fakes.vertex import ENDPOINTS
 
 from chatflow.models.requests import Part, Request
-from chatflow.models.settings import RemoteSettings
+from chatflow.options import RemoteSettings
 from chatflow.prompts.answers import ANALYSIS_SCHEMA
 
 GEMINI = "gemini-2.5-flash"

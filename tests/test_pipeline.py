@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from chatflow.cli import main
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.scripted import ScriptedModelHandler
-from chatflow.models.settings import ONE_COPY, Batching
 from chatflow.models.spec import Model
-from chatflow.options import Options
+from chatflow.options import ONE_COPY, Batching, Options
 from chatflow.pipeline import build, plan
 from chatflow.prompts.templates import default_folder
 from chatflow.records import KINDS
@@ -354,7 +353,7 @@ def test_copies_and_sharing_are_those_of_the_flags(tmp_path, lines):
 
     assert handler().share_model_across_processes()
     assert handler(model_copies=3).model_copies() == 3
-    assert not handler(large_model="false").share_model_across_processes()
+    assert not handler(large_model=False).share_model_across_processes()
     assert handler(quantization="int8", dtype="bfloat16").settings[:2] == ("bfloat16", "int8")
 
 
@@ -447,7 +446,7 @@ class CountedHandler(ScriptedModelHandler):
     """Notes each load of the model in a file."""
 
     def __init__(self, path: str):
-        LanguageModelHandler.__init__(self, "counted", Batching(2), ONE_COPY)
+        LanguageModelHandler.__init__(self, "counted", Batching(max_batch_size=2), ONE_COPY)
         self.function, self.path = answer_any, path
 
     def load_model(self):

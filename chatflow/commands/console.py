@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from chatflow.console.people import OWN_HOSTS
 from chatflow.errors import UsageError
+from chatflow.options import Parser, number
 from chatflow.running.launch import quieten
 
 if TYPE_CHECKING:
@@ -22,11 +22,91 @@ if TYPE_CHECKING:
     from chatflow.console.people import People
     from chatflow.database.connections import Database
 
+DESCRIPTION = """
+Serves a page on a database that pipelines write to (chatflow run --database=…): drafts
+that wait for review, the angriest and oldest first; what is approved is published.
 
-def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+  chatflow console --database sqlite:///chatflow.db --replies replies.jsonl
+
+Without --users and --identity_header, only this machine can reach it.
+"""
+
+PASSES_FLAGS_ON = False
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--database",
+        default="sqlite:///chatflow.db",
+        help="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--database_password",
+        default="",
+        help="where its password is: env:NAME, file:PATH or projects/P/secrets/S/versions/V",
+    )
+    parser.add_argument(
+        "--replies",
+        default="",
+        help="where approved replies go: projects/P/topics/T, or a file of JSON Lines",
+    )
+    parser.add_argument(
+        "--undo_seconds",
+        type=number(above=-1e-9, most=86_400),
+        default=10.0,
+        help="how long an approval can be undone, and its reply waits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep_days",
+        type=number(most=36_500),
+        help="delete chats to which nothing has happened for so long, with all that is known of "
+        "them; not while a draft of theirs waits (default: never)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8080, help="0: a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--users", default="", metavar="FILE.toml", help="who may sign in, by tokens, and roles"
+    )
+    parser.add_argument(
+        "--new_token",
+        default="",
+        metavar="NAME:ROLE",
+        help="print a new token and its entry of --users, and end; roles: observer, agent, lead",
+    )
+    parser.add_argument(
+        "--identity_header",
+        default="",
+        help="header in which a reverse proxy says who has signed in there, e.g. X-Forwarded-User",
+    )
+    parser.add_argument(
+        "--trusted_proxies",
+        default="127.0.0.0/8,::1/128",
+        help="networks from which that is believed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allowed_hosts",
+        default="",
+        help="names by which the console is called, besides localhost; *: all. Needs a sign-in.",
+    )
+    parser.add_argument(
+        "--redact",
+        default="observer",
+        help="roles that do not see what chats and drafts say (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--export",
+        default="",
+        metavar="FILE.jsonl",
+        help="write what was decided as labelled chats for evaluate and tune, and end",
+    )
+    parser.add_switch("open_browser", help="show the page in this machine's browser")
+    parser.add_argument("--while_stdin_is_open", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command; see `chatflow console --help`."""
-    if rest:
-        raise UsageError(f"unknown flag {rest[0]}; see chatflow console --help")
     quieten(local=True)
     try:
         from chatflow.console import people
@@ -57,7 +137,7 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         replies_to(parsed.replies) if parsed.replies else None,
         parsed.undo_seconds,
         keep=timedelta(days=parsed.keep_days) if parsed.keep_days else None,
-        hosts=[*OWN_HOSTS, parsed.host.lower(), *names],
+        hosts=[*people.OWN_HOSTS, parsed.host.lower(), *names],
     )
     listener = listen(parsed.host, parsed.port)
     shown = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
@@ -127,6 +207,8 @@ def check_place(host: str, names: Sequence[str], known: People) -> None:
             f"--host={host}: others can reach it, so they have to sign in; give --users=FILE "
             "(with tokens), or --identity_header=NAME of a reverse proxy in front of it"
         )
+    from chatflow.console.people import OWN_HOSTS
+
     others = sorted(set(names) - set(OWN_HOSTS))
     if others and not known.sign_in:
         raise UsageError(

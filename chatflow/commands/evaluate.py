@@ -10,22 +10,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from chatflow.errors import FAILED, UsageError
-from chatflow.evaluation.bias import fit_constants
-from chatflow.evaluation.figures import figures
-from chatflow.evaluation.history import append, entry, fall, read_history
-from chatflow.evaluation.labels import read_labels
-from chatflow.evaluation.measures import CLASSES
-from chatflow.evaluation.page import write_page
-from chatflow.evaluation.tables import show
-from chatflow.evaluation.variants import Ran, Variant, run, variants_of
-from chatflow.prompts.questions import AnalysisPrompt
-from chatflow.prompts.routes import Routed
+from chatflow.options import Parser, add_flags
+
+DESCRIPTION = """
+Runs the pipeline on labelled chats and compares. A label is the field `sentiment`
+(-1, 0 or 1) of a chat.
+
+  chatflow evaluate labelled.jsonl
+  chatflow evaluate labelled.jsonl --compare prompts=my-prompts --report report.html
+"""
+
+PASSES_FLAGS_ON = True
+
+LEFT_OUT = (
+    "input", "show", "analyses", "drafts", "dead_letters", "database", "database_password",
+    "webhook_secret",
+)  # fmt: skip
+"""Flags of `chatflow run` that an evaluation has no use for: it reads its own results."""
 
 
-def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("labelled", metavar="LABELLED.jsonl", help="chats with labels")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="FLAGS",
+        help="run again with these flags in place of the given ones, e.g. 'prompts=my-prompts "
+        "model=gemma3_1b', and compare; repeatable. vader: compare with VADER's list of words",
+    )
+    parser.add_argument(
+        "--report", default="", metavar="FILE.html", help="write everything as a page, too"
+    )
+    parser.add_argument(
+        "--history",
+        default="",
+        metavar="FILE.jsonl",
+        help="add a line of figures to this file; exit code 1 when the accuracy fell since its "
+        "newest line of the same chats",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.03,
+        help="by how much it may fall (default: %(default)s)",
+    )
+    parser.add_switch(
+        "fit_bias", help="also fit tone_bias and tone_temperature, to put into the prompt template"
+    )
+    add_flags(parser, leave_out=LEFT_OUT)
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command: runs all variants, prints tables or one line of JSON.
 
     Returns:
@@ -35,6 +72,17 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
       UsageError: a wrong flag or file, before anything runs; or there is nothing to fit to.
       SystemExit: with code 1, when a pipeline fails.
     """
+    from rich.console import Console
+
+    from chatflow.evaluation.bias import fitted, prompt_to_fit
+    from chatflow.evaluation.figures import figures
+    from chatflow.evaluation.history import append, entry, fall, read_history
+    from chatflow.evaluation.labels import read_labels
+    from chatflow.evaluation.measures import CLASSES
+    from chatflow.evaluation.page import write_page
+    from chatflow.evaluation.tables import show
+    from chatflow.evaluation.variants import answered, variants_of
+
     labels = read_labels(parsed.labelled)
     if parsed.fit_bias and len({label.sentiment for label in labels.values()}) < len(CLASSES):
         raise UsageError(f"--fit_bias: {parsed.labelled!r} must have labels of all three tones")
@@ -45,22 +93,22 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             raise UsageError(f"--{name}={path}: there is no such folder")
     history = read_history(parsed.history) if parsed.history else []
     with tempfile.TemporaryDirectory(prefix="chatflow-evaluate-") as scratch:
-        variants = variants_of(parsed, flags, scratch)
+        variants = variants_of(parsed, rest, scratch, LEFT_OUT)
         if parsed.fit_bias:
-            _to_fit(variants[0])
+            prompt_to_fit(variants[0])
         ran = []
         for number, variant in enumerate(variants, 1):
             if len(variants) > 1:
                 of = f"{number} of {len(variants)}: {variant.name}"
                 Console(stderr=True).print(of, highlight=False, markup=False)
-            ran.append(run(variant, labels, flags))
+            ran.append(answered(variant, labels, rest))
     report: dict[str, Any] = {
         "labelled": parsed.labelled,
         "chats": len(labels),
         "variants": [figures(each, ran[0] if each is not ran[0] else None) for each in ran],
     }
     if parsed.fit_bias:
-        report |= _fitted(ran[0])
+        report |= fitted(ran[0])
     falls = []
     if parsed.history:
         lines = [
@@ -89,37 +137,3 @@ def evaluate(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def _without_answers(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name != "answers"}
-
-
-def _to_fit(variant: Variant) -> AnalysisPrompt:
-    """The prompt whose bias is to be fitted.
-
-    Raises:
-      UsageError: there are several, or its answers have no scores.
-    """
-    assert variant.planned is not None  # the first is no baseline
-    prompt = variant.planned.first.analysis
-    if isinstance(prompt, Routed):
-        raise UsageError("--fit_bias: fits one model; leave --models out")
-    if "tone" not in prompt.block_names:
-        raise UsageError(f"--fit_bias: {variant.model} does not score tone words")
-    return prompt
-
-
-def _fitted(ran: Ran) -> dict[str, dict[str, Any]]:
-    """`tone_bias` and `tone_temperature` of the model, as the prompt template takes them.
-
-    Raises:
-      UsageError: no chat was answered.
-    """
-    prompt = _to_fit(ran.variant)
-    scores = [
-        (judged.analysis.tone_scores, judged.label.sentiment)
-        for judged in ran.judged.values()
-        if judged.analysis and judged.analysis.tone_scores
-    ]
-    if not scores:
-        raise UsageError("--fit_bias: no labelled chat has an analysis")
-    bias, temperature = fit_constants(scores, prompt.tones)
-    name = prompt.result_name
-    return {"tone_bias": {name: bias}, "tone_temperature": {name: temperature}}

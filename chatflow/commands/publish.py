@@ -3,193 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
-import random
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
 
-from apache_beam.io.filesystems import FileSystems
+from chatflow.errors import UsageError
+from chatflow.options import Parser
 
-from chatflow.errors import BadInputError, UsageError, one_line
-from chatflow.records import Arrival, Chat, Event, Reading, now
-from chatflow.sinks.pubsub import PUBSUB_TOPIC, ordering_key, publisher, wait_published
-from chatflow.sources.parse import parse_arrival
-from chatflow.sources.read import files_of
+DESCRIPTION = """
+Publishes each line of a file, or of several (a glob), as a message.
 
-GIVE_UP_SECONDS = 60.0
+  chatflow publish chats.jsonl --topic projects/P/topics/events --rate 10 --as_messages
+"""
 
-
-class Line(NamedTuple):
-    """What is published as one message.
-
-    Attributes:
-      chat_id: by which it is ordered; empty where the line has none.
-    """
-
-    data: bytes
-    chat_id: str
+PASSES_FLAGS_ON = False
 
 
-def read_lines(pattern: str, flag: str = "FILE") -> list[bytes]:
-    """The lines of files that are not blank.
-
-    Raises:
-      UsageError: there are no files, or they cannot be read.
-    """
-    paths = files_of(pattern, flag)
-    try:
-        return [
-            line
-            for path in paths
-            for line in FileSystems.open(path).read().splitlines()
-            if line.strip()
-        ]
-    except Exception as error:  # each filesystem has its own
-        raise UsageError(f"{flag}: {pattern!r} cannot be read: {error}") from None
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE", help="JSON Lines: chats, messages, anything")
+    parser.add_argument("--topic", required=True, help="projects/PROJECT/topics/NAME")
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="messages a second (default: as fast as it goes)"
+    )
+    parser.add_switch(
+        "as_messages",
+        help="send each chat as if it happened now: its single messages, then its end",
+    )
+    parser.add_argument("--summary", choices=("table", "json"), default="table")
 
 
-def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
-    """Each line as a message, whatever is in it; its chat's id as the key."""
-    for line in lines:
-        read = _parse(line)
-        chat = read.chat if isinstance(read, Reading) else read
-        yield Line(line, chat.chat_id if chat else "")
-
-
-def _parse(line: bytes) -> Reading | Event | None:
-    try:
-        return parse_arrival(Arrival(line), timedelta(0))
-    except BadInputError:
-        return None
-
-
-@dataclasses.dataclass
-class Replay:
-    """Chats as if they happened now: message by message, several at a time, then closed.
-
-    Attributes:
-      chats: what is replayed.
-      at_once: how many chats are open at a time.
-      sent: called with each revision that a message makes and the time of its sending,
-        in seconds since 1970; the revision is what `AssembleChats` will give it.
-    """
-
-    chats: Sequence[Chat]
-    at_once: int = 8
-    seed: int = 0
-    sent: Callable[[str, int, float], None] = lambda chat_id, revision, at: None
-
-    def __iter__(self) -> Iterator[Line]:
-        chance = random.Random(self.seed)
-        waiting = list(reversed(self.chats))
-        talking: list[Iterator[Line]] = []
-        while waiting or talking:
-            while waiting and len(talking) < self.at_once:
-                talking.append(self._messages(waiting.pop()))
-            speaker = chance.choice(talking)
-            line = next(speaker, None)
-            if line is None:
-                talking.remove(speaker)
-            else:
-                yield line
-
-    def _messages(self, chat: Chat) -> Iterator[Line]:
-        """The messages of a chat, stamped as they are sent, and its end."""
-        for number, message in enumerate(chat.messages, 1):
-            at = now()
-            at = at.replace(microsecond=at.microsecond // 1000 * 1000)
-            fresh = message.model_copy(
-                update={
-                    "message_id": message.message_id or f"{chat.chat_id}-{number}",
-                    "sent_at": at,
-                    "attributes": {**chat.attributes, **message.attributes},
-                }
-            )
-            self.sent(chat.chat_id, round(at.timestamp() * 1000) + number, at.timestamp())
-            yield Line(_line(Event(chat_id=chat.chat_id, message=fresh)), chat.chat_id)
-        yield Line(_line(Event(chat_id=chat.chat_id)), chat.chat_id)
-
-
-def _line(event: Event) -> bytes:
-    return event.to_line().encode()
-
-
-def chats_of(lines: Iterable[bytes]) -> tuple[list[Chat], list[bytes]]:
-    """The whole chats among lines, and the other lines."""
-    chats, others = [], []
-    for line in lines:
-        read = _parse(line)
-        if isinstance(read, Reading):
-            chats.append(read.chat)
-        else:
-            others.append(line)
-    return chats, others
-
-
-def send(
-    lines: Iterable[Line],
-    topic: str,
-    rate: float = 0,
-    published: Callable[[int], None] = lambda count: None,
-    stopped: Callable[[float | None], bool] = threading.Event().wait,
-) -> int:
-    """Publishes lines in order, and waits until the service has them.
-
-    Args:
-      rate: messages a second; 0 for as many as it takes.
-      published: called with the count so far.
-      stopped: waits for so many seconds; true ends the sending.
-
-    Returns:
-      how many were published.
-
-    Raises:
-      UsageError: the topic could not be reached for a minute.
-    """
-    client = publisher()
-    waiting: list[tuple[dict[str, Any], Any]] = []
-    started, count = time.monotonic(), 0
-
-    def settle() -> None:
-        give_up = time.monotonic() + GIVE_UP_SECONDS
-        for message, future in waiting:
-            wait_published(client, topic, message, future, give_up)
-        waiting.clear()
-
-    try:
-        for line in lines:
-            due = started + count / rate if rate else 0
-            if due > time.monotonic():
-                settle()
-                if stopped(max(due - time.monotonic(), 0)):
-                    break
-            message = {"data": line.data, "ordering_key": ordering_key(line.chat_id)}
-            waiting.append((message, client.publish(topic, **message)))
-            if len(waiting) >= 1000:
-                settle()
-            count += 1
-            published(count)
-        settle()
-    except Exception as error:
-        raise UsageError(f"--topic: {topic} cannot be published to: {one_line(error)}") from None
-    finally:
-        client.stop()
-    return count
-
-
-def publish(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    if flags:
-        raise UsageError(f"unknown flag {flags[0]}; see chatflow publish --help")
+    from chatflow.running.publishing import Line, Replay, as_they_are, chats_of, read_lines, send
+    from chatflow.sinks.pubsub import PUBSUB_TOPIC
+
     if not (topic := PUBSUB_TOPIC.fullmatch(parsed.topic)):
         raise UsageError(f"--topic={parsed.topic}: must be projects/PROJECT/topics/NAME")
     if parsed.rate < 0:

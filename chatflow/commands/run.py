@@ -5,19 +5,40 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from chatflow.options import Options, from_flags
-from chatflow.running.launch import execute, launch
-from chatflow.running.summary import Summary
+from chatflow.options import Options, Parser, add_flags, from_flags
+
+if TYPE_CHECKING:
+    from chatflow.running.summary import Summary
+
+DESCRIPTION = """
+Analyses chats: one JSON object a line in, analyses, drafts and dead letters out.
+
+  chatflow run --input 'chats/*.jsonl' --output results
+  chatflow run --input projects/P/subscriptions/events --output results
+
+A chat: {"chat_id": "7", "messages": [{"user_id": "1", "role": "customer", "text": "…"}]}
+A message of one: {"chat_id": "7", "user_id": "1", "role": "customer", "text": "…"}
+Its end: {"chat_id": "7", "event": "closed"}
+"""
+
+PASSES_FLAGS_ON = True
 
 
-def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+def add_arguments(parser: Parser) -> None:
+    add_flags(parser)
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -> int:
     """The command: waits for the pipeline, unless told not to."""
+    from chatflow.running.launch import execute, launch
+
     options = from_flags(parsed, required=("input",))
     if "--no_wait_until_finish" in rest:
-        launch(options, rest, parsed.replay)
+        launch(options, rest, replay)
     else:
-        show_summary(execute(options, rest, replay=parsed.replay), options)
+        show_summary(execute(options, rest, replay=replay), options)
     return 0
 
 

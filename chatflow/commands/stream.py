@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from chatflow.console.dashboard import percentiles
 from chatflow.errors import BadInputError, UsageError
+from chatflow.options import Parser, add_flags
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -26,6 +26,32 @@ EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS, REPLIES = TOPICS = tuple(
     f"projects/{PROJECT}/topics/{name}"
     for name in ("events", "analyses", "drafts", "dead-letters", "replies")
 )
+
+DESCRIPTION = """
+Starts the Pub/Sub emulator (or uses the one at PUBSUB_EMULATOR_HOST), runs the
+pipeline on it, replays chats as live messages, and shows what comes out, also on the
+page of `chatflow console`. Ctrl-C drains the pipeline and stops everything that was
+started.
+
+  chatflow stream --rate 2
+"""
+
+PASSES_FLAGS_ON = True
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--chats", default="samples/chats.jsonl", help="chats to replay (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="messages a second (default: %(default)s)"
+    )
+    parser.add_switch("stop_when_done", help="end when all chats were replayed")
+    parser.add_switch("console", True, "serve the staff's page, too (default: true)")
+    parser.add_argument(
+        "--console_port", type=int, default=8080, help="of that page (default: %(default)s)"
+    )
+    add_flags(parser, leave_out=("input", "id_label"))
 
 
 class Board:
@@ -99,6 +125,8 @@ class Board:
 
     def percentiles(self) -> tuple[float, float] | None:
         """p50 and p95 of the seconds from a chat's last message to its analysis."""
+        from chatflow.console.dashboard import percentiles
+
         with self._lock:
             return percentiles(self.latencies) if self.latencies else None
 
@@ -179,23 +207,23 @@ class Run:
         self.ended.set()
 
 
-def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command; see `chatflow stream --help`."""
     from rich.console import Console
 
     from chatflow import metrics
-    from chatflow.commands import publish
     from chatflow.commands.run import show_summary
-    from chatflow.commands.tail import follow
     from chatflow.options import from_flags
+    from chatflow.running import publishing
     from chatflow.running.console import console_beside, has_screen
     from chatflow.running.emulator import emulator, make_topics, subscription_of
     from chatflow.running.launch import prepare, sigterm_interrupts
     from chatflow.running.summary import Summary
+    from chatflow.sources.puller import follow
 
     if parsed.rate <= 0:
         raise UsageError(f"--rate={parsed.rate}: must be more than 0")
-    chats, others = publish.chats_of(publish.read_lines(parsed.chats, "--chats"))
+    chats, others = publishing.chats_of(publishing.read_lines(parsed.chats, "--chats"))
     if others or not chats:
         raise UsageError(f"--chats={parsed.chats}: {len(others)} lines are no chats")
     parsed.input = subscription_of(EVENTS)
@@ -216,7 +244,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
         console.print("starting the Pub/Sub emulator")
         host = stack.enter_context(emulator())
         make_topics(TOPICS)
-        planned, pipeline = prepare(options, flags, console)
+        planned, pipeline = prepare(options, rest, console)
         stack.callback(planned.model.forget)
         results = stack.enter_context(follow(TOPICS[1:]))
         console.print(
@@ -225,7 +253,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             highlight=False,
             soft_wrap=True,
         )
-        if parsed.console == "true":
+        if parsed.console:
             flags_of_console = [f"--database={options.database}", f"--replies={REPLIES}"]
             if place := options.database_password:
                 flags_of_console.append(f"--database_password={place}")
@@ -237,7 +265,7 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
             )
         console.print(f"loading {options.model}", highlight=False)
         run = Run(pipeline.run())
-        replay = publish.Replay(chats, sent=board.sent)
+        replay = publishing.Replay(chats, sent=board.sent)
         stop = threading.Event()
         sender = threading.Thread(
             target=_send, args=(replay, parsed.rate, board, stop), daemon=True
@@ -274,13 +302,13 @@ def stream(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def _send(replay: Any, rate: float, board: Board, stop: threading.Event) -> None:
-    from chatflow.commands import publish
+    from chatflow.running import publishing
 
     def published(count: int) -> None:
         board.published = count
 
     try:
-        publish.send(replay, EVENTS, rate, published, stop.wait)
+        publishing.send(replay, EVENTS, rate, published, stop.wait)
     except UsageError as error:
         board.note = str(error)
 

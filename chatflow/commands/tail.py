@@ -3,73 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from chatflow.errors import BadInputError, UsageError
-from chatflow.records import Analysis, DeadLetter, Draft, Record, Reply, open_record
-from chatflow.sources.puller import Puller, open_puller
-from chatflow.sources.read import PUBSUB_INPUT
+from chatflow.errors import UsageError
+from chatflow.options import Parser
 
+DESCRIPTION = """
+Prints the analyses, drafts and dead letters of topics (from now on) or subscriptions.
 
-@contextlib.contextmanager
-def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
-    """A function that gives what has arrived at subscriptions and topics, as `PubsubMessage`s.
+  chatflow tail projects/P/topics/analyses projects/P/topics/drafts
+"""
 
-    A topic is read from now on, by a subscription that is removed at the end.
-
-    Raises:
-      UsageError: a path cannot be read.
-    """
-    pullers: list[Puller] = []
-
-    def arrived() -> list[Any]:
-        received = [(puller, puller.take(100, 0)) for puller in pullers]
-        for puller, messages in received:
-            if messages:
-                puller.acknowledge(messages)
-        if not any(messages for _, messages in received):
-            time.sleep(0.05)
-        return [m.message for _, messages in received for m in messages]
-
-    try:
-        for path in paths:
-            pullers.append(open_puller(path).start())
-        yield arrived
-    finally:
-        for puller in pullers:
-            puller.close()
+PASSES_FLAGS_ON = False
 
 
-def for_people(record: Record) -> str:
-    """A record for a person, with rich's markup."""
-    from chatflow.running.summary import TONE_STYLES
-    from chatflow.running.terminal import draft_text, plain
-
-    if isinstance(record, Analysis):
-        word, style = TONE_STYLES[int(record.sentiment)]
-        said = f"[{style}]{word:<7}[/] {plain(record.chat_id)} {plain(record.user_id)}: "
-        return said + plain(record.summary)
-    if isinstance(record, Draft):
-        text = " ".join(draft_text(record).split())
-        return f"[bold]draft[/]   {plain(record.chat_id)} {plain(record.user_id)}: {plain(text)}"
-    if isinstance(record, Reply):
-        said = f"[bold]reply[/]   {plain(record.chat_id)} {plain(record.user_id)}"
-        text = plain(" ".join(record.text.split()))
-        return f"{said}, approved by {plain(record.approved_by)}: {text}"
-    assert isinstance(record, DeadLetter)
-    where = f"{record.stage}/{record.reason}"
-    return f"[magenta]dead[/]    {plain(record.chat_id or '-')} {where}: {plain(record.error)}"
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="topics or subscriptions")
+    parser.add_switch("json", help="print records as lines of JSON")
+    parser.add_argument("--count", type=int, default=0, help="end after so many records")
 
 
-def tail(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """The command: prints until it is interrupted, or `--count` is reached."""
     from rich.console import Console
 
-    if flags:
-        raise UsageError(f"unknown flag {flags[0]}; see chatflow tail --help")
+    from chatflow.running.terminal import said
+    from chatflow.sources.puller import follow
+    from chatflow.sources.read import PUBSUB_INPUT
+
     paths = []
     for path in parsed.paths:
         if not (matched := PUBSUB_INPUT.fullmatch(path)):
@@ -89,10 +50,3 @@ def tail(parsed: argparse.Namespace, flags: Sequence[str]) -> int:
                     console.print(said(message.data))
                 shown += 1
     return 0
-
-
-def said(data: bytes) -> str:
-    try:
-        return for_people(open_record(data))
-    except BadInputError as error:
-        return f"no record of chatflow: {error}"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from chatflow.errors import UsageError
+from chatflow.evaluation.variants import Ran, Variant
+from chatflow.prompts.questions import AnalysisPrompt
+from chatflow.prompts.routes import Routed
 from chatflow.records import Sentiment
 
 _RIDGE = 1e-3
@@ -52,3 +57,37 @@ def fit_constants(
         angry = float(lead[count - 1 : count + 1].mean())
     bias = (round(angry, 2), 0.0, round(happy, 2))
     return dict(zip(order, bias, strict=True)), round(1 / scale, 2)
+
+
+def prompt_to_fit(variant: Variant) -> AnalysisPrompt:
+    """The prompt whose bias is to be fitted.
+
+    Raises:
+      UsageError: there are several, or its answers have no scores.
+    """
+    assert variant.planned is not None  # the first is no baseline
+    prompt = variant.planned.first.analysis
+    if isinstance(prompt, Routed):
+        raise UsageError("--fit_bias: fits one model; leave --models out")
+    if "tone" not in prompt.block_names:
+        raise UsageError(f"--fit_bias: {variant.model} does not score tone words")
+    return prompt
+
+
+def fitted(ran: Ran) -> dict[str, dict[str, Any]]:
+    """`tone_bias` and `tone_temperature` of the model, as the prompt template takes them.
+
+    Raises:
+      UsageError: no chat was answered.
+    """
+    prompt = prompt_to_fit(ran.variant)
+    scores = [
+        (judged.analysis.tone_scores, judged.label.sentiment)
+        for judged in ran.judged.values()
+        if judged.analysis and judged.analysis.tone_scores
+    ]
+    if not scores:
+        raise UsageError("--fit_bias: no labelled chat has an analysis")
+    bias, temperature = fit_constants(scores, prompt.tones)
+    name = prompt.result_name
+    return {"tone_bias": {name: bias}, "tone_temperature": {name: temperature}}

@@ -11,7 +11,6 @@ from typing import Any
 
 from chatflow.errors import UsageError
 from chatflow.evaluation.baselines import vader
-from chatflow.evaluation.flags import LEFT_OUT
 from chatflow.evaluation.labels import Key, Label
 from chatflow.options import Options, Parser, add_flags, from_flags
 from chatflow.pipeline import Plan, plan
@@ -83,12 +82,15 @@ class Ran:
     counts: Mapping[str, Any]
 
 
-def variants_of(parsed: argparse.Namespace, flags: Sequence[str], scratch: str) -> list[Variant]:
+def variants_of(
+    parsed: argparse.Namespace, flags: Sequence[str], scratch: str, leave_out: Sequence[str]
+) -> list[Variant]:
     """The flags as given, then each --compare: those with some replaced.
 
     Args:
       flags: Beam's.
       scratch: a folder for results that no --output asks for.
+      leave_out: flags that a --compare cannot have.
 
     Raises:
       UsageError: a wrong flag, of any of them.
@@ -100,7 +102,7 @@ def variants_of(parsed: argparse.Namespace, flags: Sequence[str], scratch: str) 
             variants.append(Variant(VADER, tone=vader()))
             continue
         try:
-            replaced = _replaced(parsed, value, f"{scratch}/{number}")
+            replaced = _replaced(parsed, value, f"{scratch}/{number}", leave_out)
             variants.append(_planned(replaced, flags, " ".join(value.split())))
         except UsageError as error:
             raise UsageError(f"--compare={value!r}: {error}") from None
@@ -112,10 +114,12 @@ def _planned(options: Options, flags: Sequence[str], name: str = "") -> Variant:
     return Variant(name or options.model, plan(options, cloud))
 
 
-def _replaced(parsed: argparse.Namespace, value: str, output: str) -> Options:
+def _replaced(
+    parsed: argparse.Namespace, value: str, output: str, leave_out: Sequence[str]
+) -> Options:
     """The given flags with those of a --compare in their place; it has an output of its own."""
     parser = Parser(prog="--compare", add_help=False, allow_abbrev=False)
-    add_flags(parser, leave_out=(*LEFT_OUT, "summary"))
+    add_flags(parser, leave_out=(*leave_out, "summary"))
     parser.set_defaults(**{**vars(parsed), "output": output})
     try:
         words = shlex.split(value)
@@ -129,7 +133,7 @@ def _replaced(parsed: argparse.Namespace, value: str, output: str) -> Options:
     return from_flags(replaced)
 
 
-def run(variant: Variant, labels: Mapping[Key, Label], flags: Sequence[str]) -> Ran:
+def answered(variant: Variant, labels: Mapping[Key, Label], flags: Sequence[str]) -> Ran:
     """Answers all chats.
 
     Raises:

@@ -18,7 +18,7 @@ from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
 from chatflow.models.base import LanguageModel
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
-from chatflow.models.settings import ONE_BUNDLE, Batching, WorkerSettings
+from chatflow.options import ONE_BUNDLE, Batching, WorkerSettings
 
 METRICS = "chatflow_model"
 """The namespace of RunInference's own metrics."""
@@ -72,11 +72,11 @@ class LanguageModelHandler(
     ):
         shared = settings if settings and settings.large_model else None
         super().__init__(
-            min_batch_size=batching.size,
-            max_batch_size=batching.size,
-            max_batch_duration_secs=batching.seconds,
-            batch_length_fn=prompt_length if batching.buckets else None,
-            batch_bucket_boundaries=list(batching.buckets) or None,
+            min_batch_size=batching.max_batch_size,
+            max_batch_size=batching.max_batch_size,
+            max_batch_duration_secs=batching.max_batch_duration_secs or None,
+            batch_length_fn=prompt_length if batching.boundaries else None,
+            batch_bucket_boundaries=list(batching.boundaries) or None,
             large_model=shared is not None,
             model_copies=shared.model_copies if shared else None,
         )

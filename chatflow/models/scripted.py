@@ -30,7 +30,10 @@ from chatflow.errors import ElementError, UsageError
 from chatflow.models.base import LanguageModel
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
-from chatflow.models.settings import ONE_BUNDLE, Batching
+from chatflow.models.spec import Kind, ModelSpec
+from chatflow.options import ONE_BUNDLE, Batching
+
+PREFIX = "scripted:"
 
 _FIELDS = frozenset(
     ("task", "chat_id", "user_id", "match", "answer", "error", "crash", "stall_seconds", "times")
@@ -139,3 +142,26 @@ class ScriptedModelHandler(LanguageModelHandler[ScriptedModel]):
     def load(self, version: Version = FIRST) -> ScriptedModel:
         function = load_script(version.path) if version.path else self.function
         return ScriptedModel(version.named(self.name), function)
+
+
+class Scripted(Kind):
+    """`scripted:FILE`; inside a pipeline it passes for a model that writes JSON."""
+
+    update_files = (".jsonl",)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Leaves it to `load_script`, when the handler is made."""
+
+    def instruct(self, spec: ModelSpec) -> bool:
+        return True
+
+    def writes_json(self, spec: ModelSpec) -> bool:
+        return True
+
+    def base_name(self, spec: ModelSpec) -> str:
+        """A script is known by its kind, not by its path."""
+        return "scripted"
+
+    def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> ScriptedModelHandler:
+        script = load_script(spec.name.removeprefix(PREFIX))
+        return ScriptedModelHandler(script, batching=spec.batching, updates=spec.updates)

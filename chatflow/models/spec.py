@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
+import importlib
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatflow.errors import UsageError
 from chatflow.models.requests import Request
-from chatflow.models.settings import ONE_BUNDLE, ONE_COPY, Batching, RemoteSettings, WorkerSettings
-from chatflow.weights import adapters, embedded
-from chatflow.weights.adapters import check_adapter, chosen
-from chatflow.weights.presets import MARKERS, SCRIPTED, TORCH, VLLM
+from chatflow.options import (
+    NO_CLOUD,
+    ONE_BUNDLE,
+    ONE_COPY,
+    Batching,
+    Cloud,
+    Options,
+    RemoteSettings,
+    WorkerSettings,
+)
+from chatflow.weights import embedded
+from chatflow.weights.adapters import check_adapter
+from chatflow.weights.presets import is_instruct
 
-ENDS = {
-    "script": (".jsonl",),
-    "torch": (*MARKERS, ".pt", ".pth", ".bin", ".safetensors"),
-    "gemma": (*MARKERS, adapters.ENDS),
+KINDS = {
+    "scripted:": "chatflow.models.scripted.Scripted",
+    "torch:": "chatflow.models.pytorch.handler.Torch",
+    "vllm:": "chatflow.models.vllm.handler.Vllm",
+    "remote": "chatflow.models.remote.handler.Remote",
+    "on_worker": "chatflow.models.gemma.handler.Gemma",
 }
-"""How the patterns end by which the weights of a kind of model may be replaced."""
+"""The class of each kind of model, by how its names begin; else by `--inference`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +71,71 @@ class Model:
             path.unlink(missing_ok=True)
 
 
+Say = Callable[[str], None]
+"""Prints a line for whoever starts a run."""
+
+
+class Kind(abc.ABC):
+    """A kind of model: what differs between kinds before one is loaded.
+
+    Attributes:
+      update_files: how files end whose weights a running model can take up.
+      adaptable: it takes LoRA adapters, and can be tuned.
+      takes_state_dict: it can be given the weights of a state dict.
+      has_budget: it is set up for prompts of at most `max_prompt_tokens`.
+      asked_by_json: it has no scores, so that it writes its answer as JSON.
+      needs_accelerator: it runs on GPUs alone.
+    """
+
+    update_files: tuple[str, ...] = ()
+    adaptable = takes_state_dict = has_budget = asked_by_json = needs_accelerator = False
+
+    @abc.abstractmethod
+    def check(self, spec: ModelSpec) -> None:
+        """Checks what can be checked of a model without loading it.
+
+        Raises:
+          UsageError: there is no such model, or it cannot be kept as the settings say.
+        """
+
+    @abc.abstractmethod
+    def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> Any:
+        """Returns a Beam model handler; nothing is loaded yet."""
+
+    def instruct(self, spec: ModelSpec) -> bool:
+        """Returns whether it follows instructions, where `--model_kind` does not say so."""
+        return is_instruct(spec.name)
+
+    def writes_json(self, spec: ModelSpec) -> bool:
+        """Returns whether the model writes the JSON answer itself."""
+        return self.asked_by_json
+
+    def adapter(self, spec: ModelSpec) -> str:
+        """Returns the adapter with which the model begins, or an empty text."""
+        return ""
+
+    def base_name(self, spec: ModelSpec) -> str:
+        """Returns what results call the model, whatever its weights."""
+        return spec.name
+
+    def prepare(self, spec: ModelSpec, say: Say) -> None:  # noqa: B027 (most need nothing)
+        """Makes ready on this machine, where the pipeline runs, what the model needs.
+
+        Raises:
+          UsageError: it cannot be made, or is not installed.
+        """
+
+    def check_service(self, spec: ModelSpec, local: bool, say: Say) -> None:  # noqa: B027
+        """Asks the service behind the model, if there is one, whether it is there.
+
+        Args:
+          local: the pipeline runs on this machine.
+
+        Raises:
+          UsageError: the service says that the model is not there, or not for us.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Which model, and how it is asked. Checked when made; loads nothing.
@@ -69,22 +147,22 @@ class ModelSpec:
         a folder, `gs://…`); or, remotely, `gemini-…` or
         `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
-      kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
+      model_kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
       batching: how requests are put together for one call.
       worker: how the weights are kept; unused remotely.
       remote: where the service is, and how it is called; on the worker, only vLLM's is.
       state_dict_path: weights of a `torch:` model, instead of its folder's own.
       adapter: LoRA weights of a Gemma on the worker: `auto`, `none` or a file; see
-        `chatflow.models.adapters`.
+        `chatflow.weights.adapters`.
       updates: the files among which the newest has the weights; empty: they stay as they are.
 
     Raises:
-      UsageError: no such model, or one that cannot be kept so.
+      UsageError: there is no such model, or it cannot be kept so.
     """
 
     name: str = embedded.NAME
     inference: str = "on_worker"
-    kind: str = "auto"
+    model_kind: str = "auto"
     batching: Batching = ONE_BUNDLE
     worker: WorkerSettings = ONE_COPY
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
@@ -92,70 +170,68 @@ class ModelSpec:
     adapter: str = "auto"
     updates: str = ""
 
+    @classmethod
+    def of(cls, options: Options, cloud: Cloud = NO_CLOUD, streaming: bool = False) -> ModelSpec:
+        """Returns the model that flags name.
+
+        Args:
+          cloud: project and location of a remote model whose name does not say them.
+          streaming: requests come in small bundles, and may wait for others.
+        """
+        batching, worker = options.take(Batching), options.take(WorkerSettings)
+        if not kind_of(options.model, options.inference).has_budget:
+            # The same model whatever the budget, so that several may share it.
+            worker = dataclasses.replace(worker, max_prompt_tokens=ONE_COPY.max_prompt_tokens)
+        return cls(
+            name=options.model,
+            inference=options.inference,
+            model_kind=options.model_kind,
+            batching=batching if streaming else batching.within_bundles(),
+            worker=worker,
+            remote=dataclasses.replace(options.take(RemoteSettings), **cloud._asdict()),
+            state_dict_path=options.state_dict_path,
+            adapter=options.adapter,
+            updates=options.model_updates,
+        )
+
     def __post_init__(self) -> None:
-        if self.updates:
-            check_pattern(self)
-        if self.state_dict_path and not self.is_torch:
+        kind, name = self.kind, self.name
+        if self.updates and not kind.update_files:
+            raise UsageError(f"--model_updates: {name} has no weights here to be updated")
+        if self.updates and not self.updates.endswith(kind.update_files):
             raise UsageError(
-                f"--state_dict_path: only with --model=torch:NAME, not with --model={self.name}"
+                f"--model_updates={self.updates}: for --model={name} it must end in one of "
+                f"{', '.join(kind.update_files)}"
+            )
+        if self.state_dict_path and not kind.takes_state_dict:
+            raise UsageError(
+                f"--state_dict_path: only with --model=torch:NAME, not with --model={name}"
             )
         if self.adapter not in ("auto", "none"):
-            if self.is_scripted or self.is_torch or self.is_vllm or self.is_remote:
-                raise UsageError(f"--adapter: only for Gemma on the workers, not for {self.name}")
+            if not kind.adaptable:
+                raise UsageError(f"--adapter: only for Gemma on the workers, not for {name}")
             check_adapter(self.adapter)
-        if self.is_scripted:
-            return
-        if self.is_torch:
-            if self.inference == "remote":
-                raise UsageError(f"--model={self.name}: runs on the workers, not remotely")
-            from chatflow.models.pytorch.handler import check_torch
-
-            check_torch(self.name.removeprefix(TORCH), self.state_dict_path, self.worker)
-            return
-        if self.is_remote:
-            from chatflow.models.remote.handler import check_name
-
-            check_name(self.name, self.remote)
-            return
-        if self.is_vllm:
-            from chatflow.models.vllm.handler import check
-
-            check(self.name, self.worker)
-            return
-        if self.worker.dtype == "float16":
-            raise UsageError(
-                f"--dtype=float16: only for torch: and vllm: models; --model={self.name} runs in "
-                "float32 or bfloat16, for Gemma's activations are too large for float16"
-            )
-        from chatflow.weights.presets import check_preset
-
-        check_preset(self.name)
+        kind.check(self)
 
     @property
-    def is_scripted(self) -> bool:
-        return self.name.startswith(SCRIPTED)
-
-    @property
-    def is_torch(self) -> bool:
-        return self.name.startswith(TORCH)
+    def kind(self) -> Kind:
+        return kind_of(self.name, self.inference)
 
     @property
     def result_name(self) -> str:
-        """What results say made them. A script is known by its kind, not by its path."""
+        """What results say made them."""
         own = self.state_dict_path or self.own_adapter
         return f"{self.name}@{own}" if own else self.base_name
 
     @property
     def base_name(self) -> str:
         """The same, whatever the weights."""
-        return "scripted" if self.is_scripted else self.name
+        return self.kind.base_name(self)
 
     @property
     def own_adapter(self) -> str:
         """The adapter with which the model begins, or empty."""
-        if self.is_scripted or self.is_torch or self.is_vllm or self.is_remote:
-            return ""
-        return chosen(self.adapter, self.name, self.instruct)
+        return self.kind.adapter(self)
 
     @functools.cached_property
     def key(self) -> str:
@@ -163,89 +239,34 @@ class ModelSpec:
         return f"{self.name}#{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
 
     @property
-    def is_embedded(self) -> bool:
-        return self.inference == "on_worker" and self.name == embedded.NAME
-
-    @property
-    def is_remote(self) -> bool:
-        return self.inference == "remote" and not self.is_scripted and not self.is_torch
-
-    @property
-    def is_vllm(self) -> bool:
-        return self.inference == "on_worker" and self.name.startswith(VLLM)
-
-    @property
     def writes_json(self) -> bool:
         """The model writes the JSON answer itself."""
-        return self.is_scripted or self.is_remote or (self.is_vllm and self.instruct)
+        return self.kind.writes_json(self)
 
     @property
     def instruct(self) -> bool:
-        if self.kind != "auto":
-            return self.kind == "instruct"
-        from chatflow.weights.presets import is_instruct
-
-        return self.is_scripted or self.is_remote or is_instruct(self.name)
+        """The model follows instructions."""
+        return self.model_kind == "instruct" or (
+            self.model_kind == "auto" and self.kind.instruct(self)
+        )
 
     def handler(self, expected: Sequence[Request] = ()) -> Any:
-        """A Beam model handler; nothing is loaded yet.
+        """Returns a Beam model handler; nothing is loaded yet.
 
         Args:
           expected: see `handlers.LanguageModelHandler`; unused by remote models.
         """
-        expected = tuple(expected)
-        if self.is_scripted:
-            from chatflow.models.scripted import ScriptedModelHandler, load_script
-
-            script = load_script(self.name.removeprefix(SCRIPTED))
-            return ScriptedModelHandler(script, batching=self.batching, updates=self.updates)
-        if self.is_remote:
-            from chatflow.models.remote.handler import RemoteLanguageModelHandler
-
-            return RemoteLanguageModelHandler(self.name, self.remote, self.batching)
-        if self.is_torch:
-            from chatflow.models.pytorch.handler import TorchModelHandler
-
-            return TorchModelHandler(
-                self.name.removeprefix(TORCH),
-                self.instruct,
-                self.state_dict_path,
-                self.worker,
-                self.batching,
-                expected,
-                self.updates,
-            )
-        if self.is_vllm:
-            from chatflow.models.vllm.handler import VllmModelHandler
-
-            return VllmModelHandler(
-                self.name, self.instruct, self.worker, self.remote, self.batching
-            )
-        from chatflow.models.gemma.handler import GemmaModelHandler
-
-        return GemmaModelHandler(
-            self.name,
-            self.instruct,
-            self.worker,
-            self.batching,
-            expected,
-            self.updates,
-            self.own_adapter,
-            self.result_name,
-        )
+        return self.kind.handler(self, tuple(expected))
 
 
-def check_pattern(spec: ModelSpec) -> None:
-    """Makes sure that a model can take up what a pattern of `--model_updates` names.
+def kind_of(name: str, inference: str) -> Kind:
+    """Returns the kind of model of a name."""
+    prefix = next((prefix for prefix in KINDS if name.startswith(prefix)), inference)
+    return _kind(KINDS[prefix])
 
-    Raises:
-      UsageError: it has no weights here, or not of this kind.
-    """
-    if spec.is_remote or spec.is_vllm:
-        raise UsageError(f"--model_updates: {spec.name} has no weights here to be updated")
-    kind = "script" if spec.is_scripted else "torch" if spec.is_torch else "gemma"
-    if not spec.updates.endswith(ENDS[kind]):
-        raise UsageError(
-            f"--model_updates={spec.updates}: for --model={spec.name} it must end in one of "
-            f"{', '.join(ENDS[kind])}"
-        )
+
+@functools.cache
+def _kind(path: str) -> Kind:
+    module, _, name = path.rpartition(".")
+    made: Kind = getattr(importlib.import_module(module), name)()
+    return made

@@ -259,7 +259,7 @@ class AnalysisPrompt(Prompt):
     def check_settings(self) -> None:
         where = self.template.where
         missing = [block for block in self.block_names if block not in self.template.blocks]
-        if self.model.is_remote and "json" not in self.template.blocks:
+        if self.model.kind.asked_by_json and "json" not in self.template.blocks:
             missing = ["json, by which remote models are asked"]
         if missing:
             raise UsageError(f"{where}: has no block {' and no block '.join(missing)}")

@@ -158,7 +158,7 @@ def routes_of(options: Options, spec_of: SpecOf) -> Routes:
     """
     if not options.models:
         return Routes((_route(options, spec_of),))
-    if options.model_copies > 1 or options.large_model == "false":
+    if options.model_copies > 1 or not options.large_model:
         raise UsageError(
             "--model_copies, --large_model: only with one model; of --models, a worker has one "
             "copy of each"

@@ -15,13 +15,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from chatflow.errors import FAILED, UsageError, one_line
+from chatflow.errors import FAILED, UsageError
 from chatflow.options import Cloud, Options, Parser
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chatflow.models.spec import ModelSpec
     from chatflow.pipeline import Plan
     from chatflow.running.summary import Summary
 
@@ -143,11 +142,12 @@ def prepare(
     share_files = not is_dataflow(beam_flags)
     check_databases(destinations, options.database_password, local, share_files)
     check_secret(destinations, options.webhook_secret, local)
-    if local:
-        prepare_model(planned, console)
+    say = functools.partial(console.print, highlight=False, markup=False)
     for spec in planned.routes.specs:
-        if spec.is_remote and options.check_endpoint == "true":
-            check_model(spec, local, console)
+        if local:
+            spec.kind.prepare(spec, say)
+        if options.check_endpoint:
+            spec.kind.check_service(spec, local, say)
     removed = prepare_output(list(filter(is_file, destinations)), inputs, planned.streaming, local)
     if removed:
         console.print(f"replacing {removed} result files of an earlier run")
@@ -206,7 +206,7 @@ def check_credentials(options: Any) -> None:
 
 
 def check_accelerator(planned: Plan, options: Any) -> None:
-    """Makes sure that vLLM has a GPU on Dataflow.
+    """Makes sure that models that need a GPU have one on Dataflow.
 
     Raises:
       UsageError: no flag asks for one.
@@ -222,9 +222,9 @@ def check_accelerator(planned: Plan, options: Any) -> None:
     ):
         return
     for spec in planned.routes.specs:
-        if spec.is_vllm:
+        if spec.kind.needs_accelerator:
             raise UsageError(
-                f"--model={spec.name}: vLLM needs a GPU; give e.g. "
+                f"--model={spec.name}: needs a GPU; give e.g. "
                 "--accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
             )
 
@@ -247,69 +247,6 @@ def quieten(local: bool) -> None:
             handler.addFilter(
                 lambda record: record.levelno > logging.INFO or len(record.getMessage()) < 220
             )
-
-
-CHECK_SECONDS = 15.0
-
-_NOT_OURS_TO_ASK = ("credentials", "http_401", "http_403")
-
-
-def check_model(spec: ModelSpec, local: bool, console: Console) -> None:
-    """Asks the service whether a remote model is there.
-
-    Where it cannot be reached, or this machine may not ask it for a job that runs
-    elsewhere, only a warning is printed: the workers may well reach it.
-
-    Raises:
-      UsageError: the service says that the model is not there, or not for us.
-    """
-    from chatflow.models.remote.calls import RemoteModel
-    from chatflow.models.remote.faults import Kind, classify
-    from chatflow.models.remote.handler import client_of
-
-    settings = spec.remote._replace(timeout=min(spec.remote.timeout, CHECK_SECONDS))
-    model = RemoteModel(spec.name, client_of(spec.name, settings), settings)
-    try:
-        console.print(model.check(), highlight=False)
-    except UsageError:
-        raise
-    except Exception as error:
-        fault = classify(error)
-        said = f"--model={spec.name}: {fault.reason}: {one_line(error)}"
-        if fault.kind is Kind.FATAL and (local or fault.reason not in _NOT_OURS_TO_ASK):
-            raise UsageError(f"{said} (--check_endpoint=false does not ask)") from None
-        console.print(f"warning: not checked: {said}", highlight=False, markup=False)
-    finally:
-        model.close()
-
-
-def prepare_model(planned: Plan, console: Console) -> None:
-    """Makes the embedded model now, with progress, if it is asked for and not there yet.
-
-    Raises:
-      UsageError: it cannot be made, or what another one needs is not installed.
-    """
-    for spec in planned.routes.specs:
-        if spec.is_vllm:
-            from chatflow.models.vllm.handler import check_installed
-
-            check_installed(spec.name)
-            console.print(
-                f"{spec.name}: the first chats wait for vLLM's server; --debug shows its log",
-                highlight=False,
-            )
-    if not any(spec.is_embedded for spec in planned.routes.specs):
-        return
-    from chatflow.weights import embedded
-    from chatflow.weights.presets import local_preset
-
-    try:
-        local_preset(
-            embedded.NAME,
-            lambda text: console.print(f"{embedded.NAME}: {text}", highlight=False),
-        )
-    except embedded.EmbeddedModelError as error:
-        raise UsageError(f"--model={embedded.NAME}: {error}") from None
 
 
 def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()) -> Any:

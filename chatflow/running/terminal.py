@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from chatflow import metrics
-from chatflow.records import Analysis, Draft
+from chatflow.errors import BadInputError
+from chatflow.records import Analysis, DeadLetter, Draft, Record, Reply, open_record
 from chatflow.running.summary import DISTRIBUTIONS, TONE_STYLES, Summary, read_records
 
 if TYPE_CHECKING:
@@ -186,3 +187,29 @@ def _bars(console: Console, done: threading.Event) -> None:
         while not done.wait(0.2):
             for what, count, total in _state():
                 bars.update(tasks[what], completed=count, total=total or None)
+
+
+def for_people(record: Record) -> str:
+    """Returns a record for a person, with rich's markup."""
+    if isinstance(record, Analysis):
+        word, style = TONE_STYLES[int(record.sentiment)]
+        said = f"[{style}]{word:<7}[/] {plain(record.chat_id)} {plain(record.user_id)}: "
+        return said + plain(record.summary)
+    if isinstance(record, Draft):
+        text = " ".join(draft_text(record).split())
+        return f"[bold]draft[/]   {plain(record.chat_id)} {plain(record.user_id)}: {plain(text)}"
+    if isinstance(record, Reply):
+        said = f"[bold]reply[/]   {plain(record.chat_id)} {plain(record.user_id)}"
+        text = plain(" ".join(record.text.split()))
+        return f"{said}, approved by {plain(record.approved_by)}: {text}"
+    assert isinstance(record, DeadLetter)
+    where = f"{record.stage}/{record.reason}"
+    return f"[magenta]dead[/]    {plain(record.chat_id or '-')} {where}: {plain(record.error)}"
+
+
+def said(data: bytes) -> str:
+    """Returns what `chatflow tail` prints of a message."""
+    try:
+        return for_people(open_record(data))
+    except BadInputError as error:
+        return f"no record of chatflow: {error}"

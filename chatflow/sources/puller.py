@@ -12,8 +12,9 @@ import logging
 import queue
 import re
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from chatflow.errors import UsageError, one_line
@@ -192,3 +193,32 @@ def _chunks(ids: list[str]) -> Iterator[list[str]]:
     """As many as one request takes."""
     for start in range(0, len(ids), 1000):
         yield ids[start : start + 1000]
+
+
+@contextlib.contextmanager
+def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
+    """A function that gives what has arrived at subscriptions and topics, as `PubsubMessage`s.
+
+    A topic is read from now on, by a subscription that is removed at the end.
+
+    Raises:
+      UsageError: a path cannot be read.
+    """
+    pullers: list[Puller] = []
+
+    def arrived() -> list[Any]:
+        received = [(puller, puller.take(100, 0)) for puller in pullers]
+        for puller, messages in received:
+            if messages:
+                puller.acknowledge(messages)
+        if not any(messages for _, messages in received):
+            time.sleep(0.05)
+        return [m.message for _, messages in received for m in messages]
+
+    try:
+        for path in paths:
+            pullers.append(open_puller(path).start())
+        yield arrived
+    finally:
+        for puller in pullers:
+            puller.close()

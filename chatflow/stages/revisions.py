@@ -13,25 +13,8 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from chatflow import metrics
+from chatflow.options import Rules
 from chatflow.records import Chat, Event, Message
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """When a chat is analysed, and how much of it is kept.
-
-    Attributes:
-      quiet: a chat is analysed when nothing was said in it for so long (event time).
-      every_messages: while it goes on, it is analysed each time after so many messages;
-        0 for never.
-      max_messages: the newest messages that are kept; older ones are dropped.
-      retention: a chat is forgotten so long after its last message (event time).
-    """
-
-    quiet: timedelta = timedelta(seconds=60)
-    every_messages: int = 20
-    max_messages: int = 500
-    retention: timedelta = timedelta(hours=24)
 
 
 class Kept(NamedTuple):

@@ -19,9 +19,9 @@ from conftest import ROOT, chat, read
 from tiny import tiny_gemma
 
 from chatflow.cli import main
-from chatflow.commands.tune import divided
 from chatflow.errors import UsageError
 from chatflow.evaluation.labels import Label, near_copies, read_labels
+from chatflow.evaluation.tuning import divided
 from chatflow.models.spec import ModelSpec
 from chatflow.options import Options
 from chatflow.pipeline import plan
@@ -232,7 +232,7 @@ def test_adapters_are_for_gemma_alone():
     assert chosen("none", "gemma3-270m", False) == chosen("auto", "gemma3_1b", False) == ""
     assert ModelSpec("gemma3-270m", adapter="none").result_name == "gemma3-270m"
     assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@tone-1"
-    assert ModelSpec("gemma3-270m", kind="instruct").result_name == "gemma3-270m"
+    assert ModelSpec("gemma3-270m", model_kind="instruct").result_name == "gemma3-270m"
 
 
 def test_both_parts_have_each_sentiment():

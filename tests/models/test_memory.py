@@ -19,9 +19,8 @@ from chatflow.models.gemma.handler import GemmaModelHandler
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.requests import Part, Request
 from chatflow.models.scripted import ScriptedModelHandler
-from chatflow.models.settings import Batching, WorkerSettings
 from chatflow.models.spec import Model
-from chatflow.options import Options
+from chatflow.options import Batching, Options, WorkerSettings
 from chatflow.pipeline import build
 from chatflow.running.launch import beam_options, prepare
 from chatflow.running.summary import Summary
@@ -68,7 +67,7 @@ class Sized(ScriptedModelHandler):
     """A model that loads at once, kept as the settings say."""
 
     def __init__(self, settings):
-        LanguageModelHandler.__init__(self, "sized", Batching(2), settings)
+        LanguageModelHandler.__init__(self, "sized", Batching(max_batch_size=2), settings)
         self.function = answer_any
 
 

@@ -134,7 +134,7 @@ def test_instruct_models_are_known_by_their_names(name, instruct):
 
 def test_the_kind_can_be_said(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert ModelSpec(str(tmp_path), kind="instruct").instruct
+    assert ModelSpec(str(tmp_path), model_kind="instruct").instruct
     assert not ModelSpec(str(tmp_path)).instruct
 
 

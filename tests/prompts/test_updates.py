@@ -295,7 +295,7 @@ def test_a_stream_takes_up_weights_and_templates_and_refuses_broken_ones(
     happy = {"task": "analysis", "answer": {"sentiment": 1, "summary": "All is well now."}}
     model = script(ANGRY, APOLOGY)
     options = pubsub.options(
-        model=model, prompts=str(folder), prompt_updates="true", update_seconds=0.2,
+        model=model, prompts=str(folder), prompt_updates=True, update_seconds=0.2,
         model_updates=f"{tmp_path}/updates/*.jsonl",
     )  # fmt: skip
     (tmp_path / "updates").mkdir()

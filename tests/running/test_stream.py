@@ -31,11 +31,11 @@ from consoles import Visitor
 from fakes.hook import Answer, Hook
 
 from chatflow.cli import main
-from chatflow.commands.publish import Line, send
 from chatflow.errors import ModelError
 from chatflow.records import now
 from chatflow.running.emulator import HOST_VARIABLE
 from chatflow.running.launch import beam_options, execute
+from chatflow.running.publishing import Line, send
 from chatflow.sources.read import ReadArrivals, ReadMessages
 
 CODE = re.compile(r"\bm\d+x\d+\b")

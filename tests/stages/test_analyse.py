@@ -160,7 +160,7 @@ def test_the_extract_keeps_its_limit():
 
 @pytest.mark.parametrize("sure", [0.9, 0.5])
 def test_confidence_is_the_probability_of_the_sentiment_by_its_scores(sure):
-    spec = ModelSpec("torch:google/flan-t5-small", kind="instruct")
+    spec = ModelSpec("torch:google/flan-t5-small", model_kind="instruct")
     question = AnalysisPrompt(load_folder("instruct")["analysis"], spec).question(LATE, "c")
     rest = (1 - sure) / 2
     scores = {"angry": math.log(sure), "neutral": math.log(rest), "happy": math.log(rest)}

@@ -15,13 +15,14 @@ from conftest import KEPT, keep, run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatflow.options import Rules
 from chatflow.records import Chat, Event, Message
 from chatflow.stages.assemble import AssembleChats
-from chatflow.stages.revisions import Conversation, Kept, Rules, advance
+from chatflow.stages.revisions import Conversation, Kept, advance
 
 T0 = datetime(2026, 3, 1, 10, tzinfo=UTC)
 START = int(T0.timestamp())
-QUIET = Rules(quiet=timedelta(seconds=60), every_messages=0)
+QUIET = Rules(quiet_seconds=60, every_messages=0)
 
 
 def said(second, text=None, chat_id="7", user="c", role="customer", **fields):
@@ -172,7 +173,7 @@ def test_state_is_bounded_and_the_oldest_messages_are_dropped():
 
 
 def test_a_chat_without_a_pause_is_bounded_too():
-    rules = Rules(QUIET.quiet, 0, max_messages=10)
+    rules = Rules(quiet_seconds=60, every_messages=0, max_messages=10)
     kept, conversation = [], Conversation()
     for number in range(100):
         kept.append(Kept(number * 1_000_000, number, said(number).message))
@@ -243,7 +244,7 @@ SECONDS = st.lists(st.integers(0, 400), min_size=1, max_size=12)
 @given(SECONDS, st.integers(0, 4), st.booleans(), st.randoms(use_true_random=False))
 def test_a_stream_in_order_and_a_shuffled_file_give_the_same_chats(seconds, every, ends, chance):
     """All revisions, not only the last; so that a backfill writes what the stream wrote."""
-    rules = Rules(timedelta(seconds=60), every, retention=timedelta(seconds=300))
+    rules = Rules(quiet_seconds=60, every_messages=every, retention_hours=300 / 3600)
     events = [said(second) for second in sorted(seconds)]
     if ends:
         events.append(closed(max(seconds)))
@@ -293,7 +294,7 @@ def at(event):
 @pytest.mark.parametrize("every", [0, 20])
 def test_a_chat_of_100_000_messages_costs_no_more_for_each(every):
     """In a stream, where each message comes alone and is followed by the next."""
-    rules = Rules(timedelta(seconds=60), every, max_messages=50)
+    rules = Rules(quiet_seconds=60, every_messages=every, max_messages=50)
     kept, conversation, revisions, size = [], Conversation(), 0, 0
     for number in range(100_000):
         kept.append(Kept(number * 1000, number, MESSAGE))

@@ -10,17 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatflow import metrics
-from chatflow.commands.tail import for_people
 from chatflow.errors import BadInputError, ElementError, UsageError
 from chatflow.models.spec import ModelSpec
 from chatflow.prompts.questions import DraftPrompt
 from chatflow.prompts.templates import load_folder
 from chatflow.records import AnalysedChat, Analysis, Draft, now, parse_record
 from chatflow.running.summary import Summary
+from chatflow.running.terminal import for_people
 from chatflow.stages.draft import DraftApologies
 
 LATE = chat("My parcel is late!", "Sorry.")
-SCORES = ModelSpec("torch:google/flan-t5-small", kind="instruct")
+SCORES = ModelSpec("torch:google/flan-t5-small", model_kind="instruct")
 """A model that scores the tone, so that its analyses have a confidence; never loaded."""
 
 

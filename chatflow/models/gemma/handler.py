@@ -7,14 +7,16 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from chatflow.errors import UsageError
 from chatflow.models.gemma.grammar import ENDLESS, Text
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.parts import EngineModel, json_answer
 from chatflow.models.requests import FIRST, Part, Request, Version
-from chatflow.models.settings import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
+from chatflow.models.spec import Kind, ModelSpec, Say
+from chatflow.options import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
 from chatflow.weights import embedded
-from chatflow.weights.adapters import ENDS, local_adapter
-from chatflow.weights.presets import is_instruct, local_preset, use_jax
+from chatflow.weights.adapters import ENDS, chosen, local_adapter
+from chatflow.weights.presets import MARKERS, check_preset, is_instruct, local_preset, use_jax
 
 if TYPE_CHECKING:
     from chatflow.models.gemma.engine import Row
@@ -113,7 +115,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         self.preset = preset
         self.adapter = adapter
         self.settings = settings
-        self.most = batching.size
+        self.most = batching.max_batch_size
         self.instruct = is_instruct(preset) if instruct is None else instruct
 
     def load(self, version: Version = FIRST) -> GemmaModel:
@@ -130,4 +132,43 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
             self.instruct,
             self.most,
             local_adapter(adapter, _log.info) if adapter else "",
+        )
+
+
+class Gemma(Kind):
+    """Gemma on the workers: the embedded one, and what keras_hub loads."""
+
+    update_files = (*MARKERS, ENDS)
+    adaptable = True
+
+    def check(self, spec: ModelSpec) -> None:
+        if spec.worker.dtype == "float16":
+            raise UsageError(
+                f"--dtype=float16: only for torch: and vllm: models; --model={spec.name} runs in "
+                "float32 or bfloat16, because Gemma's activations are too large for float16"
+            )
+        check_preset(spec.name)
+
+    def adapter(self, spec: ModelSpec) -> str:
+        return chosen(spec.adapter, spec.name, spec.instruct)
+
+    def prepare(self, spec: ModelSpec, say: Say) -> None:
+        """Makes the embedded model, with progress, if it is not there yet."""
+        if spec.name != embedded.NAME:
+            return
+        try:
+            local_preset(embedded.NAME, lambda text: say(f"{embedded.NAME}: {text}"))
+        except embedded.EmbeddedModelError as error:
+            raise UsageError(f"--model={embedded.NAME}: {error}") from None
+
+    def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> GemmaModelHandler:
+        return GemmaModelHandler(
+            spec.name,
+            instruct=spec.instruct,
+            settings=spec.worker,
+            batching=spec.batching,
+            expected=expected,
+            updates=spec.updates,
+            adapter=spec.own_adapter,
+            name=spec.result_name,
         )

@@ -13,8 +13,9 @@ from chatflow.errors import UsageError, one_line
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.parts import EngineModel
 from chatflow.models.requests import FIRST, Request, Version
-from chatflow.models.settings import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
-from chatflow.weights.presets import TORCH, brought, is_instruct, local_preset
+from chatflow.models.spec import Kind, ModelSpec
+from chatflow.options import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
+from chatflow.weights.presets import MARKERS, TORCH, brought, is_instruct, local_preset
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class TorchModelHandler(LanguageModelHandler[TorchModel]):
         self.model = model
         self.state_dict_path = state_dict_path
         self.settings = settings
-        self.most = batching.size
+        self.most = batching.max_batch_size
         self.instruct = is_instruct(model) if instruct is None else instruct
 
     def load(self, version: Version = FIRST) -> TorchModel:
@@ -158,4 +159,27 @@ class TorchModelHandler(LanguageModelHandler[TorchModel]):
             self.settings,
             self.instruct,
             self.most,
+        )
+
+
+class Torch(Kind):
+    """`torch:NAME`: text models of Hugging Face's on PyTorch."""
+
+    update_files = (*MARKERS, ".pt", ".pth", ".bin", ".safetensors")
+    takes_state_dict = True
+
+    def check(self, spec: ModelSpec) -> None:
+        if spec.inference == "remote":
+            raise UsageError(f"--model={spec.name}: runs on the workers, not remotely")
+        check_torch(spec.name.removeprefix(TORCH), spec.state_dict_path, spec.worker)
+
+    def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> TorchModelHandler:
+        return TorchModelHandler(
+            spec.name.removeprefix(TORCH),
+            instruct=spec.instruct,
+            state_dict_path=spec.state_dict_path,
+            settings=spec.worker,
+            batching=spec.batching,
+            expected=expected,
+            updates=spec.updates,
         )

@@ -23,7 +23,7 @@ from chatflow.models.remote.clients import Client, Reply, Turn
 from chatflow.models.remote.faults import Fault, Kind, classify
 from chatflow.models.remote.gate import Gate
 from chatflow.models.requests import Answer, Failure, Part, Request
-from chatflow.models.settings import RemoteSettings
+from chatflow.options import RemoteSettings
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RemoteModel(LanguageModel):
     ):
         self.name, self.settings = name, settings
         self._client, self._limiter = client, limiter
-        self._gate = Gate(settings.max_in_flight, settings.max_per_second)
+        self._gate = Gate(settings.max_in_flight, settings.max_requests_per_second)
         self._counts: collections.Counter[str] = collections.Counter()
         self._throttled = 0.0
         self._lock = threading.Lock()
@@ -80,7 +80,7 @@ class RemoteModel(LanguageModel):
         """See `Client.check`; within `RemoteSettings.timeout`."""
 
         async def check() -> str:
-            async with asyncio.timeout(self.settings.timeout):
+            async with asyncio.timeout(self.settings.request_timeout):
                 return await self._client.check()
 
         return self._on_loop(check())
@@ -213,7 +213,7 @@ class RemoteModel(LanguageModel):
     async def _ask_client(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         self._count("requests")
         try:
-            async with asyncio.timeout(self.settings.timeout):
+            async with asyncio.timeout(self.settings.request_timeout):
                 return await self._client.ask(turns, part)
         except Exception as error:
             return classify(error)

@@ -14,7 +14,7 @@ from chatflow.errors import UsageError
 from chatflow.models.remote.clients import Client, Reply, Turn, checked
 from chatflow.models.remote.faults import Fault, Kind
 from chatflow.models.requests import Part
-from chatflow.models.settings import RemoteSettings
+from chatflow.options import RemoteSettings
 
 FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length"}
 BLOCKED = frozenset(
@@ -78,7 +78,7 @@ class GeminiClient(Client):
             project=settings.project,
             location=settings.location,
             http_options=types.HttpOptions(
-                timeout=round(settings.timeout * 1000),
+                timeout=round(settings.request_timeout * 1000),
                 # Its own retries pay no attention to Retry-After, and there is one that is
                 # hidden, which this turns off, too.
                 retry_options=types.HttpRetryOptions(attempts=1),

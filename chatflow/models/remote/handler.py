@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import weakref
@@ -11,40 +12,19 @@ from typing import Any
 from apache_beam.io.components.rate_limiter import EnvoyRateLimiter
 from apache_beam.ml.inference.base import PredictionResult, RemoteModelHandler
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 from chatflow.models.handlers import METRICS, LanguageModelHandler
+from chatflow.models.remote import faults
 from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.remote.clients import Client
 from chatflow.models.requests import FIRST, Request, Version
-from chatflow.models.settings import ONE_BUNDLE, Batching, RemoteSettings
+from chatflow.models.spec import Kind, ModelSpec, Say
+from chatflow.options import ONE_BUNDLE, Batching, RemoteSettings
 
+CHECK_SECONDS = 15.0
+"""How long the service is asked at launch."""
 
-def check_name(name: str, settings: RemoteSettings) -> None:
-    """Checks a remote model's name and settings; calls nothing.
-
-    Raises:
-      UsageError: it is neither an endpoint nor a Gemini model with a project and a location.
-    """
-    from chatflow.models.remote.vertex import ENDPOINT
-
-    if ENDPOINT.fullmatch(name):
-        return
-    if settings.endpoint_override:
-        raise UsageError(f"--endpoint_override: only with an endpoint, not with --model={name}")
-    if not name.startswith("gemini-"):
-        raise UsageError(
-            f"--model={name}: with --inference=remote give gemini-… or "
-            "projects/P/locations/L/endpoints/E"
-        )
-    if not settings.project:
-        raise UsageError(f"--model={name}: give --project, or set GOOGLE_CLOUD_PROJECT")
-    if not settings.location:
-        raise UsageError(
-            f"--model={name}: give --location (or Beam's --region), or set GOOGLE_CLOUD_LOCATION"
-        )
-    from chatflow.models.remote.gemini import thinking_of
-
-    thinking_of(name, settings.thinking)
+_NOT_OURS_TO_ASK = ("credentials", "http_401", "http_403")
 
 
 def client_of(name: str, settings: RemoteSettings) -> Client:
@@ -107,8 +87,8 @@ class RemoteLanguageModelHandler(
     ) -> None:
         # A batch ends with its slowest call, so in files it is much wider than what is in
         # flight. In streams, whose batches come as they come, no answer waits for so many.
-        times = 16 if batching.seconds is None else 2
-        wide = batching._replace(size=times * settings.max_in_flight)
+        times = 2 if batching.max_batch_duration_secs else 16
+        wide = dataclasses.replace(batching, max_batch_size=times * settings.max_in_flight)
         LanguageModelHandler.__init__(self, model, wide)
         # Beam's throttler counts what is under way as failed, and sleeps 5 s at a time.
         RemoteModelHandler.__init__(
@@ -138,3 +118,63 @@ class RemoteLanguageModelHandler(
         if throttled := math.ceil(model.throttled()):
             self.throttler.throttling_signaler.signal_throttled(throttled)
         return results
+
+
+class Remote(Kind):
+    """`gemini-…` and endpoints of Vertex AI."""
+
+    asked_by_json = True
+
+    def check(self, spec: ModelSpec) -> None:
+        """Checks name and settings; calls nothing."""
+        name, settings = spec.name, spec.remote
+        from chatflow.models.remote.vertex import ENDPOINT
+
+        if ENDPOINT.fullmatch(name):
+            return
+        if settings.endpoint_override:
+            raise UsageError(f"--endpoint_override: only with an endpoint, not with --model={name}")
+        if not name.startswith("gemini-"):
+            raise UsageError(
+                f"--model={name}: with --inference=remote give gemini-… or "
+                "projects/P/locations/L/endpoints/E"
+            )
+        if not settings.project:
+            raise UsageError(f"--model={name}: give --project, or set GOOGLE_CLOUD_PROJECT")
+        if not settings.location:
+            raise UsageError(
+                f"--model={name}: give --location (or Beam's --region), or set "
+                "GOOGLE_CLOUD_LOCATION"
+            )
+        from chatflow.models.remote.gemini import thinking_of
+
+        thinking_of(name, settings.thinking)
+
+    def instruct(self, spec: ModelSpec) -> bool:
+        return True
+
+    def check_service(self, spec: ModelSpec, local: bool, say: Say) -> None:
+        """Asks the service whether the model is there.
+
+        Where it cannot be reached, or this machine may not ask it for a job that runs
+        elsewhere, only a warning is printed: the workers may well reach it.
+        """
+        settings = dataclasses.replace(
+            spec.remote, request_timeout=min(spec.remote.request_timeout, CHECK_SECONDS)
+        )
+        model = RemoteModel(spec.name, client_of(spec.name, settings), settings)
+        try:
+            say(model.check())
+        except UsageError:
+            raise
+        except Exception as error:
+            fault = faults.classify(error)
+            said = f"--model={spec.name}: {fault.reason}: {one_line(error)}"
+            if fault.kind is faults.Kind.FATAL and (local or fault.reason not in _NOT_OURS_TO_ASK):
+                raise UsageError(f"{said} (--check_endpoint=false does not ask)") from None
+            say(f"warning: not checked: {said}")
+        finally:
+            model.close()
+
+    def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> RemoteLanguageModelHandler:
+        return RemoteLanguageModelHandler(spec.name, spec.remote, spec.batching)

@@ -18,8 +18,8 @@ from chatflow.errors import UsageError
 from chatflow.models.remote.clients import Client, Reply, Turn, checked, post
 from chatflow.models.remote.faults import Fault, HttpError, MalformedReplyError
 from chatflow.models.requests import Part
-from chatflow.models.settings import RemoteSettings
 from chatflow.network import trusted
+from chatflow.options import RemoteSettings
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
@@ -212,7 +212,9 @@ def look_up(name: str, settings: RemoteSettings) -> Address:
     base = settings.api_endpoint or f"https://{found[2]}-aiplatform.googleapis.com"
     if "://" not in base:
         base = f"https://{base}"
-    endpoint = _endpoint_service(base).get_endpoint(name=name, timeout=settings.timeout, retry=None)
+    endpoint = _endpoint_service(base).get_endpoint(
+        name=name, timeout=settings.request_timeout, retry=None
+    )
     models = len(endpoint.deployed_models)
     if endpoint.dedicated_endpoint_enabled and endpoint.dedicated_endpoint_dns:
         kind, base = "dedicated", f"https://{endpoint.dedicated_endpoint_dns}"

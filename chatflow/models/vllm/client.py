@@ -14,7 +14,7 @@ from chatflow.models.remote.clients import Client, Reply, Turn, post
 from chatflow.models.remote.faults import Fault, Kind, MalformedReplyError
 from chatflow.models.remote.vertex import body, reply_of, schema_fields
 from chatflow.models.requests import Part
-from chatflow.models.settings import RemoteSettings
+from chatflow.options import RemoteSettings
 
 if TYPE_CHECKING:
     from chatflow.models.vllm.server import VllmServer
@@ -62,7 +62,7 @@ class VllmClient(Client):
         if part.choices:  # nothing is written
             part = dataclasses.replace(part, max_tokens=1, stop=(), schema=None)
         if self.instruct:
-            raw = self.settings._replace(request_format="raw_predict")
+            raw = dataclasses.replace(self.settings, request_format="raw_predict")
             content = body(turns, part, raw)
         else:
             prompt = "\n\n".join(turn.text for turn in turns)

@@ -20,8 +20,9 @@ from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.parts import Result, put_together
 from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.requests import FIRST, Answer, Failure, Part, Request, Version
-from chatflow.models.settings import ONE_BUNDLE, ONE_COPY, Batching, RemoteSettings, WorkerSettings
+from chatflow.models.spec import Kind, ModelSpec, Say
 from chatflow.models.vllm.client import VllmClient
+from chatflow.options import ONE_BUNDLE, ONE_COPY, Batching, RemoteSettings, WorkerSettings
 from chatflow.weights.presets import VLLM, brought, copied
 
 if TYPE_CHECKING:
@@ -230,11 +231,17 @@ class VllmModelHandler(LanguageModelHandler[VllmModel]):
         remote: RemoteSettings | None = None,
         batching: Batching = ONE_BUNDLE,
     ):
-        times = 16 if batching.seconds is None else 2  # as for remote models
-        super().__init__(name, batching._replace(size=times * batching.size), worker)
+        times = 2 if batching.max_batch_duration_secs else 16  # as for remote models
+        super().__init__(
+            name,
+            dataclasses.replace(batching, max_batch_size=times * batching.max_batch_size),
+            worker,
+        )
         self.instruct = instruct
-        self.settings = (remote or RemoteSettings())._replace(max_in_flight=batching.size)
-        self.arguments = server_arguments(name, worker, batching.size)
+        self.settings = dataclasses.replace(
+            remote or RemoteSettings(), max_in_flight=batching.max_batch_size
+        )
+        self.arguments = server_arguments(name, worker, batching.max_batch_size)
 
     def load(self, version: Version = FIRST) -> VllmModel:
         model = self.name.removeprefix(VLLM)
@@ -243,3 +250,30 @@ class VllmModelHandler(LanguageModelHandler[VllmModel]):
         elif "://" in model:
             model = os.fspath(copied(model, _log.info))
         return VllmModel(self.name, model, self.arguments, self.instruct, self.settings)
+
+
+class Vllm(Kind):
+    """`vllm:NAME`: models that vLLM serves on the worker's GPU."""
+
+    has_budget = needs_accelerator = True
+
+    def check(self, spec: ModelSpec) -> None:
+        if spec.inference == "remote":
+            raise UsageError(f"--model={spec.name}: runs on the workers, not remotely")
+        check(spec.name, spec.worker)
+
+    def writes_json(self, spec: ModelSpec) -> bool:
+        return spec.instruct
+
+    def prepare(self, spec: ModelSpec, say: Say) -> None:
+        check_installed(spec.name)
+        say(f"{spec.name}: the first chats wait for vLLM's server; --debug shows its log")
+
+    def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> VllmModelHandler:
+        return VllmModelHandler(
+            spec.name,
+            instruct=spec.instruct,
+            worker=spec.worker,
+            remote=spec.remote,
+            batching=spec.batching,
+        )

@@ -14,7 +14,7 @@ from tiny import CORPUS, tiny_gemma
 from chatflow.models.gemma.grammar import Text
 from chatflow.models.gemma.handler import GemmaModelHandler
 from chatflow.models.requests import Failure, Part, Request
-from chatflow.models.settings import Batching, WorkerSettings
+from chatflow.options import Batching, WorkerSettings
 from chatflow.prompts.answers import parse_analysis
 from chatflow.weights.presets import use_jax
 
@@ -34,6 +34,9 @@ def preset(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(preset):
     return load(preset).engine
+
+
+EIGHT = Batching(max_batch_size=8, max_batch_duration_secs=0)
 
 
 def load(preset, instruct=False, **settings):
@@ -173,7 +176,11 @@ def test_what_is_compiled_is_bounded(engine):
 
 def test_a_warm_model_compiles_nothing_for_what_was_expected(preset):
     handler = GemmaModelHandler(
-        preset, False, WorkerSettings("float32"), Batching(8), expected=(request("sorry"),)
+        preset,
+        False,
+        WorkerSettings(dtype="float32"),
+        Batching(max_batch_size=8, max_batch_duration_secs=0),
+        expected=(request("sorry"),),
     )
     model = handler.load_model()
     assert model.counts()["compilations"] > 0

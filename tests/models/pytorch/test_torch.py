@@ -23,17 +23,19 @@ torch = pytest.importorskip("torch")
 if not pytest.importorskip("transformers"):
     required("transformers", "pip install 'chatflow[torch]'")
 
-from chatflow.commands.tail import follow  # noqa: E402
 from chatflow.errors import BadInputError, UsageError  # noqa: E402
 from chatflow.models.pytorch.engine import LONGEST  # noqa: E402
-from chatflow.models.pytorch.handler import TorchModelHandler  # noqa: E402
+from chatflow.models.pytorch.handler import (  # noqa: E402
+    Torch,
+    TorchModelHandler,
+)
 from chatflow.models.requests import Failure, Part, Request  # noqa: E402
-from chatflow.models.settings import WorkerSettings  # noqa: E402
 from chatflow.models.spec import Model, ModelSpec  # noqa: E402
-from chatflow.options import Options  # noqa: E402
+from chatflow.options import Options, WorkerSettings  # noqa: E402
 from chatflow.prompts.templates import load_template  # noqa: E402
 from chatflow.records import Arrival  # noqa: E402
 from chatflow.running.launch import execute  # noqa: E402
+from chatflow.sources.puller import follow  # noqa: E402
 from chatflow.stages.respond import AskTexts  # noqa: E402
 
 torch.set_num_threads(1)  # others of a busy machine are waited for
@@ -72,7 +74,7 @@ def model(folder):
 
 def load(folder, instruct=False, state_dict_path="", dtype="auto"):
     return TorchModelHandler(
-        folder, instruct, str(state_dict_path), WorkerSettings(dtype)
+        folder, instruct, str(state_dict_path), WorkerSettings(dtype=dtype)
     ).load_model()
 
 
@@ -463,7 +465,7 @@ def test_without_pytorch_the_extra_is_named(t5, monkeypatch):
 )
 def test_its_kind_is_by_its_name(name, instruct):
     spec = ModelSpec(name)
-    assert (spec.instruct, spec.writes_json, spec.is_torch) == (instruct, False, True)
+    assert (spec.instruct, spec.writes_json, type(spec.kind)) == (instruct, False, Torch)
     assert spec.result_name == spec.handler().name == name
 
 

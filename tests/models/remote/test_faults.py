@@ -61,7 +61,7 @@ def fault_of(fake, model, **settings):
 @pytest.mark.parametrize("fault", TABLE)
 def test_a_fault_means_the_same_whichever_the_service(vertex, model, fault):
     vertex.reset(script=[fault], retry_after=7)
-    found = fault_of(vertex, model, timeout=0.5 if fault in ("hang", "slow_body") else 20)
+    found = fault_of(vertex, model, request_timeout=0.5 if fault in ("hang", "slow_body") else 20)
     assert (found.kind, found.reason) == TABLE[fault]
     assert found.wait == (7 if fault in ("429", "503") else 0)
     assert found.error

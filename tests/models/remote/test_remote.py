@@ -20,8 +20,8 @@ from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.remote.gemini import thinking_of
 from chatflow.models.remote.handler import RemoteLanguageModelHandler, client_of
 from chatflow.models.requests import Answer, Failure
-from chatflow.models.settings import RemoteSettings
 from chatflow.models.spec import ModelSpec
+from chatflow.options import RemoteSettings
 from chatflow.prompts.answers import ANALYSIS_SCHEMA
 
 ANGRY = '{"sentiment": -1, "summary": "The parcel is late."}'
@@ -81,7 +81,7 @@ def test_a_passing_fault_is_tried_again(fake, model, fault):
 def test_a_call_has_a_time_out_to_the_last_byte_of_its_answer(fake, model, fault):
     brain = misbehave(fake, script=[fault])
     started = time.monotonic()
-    (found,) = ask(fake, model, request(), timeout=0.5)
+    (found,) = ask(fake, model, request(), request_timeout=0.5)
     assert isinstance(found, Answer)
     assert time.monotonic() - started < 5
     assert len(brain.calls) == 2
@@ -171,7 +171,7 @@ def conserve(fake, model, fault, monkeypatch):
     brain.answer = lambda prompt: json.dumps({"sentiment": 0, "summary": prompt})
     requests = [request(f"prompt {i} ", name=str(i), check=is_json) for i in range(ASKED)]
     handler = RemoteLanguageModelHandler(
-        model, settings_of(fake, model, max_in_flight=64, timeout=2.0)
+        model, settings_of(fake, model, max_in_flight=64, request_timeout=2.0)
     )
     loaded = handler.load_model()
     results = handler.run_inference(requests, loaded)

@@ -28,12 +28,11 @@ from chatflow.errors import BadAnswerError, ModelError, UsageError
 from chatflow.models.remote import calls
 from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.requests import Answer, Failure, Part, Request
-from chatflow.models.settings import RemoteSettings, WorkerSettings
 from chatflow.models.spec import ModelSpec
 from chatflow.models.vllm.client import VllmClient, _scores_of
 from chatflow.models.vllm.handler import VllmModelHandler, check, server_arguments
 from chatflow.models.vllm.server import GUARD, VllmServer
-from chatflow.options import Options
+from chatflow.options import Options, RemoteSettings, WorkerSettings
 from chatflow.pipeline import build, plan
 from chatflow.prompts.answers import ANALYSIS_SCHEMA
 from chatflow.running.launch import beam_options, check_accelerator, execute, prepare
