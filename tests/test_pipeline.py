@@ -354,7 +354,8 @@ def test_copies_and_sharing_are_those_of_the_flags(tmp_path, lines):
     assert handler().share_model_across_processes()
     assert handler(model_copies=3).model_copies() == 3
     assert not handler(large_model=False).share_model_across_processes()
-    assert handler(quantization="int8", dtype="bfloat16").settings[:2] == ("bfloat16", "int8")
+    settings = handler(quantization="int8", dtype="bfloat16").settings
+    assert (settings.dtype, settings.quantization) == ("bfloat16", "int8")
 
 
 def test_step_names_of_a_stream_are_stable(script):

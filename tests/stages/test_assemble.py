@@ -191,13 +191,13 @@ def test_a_message_older_than_all_that_is_kept_makes_no_revision():
 
 
 def test_a_chat_is_forgotten_and_may_begin_anew():
-    rules = dataclasses.replace(QUIET, retention=timedelta(hours=1))
+    rules = dataclasses.replace(QUIET, retention_hours=1)
     found = stream(rules, said(0), Until(3601), said(4000), Until(4061), said(4050), Until(4200))
     assert found == [[0], [4000], [4000, 4050]]
 
 
 def test_a_chat_is_kept_while_it_goes_on():
-    rules = dataclasses.replace(QUIET, retention=timedelta(seconds=100))
+    rules = dataclasses.replace(QUIET, retention_hours=100 / 3600)
     found = stream(rules, said(0), Until(90), said(90), Until(180), said(170), Until(270))
     assert found == [[0], [0, 90], [0, 90, 170]]
 
