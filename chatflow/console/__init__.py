@@ -1,1 +1,5 @@
-"""The support staff's web page: drafts to review, what became of them, how the day goes."""
+"""The web page on which support staff review drafts."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

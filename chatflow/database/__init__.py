@@ -1,1 +1,5 @@
-"""A database of results, and of what people do with them: SQLite or PostgreSQL."""
+"""The database of results: its tables, connections, and upserts."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
-"""`chatflow evaluate`: how good a model and its prompts are, on labelled chats."""
+"""How good the answers are, on labelled chats."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

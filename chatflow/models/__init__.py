@@ -1,1 +1,5 @@
-"""Who answers: models on the workers and behind services."""
+"""Who answers: models on the workers, and models behind services."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
-"""What is asked: templates, questions, answers."""
+"""What is asked: templates, questions, and how their answers are read."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
-"""`chatflow model`: what is done to models before and beside a run, a module a command."""
+"""Files of models: where they are, what they hold, and how they are loaded."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
 """Models behind a service: Gemini and endpoints of Vertex AI."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

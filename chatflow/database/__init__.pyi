@@ -1,0 +1,2 @@
+from .connections import Database as Database
+from .upserts import upsert as upsert

@@ -1,0 +1,14 @@
+from .base import LanguageModel as LanguageModel
+from .handlers import LanguageModelHandler as LanguageModelHandler
+from .prices import Price as Price
+from .prices import price_of as price_of
+from .requests import Answer as Answer
+from .requests import Failure as Failure
+from .requests import Part as Part
+from .requests import Request as Request
+from .requests import Version as Version
+from .scripted import ScriptedModelHandler as ScriptedModelHandler
+from .scripted import load_script as load_script
+from .spec import Kind as Kind
+from .spec import Model as Model
+from .spec import ModelSpec as ModelSpec

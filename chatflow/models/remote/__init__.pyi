@@ -1,0 +1,2 @@
+from .handler import RemoteLanguageModelHandler as RemoteLanguageModelHandler
+from .calls import RemoteModel as RemoteModel

@@ -1,0 +1,12 @@
+from .answers import parse_analysis as parse_analysis
+from .answers import parse_draft as parse_draft
+from .questions import AnalysisPrompt as AnalysisPrompt
+from .questions import DraftPrompt as DraftPrompt
+from .questions import Question as Question
+from .routes import Routes as Routes
+from .routes import routes_of as routes_of
+from .templates import Template as Template
+from .templates import load_folder as load_folder
+from .templates import load_template as load_template
+from .updates import Updates as Updates
+from .updates import WatchUpdates as WatchUpdates

@@ -1,0 +1,6 @@
+from .analyse import AnalyseChats as AnalyseChats
+from .ask import AskModel as AskModel
+from .assemble import AssembleChats as AssembleChats
+from .draft import DraftApologies as DraftApologies
+from .replay import OpenDeadLetters as OpenDeadLetters
+from .respond import AskTexts as AskTexts

@@ -1,0 +1,10 @@
+from .adapters import check_adapter as check_adapter
+from .adapters import local_adapter as local_adapter
+from .architectures import architecture_of as architecture_of
+from .conversion import convert as convert
+from .fetching import fetch as fetch
+from .folders import Folder as Folder
+from .hubs import open_source as open_source
+from .presets import check_preset as check_preset
+from .presets import is_instruct as is_instruct
+from .presets import local_preset as local_preset
