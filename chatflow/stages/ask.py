@@ -45,30 +45,22 @@ class AskModel(beam.PTransform):
     stage: str
 
     def expand(self, questions: beam.PCollection[Question]) -> Outcome:
-        several = self.model.several
-        handler = self.model.handler if several else KeyedModelHandler(self.model.handler)
-        infer = RunInference(handler, model_identifier=self.model.identifier).with_resource_hints(
-            **self.model.hints
-        )
-        results = (
+        infer = RunInference(
+            KeyedModelHandler(self.model.handler), model_identifier=self.model.identifier
+        ).with_resource_hints(**self.model.hints)
+        outcome: Outcome = (
             questions
             | "BeforeModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
-            | "WithKey" >> beam.Map(_keyed_by_model if several else _keyed)
+            | "WithKey" >> beam.Map(_keyed)
             | "RunInference" >> infer
             | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
+            | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)
         )
-        if several:
-            results = results | "WithoutModel" >> beam.Values()
-        outcome: Outcome = results | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)
         return outcome
 
 
 def _keyed(question: Question) -> tuple[Question, Any]:
     return question, question.request
-
-
-def _keyed_by_model(question: Question) -> tuple[str, tuple[Question, Any]]:
-    return question.request.model, _keyed(question)
 
 
 def answered(result: tuple[Question, Any]) -> Iterable[Answered]:

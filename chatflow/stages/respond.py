@@ -13,6 +13,7 @@ from chatflow.chat_text import as_data, estimate_tokens
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import BadAnswerError, BadInputError, UsageError
 from chatflow.models.requests import Part, Request
+from chatflow.models.several import SeveralModelsHandler
 from chatflow.models.spec import Model
 from chatflow.prompts.questions import Question
 from chatflow.prompts.templates import Template
@@ -66,8 +67,8 @@ class AskTexts(beam.PTransform):
     max_prompt_tokens: int = 1536
 
     def __post_init__(self) -> None:
-        if self.model.several:
-            raise UsageError("AskTexts: model: asks one model; give it a Model without several")
+        if isinstance(self.model.handler, SeveralModelsHandler):
+            raise UsageError("AskTexts: model: asks one model; give it a Model of one")
         if "prompt" not in self.template.blocks:
             raise UsageError(f"{self.template.where}: has no block prompt")
         if self.template.setting("answer_tokens", int) < 1:

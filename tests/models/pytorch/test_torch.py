@@ -29,6 +29,7 @@ from chatflow.models.pytorch.engine import LONGEST  # noqa: E402
 from chatflow.models.pytorch.handler import TorchModelHandler  # noqa: E402
 from chatflow.models.requests import Failure, Part, Request  # noqa: E402
 from chatflow.models.settings import WorkerSettings  # noqa: E402
+from chatflow.models.several import SeveralModelsHandler  # noqa: E402
 from chatflow.models.spec import Model, ModelSpec  # noqa: E402
 from chatflow.options import Options  # noqa: E402
 from chatflow.prompts.templates import load_template  # noqa: E402
@@ -597,6 +598,6 @@ def test_a_text_that_is_too_long_is_a_dead_letter(script):
 
 
 def test_texts_are_asked_of_one_model(script):
-    model = Model(ModelSpec(script({"answer": "x"})).handler(), several=True)
+    model = Model(SeveralModelsHandler({"x": ModelSpec(script({"answer": "x"})).handler()}))
     with pytest.raises(UsageError, match="AskTexts: model: asks one model"):
         AskTexts(model, load_template(EXAMPLES / "prompts" / "respond.jinja"))
