@@ -9,8 +9,8 @@ from typing import Any
 
 import apache_beam as beam
 
-from chatflow.models.keyed import PerKeyModelHandler
 from chatflow.models.prices import Price, price_of
+from chatflow.models.several import SeveralModelsHandler
 from chatflow.models.spec import Model, ModelSpec
 from chatflow.options import (
     NO_CLOUD,
@@ -111,7 +111,7 @@ def plan(
 
 
 def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str, str]) -> Model:
-    """One model, or one by key, for both inference steps."""
+    """Returns what answers both inference steps: one model, or several by key."""
     handlers: dict[str, Any] = {}
     for route, (analysis, draft) in zip(routes.routes, first.by_route, strict=True):
         probes = (analysis.probe, draft.probe)
@@ -121,7 +121,7 @@ def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str
             handlers[route.spec.key] = route.spec.handler(expected)
     if not routes.attribute:
         return Model(next(iter(handlers.values())), hints)
-    return Model(PerKeyModelHandler(handlers, routes.max_models), hints, several=True)
+    return Model(SeveralModelsHandler(handlers, routes.max_models), hints)
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:

@@ -31,5 +31,9 @@ class LanguageModel(abc.ABC):
         loads, self.loads = self.loads, 0
         return {**self.counts(), "copies_loaded": loads}
 
+    def throttled(self) -> float:
+        """Returns the seconds that batches waited for a busy service since this was last asked."""
+        return 0.0
+
     def close(self) -> None:  # noqa: B027 (not all have something to end)
         """Ends what the model has started; it is asked no more."""

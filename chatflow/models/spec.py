@@ -47,14 +47,12 @@ class Model:
       handler: a Beam `ModelHandler` from `Request` to `PredictionResult`, whose
         inference is an `Answer` or a `Failure`.
       hints: Beam's resource hints for the steps that ask it.
-      several: the handler takes pairs of a model's key and such a request, keyed once more.
       identifier: what a worker's copy is known by; Beam keeps it machine-wide, so it is
         unique to a run.
     """
 
     handler: Any
     hints: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    several: bool = False
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
     def forget(self) -> None:

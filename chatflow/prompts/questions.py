@@ -29,24 +29,33 @@ from chatflow.records import (
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A request to a model, and what it is about.
+    """A request to a model, and how its answer is read.
+
+    Attributes:
+      prompt_version, settings: of the template that asks, by which the answer is read; while a
+        pipeline runs, templates may change.
+    """
+
+    request: Request
+    prompt_version: str
+    settings: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatQuestion(Question):
+    """A request about one user of a chat.
 
     Attributes:
       chat: the chat as it came.
       user_id: whose tone is asked for, or to whom the draft speaks.
       dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
-      prompt_version, settings: of the template that asks, by which the answer is read; while a
-        pipeline runs, templates may change.
       analysis: of the draft's chat; None when it is the analysis that is asked for.
     """
 
     chat: Chat
     user_id: str
-    request: Request
     dropped_messages: int
     cut_messages: int
-    prompt_version: str
-    settings: Mapping[str, Any]
     analysis: Analysis | None = None
 
     def id_of(self, model: str) -> str:
@@ -146,7 +155,7 @@ class Prompt:
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def question(self, chat: Chat, user_id: str, analysis: Analysis | None = None) -> Question:
+    def question(self, chat: Chat, user_id: str, analysis: Analysis | None = None) -> ChatQuestion:
         """Renders all blocks for one user of a chat.
 
         Raises:
@@ -176,9 +185,9 @@ class Prompt:
             model=self.model.key,
             version=self.weights,
         )
-        return Question(
-            chat, user_id, request, kept.dropped, kept.cut,
-            self.version, self.template.settings, analysis,
+        return ChatQuestion(
+            request, self.version, self.template.settings,
+            chat, user_id, kept.dropped, kept.cut, analysis,
         )  # fmt: skip
 
     @property

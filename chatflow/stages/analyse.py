@@ -16,7 +16,7 @@ from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadAnswerError
 from chatflow.models.spec import Model
 from chatflow.prompts.answers import copies_template, extract, grounding, repeats_itself
-from chatflow.prompts.questions import AnalysisPrompt, Question, reader
+from chatflow.prompts.questions import AnalysisPrompt, ChatQuestion, reader
 from chatflow.prompts.routes import Routed
 from chatflow.prompts.updates import Updates, newest
 from chatflow.records import AnalysedChat, Analysis, Chat, Sentiment, now
@@ -50,7 +50,7 @@ class AnalyseChats(beam.PTransform):
     def expand(self, chats: beam.PCollection[Chat]) -> Analysed:
         ask = functools.partial(ask_for_analysis, self.prompt)
         users = chats | "EachUser" >> beam.FlatMap(each_user)
-        asked = users | "RenderPrompt" >> DeadLettered("prompt", ask, Question, self.updates)
+        asked = users | "RenderPrompt" >> DeadLettered("prompt", ask, ChatQuestion, self.updates)
         answered = asked.ok | "AskModel" >> AskModel(self.model, "model")
         parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", analysed, AnalysedChat)
         failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
@@ -68,7 +68,7 @@ def ask_for_analysis(
     prompt: AnalysisPrompt | Routed[AnalysisPrompt],
     asked_for: tuple[Chat, str],
     updates: Iterable[Updates] = (),
-) -> Iterable[Question]:
+) -> Iterable[ChatQuestion]:
     chat, user_id = asked_for
     question = newest(updates, "analysis", prompt).of(chat).question(chat, user_id)
     metrics.count("dropped_messages", question.dropped_messages)
@@ -76,7 +76,7 @@ def ask_for_analysis(
     yield question
 
 
-def analysed(answered: Answered) -> Iterable[AnalysedChat]:
+def analysed(answered: Answered[ChatQuestion]) -> Iterable[AnalysedChat]:
     analysis = to_analysis(answered)
     metrics.count("analysed")
     metrics.count(f"analysed/{analysis.sentiment.name.lower()}")
@@ -86,7 +86,7 @@ def analysed(answered: Answered) -> Iterable[AnalysedChat]:
     yield AnalysedChat(answered.question.chat, analysis)
 
 
-def to_analysis(answered: Answered) -> Analysis:
+def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
     """Parses the answer and checks that its summary is about this chat.
 
     Raises:
@@ -127,7 +127,7 @@ def to_analysis(answered: Answered) -> Analysis:
     )
 
 
-def confidence(answered: Answered, sentiment: Sentiment) -> float | None:
+def confidence(answered: Answered[ChatQuestion], sentiment: Sentiment) -> float | None:
     """The probability of a sentiment among all three, as a model that scores them has it."""
     scores = dict(answered.answer.tone_scores)
     for part in answered.question.request.parts:

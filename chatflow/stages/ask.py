@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import apache_beam as beam
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
@@ -14,7 +14,7 @@ from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
 from chatflow.models.requests import Answer, Failure
 from chatflow.models.spec import Model
-from chatflow.prompts.questions import Question
+from chatflow.prompts.questions import ChatQuestion, Question
 from chatflow.records import AnalysedChat
 
 RESHUFFLE_KEYS = 1024
@@ -22,8 +22,11 @@ RESHUFFLE_KEYS = 1024
 element of a stream, for runners keep a little of each key that they have seen."""
 
 
-class Answered(NamedTuple):
-    question: Question
+QuestionT = TypeVar("QuestionT", bound=Question)
+
+
+class Answered(NamedTuple, Generic[QuestionT]):
+    question: QuestionT
     answer: Answer
 
 
@@ -45,21 +48,17 @@ class AskModel(beam.PTransform):
     stage: str
 
     def expand(self, questions: beam.PCollection[Question]) -> Outcome:
-        several = self.model.several
-        handler = self.model.handler if several else KeyedModelHandler(self.model.handler)
-        infer = RunInference(handler, model_identifier=self.model.identifier).with_resource_hints(
-            **self.model.hints
-        )
-        results = (
+        infer = RunInference(
+            KeyedModelHandler(self.model.handler), model_identifier=self.model.identifier
+        ).with_resource_hints(**self.model.hints)
+        outcome: Outcome = (
             questions
             | "BeforeModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
-            | "WithKey" >> beam.Map(_keyed_by_model if several else _keyed)
+            | "WithKey" >> beam.Map(_keyed)
             | "RunInference" >> infer
             | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
+            | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)
         )
-        if several:
-            results = results | "WithoutModel" >> beam.Values()
-        outcome: Outcome = results | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)
         return outcome
 
 
@@ -67,11 +66,7 @@ def _keyed(question: Question) -> tuple[Question, Any]:
     return question, question.request
 
 
-def _keyed_by_model(question: Question) -> tuple[str, tuple[Question, Any]]:
-    return question.request.model, _keyed(question)
-
-
-def answered(result: tuple[Question, Any]) -> Iterable[Answered]:
+def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
     """An answer beside its question; counts what it took.
 
     Raises:
@@ -90,7 +85,7 @@ def answered(result: tuple[Question, Any]) -> Iterable[Answered]:
 
 
 @payload_of.register
-def _question_payload(question: Question) -> dict[str, Any]:
+def _question_payload(question: ChatQuestion) -> dict[str, Any]:
     """One user of the chat failed, so it is this user who is asked for again."""
     if question.analysis is not None:
         return payload_of(AnalysedChat(question.chat, question.analysis))

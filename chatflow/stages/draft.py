@@ -21,7 +21,7 @@ from chatflow.prompts.answers import (
     parse_draft,
     says_any,
 )
-from chatflow.prompts.questions import DraftPrompt, Question
+from chatflow.prompts.questions import ChatQuestion, DraftPrompt
 from chatflow.prompts.routes import Routed
 from chatflow.prompts.updates import Updates, newest
 from chatflow.records import (
@@ -68,10 +68,10 @@ class DraftApologies(beam.PTransform):
         angry = analysed | "OnlyAngry" >> beam.Filter(is_angry)
         ask = functools.partial(ask_for_draft, self.prompt)
         rendered = angry | "RenderPrompt" >> DeadLettered(
-            "draft_prompt", ask, Question | Draft, self.updates
+            "draft_prompt", ask, ChatQuestion | Draft, self.updates
         )
         asked, unsure = rendered.ok | "ByKind" >> beam.Partition(_is_flagged, 2)
-        asked.element_type, unsure.element_type = Question, Draft
+        asked.element_type, unsure.element_type = ChatQuestion, Draft
         answered = asked | "AskModel" >> AskModel(self.model, "draft_model")
         parsed = answered.ok | "ParseAnswer" >> DeadLettered("draft_answer", drafted, Draft)
         failed = (rendered.dead_letters, answered.dead_letters, parsed.dead_letters)
@@ -86,7 +86,7 @@ def ask_for_draft(
     prompt: DraftPrompt | Routed[DraftPrompt],
     analysed: AnalysedChat,
     updates: Iterable[Updates] = (),
-) -> Iterable[Question | Draft]:
+) -> Iterable[ChatQuestion | Draft]:
     """A question for the model; a flagged draft where the analysis is too unsure for one."""
     chat, analysis = analysed
     metrics.count("drafts_asked")
@@ -99,11 +99,11 @@ def ask_for_draft(
         yield question
 
 
-def _is_flagged(asked: Question | Draft, _: int) -> int:
+def _is_flagged(asked: ChatQuestion | Draft, _: int) -> int:
     return int(isinstance(asked, Draft))
 
 
-def drafted(answered: Answered) -> Iterable[Draft]:
+def drafted(answered: Answered[ChatQuestion]) -> Iterable[Draft]:
     yield counted(to_draft(answered))
 
 
@@ -112,7 +112,7 @@ def counted(draft: Draft) -> Draft:
     return draft
 
 
-def to_draft(answered: Answered) -> Draft:
+def to_draft(answered: Answered[ChatQuestion]) -> Draft:
     """Checks the text that the model wrote; where it is not fit to be shown, a flag says so.
 
     Raises:
@@ -138,7 +138,7 @@ def to_draft(answered: Answered) -> Draft:
 
 
 def draft_of(
-    question: Question,
+    question: ChatQuestion,
     model: str,
     text: str | None = None,
     flag: Flag | None = None,

@@ -13,16 +13,17 @@ from chatflow.chat_text import as_data, estimate_tokens
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import BadAnswerError, BadInputError, UsageError
 from chatflow.models.requests import Part, Request
+from chatflow.models.several import SeveralModelsHandler
 from chatflow.models.spec import Model
 from chatflow.prompts.questions import Question
 from chatflow.prompts.templates import Template
-from chatflow.records import Arrival, Chat, Response, digest, now
+from chatflow.records import Arrival, Response, digest, now
 from chatflow.stages.ask import Answered, AskModel
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class TextQuestion(Question):
-    """A request about a text. There is no chat that it is about.
+    """A request about a text.
 
     Attributes:
       arrival: the text, as it came.
@@ -66,8 +67,8 @@ class AskTexts(beam.PTransform):
     max_prompt_tokens: int = 1536
 
     def __post_init__(self) -> None:
-        if self.model.several:
-            raise UsageError("AskTexts: model: asks one model; give it a Model without several")
+        if isinstance(self.model.handler, SeveralModelsHandler):
+            raise UsageError("AskTexts: model: asks one model; give it a Model of one")
         if "prompt" not in self.template.blocks:
             raise UsageError(f"{self.template.where}: has no block prompt")
         if self.template.setting("answer_tokens", int) < 1:
@@ -82,13 +83,13 @@ class AskTexts(beam.PTransform):
         return self.template.version(*sorted(self.values.items()))
 
     def expand(self, texts: beam.PCollection[Arrival]) -> Outcome:
-        asked = texts | "RenderPrompt" >> DeadLettered("prompt", self.ask, Question)
+        asked = texts | "RenderPrompt" >> DeadLettered("prompt", self.ask, TextQuestion)
         answered = asked.ok | "AskModel" >> AskModel(self.model, "model")
         taken = answered.ok | "TakeResponse" >> DeadLettered("answer", self.take, Response)
         failed = (asked.dead_letters, answered.dead_letters, taken.dead_letters)
         return Outcome(taken.ok, failed | beam.Flatten())
 
-    def ask(self, arrival: Arrival) -> list[Question]:
+    def ask(self, arrival: Arrival) -> list[TextQuestion]:
         """The question of one text.
 
         Raises:
@@ -120,18 +121,15 @@ class AskTexts(beam.PTransform):
         own_id = digest(arrival.message_id or "", text, self.version, self.model.handler.name)
         task = self.template.name.removesuffix(".jinja")
         request = Request(own_id, task, chat_id=own_id, user_id="", parts=(part,))
-        nobody = Chat(chat_id=own_id, messages=())
-        question = TextQuestion(nobody, "", request, 0, 0, self.version, settings, arrival=arrival)
-        return [question]
+        return [TextQuestion(request, self.version, settings, arrival)]
 
-    def take(self, answered: Answered) -> Iterable[Response]:
+    def take(self, answered: Answered[TextQuestion]) -> Iterable[Response]:
         """What the model said.
 
         Raises:
           BadAnswerError: `empty_answer`.
         """
         question, answer = answered
-        assert isinstance(question, TextQuestion)  # of ask
         arrival = question.arrival
         if not answer.text.strip():
             said = f"the response is empty{answer.circumstances}"

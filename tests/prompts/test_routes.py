@@ -3,19 +3,20 @@
 import collections
 import concurrent.futures
 import json
-import os
 import subprocess
 import sys
 import threading
+import uuid
 
 import pytest
+from apache_beam.utils.multi_process_shared import MultiProcessShared
 from conftest import ANGRY, APOLOGY, chat, mistake, read
 from tiny import tiny_gemma
 
 from chatflow.errors import BadInputError
-from chatflow.models.keyed import PerKeyModelHandler
 from chatflow.models.requests import Failure, Request
 from chatflow.models.scripted import ScriptedModelHandler
+from chatflow.models.several import SeveralModels, SeveralModelsHandler
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import spec_of
 from chatflow.prompts.routes import Routed, routes_of
@@ -59,8 +60,11 @@ models:
 """
 
 
+@pytest.mark.parametrize(
+    "processes", [[], ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]]
+)
 def test_three_keys_share_two_models_and_unknown_keys_are_dead_letters(
-    tmp_path, lines, script, models
+    tmp_path, lines, script, models, processes
 ):
     shop, bank = script_pair(script, tmp_path)
     path = lines(
@@ -74,7 +78,7 @@ def test_three_keys_share_two_models_and_unknown_keys_are_dead_letters(
     options = Options(
         input=path, output=f"{tmp_path}/out", models=models(THREE_KEYS.format(shop=shop, bank=bank))
     )
-    counts = execute(options, []).to_dict()
+    counts = execute(options, processes).to_dict()
     assert (counts["lost"], counts["copies_loaded"]) == (0, 2)
     analyses = {a["chat_id"]: a for a in read(f"{tmp_path}/out", "analyses")}
     by_tenant = collections.defaultdict(set)
@@ -189,9 +193,6 @@ def test_a_mistake_in_the_file_is_one_clear_line(
 # Room for so many models.
 
 
-PID = os.getpid()
-
-
 class Loads(ScriptedModelHandler):
     """Notes how many of them are loaded at once."""
 
@@ -226,14 +227,13 @@ def no_loads():
 
 
 def asked(handler, manager, keys):
-    batch = [(key, (n, Request(str(n), "analysis", "7", "c", ()))) for n, key in enumerate(keys)]
-    results = list(handler.run_inference(batch, manager))
-    return sorted((own, key, result.inference) for key, (own, result) in results)
+    batch = [Request(str(n), "analysis", "7", "c", (), key) for n, key in enumerate(keys)]
+    results = handler.run_inference(batch, manager)
+    return [(n, result.example.model, result.inference) for n, result in enumerate(results)]
 
 
 def ready(names, most):
-    handler = PerKeyModelHandler({name: Loads(name) for name in names}, most)
-    handler.override_metrics("test")
+    handler = SeveralModelsHandler({name: Loads(name) for name in names}, most)
     return handler, handler.load_model()
 
 
@@ -258,30 +258,55 @@ def test_a_model_that_is_loaded_holds_up_no_other():
         assert may.wait(30)
         return ScriptedModelHandler.load(handlers["b"])
 
-    handlers = {key: one._unkeyed for key, one in handler._id_to_mh_map.items()}
+    handlers = handler.handlers
     handlers["b"].load = slow
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        other = threads.submit(asked, handler, manager, "b")
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        others = [threads.submit(asked, handler, manager, "b") for _ in range(2)]
         assert began.wait(30)
-        assert asked(handler, manager, "a")[0][2].model == "a"
+        while len(manager._waiting) < 1:  # the other one, for the same model
+            concurrent.futures.wait(others, timeout=0.01)
+        mine = threads.submit(asked, handler, manager, "a")
+        assert mine.result(timeout=30)[0][2].model == "a"
         may.set()
-        assert other.result(timeout=30)[0][2].model == "b"
+        for other in others:
+            assert other.result(timeout=30)[0][2].model == "b"
 
 
 def test_what_a_process_used_that_died_is_free_again():
-    _, manager = ready("ab", 1)
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    assert manager.enter("a", done.pid) == ""
-    assert manager.enter("b", PID) == ""
+    handler, _ = ready("ab", 1)
+    began, may = threading.Event(), threading.Event()
+
+    def slow(request):
+        began.set()
+        assert may.wait(30)
+        return "slow"
+
+    handler.handlers["a"].function = slow
+    tag = f"test-{uuid.uuid4().hex}"
+    manager = MultiProcessShared(handler.load_model, tag=tag, always_proxy=True).acquire()
+    process = subprocess.Popen([sys.executable, "-c", ASK_A.format(tag=tag)])
+    assert began.wait(60)
+    process.kill()
+    process.wait()
+    may.set()
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        found = threads.submit(asked, handler, manager, "b").result(timeout=60)
+    assert found[0][2].model == "b"
     assert Loads.now == {"a": 0, "b": 1}
 
 
+ASK_A = """
+from apache_beam.utils.multi_process_shared import MultiProcessShared
+from chatflow.models.requests import Request
+model = MultiProcessShared(None, tag="{tag}", always_proxy=True).acquire()
+model.answer([Request("0", "analysis", "7", "c", (), "a")])
+"""
+
+
 def test_models_behind_a_service_take_no_room():
-    handler = PerKeyModelHandler({"a": Loads("a"), "far": Far("far")}, 1)
-    handler.override_metrics("test")
-    manager = handler.load_model()
-    assert manager.enter("far", PID) == manager.enter("a", PID) == ""
+    manager = SeveralModels({"a": Loads("a"), "far": Far("far")}, 1)
+    assert manager._acquire("far").name == "far"
+    assert manager._acquire("a").name == "a"
 
 
 class Far(ScriptedModelHandler):
@@ -293,19 +318,17 @@ class Far(ScriptedModelHandler):
 
 def test_who_waits_for_room_is_not_overtaken():
     _, manager = ready("ab", 1)
-    assert manager.enter("a", PID) == ""
+    assert manager._acquire("a").name == "a"
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        other = threads.submit(manager.enter, "b", PID)
-        with manager._changed:
-            assert manager._changed.wait_for(lambda: True, 10)
+        other = threads.submit(lambda: manager._acquire("b").name)
         while not manager._waiting:
             concurrent.futures.wait([other], timeout=0.01)
-        again = threads.submit(manager.enter, "a", PID)
+        again = threads.submit(lambda: manager._acquire("a").name)
         assert not concurrent.futures.wait([again], timeout=0.05).done
-        manager.leave("a", PID)
-        assert other.result(timeout=10) == ""
-        manager.leave("b", PID)
-        assert again.result(timeout=10) == ""
+        manager._release("a")
+        assert other.result(timeout=10) == "b"
+        manager._release("b")
+        assert again.result(timeout=10) == "a"
     assert Loads.most == 1
 
 
@@ -318,7 +341,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_own_requests_alone(monkeypatch)
     assert "no such file" in found[1][2].error
     Loads.broken = ()
     assert asked(handler, manager, "b")[0][2].reason == "model_not_loaded"  # not tried again yet
-    monkeypatch.setattr("chatflow.models.keyed.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("chatflow.models.several.RETRY_SECONDS", 0.0)
     assert asked(handler, manager, "b")[0][2].model == "b"
 
 

@@ -1,2 +1,2 @@
-from .handler import RemoteLanguageModelHandler as RemoteLanguageModelHandler
 from .calls import RemoteModel as RemoteModel
+from .handler import RemoteLanguageModelHandler as RemoteLanguageModelHandler

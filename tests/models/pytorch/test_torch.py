@@ -30,6 +30,7 @@ from chatflow.models.pytorch.handler import (  # noqa: E402
     TorchModelHandler,
 )
 from chatflow.models.requests import Failure, Part, Request  # noqa: E402
+from chatflow.models.several import SeveralModelsHandler  # noqa: E402
 from chatflow.models.spec import Model, ModelSpec  # noqa: E402
 from chatflow.options import Options, WorkerSettings  # noqa: E402
 from chatflow.prompts.templates import load_template  # noqa: E402
@@ -599,6 +600,6 @@ def test_a_text_that_is_too_long_is_a_dead_letter(script):
 
 
 def test_texts_are_asked_of_one_model(script):
-    model = Model(ModelSpec(script({"answer": "x"})).handler(), several=True)
+    model = Model(SeveralModelsHandler({"x": ModelSpec(script({"answer": "x"})).handler()}))
     with pytest.raises(UsageError, match="AskTexts: model: asks one model"):
         AskTexts(model, load_template(EXAMPLES / "prompts" / "respond.jinja"))

@@ -1,0 +1,181 @@
+"""A model that is several: each request is answered by the one that it names."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from apache_beam.io.components.adaptive_throttler import ThrottlingSignaler
+from apache_beam.ml.inference.base import PredictionResult
+
+from chatflow.errors import one_line
+from chatflow.models.base import LanguageModel
+from chatflow.models.handlers import METRICS, LanguageModelHandler, ask
+from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
+from chatflow.options import ONE_COPY
+
+RETRY_SECONDS = 60.0
+"""A model that could not be loaded is tried again after this."""
+
+_log = logging.getLogger(__name__)
+
+
+class SeveralModels(LanguageModel):
+    """Answers each request with the model that `Request.model` names.
+
+    A model is loaded when it is first asked, while others answer. When there is no room for it,
+    the least recently asked model that is not in use makes room. A model that cannot be loaded
+    fails only its own requests.
+
+    Args:
+      handlers: by model key.
+      max_models: that hold weights, in memory at once; 0: any number.
+    """
+
+    def __init__(self, handlers: Mapping[str, LanguageModelHandler[Any]], max_models: int = 0):
+        self._handlers, self._most = handlers, max_models
+        self._weighty = {key for key, handler in handlers.items() if handler.holds_weights}
+        self._changed = threading.Condition()
+        self._models: dict[str, LanguageModel] = {}  # the most recently asked comes last
+        self._users: collections.Counter[str] = collections.Counter()
+        self._loading: set[str] = set()
+        self._waiting: dict[object, str] = {}  # in the order in which they came
+        self._failed: dict[str, tuple[float, Failure]] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        by_model: dict[str, list[Request]] = {}
+        for request in requests:
+            by_model.setdefault(request.model, []).append(request)
+        answers = {key: iter(self._answer(key, group)) for key, group in by_model.items()}
+        return [next(answers[request.model]) for request in requests]
+
+    def new_counts(self) -> dict[str, int]:
+        with self._changed:
+            for model in self._models.values():
+                self._counts.update(model.new_counts())
+            new, self._counts = self._counts, collections.Counter()
+        return dict(new)
+
+    def throttled(self) -> float:
+        with self._changed:
+            return sum(model.throttled() for model in self._models.values())
+
+    def close(self) -> None:
+        with self._changed:
+            for key in list(self._models):
+                self._let_go(key)
+
+    def _answer(self, key: str, requests: Sequence[Request]) -> list[Answer | Failure]:
+        model = self._acquire(key)
+        if isinstance(model, Failure):
+            return [model] * len(requests)
+        try:
+            return ask(model.answer, requests)
+        finally:
+            del model  # before its room is given to another
+            self._release(key)
+
+    def _acquire(self, key: str) -> LanguageModel | Failure:
+        """Returns a model that stays loaded until it is released; waits for room.
+
+        First come, first served, so that a busy model does not starve another.
+        """
+        ticket = object()
+        with self._changed:
+            self._waiting[ticket] = key
+            self._changed.wait_for(lambda: self._is_next(ticket) and self._has_room(key))
+            del self._waiting[ticket]
+            self._changed.notify_all()
+            failed_at, failure = self._failed.get(key, (-math.inf, None))
+            if key not in self._models:
+                if failure and time.monotonic() - failed_at < RETRY_SECONDS:
+                    return failure
+                self._make_room(key)
+                self._loading.add(key)
+            self._users[key] += 1
+            if key in self._models:
+                self._models[key] = model = self._models.pop(key)
+                return model
+        return self._load(key)
+
+    def _release(self, key: str) -> None:
+        with self._changed:
+            self._users[key] -= 1
+            self._changed.notify_all()
+
+    def _is_next(self, ticket: object) -> bool:
+        """Who waits for a model that is being loaded holds up no one."""
+        ready = (one for one, key in self._waiting.items() if key not in self._loading)
+        return next(ready, None) is ticket
+
+    def _in_use(self) -> int:
+        return sum(self._users[key] > 0 for key in self._weighty)
+
+    def _has_room(self, key: str) -> bool:
+        needs_none = key in self._models or key not in self._weighty or not self._most
+        return needs_none or self._in_use() < self._most
+
+    def _make_room(self, key: str) -> None:
+        if self._most and key in self._weighty:
+            idle = [one for one in self._models if one in self._weighty and not self._users[one]]
+            for one in idle[: max(0, self._in_use() + len(idle) + 1 - self._most)]:
+                self._let_go(one)
+
+    def _let_go(self, key: str) -> None:
+        model = self._models.pop(key)
+        self._counts.update(model.new_counts())
+        model.close()
+
+    def _load(self, key: str) -> LanguageModel | Failure:
+        loaded: LanguageModel | Failure
+        try:
+            loaded = self._handlers[key].load_model()
+        except Exception as error:
+            loaded = Failure("model_not_loaded", f"{type(error).__name__}: {one_line(error)}")
+            _log.warning("the model %s cannot be loaded: %s", key, loaded.error)
+        with self._changed:
+            self._loading.remove(key)
+            if isinstance(loaded, Failure):
+                self._failed[key] = time.monotonic(), loaded
+                self._users[key] -= 1
+            else:
+                self._models[key] = loaded
+            self._changed.notify_all()
+        return loaded
+
+
+class SeveralModelsHandler(LanguageModelHandler[SeveralModels]):
+    """Handles several models as one, of which a worker has one copy.
+
+    Args:
+      handlers, max_models: see `SeveralModels`.
+    """
+
+    def __init__(self, handlers: Mapping[str, LanguageModelHandler[Any]], max_models: int = 0):
+        super().__init__("several models", settings=ONE_COPY)
+        self.handlers, self.max_models = handlers, max_models
+
+    def load(self, version: Version = FIRST) -> SeveralModels:
+        return SeveralModels(self.handlers, self.max_models)
+
+    def batch_elements_kwargs(self) -> Mapping[str, Any]:
+        """Returns the widest batching, because requests of all models are batched together."""
+        every = (handler.batch_elements_kwargs() for handler in self.handlers.values())
+        return max(every, key=lambda batching: batching["max_batch_size"])
+
+    def run_inference(
+        self,
+        batch: Sequence[Request],
+        model: SeveralModels,
+        inference_args: dict[str, Any] | None = None,
+    ) -> Iterable[PredictionResult]:
+        results = super().run_inference(batch, model, inference_args)
+        if throttled := math.ceil(model.throttled()):
+            ThrottlingSignaler(METRICS).signal_throttled(throttled)
+        return results
