@@ -141,10 +141,11 @@ console: setup ## Serve the staff's page on DATABASE=, sqlite:///out/chatflow.db
 test: setup ## Run all tests, in three processes
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 3 --dist loadfile
 
-lint: setup .venv-lint/.done ## Check style and types, images, scripts and Terraform
+lint: setup .venv-lint/.done ## Check style, types, who imports whom, images, scripts and Terraform
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(LINT)/lint-imports --no-logo
 	$(LINT)/hadolint infra/docker/*.Dockerfile
 	$(LINT)/shellcheck .ci/run
 	@if command -v terraform >/dev/null; then terraform fmt -check -diff -recursive infra/terraform; \
