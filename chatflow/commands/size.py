@@ -264,34 +264,6 @@ def size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def markdown_table() -> str:
-    """The README's table of sizes and machines."""
-    table = read_machines()
-    rows = [
-        "| | parameters | weights, KV cache of a chat | on processors (float32) | chats/s "
-        "| on a GPU (bfloat16) | chats/s |",
-        "|---|---:|---:|---|---:|---|---:|",
-    ]
-    for model in GEMMAS:
-        cells, plain = [], size_of(model, table)
-        for accelerator in ("", "any"):
-            try:
-                found = size_of(model, table, accelerator)
-            except UsageError:
-                cells += ["a smaller batch fits", ""]
-                continue
-            on = f", {found.accelerator}" if found.accelerator else ""
-            cells += [
-                f"{found.memory_gb:.1f} GB: {found.machine_type}{on}",
-                f"{found.chats_per_second:.2g}" + (" *" if found.measured == "measured" else ""),
-            ]
-        rows.append(
-            f"| `{model}` | {plain.parameters / 1e6:,.0f} M | {plain.weights_gb:.1f} GB, "
-            f"{plain.kv_mb:,.0f} MB | {' | '.join(cells)} |"
-        )
-    return "\n".join(rows)
-
-
 def _show(
     rows: Sequence[Mapping[str, Any]], notes: Sequence[str], parsed: argparse.Namespace
 ) -> None:

@@ -183,17 +183,6 @@ def tables(found: Sequence[Needs]) -> Iterable[tuple[str, Sequence[str], list[Se
     )
 
 
-def markdown_table() -> str:
-    """The documentation's tables of models."""
-    lines: list[str] = []
-    for title, head, rows in tables([needs_of(name) for name in MODELS]):
-        marks = ["---" if name in ("model", "machine") else "---:" for name in head]
-        quoted = [(f"`{model}`", *rest) for model, *rest in rows]
-        lines += [f"{title[0].upper()}{title[1:]}:", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (head, marks, *quoted)] + [""]
-    return "\n".join(lines[:-1])
-
-
 def _gb(size: float) -> str:
     return f"{size:.1f} GB" if size >= 0.95 else f"{1000 * size:.0f} MB"
 
