@@ -318,52 +318,15 @@ def _parser() -> argparse.ArgumentParser:
     console.add_argument("--while_stdin_is_open", action="store_true", help=argparse.SUPPRESS)
     console.set_defaults(run=_console)
 
+    from chatflow.commands import size as sizing
+
     size = command(
         "size",
         "which machines a model needs, how many, and what they cost",
-        """
-        Computes the room that a Gemma needs on a worker, the smallest machine that has it, how
-        many of them for so many chats, and what they cost on Dataflow. Without --model, a
-        table of all. --summary=flags prints the flags of `chatflow run` for it.
-
-          chatflow size --model gemma3_instruct_4b_text --accelerator nvidia-l4 \\
-            --chats_per_hour 20000
-        """,
+        sizing.DESCRIPTION,
         epilog=None,
     )
-    size.add_argument(
-        "--model", default="", help="as for `chatflow run`, on the worker; or torch:NAME, a T5"
-    )
-    size.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="precision of the weights; auto: bfloat16 on an accelerator, else float32",
-    )
-    size.add_argument(
-        "--chats_per_hour", type=positive, default=1000.0, help="(default: %(default)s)"
-    )
-    size.add_argument(
-        "--accelerator", default="", help="a GPU, e.g. nvidia-l4; any: the smallest that fits"
-    )
-    size.add_argument("--machine_type", default="", help="default: the smallest that fits")
-    size.add_argument(
-        "--chats_per_second",
-        type=positive,
-        default=0.0,
-        help="of one machine, as the summary of a run says; default: measured or estimated",
-    )
-    size.add_argument(
-        "--utilisation", type=positive, default=0.7, help="how busy workers may be (default: 0.7)"
-    )
-    size.add_argument(
-        "--prices",
-        default="",
-        help="TOML file with machines, prices and what was measured; default: "
-        "chatflow/machines.toml",
-    )
-    size.add_argument("--summary", choices=("table", "json", "flags"), default="table")
-    add_flags(size, only=("inference", "max_batch_size", "max_prompt_tokens"))
+    sizing.add_arguments(size)
     size.set_defaults(run=_size)
 
     model = command(
@@ -374,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
         """,
         epilog=None,
     )
-    from chatflow.commands.model.parser import add_commands
+    from chatflow.commands.model import add_commands
 
     add_commands(model)
     model.set_defaults(run=_model)
@@ -459,9 +422,9 @@ def _console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    from chatflow.commands.size import size
+    from chatflow.commands.size import run
 
-    return size(parsed, rest)
+    return run(parsed, rest)
 
 
 def _model(parsed: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def options_table() -> str:
     """Returns the README's table of flags."""
     rows = ["| flag | default | |", "|---|---|---|"]
     for name, flag in Options.defaults().items():
-        default = f"`{flag['default']}`" if flag["default"] != "" else ""
-        choices = f" One of `{'`, `'.join(flag['choices'])}`." if flag["choices"] else ""
+        default = f"`{_text(flag['default'])}`" if flag["default"] != "" else ""
+        choices = f" One of `{'`, `'.join(_choices(flag))}`." if _choices(flag) else ""
         rows.append(f"| `--{name}` | {default} | {flag['help']}{choices} |")
     return "\n".join(rows)
 
@@ -76,15 +77,23 @@ def template_parameters() -> list[dict[str, Any]]:
             "isOptional": name != "input",
             "paramType": "TEXT",
         }
-        if flag["choices"]:
+        if choices := _choices(flag):
             parameter["paramType"] = "ENUM"
-            parameter["enumOptions"] = [{"value": choice} for choice in flag["choices"]]
+            parameter["enumOptions"] = [{"value": choice} for choice in choices]
         elif isinstance(default, (int, float)):
             parameter["paramType"] = "NUMBER"
         if default != "":
-            parameter["defaultValue"] = str(default)
+            parameter["defaultValue"] = _text(default)
         made.append(parameter)
     return made
+
+
+def _choices(flag: Mapping[str, Any]) -> Sequence[str]:
+    return ("true", "false") if isinstance(flag["default"], bool) else flag["choices"]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def sizes_table() -> str:
@@ -118,11 +127,12 @@ def sizes_table() -> str:
 def models_tables() -> str:
     """Returns the tables of what models need, of docs/systems.md."""
     lines: list[str] = []
-    for title, head, rows in info.tables([info.needs_of(name) for name in info.MODELS]):
+    for title, rows in info.tables([info.needs_of(name) for name in info.MODELS]):
+        head = list(rows[0])
         marks = ["---" if name in ("model", "machine") else "---:" for name in head]
-        quoted = [(f"`{model}`", *rest) for model, *rest in rows]
+        cells = [[f"`{row['model']}`", *list(row.values())[1:]] for row in rows]
         lines += [f"{title[0].upper()}{title[1:]}:", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (head, marks, *quoted)] + [""]
+        lines += [f"| {' | '.join(row)} |" for row in (head, marks, *cells)] + [""]
     return "\n".join(lines[:-1])
 
 
