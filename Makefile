@@ -174,7 +174,7 @@ bench-remote: setup ## Measure the remote path beside Beam's own handlers, on th
 	$(BIN)/python bench/remote.py
 
 docs: setup ## Write anew what is made from code: README's options, template, table schemas
-	$(BIN)/python tests/test_docs.py
+	$(BIN)/python docs/generate.py
 
 LOCK    = PATH="$(BIN):$$PATH" uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
 COMPILE = $(LOCK) --universal

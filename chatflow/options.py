@@ -481,42 +481,6 @@ def number(
     return parse
 
 
-def markdown_table() -> str:
-    """The README's table of flags."""
-    rows = ["| flag | default | |", "|---|---|---|"]
-    for name, flag in Options.defaults().items():
-        default = f"`{as_text(flag['default'])}`" if flag["default"] != "" else ""
-        choices = f" One of `{'`, `'.join(flag['choices'])}`." if flag["choices"] else ""
-        rows.append(f"| `--{name}` | {default} | {flag['help']}{choices} |")
-    return "\n".join(rows)
-
-
-def template_parameters() -> list[dict[str, Any]]:
-    """The flags as parameters of a Flex Template: its metadata.
-
-    https://cloud.google.com/dataflow/docs/guides/templates/configuring-flex-templates#metadata
-    """
-    made = []
-    for name, flag in Options.defaults().items():
-        default = flag["default"]
-        parameter: dict[str, Any] = {
-            "name": name,
-            "label": name.replace("_", " ").capitalize(),
-            "helpText": flag["help"],
-            "isOptional": name != "input",
-            "paramType": "TEXT",
-        }
-        if flag["choices"]:
-            parameter["paramType"] = "ENUM"
-            parameter["enumOptions"] = [{"value": choice} for choice in flag["choices"]]
-        elif isinstance(default, (int, float)):
-            parameter["paramType"] = "NUMBER"
-        if default != "":
-            parameter["defaultValue"] = as_text(default)
-        made.append(parameter)
-    return made
-
-
 def add_flags(parser: Parser, leave_out: Sequence[str] = (), only: Sequence[str] = ()) -> None:
     """Adds the flags of `Options` to a parser; those that are left out are not flags of its."""
     groups: dict[str, Any] = {}

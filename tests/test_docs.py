@@ -1,4 +1,4 @@
-"""What the README and the package promise is there. As a script, it writes what is generated."""
+"""What the README and the package promise, and what docs/generate.py makes, is there."""
 
 import json
 import re
@@ -10,47 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLES, required
+from generate import README, generated
 
 import chatflow
-from chatflow.commands import size as sizing
-from chatflow.commands.model import info
-from chatflow.options import Options, markdown_table, template_parameters
-from chatflow.records import KINDS
+from chatflow.options import Options
 from chatflow.running.launch import LOCAL_RUNNER
-from chatflow.sinks.bigquery import columns
-
-README = ROOT / "README.md"
-SYSTEMS = ROOT / "docs" / "systems.md"
-TABLE = r"(<!-- {0}: .*? -->\n).*?(<!-- end of {0} -->)"
-
-
-INFRA = ROOT / "infra"
-
-
-def generated() -> dict[Path, str]:
-    """The files that are made from code, and what they should hold."""
-    tables = (
-        (README, "options", markdown_table()),
-        (README, "sizes", sizing.markdown_table()),
-        (SYSTEMS, "models", info.markdown_table()),
-    )
-    pages = {path: path.read_text() for path, _, _ in tables}
-    for path, name, table in tables:
-        place = re.compile(TABLE.format(name), re.DOTALL)
-        before, after = place.search(pages[path]).groups()
-        pages[path] = place.sub(lambda _: f"{before}{table}\n{after}", pages[path])  # noqa: B023
-    metadata = {
-        "name": "chatflow",
-        "description": "Sentiment, summaries and apology drafts of support chats, by an LLM",
-        "parameters": template_parameters(),
-    }
-    files = {INFRA / "terraform" / "schemas" / f"{k}.json": columns(v) for k, v in KINDS.items()}
-    files[INFRA / "template" / "metadata.json"] = metadata
-    texts = {
-        path: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        for path, value in files.items()
-    }
-    return {**pages, **texts}
 
 
 @pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
@@ -152,9 +116,3 @@ def test_the_samples_are_what_their_readme_says():
     assert by_id["emoji-only"].messages[0].text == "😡😡😡"
     assert "<start_of_turn>" in by_id["injection"].messages[2].text
     assert len(by_id["two-customers"].users()) == 2
-
-
-if __name__ == "__main__":
-    for path, text in generated().items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)

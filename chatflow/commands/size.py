@@ -12,11 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from chatflow.errors import UsageError, one_line
+from chatflow.options import Parser, add_flags, number
 from chatflow.weights import embedded
 from chatflow.weights.architectures import GEMMAS, Architecture, EncoderDecoder, architecture_of
+
+DESCRIPTION = """
+Computes the room that a Gemma needs on a worker, the smallest machine that has it, how
+many of them for so many chats, and what they cost on Dataflow. Without --model, a
+table of all. --summary=flags prints the flags of `chatflow run` for it.
+
+  chatflow size --model gemma3_instruct_4b_text --accelerator nvidia-l4 \\
+    --chats_per_hour 20000
+"""
+
+PASSES_FLAGS_ON = False
 
 MACHINES = Path(__file__).parent / "machines.toml"
 
@@ -76,6 +86,22 @@ class Size:
             "dollars_per_1000_chats": round(hour / chats_per_hour * 1000, 4),
         }
 
+    def row(self, workers: int, dollars_per_hour: float, dollars_per_1000_chats: float) -> Any:
+        """Returns a row of the table, by column."""
+        on = f" with {self.accelerator}" if self.accelerator else ""
+        return {
+            "model": self.model,
+            "parameters": f"{self.parameters / 1e6:,.0f} M",
+            "weights": f"{self.weights_gb:.1f} GB",
+            "KV cache of a chat": f"{self.kv_mb:,.0f} MB",
+            "memory": f"{self.memory_gb:.1f} GB",
+            "machine": self.machine_type + on,
+            "chats/s": f"{self.chats_per_second:.2f} {self.measured}",
+            "workers": str(workers),
+            "$/hour": f"{dollars_per_hour:.2f}",
+            "$/1,000 chats": f"{dollars_per_1000_chats:.2f}",
+        }
+
     def flags(self) -> list[str]:
         """Flags of `chatflow run` for Dataflow: machines, hints of the inference steps, threads.
 
@@ -106,6 +132,8 @@ def read_machines(path: str = "") -> dict[str, Any]:
     Raises:
       UsageError: it cannot be read, or lacks what is needed.
     """
+    from apache_beam.io.filesystems import FileSystems
+
     where = path or str(MACHINES)
     try:
         with FileSystems.open(where) as file:
@@ -145,14 +173,11 @@ def size_of(
     shape = architecture_of(model)
     usual = 2 if accelerator else 4
     width = WIDTHS.get(dtype, usual)
-    weights = (shape.parameters * width + (2 * shape.wide if dtype == "float16" else 0)) / 1e9
-    kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width)
-    row = CACHE_ROOM * kv + shape.score_bytes(prompt_tokens, width)
-    needed = weights + shape.rows(batch, prompt_tokens) * row / 1e9 + PROCESS_GB
+    weights, kv, needed = room_of(shape, dtype, width, batch, prompt_tokens)
     if accelerator:
         gpu = first_that_fits(table["accelerator"], accelerator, needed, "accelerator", model)
         machine, vcpus, memory = gpu["machine"], gpu["vcpus"], gpu["machine_gb"]
-        estimate = 1 / _gpu_seconds(shape, gpu, weights * 1e9, batch * kv, batch)
+        estimate = 1 / _gpu_seconds(shape, gpu, weights, kv, batch)
     else:
         found = first_that_fits(table["machine"], machine_type, needed, "machine_type", model)
         gpu, machine = None, found["name"]
@@ -173,9 +198,25 @@ def size_of(
     prices = table["dataflow"]
     dollars = vcpus * prices["vcpu_hour"] + memory * prices["gb_hour"] + (gpu or {}).get("hour", 0)
     return Size(
-        model, shape.parameters, weights, kv / 1e6, needed, machine, gpu["name"] if gpu else "",
+        model, shape.parameters, weights, kv * 1e3, needed, machine, gpu["name"] if gpu else "",
         rate, origin, dollars,
     )  # fmt: skip
+
+
+def room_of(
+    shape: Architecture | EncoderDecoder, dtype: str, width: int, batch: int, prompt_tokens: int
+) -> tuple[float, float, float]:
+    """Returns the GB of the weights, of a chat's cache, and of all that a worker holds.
+
+    Args:
+      width: bytes of a number.
+    """
+    # Of a T5 in float16, transformers keeps a part in float32. Measured: 235 MB to load for 242
+    # of float32, 155 for 121 of float16.
+    weights = (shape.parameters * width + (2 * shape.wide if dtype == "float16" else 0)) / 1e9
+    kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width) / 1e9
+    row = CACHE_ROOM * kv + shape.score_bytes(prompt_tokens, width) / 1e9
+    return weights, kv, weights + shape.rows(batch, prompt_tokens) * row + PROCESS_GB
 
 
 def first_that_fits(
@@ -216,17 +257,54 @@ def _gpu_seconds(
     shape: Architecture | EncoderDecoder,
     gpu: Mapping[str, Any],
     weights: float,
-    caches: float,
+    kv: float,
     batch: int,
 ) -> float:
-    """Of one chat: arithmetic, and reading weights and caches for each token that is written."""
+    """Returns one chat's: arithmetic, and reading weights and caches for each token written."""
     arithmetic = shape.operations(*WORK) / (gpu["tflops"] * 1e12 * GPU_EFFICIENCY)
-    reading = WORK[1] * (weights + caches) / batch / (gpu["gb_second"] * 1e9 * GPU_EFFICIENCY)
+    reading = WORK[1] * (weights / batch + kv) / (gpu["gb_second"] * GPU_EFFICIENCY)
     return float(arithmetic + reading)
 
 
-def size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The command: all Gemmas without `--model`; else one of them, and a fleet of workers."""
+def add_arguments(parser: Parser) -> None:
+    """Adds the command's flags."""
+    parser.add_argument(
+        "--model", default="", help="as for `chatflow run`, on the worker; or torch:NAME, a T5"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *WIDTHS),
+        default="auto",
+        help="precision of the weights; auto: bfloat16 on an accelerator, else float32",
+    )
+    parser.add_argument(
+        "--chats_per_hour", type=number(), default=1000.0, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--accelerator", default="", help="a GPU, e.g. nvidia-l4; any: the smallest that fits"
+    )
+    parser.add_argument("--machine_type", default="", help="default: the smallest that fits")
+    parser.add_argument(
+        "--chats_per_second",
+        type=number(),
+        default=0.0,
+        help="of one machine, as the summary of a run says; default: measured or estimated",
+    )
+    parser.add_argument(
+        "--utilisation", type=number(), default=0.7, help="how busy workers may be (default: 0.7)"
+    )
+    parser.add_argument(
+        "--prices",
+        default="",
+        help="TOML file with machines, prices and what was measured; default: "
+        "chatflow/machines.toml",
+    )
+    parser.add_argument("--summary", choices=("table", "json", "flags"), default="table")
+    add_flags(parser, only=("inference", "max_batch_size", "max_prompt_tokens"))
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints the sizes of all Gemmas without `--model`, else of one; returns the exit code."""
     if rest:
         raise UsageError(f"unknown flag {rest[0]}; see chatflow size --help")
     if parsed.inference == "remote":
@@ -245,87 +323,41 @@ def size(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     if parsed.summary == "flags":
         print(" ".join(sized(parsed.model or embedded.NAME).flags()))
         return 0
-    rows, too_large = [], []
+    rows, notes = [], []
     for model in [parsed.model] if parsed.model else GEMMAS:
         try:
             found = sized(model)
         except UsageError as error:
             if parsed.model:
                 raise
-            too_large.append(str(error))
+            notes.append(str(error))
             continue
-        fleet = found.fleet(parsed.chats_per_hour, parsed.utilisation)
-        rows.append({**dataclasses.asdict(found), **fleet})
+        rows.append((found, found.fleet(parsed.chats_per_hour, parsed.utilisation)))
     if parsed.summary == "json":
-        for row in rows:
-            print(json.dumps(row))
-    else:
-        _show(rows, too_large, parsed)
+        for found, fleet in rows:
+            print(json.dumps({**dataclasses.asdict(found), **fleet}))
+        return 0
+    if any(found.measured == "estimated" for found, _ in rows):
+        notes.append(
+            "estimated: scaled from what was measured; run a thousand chats of yours, and give "
+            "the summary's chats_per_second"
+        )
+    title = f"{parsed.chats_per_hour:,.0f} chats an hour, workers {parsed.utilisation:.0%} busy"
+    show_table(title, [found.row(**fleet) for found, fleet in rows], notes)
     return 0
 
 
-def markdown_table() -> str:
-    """The README's table of sizes and machines."""
-    table = read_machines()
-    rows = [
-        "| | parameters | weights, KV cache of a chat | on processors (float32) | chats/s "
-        "| on a GPU (bfloat16) | chats/s |",
-        "|---|---:|---:|---|---:|---|---:|",
-    ]
-    for model in GEMMAS:
-        cells, plain = [], size_of(model, table)
-        for accelerator in ("", "any"):
-            try:
-                found = size_of(model, table, accelerator)
-            except UsageError:
-                cells += ["a smaller batch fits", ""]
-                continue
-            on = f", {found.accelerator}" if found.accelerator else ""
-            cells += [
-                f"{found.memory_gb:.1f} GB: {found.machine_type}{on}",
-                f"{found.chats_per_second:.2g}" + (" *" if found.measured == "measured" else ""),
-            ]
-        rows.append(
-            f"| `{model}` | {plain.parameters / 1e6:,.0f} M | {plain.weights_gb:.1f} GB, "
-            f"{plain.kv_mb:,.0f} MB | {' | '.join(cells)} |"
-        )
-    return "\n".join(rows)
-
-
-def _show(
-    rows: Sequence[Mapping[str, Any]], notes: Sequence[str], parsed: argparse.Namespace
-) -> None:
+def show_table(title: str, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> None:
+    """Prints a table whose rows have a cell for each of its columns."""
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{parsed.chats_per_hour:,.0f} chats an hour, workers {parsed.utilisation:.0%} busy"
-    shown = Table(title=title)
-    for name in (
-        "model", "parameters", "weights", "KV cache of a chat", "memory", "machine",
-        "chats/s", "workers", "$/hour", "$/1,000 chats",
-    ):  # fmt: skip
-        shown.add_column(name, justify="left" if name in ("model", "machine") else "right")
+    table = Table(title=title)
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if name in ("model", "machine") else "right")
     for row in rows:
-        on = f" with {row['accelerator']}" if row["accelerator"] else ""
-        shown.add_row(
-            row["model"],
-            f"{row['parameters'] / 1e6:,.0f} M",
-            f"{row['weights_gb']:.1f} GB",
-            f"{row['kv_mb']:,.0f} MB",
-            f"{row['memory_gb']:.1f} GB",
-            row["machine_type"] + on,
-            f"{row['chats_per_second']:.2f} {row['measured']}",
-            str(row["workers"]),
-            f"{row['dollars_per_hour']:.2f}",
-            f"{row['dollars_per_1000_chats']:.2f}",
-        )
+        table.add_row(*row.values())
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(shown)
+    console.print(table)
     for note in notes:
         console.print(note, highlight=False, markup=False)
-    if any(row["measured"] == "estimated" for row in rows):
-        console.print(
-            "estimated: scaled from what was measured; run a thousand chats of yours, and give "
-            "the summary's chats_per_second",
-            highlight=False,
-        )

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apache_beam.io.filesystems import FileSystems
-
 from chatflow.errors import UsageError, one_line
 from chatflow.weights.presets import TORCH, brought
 
@@ -216,6 +214,8 @@ def architecture_of(model: str) -> Architecture | EncoderDecoder:
 
 
 def _read(folder: str) -> Architecture | EncoderDecoder:
+    from apache_beam.io.filesystems import FileSystems
+
     try:
         with FileSystems.open(FileSystems.join(folder, "config.json")) as file:
             return _from_config(json.loads(file.read()))

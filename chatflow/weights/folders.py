@@ -75,20 +75,16 @@ class Folder:
 
     def sha256(self, name: str) -> str:
         with self._reporting(f"{name} cannot be read"), self.open(name) as file:
-            hashed = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                hashed.update(chunk)
-            return hashed.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def copy(self, name: str, target: Path) -> None:
-        """A file of the folder, here."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            self._reporting(f"{name} cannot be copied"),
-            self.open(name) as file,
-            target.open("wb") as copy,
-        ):
-            shutil.copyfileobj(file, copy, _CHUNK)
+        """Copies a file of the folder to this machine; it has its name when it is whole."""
+        with self._reporting(f"{name} cannot be copied"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f"{target.name}.part")
+            with self.open(name) as file, part.open("wb") as copy:
+                shutil.copyfileobj(file, copy, _CHUNK)
+            part.replace(target)
 
     def put(self, made: Path, name: str, wrote: Callable[[int], None] = lambda _: None) -> None:
         """Moves a file from here into the folder; it has its name when it is whole.
@@ -116,6 +112,8 @@ class Folder:
                 with contextlib.suppress(Exception):
                     FileSystems.delete([target_url + ".part"])
                 raise
+            if FileSystems.exists(target_url):  # HDFS does not rename to a name that is taken
+                FileSystems.delete([target_url])
             FileSystems.rename([target_url + ".part"], [target_url])
             made.unlink()
 

@@ -127,14 +127,15 @@ def brought(preset: str) -> Path | None:
 def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
     """A folder of any filesystem that Beam knows, in the local cache.
 
-    A file is copied under another name first, so that a broken copy is never used. One that was
-    written anew is copied again.
+    A broken copy is never used, and a file that was written anew is copied again.
 
     Args:
       names: of the files that are copied.
     """
     import fasteners
     from apache_beam.io.filesystems import FileSystems
+
+    from chatflow.weights.folders import Folder
 
     folder = _copy_of(url)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,20 +145,16 @@ def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
         if not files:
             raise UsageError(f"--model: no files in {url!r}")
         for file in files:
-            target = folder / file.path[len(base) :]
+            name = file.path[len(base) :]
+            target = folder / name
             written = file.last_updated_in_seconds
             if target.is_file():
                 there = target.stat()
                 if (there.st_size, round(there.st_mtime)) == (file.size_in_bytes, round(written)):
                     continue
             progress(f"copying {file.path} ({file.size_in_bytes / 1e6:,.0f} MB)")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(target.name + ".part")
-            source = FileSystems.open(file.path, compression_type="uncompressed")
-            with source, part.open("wb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 22)
-            os.utime(part, (written, written))
-            part.replace(target)
+            Folder(url).copy(name, target)
+            os.utime(target, (written, written))
     return folder
 
 

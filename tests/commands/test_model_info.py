@@ -4,10 +4,11 @@ import json
 
 import pytest
 from conftest import mistake
+from generate import models_tables
 from tiny import tiny_t5
 
 from chatflow.cli import main
-from chatflow.commands.model.info import MODELS, markdown_table, needs_of
+from chatflow.commands.model.info import MODELS, needs_of
 from chatflow.commands.size import read_machines, size_of
 from chatflow.weights.architectures import GEMMAS, T5S, EncoderDecoder, architecture_of
 
@@ -130,7 +131,7 @@ def test_the_tables_have_all_models(capsys):
     assert {*SAMPLE, *GEMMAS} == set(MODELS)
     assert main(["model", "info"]) == 0
     said = capsys.readouterr().out
-    markdown = markdown_table()
+    markdown = models_tables()
     for name in MODELS:
         assert said.count(f"│ {name} ") == 2
         assert markdown.count(f"| `{name}` |") == 2

@@ -8,9 +8,10 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chatflow.options import Parser
 from chatflow.weights.presets import is_instruct, names_instruct
 from chatflow.weights.state_dict import DTYPES
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from chatflow.weights.fetching import Progressing
 
-FETCH = """
+DESCRIPTION = """
 Copies a model to a folder, here or at gs://, for `--model` of chatflow run. SOURCE is
 gemma3-270m (embedded), hf://ORG/NAME, ORG/NAME@REVISION, kaggle://…, a preset of keras_hub's,
 gs://… or a folder. SHA256SUMS.json is written last: where it is, the folder is whole. A
@@ -30,21 +31,11 @@ older one meanwhile.
   HF_TOKEN=… chatflow model fetch google/gemma-3-1b-it gs://BUCKET/models/gemma-3-1b-it
 """
 
-
-def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "fetch",
-        help="copy a model to a folder or bucket",
-        description=FETCH.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_arguments(parser)
-    parser.set_defaults(act=_fetch)
+PASSES_FLAGS_ON = False
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all commands have that bring a model from one place to another."""
+def add_arguments(parser: Parser) -> None:
+    """Adds the flags of a command that brings a model from one place to another."""
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("destination", metavar="DESTINATION", help="a folder, or gs://BUCKET/NAME")
     parser.add_argument("--summary", choices=("table", "json"), default="table")
@@ -89,25 +80,6 @@ def shown(progress: Progressing, name: str, console: Console) -> Iterator[None]:
         yield
 
 
-def _fetch(parsed: argparse.Namespace) -> int:
-    """The command."""
-    from rich.console import Console
-
-    from chatflow.weights.fetching import Progressing, fetch
-    from chatflow.weights.folders import Folder
-    from chatflow.weights.hubs import open_source
-
-    started = time.monotonic()
-    console = Console(stderr=True)
-    folder = Folder(parsed.destination)
-    progress = Progressing()
-    with shown(progress, folder.url, console):
-        fetched = fetch(open_source(parsed.source), folder, progress)
-    instruct = names_instruct(parsed.source)
-    say(parsed, "fetched", fetched.to_dict(), str(fetched), started, instruct)
-    return 0
-
-
 def say(
     parsed: argparse.Namespace,
     done: str,
@@ -137,8 +109,27 @@ def say(
         print(f"{done} {parsed.destination} in {seconds} s: {text}", file=sys.stderr)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_output_flags(parser: Parser) -> None:
+    """Adds the flags of what a state dict is, and of how it is summed up."""
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="precision (default: %(default)s)"
     )
     parser.add_argument("--summary", choices=("table", "json"), default="table")
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Fetches a model; returns the exit code."""
+    from rich.console import Console
+
+    from chatflow.weights.fetching import Progressing, fetch
+    from chatflow.weights.folders import Folder
+    from chatflow.weights.hubs import open_source
+
+    started = time.monotonic()
+    folder = Folder(parsed.destination)
+    progress = Progressing()
+    with shown(progress, folder.url, Console(stderr=True)):
+        fetched = fetch(open_source(parsed.source), folder, progress)
+    instruct = names_instruct(parsed.source)
+    say(parsed, "fetched", fetched.to_dict(), str(fetched), started, instruct)
+    return 0

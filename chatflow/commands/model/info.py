@@ -6,31 +6,32 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from chatflow.commands.model.fetch import _add_common
+from chatflow.commands.model.fetch import add_output_flags
 from chatflow.commands.size import (
-    ANSWER_TOKENS,
-    CACHE_ROOM,
     PROCESS_GB,
     WIDTHS,
     first_that_fits,
     read_machines,
+    room_of,
+    show_table,
 )
 from chatflow.errors import UsageError
-from chatflow.weights.architectures import (
-    GEMMAS,
-    T5S,
-    Architecture,
-    EncoderDecoder,
-    architecture_of,
-)
+from chatflow.options import Parser
+from chatflow.weights.architectures import GEMMAS, T5S, architecture_of
 from chatflow.weights.checkpoints import RUN_BYTES, contents
 from chatflow.weights.presets import TORCH
 from chatflow.weights.state_dict import CHUNK, DTYPES, SUFFIXES
+
+DESCRIPTION = """
+Computes what it takes to write a model's state dict, to load it and to run it, and the smallest
+machines for that; without NAME, for Flan-T5, Flan-UL2 and Gemma. chatflow size says more of what
+runs.
+"""
+
+PASSES_FLAGS_ON = False
 
 LEAST_DISK_GB = 100
 """Of a machine of Vertex AI's, which is also its default."""
@@ -55,8 +56,7 @@ class Needs:
       file_gb: the state dict.
       save_gb: memory at the peak of `chatflow model save-state-dict`.
       save_disk_gb: for the model's own files, which may be of float32, and the state dict.
-      load_gb: memory to load it: the weights, once. Of a T5 in float16, transformers keeps a part
-        in float32. Measured: 235 MB for 242 of float32, 155 for 121 of float16.
+      load_gb: memory to load it: the weights, once.
       run_gb: memory for `BATCH` requests of `PROMPT_TOKENS` at a time.
       run_machine: the smallest that holds that.
     """
@@ -73,23 +73,6 @@ class Needs:
     run_machine: str
 
 
-class _Counted(NamedTuple):
-    """A state dict of which only the numbers are known."""
-
-    parameters: int
-    embedding: int
-    wide: int = 0
-
-    def rows(self, batch: int, tokens: int) -> int:
-        return batch
-
-    def kv_bytes(self, tokens: int, width: int) -> int:
-        return 0
-
-    def score_bytes(self, tokens: int, width: int) -> int:
-        return 0
-
-
 def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
     """Computes what a model needs.
 
@@ -101,115 +84,89 @@ def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
     Raises:
       UsageError: its size is not known, or no machine of `machines.toml` holds it.
     """
-    shape = _shape(name)
     table, width = read_machines(), WIDTHS[dtype]
-    weights = shape.parameters * width / 1e9
+    if name.endswith(SUFFIXES):
+        parameters, largest = _counted(Path(name))
+        weights = parameters * width / 1e9
+        memory = weights + PROCESS_GB
+    else:
+        try:
+            shape = architecture_of(f"{TORCH}{name}")
+        except UsageError as error:
+            said = str(error).replace("--model=", "NAME=").replace(TORCH, "")
+            raise UsageError(said) from None
+        parameters, largest = shape.parameters, shape.embedding
+        weights, _, memory = room_of(shape, dtype, width, BATCH, PROMPT_TOKENS)
+    file = parameters * width / 1e9
     # Of the largest tensor, mapped; of a part of it, the converted one and masks.
-    tensors = max(RUN_BYTES, 4 * shape.embedding) + (width + 4) * CHUNK
-    save = SAVE_PROCESS_GB + tensors / 1e9
-    cache = CACHE_ROOM * shape.kv_bytes(PROMPT_TOKENS + ANSWER_TOKENS, width)
-    row = cache + shape.score_bytes(PROMPT_TOKENS, width)
-    rows = shape.rows(BATCH, PROMPT_TOKENS) * row / 1e9
-    load = weights + (2 * shape.wide / 1e9 if dtype == "float16" else 0) + PROCESS_GB
-    run = load + rows
-    disk = 10 * math.ceil((4 * shape.parameters / 1e9 + weights + SYSTEM_DISK_GB) / 10)
+    save = SAVE_PROCESS_GB + (max(RUN_BYTES, 4 * largest) + (width + 4) * CHUNK) / 1e9
+    disk = 10 * math.ceil((4 * parameters / 1e9 + file + SYSTEM_DISK_GB) / 10)
     saver = first_that_fits(table["save_machine"], "", save, "machine_type", name)
-    runner = first_that_fits(table["machine"], "", run, "machine_type", name)
+    runner = first_that_fits(table["machine"], "", memory, "machine_type", name)
     return Needs(
-        name, shape.parameters, dtype, weights, save, saver["name"], max(LEAST_DISK_GB, disk),
-        load, run, runner["name"],
+        name, parameters, dtype, file, save, saver["name"], max(LEAST_DISK_GB, disk),
+        weights + PROCESS_GB, memory, runner["name"],
     )  # fmt: skip
 
 
-def _shape(name: str) -> Architecture | EncoderDecoder | _Counted:
-    if name.endswith(SUFFIXES):
-        return _counted(Path(name))
-    try:
-        return architecture_of(f"{TORCH}{name}")
-    except UsageError as error:
-        said = str(error).replace("--model=", "NAME=").replace(TORCH, "")
-        raise UsageError(said) from None
-
-
-def _counted(path: Path) -> _Counted:
+def _counted(path: Path) -> tuple[int, int]:
+    """Returns how many numbers a state dict has, and its largest tensor."""
     if not path.is_file():
         raise UsageError(f"NAME={path}: there is no such file here")
     counts = {entry.same_as: entry.numbers for entry in contents([path]).values()}
-    return _Counted(sum(counts.values()), max(counts.values(), default=0))
+    return sum(counts.values()), max(counts.values(), default=0)
 
 
-def act(parsed: argparse.Namespace) -> int:
-    """The command."""
-    found = [needs_of(name, parsed.dtype) for name in ([parsed.name] if parsed.name else MODELS)]
-    if parsed.summary == "json":
-        for needs in found:
-            print(json.dumps(dataclasses.asdict(needs)))
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for title, head, rows in tables(found):
-        shown = Table(title=title)
-        for name in head:
-            shown.add_column(name, justify="left" if name in ("model", "machine") else "right")
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
-    return 0
-
-
-def tables(found: Sequence[Needs]) -> Iterable[tuple[str, Sequence[str], list[Sequence[str]]]]:
-    """Two tables as title, head and rows: to write the state dict, and to run it."""
-    dtype = found[0].dtype if found else ""
+def tables(found: Sequence[Needs]) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
+    """Yields two tables, each a title and its rows: to write the state dict, and to run it."""
     yield (
-        f"writing the state dict, {dtype}",
-        ("model", "parameters", "file", "memory", "machine", "disk"),
+        f"writing the state dict, {found[0].dtype}",
         [
-            (
-                needs.model, f"{needs.parameters / 1e6:,.0f} M", _gb(needs.file_gb),
-                _gb(needs.save_gb), needs.save_machine, f"{needs.save_disk_gb} GB",
-            )
-            for needs in found
-        ],
-    )  # fmt: skip
-    yield (
-        f"running it, {BATCH} requests of {PROMPT_TOKENS} tokens at a time",
-        ("model", "memory to load", "memory to run", "machine"),
-        [
-            (needs.model, _gb(needs.load_gb), _gb(needs.run_gb), needs.run_machine)
+            {
+                "model": needs.model,
+                "parameters": f"{needs.parameters / 1e6:,.0f} M",
+                "file": _gb(needs.file_gb),
+                "memory": _gb(needs.save_gb),
+                "machine": needs.save_machine,
+                "disk": f"{needs.save_disk_gb} GB",
+            }
             for needs in found
         ],
     )
-
-
-def markdown_table() -> str:
-    """The documentation's tables of models."""
-    lines: list[str] = []
-    for title, head, rows in tables([needs_of(name) for name in MODELS]):
-        marks = ["---" if name in ("model", "machine") else "---:" for name in head]
-        quoted = [(f"`{model}`", *rest) for model, *rest in rows]
-        lines += [f"{title[0].upper()}{title[1:]}:", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (head, marks, *quoted)] + [""]
-    return "\n".join(lines[:-1])
+    yield (
+        f"running it, {BATCH} requests of {PROMPT_TOKENS} tokens at a time",
+        [
+            {
+                "model": needs.model,
+                "memory to load": _gb(needs.load_gb),
+                "memory to run": _gb(needs.run_gb),
+                "machine": needs.run_machine,
+            }
+            for needs in found
+        ],
+    )
 
 
 def _gb(size: float) -> str:
     return f"{size:.1f} GB" if size >= 0.95 else f"{1000 * size:.0f} MB"
 
 
-def add_info(commands: Any) -> None:
-    parser = commands.add_parser(
-        "info",
-        help="parameters, memory and machines of a model",
-        description="Computes what it takes to write a model's state dict, to load it and to run "
-        "it, and the smallest machines for that; without NAME, for Flan-T5, Flan-UL2 and Gemma. "
-        "chatflow size says more of what runs.",
-        allow_abbrev=False,
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the command's flags."""
     parser.add_argument(
         "name", metavar="NAME", nargs="?", default="",
         help="a model on the hub (google/flan-t5-xl), a folder, gs://…, a Gemma, or a state dict",
     )  # fmt: skip
-    _add_common(parser)
-    parser.set_defaults(act=act)
+    add_output_flags(parser)
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints what one model needs, or all of `MODELS`; returns the exit code."""
+    found = [needs_of(name, parsed.dtype) for name in ([parsed.name] if parsed.name else MODELS)]
+    if parsed.summary == "json":
+        for needs in found:
+            print(json.dumps(dataclasses.asdict(needs)))
+        return 0
+    for title, rows in tables(found):
+        show_table(title, rows)
+    return 0

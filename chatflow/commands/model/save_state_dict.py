@@ -4,36 +4,73 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apache_beam.io.filesystems import FileSystems
-from rich.console import Console
-
-from chatflow.commands.model import vertex_job
-from chatflow.commands.model.fetch import _add_common, shown
-from chatflow.commands.model.vertex_job import VERTEX_FLAGS
+from chatflow.commands.model.fetch import add_output_flags, shown
 from chatflow.errors import UsageError, one_line
+from chatflow.options import Parser
 from chatflow.weights.checkpoints import finder
-from chatflow.weights.fetching import Progressing
 from chatflow.weights.state_dict import SUFFIXES, plan, write
 
-COPY_BYTES = 1 << 24
+if TYPE_CHECKING:
+    from chatflow.weights.fetching import Progressing
+
+DESCRIPTION = """
+Writes the state_dict of a model of Hugging Face's as one file, which Beam's PytorchModelHandler
+and --state_dict_path read, tensor by tensor: neither the model nor the file is ever in memory as a
+whole. Its SHA-256 is put beside it. --on=vertex does the same on a machine of Vertex AI.
+"""
+
+PASSES_FLAGS_ON = False
+
+VERTEX_FLAGS = {
+    "project": "of Google Cloud; default: GOOGLE_CLOUD_PROJECT",
+    "region": "e.g. us-central1; default: GOOGLE_CLOUD_LOCATION",
+    "image": "chatflow's container image with PyTorch (chatflow[torch])",
+    "machine_type": "default: what `chatflow model info` suggests",
+    "disk_size_gb": "at least 100; default: what `chatflow model info` suggests",
+    "staging_bucket": "gs:// folder for what the job writes beside PATH",
+    "service_account": "whom the job runs as; default: that of the project's custom jobs",
+    "api_endpoint": "address of the API instead of Google's; http:// is called without credentials",
+}
 
 
-def act(parsed: argparse.Namespace) -> int:
-    """The command: here, or on Vertex AI."""
+def add_arguments(parser: Parser) -> None:
+    """Adds the command's flags."""
+    parser.add_argument(
+        "name", metavar="NAME", help="a model on the hub (google/flan-t5-xl), a folder, or gs://…"
+    )
+    parser.add_argument(
+        "path", metavar="PATH", help="the file, local or gs://: .pt, .pth or .safetensors"
+    )
+    add_output_flags(parser)
+    parser.add_switch("overwrite", help="replace what is at PATH")
+    group = parser.add_argument_group("on Vertex AI")
+    group.add_argument(
+        "--on", choices=("here", "vertex"), default="here", help="where (default: %(default)s)"
+    )
+    for name, help in VERTEX_FLAGS.items():
+        metavar = name.rsplit("_", 1)[-1].upper()
+        group.add_argument(f"--{name}", default="", metavar=metavar, help=help)
+    parser.add_switch("no_wait_until_finish", help="start the job, print its id, and end", to=group)
+
+
+def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Writes the file, here or on Vertex AI; returns the exit code."""
     check_path(parsed.path, parsed.overwrite)
     if parsed.on == "vertex":
+        from chatflow.commands.model import vertex_job
+
         return vertex_job.run(parsed)
-    vertex_job.check_unused(parsed)
+    if given := [name for name in (*VERTEX_FLAGS, "no_wait_until_finish") if getattr(parsed, name)]:
+        raise UsageError(f"--{given[0]}: only with --on=vertex")
     saved = save(parsed.name, parsed.path, parsed.dtype)
     if parsed.summary == "json":
         print(json.dumps(saved))
@@ -53,6 +90,8 @@ def check_path(path: str, overwrite: bool) -> None:
     """
     if not path.endswith(SUFFIXES):
         raise UsageError(f"PATH={path}: must end in {', '.join(SUFFIXES)}")
+    from apache_beam.io.filesystems import FileSystems
+
     with reached(path):
         there = FileSystems.exists(path)
     if there and not overwrite:
@@ -68,6 +107,10 @@ def save(name: str, path: str, dtype: str) -> dict[str, Any]:
     Raises:
       UsageError: as `state_dict.plan` and `write`; or there is no room, or no way to write there.
     """
+    from rich.console import Console
+
+    from chatflow.weights.fetching import Progressing
+
     started = time.monotonic()
     planned = plan(finder(name), name, dtype)
     with reached(path):
@@ -89,11 +132,9 @@ def save(name: str, path: str, dtype: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reached(path: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Says of an error what it was about; each filesystem has its own."""
+    """Names the file in an error; each filesystem has its own errors."""
     try:
         yield
-    except UsageError:
-        raise
     except kind as error:
         raise UsageError(f"PATH={path} cannot be written: {one_line(error)}") from error
 
@@ -112,28 +153,15 @@ def _workplace(path: str, needed: int) -> tempfile.TemporaryDirectory[str]:
 
 
 def _publish(part: Path, path: str) -> str:
-    """Puts a whole file under its name, and its SHA-256 beside it."""
-    total = hashlib.sha256()
-    remote = f"{path}.part" if "://" in path else ""
-    kind = "application/octet-stream"
-    with (
-        part.open("rb") as source,
-        FileSystems.create(remote, kind, "uncompressed")
-        if remote
-        else open(os.devnull, "wb") as to,
-    ):
-        while data := source.read(COPY_BYTES):
-            total.update(data)
-            to.write(data)
-    if there := [name for name in (path, f"{path}.sha256") if FileSystems.exists(name)]:
-        FileSystems.delete(there)
-    if remote:
-        FileSystems.rename([remote], [path])
-    else:
-        part.replace(path)
-    with FileSystems.create(f"{path}.sha256", "text/plain", "uncompressed") as file:
-        file.write(f"{total.hexdigest()}  {path.rsplit('/', 1)[-1]}\n".encode())
-    return total.hexdigest()
+    """Puts a whole file under its name and its SHA-256 beside it; returns that."""
+    from chatflow.weights.folders import Folder
+
+    folder, name = Folder(os.path.dirname(path) or "."), path.rsplit("/", 1)[-1]
+    sha256 = Folder(str(part.parent)).sha256(part.name)
+    folder.put(part, name)
+    part.write_text(f"{sha256}  {name}\n")
+    folder.put(part, f"{name}.sha256")
+    return sha256
 
 
 def _counting(progress: Progressing, tensors: int) -> Callable[[int, int], None]:
@@ -147,34 +175,3 @@ def _counting(progress: Progressing, tensors: int) -> Callable[[int, int], None]
         progress.doing = f"{written} of {tensors} tensors"
 
     return count
-
-
-def add_save(commands: Any) -> None:
-    parser = commands.add_parser(
-        "save-state-dict",
-        help="write a model's weights as one file of a chosen precision",
-        description="Writes the state_dict of a model of Hugging Face's as one file, which Beam's "
-        "PytorchModelHandler and --state_dict_path read, tensor by tensor: neither the model nor "
-        "the file is ever in memory as a whole. Its SHA-256 is put beside it. "
-        "--on=vertex does the same on a machine of Vertex AI.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "name", metavar="NAME", help="a model on the hub (google/flan-t5-xl), a folder, or gs://…"
-    )
-    parser.add_argument(
-        "path", metavar="PATH", help="the file, local or gs://: .pt, .pth or .safetensors"
-    )
-    _add_common(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
-    group = parser.add_argument_group("on Vertex AI")
-    group.add_argument(
-        "--on", choices=("here", "vertex"), default="here", help="where (default: %(default)s)"
-    )
-    for name, help in VERTEX_FLAGS.items():
-        metavar = name.rsplit("_", 1)[-1].upper()
-        group.add_argument(f"--{name}", default="", metavar=metavar, help=help)
-    group.add_argument(
-        "--no_wait_until_finish", action="store_true", help="start the job, print its id, and end"
-    )
-    parser.set_defaults(act=act)

@@ -14,29 +14,13 @@ from google.auth.exceptions import GoogleAuthError
 from rich.console import Console
 
 from chatflow.commands.model.info import LEAST_DISK_GB, needs_of
+from chatflow.commands.model.save_state_dict import VERTEX_FLAGS
 from chatflow.errors import FAILED, UsageError, one_line
-
-VERTEX_FLAGS = {
-    "project": "of Google Cloud; default: GOOGLE_CLOUD_PROJECT",
-    "region": "e.g. us-central1; default: GOOGLE_CLOUD_LOCATION",
-    "image": "chatflow's container image with PyTorch (chatflow[torch])",
-    "machine_type": "default: what `chatflow model info` suggests",
-    "disk_size_gb": "at least 100; default: what `chatflow model info` suggests",
-    "staging_bucket": "gs:// folder for what the job writes beside PATH",
-    "service_account": "whom the job runs as; default: that of the project's custom jobs",
-    "api_endpoint": "address of the API instead of Google's; http:// is called without credentials",
-}
 
 _ENDED = {
     "JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED", "JOB_STATE_FAILED",
     "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED",
 }  # fmt: skip
-
-
-def check_unused(parsed: argparse.Namespace) -> None:
-    """Makes sure that nothing was said about a machine of Vertex AI's, where none is asked for."""
-    if given := [name for name in (*VERTEX_FLAGS, "no_wait_until_finish") if getattr(parsed, name)]:
-        raise UsageError(f"--{given[0]}: only with --on=vertex")
 
 
 def run(parsed: argparse.Namespace) -> int:
