@@ -32,7 +32,7 @@ def generated() -> dict[Path, str]:
         (README, "sizes", sizes_table()),
         (SYSTEMS, "models", models_tables()),
     )
-    pages = {path: path.readas_text() for path, _, _ in tables}
+    pages = {path: path.read_text() for path, _, _ in tables}
     for path, name, table in tables:
         place = re.compile(PLACE.format(name), re.DOTALL)
         before, after = place.search(pages[path]).groups()
@@ -130,4 +130,4 @@ def models_tables() -> str:
 if __name__ == "__main__":
     for path, text in generated().items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.writeas_text(text)
+        path.write_text(text)
