@@ -92,16 +92,16 @@ class SeveralModels(LanguageModel):
             self._changed.wait_for(lambda: self._is_next(ticket) and self._has_room(key))
             del self._waiting[ticket]
             self._changed.notify_all()
-            failed_at, failure = self._failed.get(key, (-math.inf, None))
-            if key not in self._models:
-                if failure and time.monotonic() - failed_at < RETRY_SECONDS:
-                    return failure
-                self._make_room(key)
-                self._loading.add(key)
-            self._users[key] += 1
-            if key in self._models:
-                self._models[key] = model = self._models.pop(key)
+            if model := self._models.pop(key, None):
+                self._models[key] = model
+                self._users[key] += 1
                 return model
+            failed_at, failure = self._failed.get(key, (-math.inf, None))
+            if failure and time.monotonic() - failed_at < RETRY_SECONDS:
+                return failure
+            self._make_room(key)
+            self._users[key] += 1
+            self._loading.add(key)
         return self._load(key)
 
     def _release(self, key: str) -> None:

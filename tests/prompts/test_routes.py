@@ -9,6 +9,7 @@ import threading
 import uuid
 
 import pytest
+from apache_beam.io.components.adaptive_throttler import ThrottlingSignaler
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 from conftest import ANGRY, APOLOGY, chat, mistake, read
 from tiny import tiny_gemma
@@ -314,6 +315,18 @@ class Far(ScriptedModelHandler):
 
     def __init__(self, name):
         super().__init__(lambda request: "far", name)
+
+
+def test_what_services_throttle_is_signalled_to_the_runner(monkeypatch):
+    signalled = []
+    monkeypatch.setattr(ThrottlingSignaler, "signal_throttled", lambda _, s: signalled.append(s))
+    handler = SeveralModelsHandler({name: Far(name) for name in "ab"}, 1)
+    model = handler.load_model()
+    asked(handler, model, "ab")
+    for one in model._models.values():
+        one.throttled = lambda: 1.2
+    asked(handler, model, "ab")
+    assert signalled == [3]
 
 
 def test_who_waits_for_room_is_not_overtaken():
