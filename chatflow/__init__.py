@@ -31,6 +31,7 @@ _PUBLIC = {
     "chatflow.stages.analyse": ("AnalyseChats",),
     "chatflow.stages.draft": ("DraftApologies",),
     "chatflow.stages.respond": ("AskTexts",),
+    "chatflow.sinks.sink": ("SinkSettings",),
     "chatflow.sinks.write": ("WriteRecords",),
     "chatflow.dead_letters": ("DeadLettered",),
     "chatflow.stages.replay": ("OpenDeadLetters",),

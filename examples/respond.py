@@ -19,6 +19,7 @@ from chatflow.models.spec import Model, ModelSpec
 from chatflow.prompts.templates import load_template
 from chatflow.running.launch import beam_options, finish, is_local, quieten
 from chatflow.sinks.pubsub import check_topics
+from chatflow.sinks.sink import SinkSettings
 from chatflow.sinks.write import WriteRecords
 from chatflow.sources.read import ReadMessages, check_messages
 from chatflow.stages.respond import AskTexts
@@ -36,10 +37,11 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
     ask = AskTexts(Model(spec.handler()), template)
     check_messages(messages := flags.messages_subscription or flags.messages_topic)
     check_topics([flags.responses_topic, flags.dead_letters], is_local(options))
+    settings = SinkSettings(streaming=True)
     pipeline = beam.Pipeline(options=options)
     asked = pipeline | "ReadMessages" >> ReadMessages(messages) | "AskTexts" >> ask
-    asked.ok | "WriteResponses" >> WriteRecords([flags.responses_topic], streaming=True)
-    asked.dead_letters | "WriteDeadLetters" >> WriteRecords([flags.dead_letters], streaming=True)
+    asked.ok | "WriteResponses" >> WriteRecords([flags.responses_topic], settings)
+    asked.dead_letters | "WriteDeadLetters" >> WriteRecords([flags.dead_letters], settings)
     finish(pipeline.run(), Console(stderr=True))
     ask.model.forget()
 

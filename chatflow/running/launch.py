@@ -113,12 +113,7 @@ def prepare(
     import apache_beam as beam
 
     from chatflow.pipeline import build, plan
-    from chatflow.sinks.bigquery import check_tables
-    from chatflow.sinks.database import check_databases
-    from chatflow.sinks.files import prepare_output
-    from chatflow.sinks.pubsub import check_topics
-    from chatflow.sinks.webhooks import check_secret
-    from chatflow.sinks.write import is_file, shown
+    from chatflow.sinks.write import by_sink, shown
     from chatflow.sources.read import check_input, check_messages, is_stream
 
     own_flags = [shown(flag) for flag in options.flags()]
@@ -133,23 +128,19 @@ def prepare(
         build(pipeline, planned)
     except ValueError as error:  # Beam's own check of its flags and of names
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
-    destinations = [uri for uris in planned.destinations.values() for uri in uris]
     if local:
         check_messages(options.input)
     else:
         check_credentials(beam_flags)
-    check_topics(destinations, local)
-    check_tables(planned.destinations, local)
-    share_files = not is_dataflow(beam_flags)
-    check_databases(destinations, options.database_password, local, share_files)
-    check_secret(destinations, options.webhook_secret, local)
+    sinks = by_sink(planned.destinations).items()
+    for sink, uris in sinks:
+        sink.check(uris, planned.sink_settings, local, share_files=not is_dataflow(beam_flags))
     if local:
         prepare_model(planned, console)
     for spec in planned.routes.specs:
         if spec.is_remote and options.check_endpoint == "true":
             check_model(spec, local, console)
-    removed = prepare_output(list(filter(is_file, destinations)), inputs, planned.streaming, local)
-    if removed:
+    if removed := sum(s.prepare(uris, inputs, planned.streaming, local) for s, uris in sinks):
         console.print(f"replacing {removed} result files of an earlier run")
     return planned, pipeline
 
