@@ -30,8 +30,9 @@ def console(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     quieten(local=True)
     try:
         from chatflow.console import people
-        from chatflow.console.app import Console, Server
+        from chatflow.console.app import Server
         from chatflow.console.outbox import replies_to
+        from chatflow.console.site import Console
     except ImportError as error:
         raise UsageError(
             f"{error.name} is missing: pip install 'chatflow[console]' has all of the console"
