@@ -43,7 +43,7 @@ from rich.table import Table
 from chatflow.models.remote.handler import RemoteLanguageModelHandler
 from chatflow.models.requests import Failure, Part, Request
 from chatflow.options import RemoteSettings
-from chatflow.running.launch import LOCAL_RUNNER
+from chatflow.running.runner import LOCAL_RUNNER
 
 ROOT = Path(__file__).parent.parent
 ENDPOINT = "projects/p/locations/us-central1/endpoints/1001"

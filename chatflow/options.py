@@ -24,16 +24,24 @@ GROUPS = _DATA, _CHATS, _MODEL, _WORKER, _REMOTE, _RUN = (
 )  # fmt: skip
 
 
-def flag(default: Any, help: str, group: str, choices: Sequence[str] = (), least: float = 0) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    group: str,
+    choices: Sequence[str] = (),
+    least: float = 0,
+    shown: bool = True,
+) -> Any:
     """Returns a field of settings that is a flag of the same name.
 
     Args:
       default: its type is the flag's; a boolean is `--name`, `--name=true` or `--noname`.
       least: of a number.
+      shown: when the settings are printed; not where somebody may write a secret by mistake.
     """
     choices = ("true", "false") if isinstance(default, bool) else tuple(choices)
     metadata = {"help": help, "group": group, "choices": choices, "least": least}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=shown)
 
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -113,12 +121,12 @@ class SinkSettings(Settings):
 
     database_password: str = flag(
         "", "Where the database's password is, as for --webhook_secret; or as libpq finds it.",
-        _DATA,
+        _DATA, shown=False,
     )  # fmt: skip
     webhook_secret: str = flag(
         "", "Where the secret is by which webhooks are signed, never the secret itself: env:NAME, "
         "file:PATH (local or gs://…), or projects/P/secrets/S/versions/V of Secret Manager. "
-        "Workers read it when they start.", _DATA,
+        "Workers read it when they start.", _DATA, shown=False,
     )  # fmt: skip
     streaming: bool = False
 

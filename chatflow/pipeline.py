@@ -9,20 +9,15 @@ from typing import Any
 
 import apache_beam as beam
 
+from chatflow.errors import UsageError
 from chatflow.models.prices import Price, price_of
 from chatflow.models.several import SeveralModelsHandler
 from chatflow.models.spec import Model, ModelSpec
-from chatflow.options import (
-    NO_CLOUD,
-    Cloud,
-    Options,
-    Rules,
-)
+from chatflow.options import NO_CLOUD, Cloud, Options, Rules, SinkSettings
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis
-from chatflow.sinks.database import DATABASE, check_uri
-from chatflow.sinks.write import WriteRecords, split_destinations
+from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
 from chatflow.sources.parse import ParseArrivals
 from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
 from chatflow.stages.analyse import AnalyseChats
@@ -68,8 +63,11 @@ class Plan:
         return self.write_to(self.destinations[kind])
 
     def write_to(self, destinations: Sequence[str]) -> WriteRecords:
-        secrets = self.options.webhook_secret, self.options.database_password
-        return WriteRecords(destinations, self.streaming, *secrets)
+        return WriteRecords(destinations, self.sink_settings)
+
+    @property
+    def sink_settings(self) -> SinkSettings:
+        return dataclasses.replace(self.options.take(SinkSettings), streaming=self.streaming)
 
 
 def plan(
@@ -90,7 +88,12 @@ def plan(
     """
     streaming = is_stream(options.input)
     if options.database:
-        check_uri(options.database, "--database")
+        from chatflow.database.connections import parse_uri
+
+        try:
+            parse_uri(options.database)
+        except UsageError as error:
+            raise UsageError(f"--database: {error}") from None
     routes = routes_of(options, functools.partial(ModelSpec.of, cloud=cloud, streaming=streaming))
     first = look(routes)
     return Plan(
@@ -165,9 +168,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         if plan.replay:
             drafts = (drafts, opened.drafts) | "WithReplayedDrafts" >> beam.Flatten()
         refused.append(drafts | "WriteDrafts" >> plan.write("drafts"))
-        if databases := [uri for uri in plan.destinations["drafts"] if DATABASE.match(uri)]:
+        if reviewed := [uri for uri in plan.destinations["drafts"] if sink_of(uri).reviewed]:
             failed = drafted.dead_letters | "ToBeWritten" >> beam.FlatMap(to_be_written)
-            failed | "WriteFailed" >> plan.write_to(databases)  # refused or not: it has its letter
+            failed | "WriteFailed" >> plan.write_to(reviewed)  # refused or not: it has its letter
 
     dead_letters += filter(None, refused)
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()

@@ -25,9 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import requests
 
-from chatflow.errors import BadInputError, UsageError
-from chatflow.records import Draft, parse_record
-from chatflow.sinks.webhooks import read_keys, signed
+from chatflow import BadInputError, Draft, UsageError, parse_record
+from chatflow.sinks import read_keys, signed
 
 TOLERANCE = 300  # seconds by which clocks may differ, as the specification's libraries have it
 PAUSE = {"Retry-After": "5"}  # seconds

@@ -10,40 +10,37 @@ Ctrl-C finishes what was read. For Dataflow add --runner=DataflowRunner --projec
 import argparse
 from pathlib import Path
 
-import apache_beam as beam
-from rich.console import Console
+from chatflow import (
+    AskTexts,
+    Batching,
+    Model,
+    ModelSpec,
+    ReadMessages,
+    SinkSettings,
+    UsageError,
+    WriteRecords,
+    launch,
+    load_template,
+    new_pipeline,
+)
 
-from chatflow.errors import UsageError
-from chatflow.models.spec import Model, ModelSpec
-from chatflow.options import Batching
-from chatflow.prompts.templates import load_template
-from chatflow.running.launch import beam_options, finish, is_local, quieten
-from chatflow.sinks.pubsub import check_topics
-from chatflow.sinks.write import WriteRecords
-from chatflow.sources.read import ReadMessages, check_messages
-from chatflow.stages.respond import AskTexts
+TEMPLATE = Path(__file__).parent / "prompts" / "respond.jinja"
+STREAM = SinkSettings(streaming=True)
 
 
 def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
-    options = beam_options(beam_flags, streaming=True)
-    quieten(is_local(options))
     spec = ModelSpec(
         flags.model,
         state_dict_path=flags.state_dict_path,
-        batching=Batching(
-            max_batch_size=32, max_batch_duration_secs=0.2
-        ),  # for which others of the stream are waited for
+        batching=Batching(max_batch_size=32, max_batch_duration_secs=0.2),
     )
-    template = load_template(Path(__file__).parent / "prompts" / "respond.jinja")
-    ask = AskTexts(Model(spec.handler()), template)
-    check_messages(messages := flags.messages_subscription or flags.messages_topic)
-    check_topics([flags.responses_topic, flags.dead_letters], is_local(options))
-    pipeline = beam.Pipeline(options=options)
-    asked = pipeline | "ReadMessages" >> ReadMessages(messages) | "AskTexts" >> ask
-    asked.ok | "WriteResponses" >> WriteRecords([flags.responses_topic], streaming=True)
-    asked.dead_letters | "WriteDeadLetters" >> WriteRecords([flags.dead_letters], streaming=True)
-    finish(pipeline.run(), Console(stderr=True))
-    ask.model.forget()
+    ask = AskTexts(Model(spec.handler()), load_template(TEMPLATE))
+    pipeline = new_pipeline(beam_flags, streaming=True)
+    messages = ReadMessages(flags.messages_subscription or flags.messages_topic)
+    asked = pipeline | "ReadMessages" >> messages | "AskTexts" >> ask
+    asked.ok | "WriteResponses" >> WriteRecords([flags.responses_topic], STREAM)
+    asked.dead_letters | "WriteDeadLetters" >> WriteRecords([flags.dead_letters], STREAM)
+    launch(pipeline)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,24 @@ For T5-11B, or on Dataflow, give weights as a state dict: --state_dict_path gs:/
 import argparse
 from pathlib import Path
 
-import apache_beam as beam
-
-from chatflow.errors import UsageError
-from chatflow.models.spec import Model, ModelSpec
-from chatflow.options import Batching, WorkerSettings
-from chatflow.prompts.templates import load_template
-from chatflow.running.launch import beam_options, is_local, quieten
-from chatflow.sinks.files import prepare_output
-from chatflow.sinks.write import WriteRecords
-from chatflow.sources.read import ReadLines, files_of
-from chatflow.stages.respond import AskTexts
+from chatflow import (
+    AskTexts,
+    Batching,
+    Model,
+    ModelSpec,
+    ReadLines,
+    UsageError,
+    WorkerSettings,
+    WriteRecords,
+    launch,
+    load_template,
+    new_pipeline,
+)
 
 TEMPLATE = Path(__file__).parent / "prompts" / "task.jinja"
 
 
 def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
-    options = beam_options(beam_flags)
-    quieten(is_local(options))
     spec = ModelSpec(
         flags.model,
         state_dict_path=flags.state_dict_path,
@@ -34,14 +34,11 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
         batching=Batching(max_batch_size=flags.max_batch_size, max_batch_duration_secs=0),
     )
     ask = AskTexts(Model(spec.handler()), load_template(TEMPLATE), {"task": flags.task})
-    responses, dead_letters = f"{flags.output}/responses", f"{flags.output}/dead_letters"
-    inputs = files_of(flags.input, "--input")
-    prepare_output([responses, dead_letters], inputs, streaming=False, local=is_local(options))
-    with beam.Pipeline(options=options) as pipeline:
-        asked = pipeline | "ReadLines" >> ReadLines(flags.input) | "AskTexts" >> ask
-        asked.ok | "WriteResponses" >> WriteRecords([responses])
-        asked.dead_letters | "WriteDeadLetters" >> WriteRecords([dead_letters])
-    ask.model.forget()
+    pipeline = new_pipeline(beam_flags)
+    asked = pipeline | "ReadLines" >> ReadLines(flags.input) | "AskTexts" >> ask
+    asked.ok | "WriteResponses" >> WriteRecords([f"{flags.output}/responses"])
+    asked.dead_letters | "WriteDeadLetters" >> WriteRecords([f"{flags.output}/dead_letters"])
+    launch(pipeline)
 
 
 if __name__ == "__main__":

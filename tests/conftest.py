@@ -45,7 +45,8 @@ from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
 from chatflow.prompts.templates import load_folder
 from chatflow.records import KINDS, Analysis, Chat, Draft, Message
 from chatflow.running.emulator import HOST_VARIABLE, Emulator, make_topics, subscription_of
-from chatflow.running.launch import LOCAL_RUNNER, beam_options, prepare
+from chatflow.running.launch import prepare
+from chatflow.running.runner import LOCAL_RUNNER, beam_options
 from chatflow.running.summary import Summary
 from chatflow.sinks.pubsub import publisher
 from chatflow.sources.puller import follow

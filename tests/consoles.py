@@ -11,8 +11,9 @@ from datetime import UTC, datetime, timedelta
 import httpx
 
 from chatflow.commands.console import listen
-from chatflow.console.app import Console, Server
+from chatflow.console.app import Server
 from chatflow.console.people import People
+from chatflow.console.site import Console
 from chatflow.database.connections import Database
 from chatflow.database.upserts import upsert
 from chatflow.records import Analysis, Chat, Draft, Message

@@ -27,7 +27,7 @@ from chatflow.models.vllm.handler import VllmModelHandler
 from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
 from chatflow.prompts.templates import load_folder
 from chatflow.records import load_object, read_chat
-from chatflow.running.launch import LOCAL_RUNNER
+from chatflow.running.runner import LOCAL_RUNNER
 from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.draft import DraftApologies
 

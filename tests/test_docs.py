@@ -14,7 +14,7 @@ from generate import README, generated
 
 import chatflow
 from chatflow.options import Options
-from chatflow.running.launch import LOCAL_RUNNER
+from chatflow.running.runner import LOCAL_RUNNER
 
 
 @pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)

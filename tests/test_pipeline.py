@@ -25,7 +25,8 @@ from chatflow.options import ONE_COPY, Batching, Options
 from chatflow.pipeline import build, plan
 from chatflow.prompts.templates import default_folder
 from chatflow.records import KINDS
-from chatflow.running.launch import beam_options, execute
+from chatflow.running.launch import execute
+from chatflow.running.runner import beam_options
 from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.draft import DraftApologies
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from chatflow.errors import UsageError
 from chatflow.options import Parser, number
-from chatflow.running.launch import quieten
+from chatflow.running.runner import quieten
 
 if TYPE_CHECKING:
     from chatflow.console.app import Server
@@ -110,8 +110,9 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     quieten(local=True)
     try:
         from chatflow.console import people
-        from chatflow.console.app import Console, Server
+        from chatflow.console.app import Server
         from chatflow.console.outbox import replies_to
+        from chatflow.console.site import Console
     except ImportError as error:
         raise UsageError(
             f"{error.name} is missing: pip install 'chatflow[console]' has all of the console"

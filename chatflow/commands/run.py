@@ -32,11 +32,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -> int:
     """The command: waits for the pipeline, unless told not to."""
-    from chatflow.running.launch import execute, launch
+    from chatflow.running.launch import execute, start
 
     options = from_flags(parsed, required=("input",))
     if "--no_wait_until_finish" in rest:
-        launch(options, rest, replay)
+        start(options, rest, replay)
     else:
         show_summary(execute(options, rest, replay=replay), options)
     return 0

@@ -74,7 +74,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.options import from_flags
     from chatflow.pipeline import plan
     from chatflow.prompts.routes import Routed
-    from chatflow.running.launch import quieten
+    from chatflow.running.runner import quieten
     from chatflow.sinks.files import check_writable
     from chatflow.weights.adapters import ENDS, local_adapter
     from chatflow.weights.presets import local_preset, use_jax

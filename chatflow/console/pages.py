@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from starlette.datastructures import FormData
@@ -18,10 +17,8 @@ from chatflow.console.decisions import DecisionError
 from chatflow.console.guard import cookie
 from chatflow.console.labels import labelled
 from chatflow.console.people import SESSION, Person
+from chatflow.console.site import Console
 from chatflow.records import LARGEST_INTEGER, now
-
-if TYPE_CHECKING:
-    from chatflow.console.app import Console
 
 
 def show_inbox(console: Console, request: Request) -> Response:

@@ -15,7 +15,8 @@ from chatflow.evaluation.labels import Key, Label
 from chatflow.options import Options, Parser, add_flags, from_flags
 from chatflow.pipeline import Plan, plan
 from chatflow.records import Analysis, DeadLetter, Draft, Sentiment
-from chatflow.running.launch import beam_options, cloud_of, execute
+from chatflow.running.launch import execute
+from chatflow.running.runner import beam_options, cloud_of
 from chatflow.running.summary import Summary, read_records
 
 VADER = "vader"

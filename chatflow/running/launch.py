@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import difflib
 import functools
 import json
 import logging
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import apache_beam as beam
+from apache_beam.pipeline import PipelineVisitor
+from rich.console import Console
+
 from chatflow.errors import FAILED, UsageError
-from chatflow.options import Cloud, Options, Parser
+from chatflow.options import Options
+from chatflow.running.runner import (
+    beam_options,
+    check_credentials,
+    cloud_of,
+    is_dataflow,
+    is_local,
+    quieten,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from chatflow.pipeline import Plan
     from chatflow.running.summary import Summary
-
-LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
-
-
-LOCAL_STREAM_RUNNER = "chatflow.running.local.LocalStreamRunner"
 
 
 def execute(
@@ -42,8 +44,6 @@ def execute(
       UsageError: before anything runs.
       SystemExit: with code 1, when the pipeline fails.
     """
-    from rich.console import Console
-
     from chatflow.running import terminal
     from chatflow.running.summary import Summary
 
@@ -58,14 +58,12 @@ def execute(
     return Summary.of(result, time.monotonic() - started, planned)
 
 
-def launch(options: Options, flags: Sequence[str], replay: bool = False) -> None:
+def start(options: Options, flags: Sequence[str], replay: bool = False) -> None:
     """Starts a pipeline that another runner runs, and prints by what id it is known there.
 
     Raises:
       as `execute`.
     """
-    from rich.console import Console
-
     planned, pipeline = prepare(options, flags, Console(stderr=True), replay)
     with failures(planned):
         result = pipeline.run()
@@ -109,15 +107,8 @@ def prepare(
     Raises:
       UsageError: a wrong flag, file or setting.
     """
-    import apache_beam as beam
-
     from chatflow.pipeline import build, plan
-    from chatflow.sinks.bigquery import check_tables
-    from chatflow.sinks.database import check_databases
-    from chatflow.sinks.files import prepare_output
-    from chatflow.sinks.pubsub import check_topics
-    from chatflow.sinks.webhooks import check_secret
-    from chatflow.sinks.write import is_file, shown
+    from chatflow.sinks.write import by_sink, shown
     from chatflow.sources.read import check_input, check_messages, is_stream
 
     own_flags = [shown(flag) for flag in options.flags()]
@@ -132,24 +123,20 @@ def prepare(
         build(pipeline, planned)
     except ValueError as error:  # Beam's own check of its flags and of names
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
-    destinations = [uri for uris in planned.destinations.values() for uri in uris]
     if local:
         check_messages(options.input)
     else:
         check_credentials(beam_flags)
-    check_topics(destinations, local)
-    check_tables(planned.destinations, local)
-    share_files = not is_dataflow(beam_flags)
-    check_databases(destinations, options.database_password, local, share_files)
-    check_secret(destinations, options.webhook_secret, local)
+    sinks = by_sink(planned.destinations).items()
+    for sink, uris in sinks:
+        sink.check(uris, planned.sink_settings, local, share_files=not is_dataflow(beam_flags))
     say = functools.partial(console.print, highlight=False, markup=False)
     for spec in planned.routes.specs:
         if local:
             spec.kind.prepare(spec, say)
         if options.check_endpoint:
             spec.kind.check_service(spec, local, say)
-    removed = prepare_output(list(filter(is_file, destinations)), inputs, planned.streaming, local)
-    if removed:
+    if removed := sum(s.prepare(uris, inputs, planned.streaming, local) for s, uris in sinks):
         console.print(f"replacing {removed} result files of an earlier run")
     return planned, pipeline
 
@@ -168,6 +155,80 @@ def finish(result: Any, console: Console) -> None:
             result.wait_until_finish()
 
 
+def new_pipeline(flags: Sequence[str] = (), streaming: bool = False) -> beam.Pipeline:
+    """Returns a pipeline of your own, on this machine or on the runner that Beam's flags name.
+
+    Args:
+      streaming: its input never ends.
+
+    Raises:
+      UsageError: Beam does not know one of the flags.
+    """
+    options = beam_options(flags, streaming)
+    quieten(is_local(options))
+    return beam.Pipeline(options=options)
+
+
+def launch(pipeline: beam.Pipeline) -> Any:
+    """Runs a pipeline of your own, and returns Beam's `PipelineResult` when it has ended.
+
+    First it checks what chatflow's transforms read and write, as `chatflow run` does, and removes
+    result files of an earlier run. A stream is drained at the first Ctrl-C.
+
+    Raises:
+      UsageError: there is nothing to read, or results cannot be written; nothing has run.
+    """
+    from chatflow.sinks.write import sink_of
+    from chatflow.sources.read import check_messages, files_of
+
+    parts = _Parts()
+    pipeline.visit(parts)
+    local = is_local(pipeline.options)
+    inputs = [path for read in parts.files for path in files_of(read.pattern, "ReadLines")]
+    if local:
+        for messages in parts.messages:
+            check_messages(messages.path)
+    else:
+        check_credentials(pipeline.options)
+    share_files = not is_dataflow(pipeline.options)
+    written = [(sink_of(uri), uri, to.settings) for to in parts.writes for uri in to.destinations]
+    for sink, uri, settings in written:
+        sink.check({uri: ()}, settings, local, share_files)
+    for sink, uri, settings in written:
+        sink.prepare({uri: ()}, inputs, settings.streaming, local)
+    try:
+        result = pipeline.run()
+        finish(result, Console(stderr=True))
+    finally:
+        for asked in parts.models:
+            asked.model.forget()
+    return result
+
+
+class _Parts(PipelineVisitor):
+    """The transforms of a pipeline that `launch` has to know."""
+
+    def __init__(self) -> None:
+        from chatflow.sinks.write import WriteRecords
+        from chatflow.sources.read import ReadLines, ReadMessages
+        from chatflow.stages.ask import AskModel
+
+        self.files: list[Any] = []
+        self.messages: list[Any] = []
+        self.writes: list[Any] = []
+        self.models: list[Any] = []
+        self._known = {
+            ReadLines: self.files,
+            ReadMessages: self.messages,
+            WriteRecords: self.writes,
+            AskModel: self.models,
+        }
+
+    def enter_composite_transform(self, node: Any) -> None:
+        if (known := self._known.get(type(node.transform))) is not None:
+            known.append(node.transform)
+
+
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Meanwhile, SIGTERM does what Ctrl-C does."""
@@ -176,33 +237,6 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def is_dataflow(options: Any) -> bool:
-    from apache_beam.options.pipeline_options import StandardOptions
-
-    return bool(options.view_as(StandardOptions).runner == "DataflowRunner")
-
-
-def check_credentials(options: Any) -> None:
-    """Makes sure that a job can be sent to Google Cloud at all.
-
-    Raises:
-      UsageError: there are no credentials.
-    """
-    from apache_beam.options.pipeline_options import GoogleCloudOptions
-
-    if not is_dataflow(options) or options.view_as(GoogleCloudOptions).no_auth:
-        return
-    import google.auth
-
-    try:
-        google.auth.default()
-    except google.auth.exceptions.DefaultCredentialsError:
-        raise UsageError(
-            "--runner=DataflowRunner: there are no credentials of Google Cloud here; run "
-            "`gcloud auth application-default login`"
-        ) from None
 
 
 def check_accelerator(planned: Plan, options: Any) -> None:
@@ -227,92 +261,3 @@ def check_accelerator(planned: Plan, options: Any) -> None:
                 f"--model={spec.name}: needs a GPU; give e.g. "
                 "--accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
             )
-
-
-def quieten(local: bool) -> None:
-    """Leaves logs of others out: a local run shows its progress, and its failure as one line.
-
-    A run elsewhere logs what its runner says, e.g. where to watch the job, but not the whole
-    description of the job.
-    """
-    if logging.getLogger().isEnabledFor(logging.DEBUG):
-        return
-    logging.getLogger().setLevel(logging.CRITICAL if local else logging.WARNING)
-    logging.getLogger("chatflow").setLevel(logging.WARNING)
-    if not local:
-        logging.getLogger("apache_beam.runners").setLevel(logging.INFO)
-        for noisy in ("apache_beam.transforms", "urllib3"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(
-                lambda record: record.levelno > logging.INFO or len(record.getMessage()) < 220
-            )
-
-
-def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()) -> Any:
-    """Beam's `PipelineOptions` of the flags that are not chatflow's.
-
-    Args:
-      streaming: the input never ends.
-      shown: chatflow's own flags, for runners that show the options of a job.
-
-    Raises:
-      UsageError: a flag that Beam does not know either, or that needs another runner.
-    """
-    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-
-    parser = Parser(add_help=False, allow_abbrev=False)
-    for options in set(PipelineOptions.__subclasses__()) - {_shown_options()}:
-        options._add_argparse_args(parser)
-    _, unknown = parser.parse_known_args(list(flags))
-    if unknown:
-        own = [f"--{name}" for name in Options.defaults()]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], own, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; it is neither chatflow's nor Beam's"
-        raise UsageError(f"unknown flag {unknown[0]}{hint}")
-    options = PipelineOptions(list(flags))
-    standard = options.view_as(StandardOptions)
-    standard.streaming = standard.streaming or streaming
-    if standard.runner in (None, "DirectRunner"):
-        # Beam's DirectRunner first tries to fetch another runner from the network.
-        standard.runner = LOCAL_STREAM_RUNNER if standard.streaming else LOCAL_RUNNER
-    if not is_local(options):
-        return PipelineOptions([*flags, *shown], streaming=standard.streaming)
-    if standard.no_wait_until_finish:
-        raise UsageError("--no_wait_until_finish: needs a --runner that runs elsewhere")
-    return options
-
-
-@functools.cache
-def _shown_options() -> Any:
-    """chatflow's flags as options of Beam's, by which a job's page shows them."""
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    class ChatflowOptions(PipelineOptions):
-        @classmethod
-        def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
-            for name, flag in Options.defaults().items():
-                parser.add_argument(f"--{name}", default=flag["default"])
-
-    return ChatflowOptions
-
-
-def cloud_of(options: Any, chatflow: Options) -> Cloud:
-    """From flags, else the environment, else (where a model needs it) Google's credentials."""
-    from apache_beam.options.pipeline_options import GoogleCloudOptions
-
-    given = options.view_as(GoogleCloudOptions)
-    project = given.project or os.environ.get("GOOGLE_CLOUD_PROJECT", "")
-    if not project and chatflow.inference == "remote" and chatflow.model.startswith("gemini-"):
-        import google.auth
-
-        with contextlib.suppress(google.auth.exceptions.GoogleAuthError):
-            project = google.auth.default()[1] or ""
-    location = chatflow.location or given.region or os.environ.get("GOOGLE_CLOUD_LOCATION", "")
-    return Cloud(project, location)
-
-
-def is_local(options: Any) -> bool:
-    from apache_beam.options.pipeline_options import StandardOptions
-
-    return options.view_as(StandardOptions).runner in (LOCAL_RUNNER, LOCAL_STREAM_RUNNER)

@@ -14,7 +14,7 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -25,8 +25,10 @@ import pydantic_core
 from chatflow.dead_letters import shortened
 from chatflow.errors import UsageError
 from chatflow.network import wait_to_try_again
+from chatflow.options import SinkSettings
 from chatflow.records import KINDS, DeadLetter, Record, record_id
 from chatflow.sinks.google import check_each
+from chatflow.sinks.sink import Sink, Uris
 
 TABLE = re.compile(r"bigquery://(?P<table>.+\.\w+\.[\w-]+?)(?:\?upsert=(?P<upsert>true|false))?")
 """`bigquery://PROJECT.DATASET.TABLE`; with `?upsert=false`, rows are only appended."""
@@ -325,34 +327,35 @@ def _values(record: Record, key: str, upsert: bool) -> dict[str, Any]:
     return values | ({_CHANGE: "UPSERT"} if upsert else {})
 
 
-def check_tables(uris: Mapping[str, Sequence[str]], local: bool = True) -> None:
-    """Makes sure that there are the tables to write to, with all columns.
+class BigQuery(Sink):
+    example = "bigquery://PROJECT.DATASET.TABLE"
+    pattern = re.compile("bigquery:")
 
-    Args:
-      uris: by kind of record, destinations of any scheme.
-      local: as of `services.check_each`.
+    def check_uri(self, uri: str) -> None:
+        if not TABLE.fullmatch(uri):
+            raise UsageError(f"{uri!r} is no table; it is {self.example}")
 
-    Raises:
-      UsageError: a table is not there, out of reach, lacks a column, or requires one that
-        records may leave out.
-    """
-    from google.cloud.bigquery_storage_v1 import types as bq
+    def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
+        """Refuses a table that lacks a column, or requires one that records may leave out."""
+        from google.cloud.bigquery_storage_v1 import types as bq
 
-    def ask(uri: str) -> None:
-        request = bq.GetWriteStreamRequest(name=stream_of(uri), view=bq.WriteStreamView.FULL)
-        found = write_client().get_write_stream(request, timeout=10, retry=None)
-        there = {field.name: field.mode for field in found.table_schema.fields}
-        for name in (name for name, several in uris.items() if uri in several):
-            wanted = {column["name"]: column["mode"] for column in columns(KINDS[name])}
-            remedy = f"infra/terraform/schemas/{name}.json is what it should look like"
-            if lacking := [column for column in wanted if column not in there]:
-                raise UsageError(f"{uri} has no column {', '.join(lacking)}; {remedy}")
-            # An older table, whose rows without a value the service would refuse for good.
-            required = bq.TableFieldSchema.Mode.REQUIRED
-            if strict := [
-                c for c, mode in wanted.items() if mode != "REQUIRED" and there[c] == required
-            ]:
-                raise UsageError(f"{uri} requires column {', '.join(strict)}; {remedy}")
+        def ask(uri: str) -> None:
+            request = bq.GetWriteStreamRequest(name=stream_of(uri), view=bq.WriteStreamView.FULL)
+            found = write_client().get_write_stream(request, timeout=10, retry=None)
+            there = {field.name: field.mode for field in found.table_schema.fields}
+            for name in uris[uri]:
+                wanted = {column["name"]: column["mode"] for column in columns(KINDS[name])}
+                remedy = f"infra/terraform/schemas/{name}.json is what it should look like"
+                if lacking := [column for column in wanted if column not in there]:
+                    raise UsageError(f"{uri} has no column {', '.join(lacking)}; {remedy}")
+                # An older table, whose rows without a value the service would refuse for good.
+                required = bq.TableFieldSchema.Mode.REQUIRED
+                if strict := [
+                    c for c, mode in wanted.items() if mode != "REQUIRED" and there[c] == required
+                ]:
+                    raise UsageError(f"{uri} requires column {', '.join(strict)}; {remedy}")
 
-    tables = [uri for several in uris.values() for uri in several if TABLE.fullmatch(uri)]
-    check_each(tables, ask, "written to", local)
+        check_each(uris, ask, "written to", local)
+
+    def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
+        return WriteRows(uri)

@@ -15,13 +15,12 @@ import apache_beam as beam
 from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.network import wait_to_try_again
+from chatflow.options import SinkSettings
 from chatflow.records import DeadLetter, Record
+from chatflow.sinks.sink import Sink, Uris
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
-
-DATABASE = re.compile(r"(?:sqlite|postgresql(?:\+psycopg)?):.*")
-"""`sqlite:///FILE` (four slashes before an absolute path), `postgresql+psycopg://USER@HOST/NAME`."""
 
 ROWS = 500
 """The most records of a transaction."""
@@ -49,7 +48,7 @@ class UpsertRecords(beam.PTransform):
     Gives dead letters: of records that the database will not take, whatever the try.
 
     Attributes:
-      uri: see `DATABASE`.
+      uri: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`.
       password: where the password is, for a URI without one; see `secrets.PLACES`.
     """
 
@@ -115,52 +114,39 @@ def _is_of_a_record(error: sa.exc.SQLAlchemyError) -> bool:
     return isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError)) or code.startswith("54")
 
 
-def without_passwords(text: str) -> str:
-    """A text with databases, less their passwords."""
-    return _PASSWORD.sub(r"\1:***@", text)
-
-
 _PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):(?:[^/,\s]*@|[^@?,\s]*@)")
 
 
-def check_uri(uri: str, flag: str) -> None:
-    """Makes sure that a URI names a database.
+class Database(Sink):
+    """SQLite, with four slashes before an absolute path, or PostgreSQL."""
 
-    Raises:
-      UsageError: see `connect.parse_uri`; with the flag.
-    """
-    from chatflow.database.connections import parse_uri
+    example = "sqlite:///FILE, postgresql+psycopg://…"
+    pattern = re.compile(r"(?:sqlite|postgresql(?:\+psycopg)?):")
+    reviewed = True
 
-    try:
+    def check_uri(self, uri: str) -> None:
+        from chatflow.database.connections import parse_uri
+
         parse_uri(uri)
-    except UsageError as error:
-        raise UsageError(f"{flag}: {error}") from None
 
+    def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
+        """Makes the tables where they are missing; workers elsewhere make them as they start."""
+        from chatflow.database import connections
 
-def check_databases(
-    destinations: Iterable[str], password: str, local: bool = True, share_files: bool = True
-) -> None:
-    """Makes the tables where they are missing, before anything runs.
+        for uri in uris:
+            if uri.startswith("sqlite:") and not share_files:
+                raise UsageError(f"{uri} is a file of this machine, where no worker comes to")
+            try:
+                password = connections.password_at(settings.database_password)
+                with contextlib.closing(connections.Database(uri, password)) as database:
+                    database.upgrade()
+            except UsageError as error:
+                if local:
+                    raise
+                _log.warning("not checked: %s", error)
 
-    Args:
-      password: where it is, if anywhere.
-      local: the pipeline runs here; else its workers may reach what is out of reach from here,
-        and make the tables when they start.
-      share_files: workers see files of this machine.
+    def shown(self, text: str) -> str:
+        return _PASSWORD.sub(r"\1:***@", text)
 
-    Raises:
-      UsageError: a database cannot be used, or not by workers elsewhere.
-    """
-    from chatflow.database.connections import Database, password_at
-
-    for uri in sorted({uri for uri in destinations if DATABASE.match(uri)}):
-        if uri.startswith("sqlite:") and not share_files:
-            raise UsageError(f"{uri} is a file of this machine, where no worker comes to")
-        try:
-            database = Database(uri, password_at(password))
-            with contextlib.closing(database):
-                database.upgrade()
-        except UsageError as error:
-            if local:
-                raise
-            _log.warning("not checked: %s", error)
+    def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
+        return UpsertRecords(uri, settings.database_password)

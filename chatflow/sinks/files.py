@@ -6,14 +6,16 @@ import dataclasses
 import hashlib
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError
+from chatflow.options import SinkSettings
 from chatflow.records import Record
+from chatflow.sinks.sink import Sink, Uris
 
 _MADE_AT = re.compile(r'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
 
@@ -103,7 +105,7 @@ def result_files(prefix: str) -> list[str]:
 
 
 def prepare_output(
-    prefixes: Sequence[str], inputs: list[str], streaming: bool, local: bool = True
+    prefixes: Collection[str], inputs: Sequence[str], streaming: bool, local: bool = True
 ) -> int:
     """Makes the folders, tries to write to them, and removes an earlier run's files.
 
@@ -150,3 +152,20 @@ def check_writable(folder: str, flag: str) -> None:
         FileSystems.delete([probe])
     except Exception as error:  # each filesystem has its own
         raise UsageError(f"{flag}: {folder!r} cannot be written: {error}") from None
+
+
+class Files(Sink):
+    example = "file prefixes, local or of a file system of Beam's (gs://…)"
+
+    def takes(self, uri: str) -> bool:
+        try:
+            FileSystems.get_filesystem(uri)
+        except ValueError:
+            return False
+        return True
+
+    def prepare(self, uris: Uris, inputs: Sequence[str], streaming: bool, local: bool) -> int:
+        return prepare_output(uris, inputs, streaming, local)
+
+    def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
+        return AppendFiles(uri) if settings.streaming else WriteFiles(uri)

@@ -11,9 +11,12 @@ from typing import Any
 import apache_beam as beam
 
 from chatflow.dead_letters import shortened
+from chatflow.errors import UsageError
 from chatflow.network import wait_to_try_again
+from chatflow.options import SinkSettings
 from chatflow.records import Analysis, DeadLetter, Record, digest, record_id
 from chatflow.sinks.google import check_each
+from chatflow.sinks.sink import Sink, Uris
 
 PUBSUB_TOPIC = re.compile(r"(?:pubsub://)?(projects/[^/]+/topics/[^/]+)")
 
@@ -139,3 +142,18 @@ def check_topics(destinations: Iterable[str], local: bool = True) -> None:
 
     topics = [found[1] for uri in destinations if (found := PUBSUB_TOPIC.fullmatch(uri))]
     check_each(topics, ask, "published to", local)
+
+
+class PubSub(Sink):
+    example = "projects/PROJECT/topics/NAME"
+    pattern = re.compile(r"pubsub:|projects/[^/]+/(topics|subscriptions)\b")
+
+    def check_uri(self, uri: str) -> None:
+        if not PUBSUB_TOPIC.fullmatch(uri):
+            raise UsageError(f"{uri!r} is no topic; it is {self.example}")
+
+    def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
+        check_topics(uris, local)
+
+    def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
+        return PublishRecords(uri.removeprefix("pubsub://"))

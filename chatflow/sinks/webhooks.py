@@ -23,10 +23,10 @@ from apache_beam.utils.windowed_value import WindowedValue
 from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.network import trusted, wait_of
+from chatflow.options import SinkSettings
 from chatflow.records import DeadLetter, Record, record_id
 from chatflow.secrets import PLACES_SAID, check_place, read_secret
-
-WEBHOOK = re.compile(r"https?://", re.IGNORECASE)
+from chatflow.sinks.sink import Sink, Uris
 
 SECRET_BYTES = 24
 """The shortest secret that the Standard Webhooks specification takes."""
@@ -71,7 +71,7 @@ class PostRecords(beam.PTransform):
     runner does a bundle again, and with each replay.
 
     Attributes:
-      url: see `check_address`.
+      url: see `Webhook.check_uri`.
       secret: where the secret is; see `secrets.PLACES`. Read when a worker starts.
 
     Output: a `DeadLetter` for each record that was not taken. One that is a dead letter itself
@@ -326,31 +326,6 @@ def _key(text: str) -> bytes:
     return key if text.startswith("whsec_") else b""
 
 
-def check_address(uri: str, flag: str) -> None:
-    """Makes sure that records may go to an address: `https://…`, or `http://` of this machine.
-
-    Raises:
-      UsageError: they may not.
-    """
-    try:
-        parts = urllib.parse.urlsplit(uri)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
-    if host and "@" in parts.netloc:
-        raise UsageError(
-            f"{flag}: {shown(uri)}: a user or password in an address is not taken; what is sent "
-            "is signed instead, see --webhook_secret"
-        )
-    if not host or not re.fullmatch(r"[\w.:\[\]-]+", parts.netloc) or re.search(r"[\s#\\]", uri):
-        raise UsageError(f"{flag}: {shown(uri)!r} is no address; it is https://HOST/PATH")
-    if parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-        raise UsageError(
-            f"{flag}: {shown(uri)}: must be https://, for it takes personal data through a "
-            "network; http:// is for localhost"
-        )
-
-
 def shown(text: str) -> str:
     """A text with addresses less what may be secret in them: users, passwords, queries."""
     return _ADDRESS.sub(lambda found: found[1] + found[2] + ("?…" if found[3] else ""), text)
@@ -368,14 +343,36 @@ def _without_query(said: str, url: str) -> str:
     return said
 
 
-def check_secret(destinations: Iterable[str], place: str, local: bool) -> None:
-    """Makes sure that there is a secret where there are webhooks.
+class Webhook(Sink):
+    example = "https://… (a webhook)"
+    pattern = re.compile("https?://", re.IGNORECASE)
 
-    Args:
-      local: the pipeline runs here; else only its workers may be able to read the secret.
+    def check_uri(self, uri: str) -> None:
+        """Refuses what is neither `https://…` nor `http://` of this machine."""
+        try:
+            parts = urllib.parse.urlsplit(uri)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if host and "@" in parts.netloc:
+            raise UsageError(
+                f"{shown(uri)}: a user or password in an address is not taken; what is sent "
+                "is signed instead, see --webhook_secret"
+            )
+        if not host or not re.fullmatch(r"https?://[\w.:\[\]-]+([/?][^\s#\\]*)?", uri, re.I):
+            raise UsageError(f"{shown(uri)!r} is no address; it is https://HOST/PATH")
+        if parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
+            raise UsageError(
+                f"{shown(uri)}: must be https://, for it takes personal data through a "
+                "network; http:// is for localhost"
+            )
 
-    Raises:
-      UsageError: there is none; see `read_keys`.
-    """
-    if local and any(map(WEBHOOK.match, destinations)):
-        read_keys(place)
+    def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
+        if local:  # elsewhere, only its workers may be able to read the secret
+            read_keys(settings.webhook_secret)
+
+    def shown(self, text: str) -> str:
+        return shown(text)
+
+    def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
+        return PostRecords(uri, settings.webhook_secret)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError
+from chatflow.options import SinkSettings
 from chatflow.records import DeadLetter, Record
-from chatflow.sinks import bigquery
-from chatflow.sinks.database import DATABASE, UpsertRecords, check_uri, without_passwords
-from chatflow.sinks.files import AppendFiles, WriteFiles
-from chatflow.sinks.pubsub import PUBSUB_TOPIC, PublishRecords
-from chatflow.sinks.webhooks import WEBHOOK, PostRecords, check_address
-from chatflow.sinks.webhooks import shown as shown_webhook
+from chatflow.sinks.bigquery import BigQuery
+from chatflow.sinks.database import Database
+from chatflow.sinks.files import Files
+from chatflow.sinks.pubsub import PubSub
+from chatflow.sinks.sink import Sink
+from chatflow.sinks.webhooks import Webhook
+
+SCHEMES: tuple[Sink, ...] = (PubSub(), BigQuery(), Database(), Webhook(), Files())
+"""All kinds of destinations; the first that takes a URI has it."""
 
 
 @beam.typehints.with_input_types(Record)
@@ -27,9 +30,6 @@ class WriteRecords(beam.PTransform):
 
     Attributes:
       destinations: file prefixes, Pub/Sub topics, tables, webhooks; see `split_destinations`.
-      streaming: the records never end, so files are written as they fill up.
-      webhook_secret: where the secret is by which webhooks are signed; see `secrets.PLACES`.
-      database_password: where the password of databases is.
 
     Output: a `DeadLetter` for each record that a destination refused for good; None where no
     destination ever does. Dead letters themselves have no other place to go: one that is refused
@@ -37,33 +37,15 @@ class WriteRecords(beam.PTransform):
     """
 
     destinations: Sequence[str] = dataclasses.field(repr=False)  # there may be secrets in them
-    streaming: bool = False
-    webhook_secret: str = dataclasses.field(default="", repr=False)
-    database_password: str = dataclasses.field(default="", repr=False)
+    settings: SinkSettings = dataclasses.field(default_factory=SinkSettings)
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter] | None:
         written = [
-            records | f"Write{number or ''}" >> self.sink(uri)
+            records | f"Write{number or ''}" >> sink_of(uri).write(uri, self.settings)
             for number, uri in enumerate(self.destinations)
         ]
         refused = [letters for letters in written if _are_letters(letters)]
         return refused | "Refused" >> beam.Flatten() if refused else None
-
-    def sink(self, uri: str) -> beam.PTransform:
-        """What writes to a destination; a new scheme is a new line here.
-
-        One that may refuse a record for good gives a collection of type `DeadLetter`; what
-        others give is nobody's concern.
-        """
-        if topic := PUBSUB_TOPIC.fullmatch(uri):
-            return PublishRecords(topic[1])
-        if bigquery.TABLE.fullmatch(uri):
-            return bigquery.WriteRows(uri)
-        if DATABASE.match(uri):
-            return UpsertRecords(uri, self.database_password)
-        if WEBHOOK.match(uri):
-            return PostRecords(uri, self.webhook_secret)
-        return AppendFiles(uri) if self.streaming else WriteFiles(uri)
 
 
 def _are_letters(output: Any) -> bool:
@@ -71,14 +53,14 @@ def _are_letters(output: Any) -> bool:
 
 
 def split_destinations(kind: str, own: str, output: str, database: str = "") -> tuple[str, ...]:
-    """Where a kind of record goes: what its own flag says, else the folder `--output`.
+    """Returns where a kind of record goes: what its own flag says, else the folder `--output`.
 
     Args:
-      own: file prefixes, topics, tables, databases and webhooks, divided by commas.
+      own: file prefixes, topics, tables, databases and webhooks, separated by commas.
       database: where all go besides.
 
     Raises:
-      UsageError: there is none, or one of a scheme that is not known.
+      UsageError: there is none, or a wrong one, or one of an unknown scheme.
     """
     destinations = tuple(filter(None, (uri.strip() for uri in own.split(","))))
     if not destinations and output:
@@ -87,37 +69,43 @@ def split_destinations(kind: str, own: str, output: str, database: str = "") -> 
         destinations += (database,)
     if not destinations:
         raise UsageError(f"--output is missing, and --{kind}: one of them says where {kind} go")
-    for uri in destinations:
-        if WEBHOOK.match(uri):
-            check_address(uri, f"--{kind}")
-        if DATABASE.match(uri):
-            check_uri(uri, f"--{kind}")
-        if not is_file(uri):
-            continue
-        if uri.startswith("bigquery:"):
-            raise UsageError(
-                f"--{kind}: {uri!r} is no table; it is bigquery://PROJECT.DATASET.TABLE"
-            )
-        if re.match(r"pubsub:|projects/[^/]+/(topics|subscriptions)\b", uri):
-            raise UsageError(f"--{kind}: {uri!r} is no topic; it is projects/PROJECT/topics/NAME")
-        try:
-            FileSystems.get_filesystem(uri)
-        except ValueError:
-            raise UsageError(
-                f"--{kind}: nothing writes to {uri!r}; known are file prefixes, local or of a "
-                "file system of Beam's (gs://…), projects/PROJECT/topics/NAME, "
-                "bigquery://PROJECT.DATASET.TABLE, sqlite:///FILE, postgresql+psycopg://…, and "
-                "https://… (a webhook)"
-            ) from None
+    try:
+        for uri in destinations:
+            sink_of(uri).check_uri(uri)
+    except UsageError as error:
+        raise UsageError(f"--{kind}: {error}") from None
     return destinations
 
 
+def by_sink(destinations: Mapping[str, Sequence[str]]) -> dict[Sink, dict[str, list[str]]]:
+    """Groups the URIs of kinds of records by sink, in the order of `SCHEMES`."""
+    found: dict[Sink, dict[str, list[str]]] = {sink: {} for sink in SCHEMES}
+    for kind, uris in destinations.items():
+        for uri in uris:
+            found[sink_of(uri)].setdefault(uri, []).append(kind)
+    return {sink: uris for sink, uris in found.items() if uris}
+
+
+def sink_of(uri: str) -> Sink:
+    """Returns the kind of destination that a URI is of.
+
+    Raises:
+      UsageError: there is none; the message names all.
+    """
+    for sink in SCHEMES:
+        if sink.takes(uri):
+            return sink
+    *most, last = (sink.example for sink in (SCHEMES[-1], *SCHEMES[:-1]))
+    raise UsageError(f"nothing writes to {uri!r}; known are {', '.join(most)}, and {last}")
+
+
 def is_file(uri: str) -> bool:
-    """Whether a destination is a file prefix."""
-    others = (PUBSUB_TOPIC.fullmatch, bigquery.TABLE.fullmatch, DATABASE.match, WEBHOOK.match)
-    return not any(is_other(uri) for is_other in others)
+    """Returns whether a destination is a file prefix."""
+    return isinstance(sink_of(uri), Files)
 
 
 def shown(text: str) -> str:
-    """A text with destinations, less what may be secret in them."""
-    return without_passwords(shown_webhook(text))
+    """Returns a text with destinations, without what may be secret in them."""
+    for sink in SCHEMES:
+        text = sink.shown(text)
+    return text

@@ -867,7 +867,7 @@ def test_a_console_beside_another_process_ends_with_it(sqlite):
     with pytest.raises(UsageError, match="there is no folder"), missing:
         pass
     code = (
-        "import sys, time; from chatflow.console.beside import console_beside\n"
+        "import sys, time; from chatflow.running.console import console_beside\n"
         f"with console_beside(['--database={sqlite.uri}'], {port}) as address:\n"
         "    print(address, flush=True); time.sleep(100)"
     )

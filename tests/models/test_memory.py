@@ -22,7 +22,8 @@ from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.models.spec import Model
 from chatflow.options import Batching, Options, WorkerSettings
 from chatflow.pipeline import build
-from chatflow.running.launch import beam_options, prepare
+from chatflow.running.launch import prepare
+from chatflow.running.runner import beam_options
 from chatflow.running.summary import Summary
 
 

@@ -34,8 +34,9 @@ from chatflow.cli import main
 from chatflow.errors import ModelError
 from chatflow.records import now
 from chatflow.running.emulator import HOST_VARIABLE
-from chatflow.running.launch import beam_options, execute
+from chatflow.running.launch import execute
 from chatflow.running.publishing import Line, send
+from chatflow.running.runner import beam_options
 from chatflow.sources.read import ReadArrivals, ReadMessages
 
 CODE = re.compile(r"\bm\d+x\d+\b")

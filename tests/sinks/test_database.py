@@ -129,7 +129,7 @@ def test_a_password_is_never_shown():
             parse_uri(uri)
         assert "s3cret" not in str(error.value)
     for password in ("s3cret", "s3/cret", "s@3cret"):
-        assert sql.without_passwords(f"postgresql://me:{password}@h/db,results/a@b") == (
+        assert sql.Database().shown(f"postgresql://me:{password}@h/db,results/a@b") == (
             "postgresql://me:***@h/db,results/a@b"
         )
 

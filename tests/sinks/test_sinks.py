@@ -12,7 +12,7 @@ from chatflow.errors import UsageError
 from chatflow.records import Analysis, DeadLetter, now, parse_record
 from chatflow.sinks.files import AppendFiles, prepare_output, result_files
 from chatflow.sinks.pubsub import to_message
-from chatflow.sinks.write import shown, split_destinations
+from chatflow.sinks.write import SCHEMES, by_sink, shown, split_destinations
 
 
 def letter(payload, **fields):
@@ -116,3 +116,13 @@ def test_what_is_secret_in_a_destination_is_not_shown():
 def test_a_wrong_destination_is_a_clear_error(own, says):
     with pytest.raises(UsageError, match=says):
         split_destinations("drafts", own, "")
+
+
+def test_destinations_are_sorted_by_what_writes_to_them():
+    topic, other, table = "projects/p/topics/a", "pubsub://projects/p/topics/b", "bigquery://p.d.t"
+    given = {"analyses": [table, topic], "drafts": ["out/drafts", topic], "dead_letters": [other]}
+    assert list(by_sink(given).items()) == [
+        (SCHEMES[0], {topic: ["analyses", "drafts"], other: ["dead_letters"]}),
+        (SCHEMES[1], {table: ["analyses"]}),
+        (SCHEMES[-1], {"out/drafts": ["drafts"]}),
+    ]

@@ -22,12 +22,13 @@ from fakes.vertex import make_certificate
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from chatflow.errors import UsageError
-from chatflow.options import Options
+from chatflow.options import Options, SinkSettings
 from chatflow.records import Analysis, DeadLetter, Record, Response, now
-from chatflow.running.launch import LOCAL_RUNNER, execute
+from chatflow.running.launch import execute
+from chatflow.running.runner import LOCAL_RUNNER
 from chatflow.secrets import HOST_VARIABLE
 from chatflow.sinks import webhooks
-from chatflow.sinks.webhooks import Poster, check_address, read_keys, shown
+from chatflow.sinks.webhooks import Poster, read_keys, shown
 from chatflow.sinks.write import WriteRecords, split_destinations
 
 
@@ -309,7 +310,7 @@ def test_letters_stay_in_the_window_of_their_record(hook):
             | beam.Create([DRAFT, ANALYSIS])
             | "At" >> beam.Map(at_its_time).with_output_types(Record)
             | beam.WindowInto(FixedWindows(60))
-            | WriteRecords([hook.address], webhook_secret="env:HOOK_SECRET")
+            | WriteRecords([hook.address], SinkSettings(webhook_secret="env:HOOK_SECRET"))
         )
         seen = refused | beam.Map(with_window) | "All" >> beam.WindowInto(GlobalWindows())
         assert_that(seen, functools.partial(keep, "seen"))
@@ -331,7 +332,7 @@ def test_responses_have_a_payload_too(hook):
         response_id="r", text="a", response="b", model="m", prompt_version="v", responded_at=now()
     )
     with beam.Pipeline(runner=LOCAL_RUNNER) as pipeline:
-        write = WriteRecords([hook.address], webhook_secret="env:HOOK_SECRET")
+        write = WriteRecords([hook.address], SinkSettings(webhook_secret="env:HOOK_SECRET"))
         refused = pipeline | beam.Create([said]) | write
         assert_that(refused, functools.partial(keep, "found"))
     assert Response.model_validate_json(KEPT["found"][0].payload) == said
@@ -447,5 +448,5 @@ def test_a_mistake_is_said_at_launch(lines, script, tmp_path, monkeypatch, capsy
      "http://127.0.0.1:8080", "http://[::1]:8080/x", "HTTPS://example.com/%2C"],
 )  # fmt: skip
 def test_what_is_taken_for_a_webhook(uri):
-    check_address(uri, "--drafts")
+    webhooks.Webhook().check_uri(uri)
     assert split_destinations("drafts", f"out/drafts, {uri}", "") == ("out/drafts", uri)

@@ -632,7 +632,7 @@ def test_prompts_for_a_remote_model_need_a_block_json(fake, tmp_path, lines, cap
 
 def test_the_location_and_the_project_are_those_of_the_flags_else_the_environments(monkeypatch):
     from chatflow.options import Options
-    from chatflow.running.launch import beam_options, cloud_of
+    from chatflow.running.runner import beam_options, cloud_of
 
     remote_model = {"inference": "remote", "model": GEMINI}
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "of-environment")

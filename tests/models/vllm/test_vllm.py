@@ -35,7 +35,8 @@ from chatflow.models.vllm.server import GUARD, VllmServer
 from chatflow.options import Options, RemoteSettings, WorkerSettings
 from chatflow.pipeline import build, plan
 from chatflow.prompts.answers import ANALYSIS_SCHEMA
-from chatflow.running.launch import beam_options, check_accelerator, execute, prepare
+from chatflow.running.launch import check_accelerator, execute, prepare
+from chatflow.running.runner import beam_options
 
 NAME = "vllm:google/gemma-3-1b-it"
 BASE = "vllm:google/gemma-3-1b-pt"

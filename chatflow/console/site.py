@@ -1,0 +1,107 @@
+"""Console: what the pages are made from, and how one is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import jinja2
+import sqlalchemy as sa
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from chatflow.console import inbox
+from chatflow.console.changes import Changes
+from chatflow.console.outbox import Replies
+from chatflow.console.people import OWN_HOSTS, People, Person, Sessions, csrf_of, redacted
+from chatflow.database.connections import Database
+from chatflow.records import now
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; "
+    "base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclasses.dataclass
+class Console:
+    """What the pages are made from.
+
+    Attributes:
+      replies: where approved replies go; None: they wait for another console.
+      undo_seconds: how long an approval can be undone.
+      keep: how long chats are kept to which nothing happens; None: for ever.
+      hosts: names by which the console may be called; others are refused, so that no page of
+        another site can reach it by a name of its own (DNS rebinding).
+    """
+
+    database: Database
+    people: People
+    replies: Replies | None = None
+    undo_seconds: float = 10.0
+    keep: timedelta | None = None
+    hosts: Sequence[str] = OWN_HOSTS
+
+    def __post_init__(self) -> None:
+        self.sessions = Sessions(self.database, self.people)
+        self.changes = Changes(self.database)
+        source = jinja2.PackageLoader("chatflow.console", "templates")
+        self._templates = jinja2.Environment(
+            loader=source,
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters["percent"] = lambda x: "–" if x is None else f"{100 * x:.0f} %"
+        self._templates.filters["duration"] = duration
+        self._templates.filters["iso"] = lambda moment: moment.isoformat(timespec="seconds")
+        self._templates.filters["utc"] = lambda moment: moment.strftime("%Y-%m-%d %H:%M UTC")
+        self._attributes: tuple[float, list[str]] = (0.0, [])
+
+    def page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
+        person: Person | None = request.scope.get("person")
+        shown = (lambda text: text) if person and person.reads_texts else redacted
+        text = self._templates.get_template(f"{name}.html.jinja").render(
+            person=person,
+            people=self.people,
+            csrf=csrf_of(request.scope["session"]),
+            shown=shown,
+            path=request.url.path,
+            moment=now(),
+            asked=request.scope["asked"],
+            publishes=self.replies is not None,
+            **values,
+        )
+        return HTMLResponse(text, status, HEADERS)  # also where `Guard` does not see it
+
+    def known_attributes(self, connection: sa.Connection) -> list[str]:
+        """As of half a minute ago at most: it takes a look at all chats."""
+        asked, known = self._attributes
+        if time.monotonic() - asked > 30 or not known:
+            known = inbox.known_attributes(connection)
+            self._attributes = time.monotonic(), known
+        return known
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: 8 s, 3 min, 2.5 h, 4 days."""
+    if seconds is None:
+        return "–"
+    for unit, size in (("days", 172_800), ("h", 7200), ("min", 120)):
+        if seconds >= size:
+            amount = seconds / {"days": 86_400, "h": 3600, "min": 60}[unit]
+            return (
+                f"{amount:.0f} {unit}" if amount >= 10 or unit == "min" else f"{amount:.1f} {unit}"
+            )
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

@@ -1,0 +1,136 @@
+"""Which runner, and the flags that are Beam's."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from chatflow.errors import UsageError
+from chatflow.options import Cloud, Options, Parser
+
+LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+LOCAL_STREAM_RUNNER = "chatflow.running.local.LocalStreamRunner"
+
+
+def is_dataflow(options: Any) -> bool:
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    return bool(options.view_as(StandardOptions).runner == "DataflowRunner")
+
+
+def check_credentials(options: Any) -> None:
+    """Makes sure that a job can be sent to Google Cloud at all.
+
+    Raises:
+      UsageError: there are no credentials.
+    """
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
+
+    if not is_dataflow(options) or options.view_as(GoogleCloudOptions).no_auth:
+        return
+    import google.auth
+
+    try:
+        google.auth.default()
+    except google.auth.exceptions.DefaultCredentialsError:
+        raise UsageError(
+            "--runner=DataflowRunner: there are no credentials of Google Cloud here; run "
+            "`gcloud auth application-default login`"
+        ) from None
+
+
+def quieten(local: bool) -> None:
+    """Leaves logs of others out: a local run shows its progress, and its failure as one line.
+
+    A run elsewhere logs what its runner says, e.g. where to watch the job, but not the whole
+    description of the job.
+    """
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        return
+    logging.getLogger().setLevel(logging.CRITICAL if local else logging.WARNING)
+    logging.getLogger("chatflow").setLevel(logging.WARNING)
+    if not local:
+        logging.getLogger("apache_beam.runners").setLevel(logging.INFO)
+        for noisy in ("apache_beam.transforms", "urllib3"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(
+                lambda record: record.levelno > logging.INFO or len(record.getMessage()) < 220
+            )
+
+
+def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()) -> Any:
+    """Beam's `PipelineOptions` of the flags that are not chatflow's.
+
+    Args:
+      streaming: the input never ends.
+      shown: chatflow's own flags, for runners that show the options of a job.
+
+    Raises:
+      UsageError: a flag that Beam does not know either, or that needs another runner.
+    """
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for options in set(PipelineOptions.__subclasses__()) - {_shown_options()}:
+        options._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(list(flags))
+    if unknown:
+        own = [f"--{name}" for name in Options.defaults()]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], own, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; it is neither chatflow's nor Beam's"
+        raise UsageError(f"unknown flag {unknown[0]}{hint}")
+    options = PipelineOptions(list(flags))
+    standard = options.view_as(StandardOptions)
+    standard.streaming = standard.streaming or streaming
+    if standard.runner in (None, "DirectRunner"):
+        # Beam's DirectRunner first tries to fetch another runner from the network.
+        standard.runner = LOCAL_STREAM_RUNNER if standard.streaming else LOCAL_RUNNER
+    if not is_local(options):
+        return PipelineOptions([*flags, *shown], streaming=standard.streaming)
+    if standard.no_wait_until_finish:
+        raise UsageError("--no_wait_until_finish: needs a --runner that runs elsewhere")
+    return options
+
+
+@functools.cache
+def _shown_options() -> Any:
+    """chatflow's flags as options of Beam's, by which a job's page shows them."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    class ChatflowOptions(PipelineOptions):
+        @classmethod
+        def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+            for name, flag in Options.defaults().items():
+                parser.add_argument(f"--{name}", default=flag["default"])
+
+    return ChatflowOptions
+
+
+def cloud_of(options: Any, chatflow: Options) -> Cloud:
+    """From flags, else the environment, else (where a model needs it) Google's credentials."""
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
+
+    given = options.view_as(GoogleCloudOptions)
+    project = given.project or os.environ.get("GOOGLE_CLOUD_PROJECT", "")
+    if not project and chatflow.inference == "remote" and chatflow.model.startswith("gemini-"):
+        import google.auth
+
+        with contextlib.suppress(google.auth.exceptions.GoogleAuthError):
+            project = google.auth.default()[1] or ""
+    location = chatflow.location or given.region or os.environ.get("GOOGLE_CLOUD_LOCATION", "")
+    return Cloud(project, location)
+
+
+def is_local(options: Any) -> bool:
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    return options.view_as(StandardOptions).runner in (LOCAL_RUNNER, LOCAL_STREAM_RUNNER)
