@@ -72,8 +72,11 @@ class Plan:
 
     @property
     def sink_settings(self) -> SinkSettings:
-        secrets = self.options.webhook_secret, self.options.database_password
-        return SinkSettings(self.streaming, *secrets)
+        return SinkSettings(
+            streaming=self.streaming,
+            webhook_secret=self.options.webhook_secret,
+            database_password=self.options.database_password,
+        )
 
 
 def plan(
