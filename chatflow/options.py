@@ -389,7 +389,7 @@ class Options(RemoteSettings, WorkerSettings, Batching, ModelSettings, Rules, Si
     )  # fmt: skip
     prices: str = flag(
         "", "TOML file with prices of models, for the estimated cost in the summary; default: "
-        "chatflow/prices.toml.", _REMOTE,
+        "chatflow/models/prices.toml.", _REMOTE,
     )  # fmt: skip
     summary: str = flag(
         "table", "What is printed at the end: a table of results and counts, or the counts as "

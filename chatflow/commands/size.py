@@ -297,7 +297,7 @@ def add_arguments(parser: Parser) -> None:
         "--prices",
         default="",
         help="TOML file with machines, prices and what was measured; default: "
-        "chatflow/machines.toml",
+        "chatflow/commands/machines.toml",
     )
     parser.add_argument("--summary", choices=("table", "json", "flags"), default="table")
     add_flags(parser, only=("inference", "max_batch_size", "max_prompt_tokens"))
@@ -305,8 +305,6 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the sizes of all Gemmas without `--model`, else of one; returns the exit code."""
-    if rest:
-        raise UsageError(f"unknown flag {rest[0]}; see chatflow size --help")
     if parsed.inference == "remote":
         if parsed.summary == "flags":
             print(" ".join(REMOTE_FLAGS))

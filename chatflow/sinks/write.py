@@ -37,7 +37,7 @@ class WriteRecords(beam.PTransform):
     """
 
     destinations: Sequence[str] = dataclasses.field(repr=False)  # there may be secrets in them
-    settings: SinkSettings = dataclasses.field(default_factory=SinkSettings)
+    settings: SinkSettings = dataclasses.field(default_factory=SinkSettings, repr=False)
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter] | None:
         written = [

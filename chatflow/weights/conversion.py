@@ -16,10 +16,11 @@ import numpy as np
 
 from chatflow.errors import UsageError, one_line
 from chatflow.weights import embedded
+from chatflow.weights.embedded import slug
 from chatflow.weights.fetching import Fetched, Progressing, fetch
 from chatflow.weights.folders import SUMS, Folder
 from chatflow.weights.hubs import FolderSource, open_source
-from chatflow.weights.presets import is_instruct, names_instruct, slug, use_jax
+from chatflow.weights.presets import is_instruct, names_instruct, use_jax
 
 TEXT = "My parcel is three weeks late, and nobody answers. In short, the customer is"
 

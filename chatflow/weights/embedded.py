@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -286,3 +287,8 @@ def _is_whole(folder: Path) -> bool:
         return all(_sha256(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError):
         return False
+
+
+def slug(url: str) -> str:
+    """A name for a folder of the cache."""
+    return re.sub(r"[^\w.-]+", "_", url)

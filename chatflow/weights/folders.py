@@ -16,7 +16,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import UsageError, one_line
 from chatflow.weights import embedded
-from chatflow.weights.presets import slug
+from chatflow.weights.embedded import slug
 
 SUMS = "SHA256SUMS.json"
 """Name -> SHA-256 of each other file, written when all of them are there."""

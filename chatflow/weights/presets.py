@@ -179,12 +179,7 @@ def forget(url: str) -> None:
 
 
 def _copy_of(url: str) -> Path:
-    return embedded.cache_root() / "presets" / slug(url)
-
-
-def slug(url: str) -> str:
-    """A name for a folder of the cache."""
-    return re.sub(r"[^\w.-]+", "_", url)
+    return embedded.cache_root() / "presets" / embedded.slug(url)
 
 
 def names_instruct(source: str) -> bool:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatflow.commands.model import vertex_job
 from chatflow.commands.model.fetch import add_output_flags, shown
+from chatflow.commands.model.vertex_job import VERTEX_FLAGS
 from chatflow.errors import UsageError, one_line
 from chatflow.options import Parser
 from chatflow.weights.checkpoints import finder
@@ -29,17 +31,6 @@ whole. Its SHA-256 is put beside it. --on=vertex does the same on a machine of V
 """
 
 PASSES_FLAGS_ON = False
-
-VERTEX_FLAGS = {
-    "project": "of Google Cloud; default: GOOGLE_CLOUD_PROJECT",
-    "region": "e.g. us-central1; default: GOOGLE_CLOUD_LOCATION",
-    "image": "chatflow's container image with PyTorch (chatflow[torch])",
-    "machine_type": "default: what `chatflow model info` suggests",
-    "disk_size_gb": "at least 100; default: what `chatflow model info` suggests",
-    "staging_bucket": "gs:// folder for what the job writes beside PATH",
-    "service_account": "whom the job runs as; default: that of the project's custom jobs",
-    "api_endpoint": "address of the API instead of Google's; http:// is called without credentials",
-}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -66,8 +57,6 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """Writes the file, here or on Vertex AI; returns the exit code."""
     check_path(parsed.path, parsed.overwrite)
     if parsed.on == "vertex":
-        from chatflow.commands.model import vertex_job
-
         return vertex_job.run(parsed)
     if given := [name for name in (*VERTEX_FLAGS, "no_wait_until_finish") if getattr(parsed, name)]:
         raise UsageError(f"--{given[0]}: only with --on=vertex")

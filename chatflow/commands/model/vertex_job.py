@@ -8,14 +8,19 @@ import os
 import time
 from typing import Any
 
-from google.api_core.exceptions import GoogleAPICallError
-from google.api_core.retry import Retry
-from google.auth.exceptions import GoogleAuthError
-from rich.console import Console
-
 from chatflow.commands.model.info import LEAST_DISK_GB, needs_of
-from chatflow.commands.model.save_state_dict import VERTEX_FLAGS
 from chatflow.errors import FAILED, UsageError, one_line
+
+VERTEX_FLAGS = {
+    "project": "of Google Cloud; default: GOOGLE_CLOUD_PROJECT",
+    "region": "e.g. us-central1; default: GOOGLE_CLOUD_LOCATION",
+    "image": "chatflow's container image with PyTorch (chatflow[torch])",
+    "machine_type": "default: what `chatflow model info` suggests",
+    "disk_size_gb": "at least 100; default: what `chatflow model info` suggests",
+    "staging_bucket": "gs:// folder for what the job writes beside PATH",
+    "service_account": "whom the job runs as; default: that of the project's custom jobs",
+    "api_endpoint": "address of the API instead of Google's; http:// is called without credentials",
+}
 
 _ENDED = {
     "JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED", "JOB_STATE_FAILED",
@@ -29,6 +34,9 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
       UsageError: a wrong flag, or the service refuses the job.
     """
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
+
     parent, job = request(parsed)
     try:
         client = _client(parsed)
@@ -132,6 +140,9 @@ def _client(parsed: argparse.Namespace) -> Any:
 
 def _wait(client: Any, job: Any) -> Any:
     """Waits for a job's end, and shows its states on stderr."""
+    from google.api_core.retry import Retry
+    from rich.console import Console
+
     console = Console(stderr=True)
     before, pause = "", 0.2
     with console.status(f"{job.name}: {job.state.name}") as status:
