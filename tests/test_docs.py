@@ -1,5 +1,6 @@
 """What the README and the package promise, and what docs/generate.py makes, is there."""
 
+import importlib
 import json
 import re
 import shutil
@@ -32,10 +33,20 @@ def test_the_readmes_example_runs(tmp_path):
     assert json.loads(done.stdout)["summary"] == "All is well."
 
 
-def test_the_public_names_are_there():
-    for name in chatflow.__all__:
-        assert getattr(chatflow, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+FACES = sorted(path.parent for path in (ROOT / "chatflow").rglob("__init__.pyi"))
+
+
+@pytest.mark.parametrize("folder", FACES, ids=lambda folder: folder.name)
+def test_the_names_of_each_face_are_there(folder):
+    face = importlib.import_module(".".join(folder.relative_to(ROOT).parts))
+    assert face.__all__
+    for name in face.__all__:
+        assert getattr(face, name) is not None
+    assert len((folder / "__init__.py").read_text().splitlines()) <= 25
+
+
+def test_a_name_that_is_not_public_is_not_there():
+    with pytest.raises(AttributeError, match="attribute nothing"):
         _ = chatflow.nothing
 
 
@@ -73,6 +84,11 @@ def test_a_wheel_runs_in_an_empty_environment_from_another_folder(tmp_path):
     (built,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = zipfile.ZipFile(built).namelist()
     assert not [name for name in names if name.startswith(("tests", "samples", "infra"))]
+    assert {
+        "chatflow/py.typed",
+        "chatflow/__init__.pyi",
+        "chatflow/prompts/base/analysis.jinja",
+    } < {*names}
 
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     if not Path(uv).exists():
