@@ -10,7 +10,12 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import tenacity
+
 _log = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before the second try; then twice as long each time."""
 
 
 def wait_of(error: Any) -> float:
@@ -62,20 +67,30 @@ def trusted() -> ssl.SSLContext:
     )
 
 
-def wait_to_try_again(
-    error: Exception, what: str, pause: float, give_up: float, level: int = logging.WARNING
-) -> float:
-    """Waits after a fault; gives the next, longer pause.
+def attempts(
+    what: str,
+    seconds: float,
+    retry: tenacity.retry_base = tenacity.retry_if_exception_type(),
+    first: int = logging.WARNING,
+) -> tenacity.Retrying:
+    """Returns attempts at something: `for attempt in attempts(…): with attempt: …`.
+
+    After the last one, when the time is over, the error itself is raised.
 
     Args:
-      pause: in seconds.
-      give_up: when there are no more tries, of `time.monotonic`.
-
-    Raises:
-      Exception: the error itself, when the time is over.
+      retry: which errors pass; all others are raised at once.
+      first: the level that the first fault is logged with.
     """
-    if time.monotonic() + pause > give_up:
-        raise error
-    _log.log(level, "%s failed, trying again: %s", what, error)
-    time.sleep(pause)
-    return min(2 * pause, 30)
+
+    def log(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        level = first if state.attempt_number == 1 else logging.WARNING
+        _log.log(level, "%s failed, trying again: %s", what, state.outcome.exception())
+
+    return tenacity.Retrying(
+        retry=retry,
+        wait=tenacity.wait_exponential(FIRST_PAUSE, LONGEST_PAUSE),
+        stop=tenacity.stop_before_delay(seconds),
+        before_sleep=log,
+        reraise=True,
+    )
