@@ -15,6 +15,7 @@ from chatflow.models.remote.faults import Fault, Kind, MalformedReplyError
 from chatflow.models.remote.vertex import body, reply_of, schema_fields
 from chatflow.models.requests import Part
 from chatflow.models.settings import RemoteSettings
+from chatflow.network import session
 
 if TYPE_CHECKING:
     from chatflow.models.vllm.server import VllmServer
@@ -49,10 +50,7 @@ class VllmClient(Client):
 
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         if self._http is None:
-            self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
-            )
+            self._http = await session(verified=False, trust_env=False)  # it is on this machine
         path = "chat/completions" if self.instruct else "completions"
         content = self._body(turns, part)
         reply = await post(self._http, f"{self._server.address}/v1/{path}", content)
