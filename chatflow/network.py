@@ -1,20 +1,93 @@
-"""What clients of services have in common: trust, and how long a service asks to wait."""
+"""What clients of services share: a thread with an event loop, sessions, trust, pauses."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import email.utils
 import logging
 import os
+import random
 import ssl
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any, TypeVar
+
+import aiohttp
+import tenacity
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-def wait_of(error: Any) -> float:
-    """Seconds to wait, as an error or an answer asks: by Retry-After or google.rpc.RetryInfo."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before the second try; then twice as long each time."""
+
+
+class LoopThread:
+    """Runs coroutines on an event loop in a daemon thread."""
+
+    def __init__(self, name: str):
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine and returns its result. Other threads call this."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Ends the thread after a last coroutine, and waits up to two seconds for that."""
+
+        async def end() -> None:
+            try:
+                await last()
+            finally:
+                self.loop.call_later(0.1, self.loop.stop)  # google-genai closes when deleted, too
+
+        ending = asyncio.run_coroutine_threadsafe(end(), self.loop)
+        if threading.current_thread() is not self._thread:  # a finalizer runs in any thread
+            with contextlib.suppress(TimeoutError):
+                ending.result(timeout=2)
+
+
+async def session(
+    verified: bool = True, cookies: bool = True, **options: Any
+) -> aiohttp.ClientSession:
+    """Returns a session without limits: callers bound the time and the number of calls.
+
+    Args:
+      verified: certificates are checked, see `trusted`.
+      cookies: cookies are kept and sent back.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=trusted() if verified else False),
+        timeout=aiohttp.ClientTimeout(total=None),
+        cookie_jar=None if cookies else aiohttp.DummyCookieJar(),
+        **{"trust_env": True, **options},  # proxies
+    )
+
+
+def pause(tries: int, wait: float = 0.0) -> float:
+    """Returns the seconds before another try: `wait`, and a random share of the pause.
+
+    Args:
+      tries: how many have failed.
+      wait: what the service asked for; see `retry_after`.
+    """
+    return wait + random.uniform(0, min(FIRST_PAUSE * 2.0 ** (tries - 1), LONGEST_PAUSE))
+
+
+def retry_after(error: Any) -> float:
+    """Returns the seconds that an error or an answer asks to wait.
+
+    It asks by a Retry-After header or by google.rpc.RetryInfo.
+    """
     headers = getattr(error, "headers", None)
     if headers is None:
         headers = getattr(getattr(error, "response", None), "headers", None)
@@ -62,20 +135,30 @@ def trusted() -> ssl.SSLContext:
     )
 
 
-def wait_to_try_again(
-    error: Exception, what: str, pause: float, give_up: float, level: int = logging.WARNING
-) -> float:
-    """Waits after a fault; gives the next, longer pause.
+def attempts(
+    what: str,
+    seconds: float,
+    retry: tenacity.retry_base = tenacity.retry_if_exception_type(),
+    first: int = logging.WARNING,
+) -> tenacity.Retrying:
+    """Returns attempts at something: `for attempt in attempts(…): with attempt: …`.
+
+    After the last one, when the time is over, the error itself is raised.
 
     Args:
-      pause: in seconds.
-      give_up: when there are no more tries, of `time.monotonic`.
-
-    Raises:
-      Exception: the error itself, when the time is over.
+      retry: which errors pass; all others are raised at once.
+      first: the level that the first fault is logged with.
     """
-    if time.monotonic() + pause > give_up:
-        raise error
-    _log.log(level, "%s failed, trying again: %s", what, error)
-    time.sleep(pause)
-    return min(2 * pause, 30)
+
+    def log(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        level = first if state.attempt_number == 1 else logging.WARNING
+        _log.log(level, "%s failed, trying again: %s", what, state.outcome.exception())
+
+    return tenacity.Retrying(
+        retry=retry,
+        wait=tenacity.wait_exponential(FIRST_PAUSE, LONGEST_PAUSE),
+        stop=tenacity.stop_before_delay(seconds),
+        before_sleep=log,
+        reraise=True,
+    )

@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from apache_beam.io.filesystems import FileSystems
 
@@ -16,9 +15,6 @@ from chatflow.errors import one_line
 from chatflow.models.base import LanguageModel
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.weights.presets import MARKERS, forget
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 

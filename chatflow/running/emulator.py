@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from chatflow.errors import UsageError
+from chatflow.running.processes import kill, started
 
 HOST_VARIABLE = "PUBSUB_EMULATOR_HOST"
 INSTALL = (
@@ -48,37 +46,15 @@ class Emulator:
             gcloud, "beta", "emulators", "pubsub", "start", f"--host-port={self.host}",
             "--project=chatflow-local", "--quiet", f"--data-dir={self._data}",
         ]  # fmt: skip
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for chatflow, which drains first
-        )
-        said: list[str] = []
-        started = threading.Event()
-
-        def listen() -> None:
-            for line in self._process.stdout:
-                if not started.is_set():
-                    said.append(line.strip())
-                    if "Server started" in line:
-                        started.set()
-            started.set()  # it is gone
-
-        threading.Thread(target=listen, daemon=True).start()
-        if not started.wait(seconds) or not said or "Server started" not in said[-1]:
+        self._process, ready, said = started(command, "Server started", seconds)
+        if not ready:
             self.stop()
-            last = next((line for line in reversed(said) if line), "nothing")
-            raise UsageError(f"the Pub/Sub emulator did not start; it said: {last}. {INSTALL}")
+            said = said or "nothing"
+            raise UsageError(f"the Pub/Sub emulator did not start; it said: {said}. {INSTALL}")
 
     def stop(self) -> None:
         if self._process is not None:
-            # gcloud starts Java as a child; both are in this session.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            kill(self._process)  # with Java, which gcloud starts as a child
             self._process = None
             shutil.rmtree(self._data, ignore_errors=True)
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,9 +16,6 @@ from chatflow import metrics
 from chatflow.errors import BadInputError
 from chatflow.records import Analysis, DeadLetter, Draft, Record, Reply, open_record
 from chatflow.running.summary import DISTRIBUTIONS, TONE_STYLES, Summary, read_records
-
-if TYPE_CHECKING:
-    pass
 
 
 def results_table(summary: Summary, most: int) -> Table:

@@ -11,20 +11,20 @@ import os
 import queue
 import re
 import threading
-import time
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from enum import IntEnum
 from typing import Any, ClassVar
 
 import apache_beam as beam
 import pydantic_core
+import tenacity
 
 from chatflow.dead_letters import shortened
 from chatflow.errors import UsageError
-from chatflow.network import wait_to_try_again
+from chatflow.network import attempts
 from chatflow.options import SinkSettings
 from chatflow.records import KINDS, DeadLetter, Record, record_id
 from chatflow.sinks.google import check_each
@@ -41,9 +41,6 @@ APPEND_BYTES = 9_000_000
 
 APPEND_SECONDS = 600.0
 """How long rows are tried to be appended before their bundle fails, and the runner goes on."""
-
-FIRST_PAUSE = 0.5
-"""Seconds before the second try; then twice as long each time."""
 
 ANSWER_SECONDS = 60.0
 """How long one request may take, after which it is sent again."""
@@ -100,19 +97,13 @@ class _AppendRowsDoFn(beam.DoFn):
         """
         from google.api_core.exceptions import GoogleAPIError
 
-        give_up, pause = time.monotonic() + APPEND_SECONDS, FIRST_PAUSE
-        while True:
-            connection = Connection.idle(self.stream, self.schema)
-            try:
+        passing = tenacity.retry_if_exception_type(GoogleAPIError)
+        # The first fault is usual: the service closes connections that were idle for a while.
+        for attempt in attempts(
+            f"appending to {self.stream}", APPEND_SECONDS, passing, logging.INFO
+        ):
+            with attempt, Connection.lent(self.stream, self.schema) as connection:
                 connection.append(self.rows)
-                connection.keep()
-                break
-            except GoogleAPIError as error:
-                connection.close()
-                # The service closes connections that nobody has used for a while.
-                level = logging.INFO if pause == FIRST_PAUSE else logging.WARNING
-                what = f"appending to {self.stream}"
-                pause = wait_to_try_again(error, what, pause, give_up, level)
         self.rows, self.bytes = [], 0
 
     def teardown(self) -> None:
@@ -132,12 +123,19 @@ class Connection:
     _idle: ClassVar[collections.defaultdict[str, list[Connection]]] = collections.defaultdict(list)
 
     @classmethod
-    def idle(cls, stream: str, schema: Any) -> Connection:
-        """One that nobody uses, or a new one."""
+    @contextlib.contextmanager
+    def lent(cls, stream: str, schema: Any) -> Iterator[Connection]:
+        """Lends an idle connection or a new one; keeps it unless it fails."""
         try:
-            return cls._idle[stream].pop()
+            connection = cls._idle[stream].pop()
         except IndexError:
-            return cls(write_client(), stream, schema)
+            connection = cls(write_client(), stream, schema)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        cls._idle[stream].append(connection)
 
     @classmethod
     def close_idle(cls, stream: str) -> None:
@@ -145,11 +143,7 @@ class Connection:
             while True:
                 cls._idle[stream].pop().close()
 
-    def keep(self) -> None:
-        self._idle[self.stream].append(self)
-
     def __init__(self, client: Any, stream: str, schema: Any):
-        self.stream = stream
         self.opening = {"write_stream": stream, "schema": schema}
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.answers = client.transport.append_rows(

@@ -6,30 +6,23 @@ import contextlib
 import dataclasses
 import logging
 import re
-import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import apache_beam as beam
+import tenacity
 
 from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
-from chatflow.network import wait_to_try_again
+from chatflow.network import attempts
 from chatflow.options import SinkSettings
 from chatflow.records import DeadLetter, Record
 from chatflow.sinks.sink import Sink, Uris
-
-if TYPE_CHECKING:
-    import sqlalchemy as sa
 
 ROWS = 500
 """The most records of a transaction."""
 
 UPSERT_SECONDS = 600.0
 """How long records are tried to be written before their bundle fails, and the runner goes on."""
-
-FIRST_PAUSE = 0.5
-"""Seconds before the second try; then twice as long each time."""
 
 
 _log = logging.getLogger(__name__)
@@ -83,17 +76,16 @@ class _UpsertDoFn(beam.DoFn):
 
         from chatflow.database.upserts import upsert
 
-        give_up, pause = time.monotonic() + UPSERT_SECONDS, FIRST_PAUSE
-        while True:
-            try:
-                with self.database.write() as connection:
+        passing = tenacity.retry_if_exception(_may_pass)
+        try:
+            for attempt in attempts(f"writing to {self.database.uri}", UPSERT_SECONDS, passing):
+                with attempt, self.database.write() as connection:
                     upsert(connection, records)
-                return
-            except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-                refused = error
-            if _is_of_a_record(refused):
-                break
-            pause = wait_to_try_again(refused, f"writing to {self.database.uri}", pause, give_up)
+            return
+        except sa.exc.DBAPIError as error:
+            if _may_pass(error):
+                raise
+            refused = error
         if len(records) > 1:
             half = len(records) // 2
             yield from self.process(records[:half])
@@ -105,13 +97,15 @@ class _UpsertDoFn(beam.DoFn):
             yield dead_letter(WRITE, records[0], ElementError("sql_refused", said))
 
 
-def _is_of_a_record(error: sa.exc.SQLAlchemyError) -> bool:
-    """Whether it is the record's own mistake, and not one of the database or of its settings."""
+def _may_pass(error: BaseException) -> bool:
+    """Tells whether the database or its settings are at fault, and not a record."""
     import sqlalchemy as sa
 
     code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
     # 54: an id too long for an index. https://www.postgresql.org/docs/current/errcodes-appendix.html
-    return isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError)) or code.startswith("54")
+    if isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError)) or code.startswith("54"):
+        return False
+    return isinstance(error, (sa.exc.DBAPIError, sa.exc.TimeoutError))
 
 
 _PASSWORD = re.compile(r"(postgresql(?:\+psycopg)?://[^:@/,\s]*):(?:[^/,\s]*@|[^@?,\s]*@)")

@@ -12,7 +12,7 @@ import apache_beam as beam
 
 from chatflow.dead_letters import shortened
 from chatflow.errors import UsageError
-from chatflow.network import wait_to_try_again
+from chatflow.network import attempts
 from chatflow.options import SinkSettings
 from chatflow.records import Analysis, DeadLetter, Record, digest, record_id
 from chatflow.sinks.google import check_each
@@ -88,16 +88,13 @@ def wait_published(
     Raises:
       Exception: the client's own, when the time (of `time.monotonic`) is over.
     """
-    pause = 0.5
-    while True:
-        try:
-            future.result(timeout=max(give_up - time.monotonic(), 1))
-            return
-        except Exception as error:
-            pause = wait_to_try_again(error, f"publishing to {topic}", pause, give_up)
+    for attempt in attempts(f"publishing to {topic}", give_up - time.monotonic()):
+        if attempt.retry_state.attempt_number > 1:
             if key := message.get("ordering_key"):
                 publisher.resume_publish(topic, key)
             future = publisher.publish(topic, **message)
+        with attempt:
+            future.result(timeout=max(give_up - time.monotonic(), 1))
 
 
 def to_message(record: Record) -> dict[str, Any]:

@@ -8,13 +8,11 @@ import dataclasses
 import hashlib
 import hmac
 import logging
-import random
 import re
-import threading
 import time
 import urllib.parse
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import aiohttp
 import apache_beam as beam
@@ -22,7 +20,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from chatflow.dead_letters import WRITE, dead_letter
 from chatflow.errors import ElementError, UsageError, one_line
-from chatflow.network import trusted, wait_of
+from chatflow.network import LoopThread, pause, retry_after, session
 from chatflow.options import SinkSettings
 from chatflow.records import DeadLetter, Record, record_id
 from chatflow.secrets import PLACES_SAID, check_place, read_secret
@@ -40,9 +38,6 @@ ANSWER_SECONDS = 30.0
 AWAY_SECONDS = 30.0
 """Records of so long get no try where one was given up, and none was taken meanwhile."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before the second try; then twice as long each time, with full jitter."""
-
 AT_ONCE = 8
 """POSTs in flight of one bundle."""
 
@@ -57,8 +52,6 @@ _AGAIN = {408, 409, 425, 429}
 drafted by the IETF for `Idempotency-Key`."""
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @beam.typehints.with_input_types(Record)
@@ -159,33 +152,19 @@ class Poster:
 
     def __init__(self, url: str, keys: Sequence[bytes]):
         self.url, self._keys = url, keys
-        self._http: aiohttp.ClientSession | None = None
         self._answered_at = self._away_until = self._warned_at = 0.0
         self._last: _Fault | None = None
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="webhooks", daemon=True).start()
+        self._thread = LoopThread("webhooks")
+        self._http = self._thread.run(session(cookies=False, auto_decompress=False))
 
     def post(self, records: Sequence[Record]) -> list[Exception | None]:
         """Posts records; by each of them None, or why it was not taken."""
-        return self._on_loop(self._post_all(records))
+        return self._thread.run(self._post_all(records))
 
     def close(self) -> None:
-        if self._http is not None:
-            self._on_loop(self._http.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _on_loop(self, what: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
+        self._thread.close(self._http.close)
 
     async def _post_all(self, records: Sequence[Record]) -> list[Exception | None]:
-        if self._http is None:
-            self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=trusted()),
-                timeout=aiohttp.ClientTimeout(total=None),  # that of each try holds
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=True,  # proxies
-            )
         free = asyncio.Semaphore(AT_ONCE)
 
         async def post(record: Record) -> Exception | None:
@@ -211,23 +190,21 @@ class Poster:
         while (fault := await self._try(key, body)) is not None:
             tries += 1
             now = time.monotonic()
-            most = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
-            pause = fault.wait + most * random.random()
+            seconds = pause(tries, fault.wait)
             if not fault.again:
                 self._answered_at, self._away_until = now, 0.0
-            if not fault.again or now + pause > started + WEBHOOK_SECONDS:
+            if not fault.again or now + seconds > started + WEBHOOK_SECONDS:
                 if now - started > WEBHOOK_SECONDS / 2 and self._answered_at < started:
                     self._last, self._away_until = fault, now + AWAY_SECONDS
                 times = "once" if tries == 1 else f"{tries} times"
                 wait = f", and is to wait {fault.wait:.0f} s" if fault.wait else ""
                 raise WebhookError(fault.reason, f"{fault.error} (tried {times}{wait})")
             self._warn(fault)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(seconds)
         self._answered_at, self._away_until = time.monotonic(), 0.0
 
     async def _try(self, key: str, body: bytes) -> _Fault | None:
         """One POST; None where the record was taken."""
-        assert self._http is not None
         headers = {
             "Content-Type": "application/json",
             "User-Agent": "chatflow",
@@ -258,7 +235,7 @@ class Poster:
             said = "redirects are not followed; name the address that it has moved to"
         error = f"{where} answered {answer.status}: {_without_query(said, self.url)}"
         again = answer.status in _AGAIN or answer.status >= 500
-        return _Fault(f"webhook_http_{answer.status}", error, again, wait_of(answer))
+        return _Fault(f"webhook_http_{answer.status}", error, again, retry_after(answer))
 
     def _warn(self, fault: _Fault) -> None:
         """Says what goes on, but not of each try."""

@@ -8,6 +8,7 @@ import pytest
 from conftest import JOB_SERVICE, ROOT, chat, mistake
 from fakes.bigquery import FakeBigQuery, Table
 
+from chatflow import network
 from chatflow.options import Options
 from chatflow.records import KINDS, Analysis, DeadLetter, Draft, now, record_id
 from chatflow.running.launch import execute
@@ -24,7 +25,7 @@ def tables(monkeypatch):
             schema = json.loads((SCHEMAS / f"{name}.json").read_text())
             fake.tables[f"proj-1.chatflow.{name}"] = Table(schema, bigquery.id_column(kind))
         monkeypatch.setenv(bigquery.HOST_VARIABLE, fake.host)
-        monkeypatch.setattr(bigquery, "FIRST_PAUSE", 0.01)
+        monkeypatch.setattr(network, "FIRST_PAUSE", 0.01)
         yield fake
 
 

@@ -11,6 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from conftest import JOB_SERVICE, chat, mistake
 
+from chatflow import network
 from chatflow.cli import main
 from chatflow.database import tables
 from chatflow.database.connections import Database, parse_uri
@@ -435,7 +436,7 @@ def test_workers_in_other_processes_write_too(analyse, new_database):
 
 
 def test_an_outage_is_waited_for(database, monkeypatch):
-    monkeypatch.setattr(sql, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(network, "FIRST_PAUSE", 0.01)
     if database.is_sqlite:
         pytest.skip("a file has no connections to lose")
     fn = sql._UpsertDoFn("")

@@ -21,6 +21,7 @@ from fakes.hook import Answer, Hook
 from fakes.vertex import make_certificate
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from chatflow import network
 from chatflow.errors import UsageError
 from chatflow.options import Options, SinkSettings
 from chatflow.records import Analysis, DeadLetter, Record, Response, now
@@ -36,7 +37,7 @@ from chatflow.sinks.write import WriteRecords, split_destinations
 def quick(monkeypatch):
     """Pauses are short."""
     monkeypatch.setenv("HOOK_SECRET", SECRET)
-    monkeypatch.setattr(webhooks, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(network, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture

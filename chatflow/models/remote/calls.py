@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import logging
-import random
 import threading
 import time
 import weakref
@@ -23,14 +21,13 @@ from chatflow.models.remote.clients import Client, Reply, Turn
 from chatflow.models.remote.faults import Fault, Kind, classify
 from chatflow.models.remote.gate import Gate
 from chatflow.models.requests import Answer, Failure, Part, Request
+from chatflow.network import LoopThread, pause
 from chatflow.options import RemoteSettings
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FIRST_PAUSE = 0.5  # seconds; doubled by each call that failed, with full jitter
-LONGEST_PAUSE = 30.0
 MALFORMED_RETRIES = 2
 
 ASK_AGAIN = (
@@ -67,11 +64,8 @@ class RemoteModel(LanguageModel):
         self._refusing_since: float | None = None  # no call was answered since
         if limiter is not None:
             self._blocking = concurrent.futures.ThreadPoolExecutor(settings.max_in_flight)
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=_run, args=(loop,), name=f"calls {name}", daemon=True)
-        thread.start()
-        self._loop = loop
-        self._close = weakref.finalize(self, _close, loop, thread, client)
+        self._thread = LoopThread(f"calls {name}")
+        self._close = weakref.finalize(self, self._thread.close, client.close)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return self._on_loop(self._answers(requests))
@@ -89,7 +83,7 @@ class RemoteModel(LanguageModel):
         if self.closed:
             what.close()
             raise RuntimeError(f"the client of {self.name} is closed")
-        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
+        return self._thread.run(what)
 
     @property
     def closed(self) -> bool:
@@ -163,17 +157,16 @@ class RemoteModel(LanguageModel):
                 return outcome
             calls += 1
             malformed += outcome.kind is Kind.MALFORMED
-            most = min(FIRST_PAUSE * 2 ** (calls - 1), LONGEST_PAUSE)
-            pause = outcome.wait + most * random.random()
-            budget.left -= pause
+            seconds = pause(calls, outcome.wait)
+            budget.left -= seconds
             if outcome.kind is Kind.FATAL or malformed > MALFORMED_RETRIES or budget.left < 0:
                 times = "once" if calls == 1 else f"{calls} times"
                 wait = f", and is to wait {outcome.wait:.0f} s" if outcome.wait else ""
                 return outcome._replace(error=f"{outcome.error} (called {times}{wait})")
             self._count("retries")
             budget.earlier.append(outcome)
-            budget.throttled += pause if outcome.kind is Kind.BUSY else 0.0
-            await asyncio.sleep(pause)
+            budget.throttled += seconds if outcome.kind is Kind.BUSY else 0.0
+            await asyncio.sleep(seconds)
 
     async def _call(
         self, turns: Sequence[Turn], part: Part, budget: _Budget, again: bool
@@ -191,7 +184,7 @@ class RemoteModel(LanguageModel):
         budget.left -= waited if again else 0.0
         try:
             fault = await self._not_allowed()
-            granted = granted._replace(entered=self._loop.time())
+            granted = granted._replace(entered=time.monotonic())
             outcome = fault or await self._ask_client(turns, part)
         except asyncio.CancelledError:
             self._gate.leave(granted)
@@ -200,7 +193,7 @@ class RemoteModel(LanguageModel):
             self._refusing_since = None
             self._gate.leave(granted, answered=True)
             return outcome
-        budget.left -= self._loop.time() - granted.entered
+        budget.left -= time.monotonic() - granted.entered
         self._count(f"faults/{outcome.reason}")
         busy = outcome.kind is Kind.BUSY
         self._gate.leave(granted, refused=busy)
@@ -220,7 +213,7 @@ class RemoteModel(LanguageModel):
 
     def _note_refusal(self, fault: Fault) -> None:
         """Turns away those that wait when all was refused for as long as one may wait."""
-        now = self._loop.time()
+        now = time.monotonic()
         if self._refusing_since is None:
             self._refusing_since = now
         refused = now - self._refusing_since
@@ -233,7 +226,7 @@ class RemoteModel(LanguageModel):
         if self._limiter is None:
             return None
         try:
-            allowed = await self._loop.run_in_executor(self._blocking, self._limiter.allow)
+            allowed = await asyncio.wrap_future(self._blocking.submit(self._limiter.allow))
         except Exception as error:
             return classify(error)._replace(reason="rate_limiter")
         refusal = Fault(Kind.BUSY, "rate_limited", "the rate limiter allows no call")
@@ -253,24 +246,6 @@ class _Budget:
     left: float
     throttled: float = 0.0
     earlier: list[Reply | Fault] = dataclasses.field(default_factory=list)
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
-
-
-def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Client) -> None:
-    async def close() -> None:
-        try:
-            await client.close()
-        finally:
-            loop.call_later(0.1, loop.stop)  # google-genai closes again when it is deleted
-
-    closing = asyncio.run_coroutine_threadsafe(close(), loop)
-    if threading.current_thread() is not thread:
-        with contextlib.suppress(TimeoutError):
-            closing.result(timeout=2)
 
 
 def _complaint(part: Part, outcome: Reply | Fault) -> str:

@@ -13,7 +13,7 @@ import grpc
 from google.api_core import exceptions as api_core
 
 from chatflow.errors import ElementError, ModelError, UsageError
-from chatflow.network import wait_of
+from chatflow.network import retry_after
 
 
 class Kind(enum.Enum):
@@ -98,7 +98,7 @@ def classify(error: Exception) -> Fault:
     status = status_of(error)
     if status is not None:
         kind = BY_STATUS.get(status, Kind.PASSING if status >= 500 else Kind.FATAL)
-        return Fault(kind, f"http_{status}", text, wait_of(error))
+        return Fault(kind, f"http_{status}", text, retry_after(error))
     for types, kind, reason in BY_TYPE:
         if isinstance(error, types):
             if getattr(error, "retryable", False) and kind is Kind.FATAL:  # of google-auth

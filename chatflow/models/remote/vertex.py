@@ -18,7 +18,7 @@ from chatflow.errors import UsageError
 from chatflow.models.remote.clients import Client, Reply, Turn, checked, post
 from chatflow.models.remote.faults import Fault, HttpError, MalformedReplyError
 from chatflow.models.requests import Part
-from chatflow.network import trusted
+from chatflow.network import session
 from chatflow.options import RemoteSettings
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
@@ -133,11 +133,7 @@ class EndpointClient(Client):
 
     async def _post(self, url: str, content: Mapping[str, Any], verified: bool) -> Any:
         if self._http is None:
-            self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=trusted() if verified else False),
-                timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
-                trust_env=True,
-            )
+            self._http = await session(verified)
         headers = await self._token.header() if url.startswith("https://") else {}
         try:
             return await post(self._http, url, content, headers)

@@ -14,6 +14,7 @@ from chatflow.models.remote.clients import Client, Reply, Turn, post
 from chatflow.models.remote.faults import Fault, Kind, MalformedReplyError
 from chatflow.models.remote.vertex import body, reply_of, schema_fields
 from chatflow.models.requests import Part
+from chatflow.network import session
 from chatflow.options import RemoteSettings
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ class VllmClient(Client):
 
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         if self._http is None:
-            self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(total=None),  # the caller's holds
-            )
+            self._http = await session(verified=False, trust_env=False)  # it is on this machine
         path = "chat/completions" if self.instruct else "completions"
         content = self._body(turns, part)
         reply = await post(self._http, f"{self._server.address}/v1/{path}", content)

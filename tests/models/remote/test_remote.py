@@ -12,6 +12,7 @@ from fakes.brain import FAULTS
 from fakes.vertex import ENDPOINTS
 from remotes import GEMINI, MODELS, request, settings_of
 
+from chatflow import network
 from chatflow.cli import main
 from chatflow.errors import BadAnswerError, UsageError
 from chatflow.models.remote import calls
@@ -35,7 +36,7 @@ def say(prompt):
 @pytest.fixture
 def fake(vertex, monkeypatch):
     vertex.brain.answer = say
-    monkeypatch.setattr(calls, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(network, "FIRST_PAUSE", 0.02)
     return vertex
 
 

@@ -22,10 +22,10 @@ from fakes import environment
 from fakes.vllm import Place
 from rich.console import Console
 
+from chatflow import network
 from chatflow.cli import main
 from chatflow.commands.stream import Run
 from chatflow.errors import BadAnswerError, ModelError, UsageError
-from chatflow.models.remote import calls
 from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.requests import Answer, Failure, Part, Request
 from chatflow.models.spec import ModelSpec
@@ -63,7 +63,7 @@ def hurry(monkeypatch):
     monkeypatch.setattr(vllm_inference, "time", often)
     once = functools.partial(vllm_inference.OpenAI, max_retries=0)
     monkeypatch.setattr(vllm_inference, "OpenAI", once)
-    monkeypatch.setattr(calls, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(network, "FIRST_PAUSE", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_a_server_that_crashes_comes_back_and_nothing_is_lost_or_doubled(place):
 
 def test_a_call_that_comes_while_the_server_is_started_again_is_made_again(shared, monkeypatch):
     """It had seen the server, and then had waited for its turn."""
-    monkeypatch.setattr(calls, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(network, "FIRST_PAUSE", 0.05)
     _, server = shared
     port, server._server._server_port = server._server._server_port, -1
     threading.Timer(0.2, setattr, (server._server, "_server_port", port)).start()
