@@ -1,1 +1,1 @@
-"""The commands of the command line, a file each."""
+"""The command-line commands, one per file."""

@@ -1,4 +1,4 @@
-"""`chatflow console`: serves the page."""
+"""`chatflow console`: serves the support staff's page."""
 
 from __future__ import annotations
 
@@ -106,7 +106,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The command; see `chatflow console --help`."""
     quieten(local=True)
     try:
         from chatflow.console import people
@@ -156,17 +155,13 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _end_with_stdin(server: Server) -> None:
-    """Ends the console when the process that started it has ended."""
+    """Stops the console when the process that started it ends."""
     sys.stdin.read()
     server.should_exit = True
 
 
 def people_of(parsed: argparse.Namespace) -> People:
-    """Who may use the console, by the flags.
-
-    Raises:
-      UsageError: a file or a flag that says it has a mistake.
-    """
+    """Returns who may use the console; raises `UsageError` for a wrong flag or users file."""
     from chatflow.console.people import ROLES, People, read_users
 
     redacted = frozenset(filter(None, (role.strip() for role in parsed.redact.split(","))))
@@ -190,13 +185,10 @@ def people_of(parsed: argparse.Namespace) -> People:
 
 
 def check_place(host: str, names: Sequence[str], known: People) -> None:
-    """Makes sure that nobody from elsewhere gets in without signing in.
+    """Raises `UsageError` if others could reach the console without signing in.
 
     Args:
-      names: by which it may be called; from elsewhere, e.g. through a proxy on this machine.
-
-    Raises:
-      UsageError: they would.
+      names: host names by which others may call it, e.g. through a proxy on this machine.
     """
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, None)}
@@ -219,24 +211,20 @@ def check_place(host: str, names: Sequence[str], known: People) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Takes the port, before anything is said of it.
-
-    Raises:
-      UsageError: it is taken by another.
-    """
+    """Opens the port before its address is printed; raises `UsageError` if it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=200)
     except OSError as error:
         raise UsageError(f"--port={port}: {error.strerror} ({host})") from None
-    # asyncio does so only for sockets that name their protocol, and this one names none. Without
-    # it, the second part of each answer waits 40 ms for the browser to acknowledge the first.
+    # asyncio sets this only on sockets that name their protocol, and this one does not. Without
+    # it, the second part of each response waits 40 ms for the browser to acknowledge the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def export(database: Database, path: str) -> int:
-    """Writes what people decided as labelled chats."""
+    """Writes people's decisions as labelled chats; returns the exit code."""
     from chatflow.console.labels import labelled
 
     count = 0

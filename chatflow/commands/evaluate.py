@@ -1,4 +1,4 @@
-"""`chatflow evaluate`: the real pipeline on labelled chats, and what its results are worth."""
+"""`chatflow evaluate`: runs the pipeline on labelled chats and measures its results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEFT_OUT = (
     "input", "show", "analyses", "drafts", "dead_letters", "database", "database_password",
     "webhook_secret",
 )  # fmt: skip
-"""Flags of `chatflow run` that an evaluation has no use for: it reads its own results."""
+"""Flags of `chatflow run` that an evaluation does not take: it reads its own results."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -63,14 +63,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The command: runs all variants, prints tables or one line of JSON.
+    """Runs all variants and prints tables or one line of JSON; returns the exit code.
 
-    Returns:
-      the exit code: 1 where the accuracy fell since the newest line of --history.
+    It is 1 if the accuracy fell by more than --tolerance since the newest line of --history.
 
     Raises:
-      UsageError: a wrong flag or file, before anything runs; or there is nothing to fit to.
-      SystemExit: with code 1, when a pipeline fails.
+      UsageError: a wrong flag or file, before anything runs; or there is nothing to fit.
+      SystemExit: with code 1, if a pipeline fails.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`chatflow publish`: chats or messages of a file to a Pub/Sub topic, at a rate."""
+"""`chatflow publish`: publishes chats or messages of files to a Pub/Sub topic, at a rate."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The command."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

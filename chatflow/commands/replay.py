@@ -1,4 +1,4 @@
-"""`chatflow replay`: `chatflow run` on dead letters."""
+"""`chatflow replay`: runs `chatflow run` on dead letters."""
 
 from __future__ import annotations
 

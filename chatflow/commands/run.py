@@ -1,4 +1,4 @@
-"""`chatflow run` and `replay`."""
+"""`chatflow run`: analyses chats, or dead letters for `replay`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -> int:
-    """The command: waits for the pipeline, unless told not to."""
+    """Starts the pipeline and waits for it, unless told not to; returns the exit code."""
     from chatflow.running.launch import execute, start
 
     options = from_flags(parsed, required=("input",))
@@ -43,7 +43,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -
 
 
 def show_summary(summary: Summary, options: Options) -> None:
-    """Prints what came out of a run: tables, or one line of JSON."""
+    """Prints a run's results as tables or one line of JSON."""
     if options.summary == "json":
         print(summary.to_json())
         return

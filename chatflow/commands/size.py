@@ -1,4 +1,4 @@
-"""`chatflow size`: how large a model is, which machines hold it, how many, and what they cost."""
+"""`chatflow size`: computes a model's size, which machines hold it, how many, and their cost."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ PASSES_FLAGS_ON = False
 MACHINES = Path(__file__).parent / "machines.toml"
 
 ANSWER_TOKENS = 192
-"""Room for the answer behind a prompt in a row's cache."""
+"""Tokens of an answer that a row's cache has room for, after the prompt."""
 
 PROCESS_GB = 1.2
-"""Python, Beam, JAX, the tokenizer and compiled code, beside weights and caches."""
+"""Memory of Python, Beam, JAX, the tokenizer and compiled code, besides weights and caches."""
 
 CACHE_ROOM = 1.5
-"""Room for a batch's caches, in multiples of them: some are there twice while prompts are read.
-Measured: 32 prompts of 1,470 tokens with Gemma 3 270M peaked at 5.2 GB; this says 5.3."""
+"""Room for a batch's caches, in multiples of their size: some exist twice while prompts are read.
+Measured: 32 prompts of 1,470 tokens with Gemma 3 270M peaked at 5.2 GB; this predicts 5.3."""
 
 USABLE = 0.9
-"""Part of a machine's or accelerator's memory that is not the system's."""
+"""Share of a machine's or accelerator's memory that the system leaves free."""
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a number."""
+"""Bytes per number."""
 
 WORK = (230, 40)
-"""Tokens of a chat that are read, and written, where work is estimated; of both prompts,
-without what all chats share (bench/growth.py: 271 for a chat of ten messages)."""
+"""Tokens read and written per chat in estimates: both prompts, without the part that all chats
+share (bench/growth.py: 271 for a chat of ten messages)."""
 
 GPU_EFFICIENCY = 0.3
-"""Part of an accelerator's peak that estimates count on. A guess: none was measured."""
+"""Share of an accelerator's peak that estimates assume. A guess: not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,9 @@ class Size:
     """What a model needs on a worker. GB are 10^9 bytes.
 
     Attributes:
-      kv_mb: of one chat at the longest prompt, in MB.
-      memory_gb: of the machine, or of the accelerator where there is one.
-      chats_per_second: of one machine.
-      measured: where that is from: `given`, `measured` or `estimated`.
+      kv_mb: cache of one chat with the longest prompt.
+      memory_gb: needed of the machine, or of the accelerator if there is one.
+      chats_per_second, measured: rate of one machine; `given`, `measured` or `estimated`.
     """
 
     model: str
@@ -77,7 +76,7 @@ class Size:
     machine_dollars_per_hour: float
 
     def fleet(self, chats_per_hour: float, utilisation: float) -> dict[str, Any]:
-        """How many workers, and what they cost."""
+        """Returns the number of workers and what they cost."""
         workers = math.ceil(chats_per_hour / (self.chats_per_second * 3600 * utilisation))
         hour = workers * self.machine_dollars_per_hour
         return {
@@ -87,7 +86,7 @@ class Size:
         }
 
     def row(self, workers: int, dollars_per_hour: float, dollars_per_1000_chats: float) -> Any:
-        """Returns a row of the table, by column."""
+        """Returns the row of the table by column title."""
         on = f" with {self.accelerator}" if self.accelerator else ""
         return {
             "model": self.model,
@@ -103,10 +102,9 @@ class Size:
         }
 
     def flags(self) -> list[str]:
-        """Flags of `chatflow run` for Dataflow: machines, hints of the inference steps, threads.
+        """Returns flags of `chatflow run` for Dataflow: machines, resource hints and threads.
 
-        The threads of a worker wait for the model, which takes what all of them ask as one
-        batch. One process has them all, so that memory is not spent on others.
+        The model batches the requests of all threads, which share one process to save memory.
         """
         hint = f"{math.ceil(self.memory_gb)}GB"
         if self.accelerator:
@@ -123,15 +121,11 @@ class Size:
 
 
 REMOTE_FLAGS = ["--machine_type=n2-standard-2"]
-"""Where the model is remote, workers only wait for it."""
+"""For a remote model: workers only wait for it."""
 
 
 def read_machines(path: str = "") -> dict[str, Any]:
-    """A table like `machines.toml`.
-
-    Raises:
-      UsageError: it cannot be read, or lacks what is needed.
-    """
+    """Returns a table like `machines.toml`; raises `UsageError` if unreadable or incomplete."""
     from apache_beam.io.filesystems import FileSystems
 
     where = path or str(MACHINES)
@@ -161,14 +155,14 @@ def size_of(
     prompt_tokens: int = 1536,
     chats_per_second: float = 0.0,
 ) -> Size:
-    """What a model needs, and the smallest machine of the table that has it.
+    """Returns what a model needs, and the smallest machine in the table that has it.
 
     Args:
-      accelerator: a name of the table's, `any` for the smallest that fits, or empty: none.
-      chats_per_second: as measured on such a machine; 0: as in the table, or estimated.
+      accelerator: a name in the table, `any` for the smallest that fits, or empty for none.
+      chats_per_second: as measured on such a machine; 0: from the table, or estimated.
 
     Raises:
-      UsageError: nothing in the table has room, or a name that is not in it.
+      UsageError: nothing in the table is large enough, or a name is not in it.
     """
     shape = architecture_of(model)
     usual = 2 if accelerator else 4
@@ -206,13 +200,9 @@ def size_of(
 def room_of(
     shape: Architecture | EncoderDecoder, dtype: str, width: int, batch: int, prompt_tokens: int
 ) -> tuple[float, float, float]:
-    """Returns the GB of the weights, of a chat's cache, and of all that a worker holds.
-
-    Args:
-      width: bytes of a number.
-    """
-    # Of a T5 in float16, transformers keeps a part in float32. Measured: 235 MB to load for 242
-    # of float32, 155 for 121 of float16.
+    """Returns GB of weights, a chat's cache and all on a worker; `width` is bytes per number."""
+    # transformers keeps part of a float16 T5 in float32. Measured: 235 MB to load for 242 of
+    # float32, 155 for 121 of float16.
     weights = (shape.parameters * width + (2 * shape.wide if dtype == "float16" else 0)) / 1e9
     kv = shape.kv_bytes(prompt_tokens + ANSWER_TOKENS, width) / 1e9
     row = CACHE_ROOM * kv + shape.score_bytes(prompt_tokens, width) / 1e9
@@ -222,11 +212,7 @@ def room_of(
 def first_that_fits(
     choices: Sequence[Mapping[str, Any]], name: str, needed: float, flag: str, model: str
 ) -> Mapping[str, Any]:
-    """The first machine or accelerator of this name, or of any, that has so many GB.
-
-    Raises:
-      UsageError: none has.
-    """
+    """Returns the first choice named `name` (or any) with `needed` GB, or raises `UsageError`."""
     named = [choice for choice in choices if name in ("", "any", choice["name"])]
     if not named:
         known = ", ".join(choice["name"] for choice in choices)
@@ -245,7 +231,7 @@ def first_that_fits(
 def _cpu_rate(
     shape: Architecture | EncoderDecoder, vcpus: int, measured: Sequence[Mapping[str, Any]]
 ) -> float:
-    """Scaled from what was measured, by operations and by processors."""
+    """Returns chats per second, scaled from a measured rate by operations and by vCPUs."""
     base = next((entry for entry in measured if not entry.get("accelerator")), None)
     if base is None:
         raise UsageError("--prices: the table has no [[measured]] of a machine without accelerator")
@@ -260,14 +246,13 @@ def _gpu_seconds(
     kv: float,
     batch: int,
 ) -> float:
-    """Returns one chat's: arithmetic, and reading weights and caches for each token written."""
+    """Returns a chat's seconds: arithmetic, and reading weights and cache per token written."""
     arithmetic = shape.operations(*WORK) / (gpu["tflops"] * 1e12 * GPU_EFFICIENCY)
     reading = WORK[1] * (weights / batch + kv) / (gpu["gb_second"] * GPU_EFFICIENCY)
     return float(arithmetic + reading)
 
 
 def add_arguments(parser: Parser) -> None:
-    """Adds the command's flags."""
     parser.add_argument(
         "--model", default="", help="as for `chatflow run`, on the worker; or torch:NAME, a T5"
     )
@@ -304,7 +289,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Prints the sizes of all Gemmas without `--model`, else of one; returns the exit code."""
+    """Prints the size of `--model`, or of all Gemmas without it; returns the exit code."""
     if parsed.inference == "remote":
         if parsed.summary == "flags":
             print(" ".join(REMOTE_FLAGS))
@@ -346,7 +331,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> None:
-    """Prints a table whose rows have a cell for each of its columns."""
+    """Prints rows as a table with the first row's keys as columns, and the notes below it."""
     from rich.console import Console
     from rich.table import Table
 

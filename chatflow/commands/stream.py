@@ -1,4 +1,4 @@
-"""`chatflow stream`: the whole event-driven system on this machine, with a live view."""
+"""`chatflow stream`: runs the whole event-driven system on this machine, with a live view."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 class Board:
-    """What is shown: counts, latencies and the newest results. Written by many threads."""
+    """The counts, latencies and newest results to show. Many threads write to it."""
 
     def __init__(self, newest: int = 8):
         self.published, self.total = 0, 0
@@ -79,7 +79,7 @@ class Board:
             self.arrived(message)
 
     def arrived(self, message: Any) -> None:
-        """Takes a `PubsubMessage` with a result; one that comes twice counts once."""
+        """Adds the result in a `PubsubMessage`; a duplicate counts once."""
         from chatflow.records import Analysis, DeadLetter, Draft, Reply, open_record, record_id
 
         try:
@@ -107,13 +107,13 @@ class Board:
                 self.dead_letters[f"{record.stage}/{record.reason}"] += 1
 
     def all_read(self) -> bool:
-        """Whether the pipeline has read what was published so far."""
+        """Returns whether the pipeline has read all that was published so far."""
         from chatflow import metrics
 
         return metrics.local_counts().get("lines_read", 0) >= self.published
 
     def all_arrived(self) -> bool:
-        """Whether all results that the pipeline has written are here."""
+        """Returns whether all results that the pipeline has written have arrived."""
         from chatflow import metrics
 
         now = metrics.local_counts()
@@ -124,14 +124,14 @@ class Board:
         return self.sentiments.total() + drafts + self.dead_letters.total() >= written
 
     def percentiles(self) -> tuple[float, float] | None:
-        """p50 and p95 of the seconds from a chat's last message to its analysis."""
+        """Returns p50 and p95 of the seconds from a chat's last message to its analysis."""
         from chatflow.console.dashboard import percentiles
 
         with self._lock:
             return percentiles(self.latencies) if self.latencies else None
 
     def counts(self) -> dict[str, str]:
-        """What is counted, by its title."""
+        """Returns the figures to show, by title."""
         from chatflow import metrics
 
         now = metrics.local_counts()
@@ -186,11 +186,7 @@ class Board:
 
 @dataclasses.dataclass
 class Run:
-    """A pipeline that runs in the background of this process.
-
-    Attributes:
-      error: what made it fail; None while it runs, and where it ended well.
-    """
+    """A pipeline that runs in the background; `error` is None unless it has failed."""
 
     result: Any
     error: BaseException | None = None
@@ -208,7 +204,6 @@ class Run:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The command; see `chatflow stream --help`."""
     from rich.console import Console
 
     from chatflow import metrics
@@ -288,7 +283,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
             with show(board, console):
                 while not run.ended.is_set():
                     board.take(results())
-                give_up = time.monotonic() + 10  # for what is still on its way here
+                give_up = time.monotonic() + 10  # for results still on their way
                 while not board.all_arrived() and time.monotonic() < give_up:
                     board.take(results())
         if run.error is not None:
@@ -314,7 +309,7 @@ def _send(replay: Any, rate: float, board: Board, stop: threading.Event) -> None
 
 
 def show(board: Board, console: Console) -> Any:
-    """Shows the board while the block runs: a picture in a terminal, else lines."""
+    """Shows the board while the block runs: live in a terminal, else as lines."""
     if not console.is_terminal:
         from chatflow.running.terminal import lines
 

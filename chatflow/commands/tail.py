@@ -1,4 +1,4 @@
-"""`chatflow tail`: results as they come, from Pub/Sub."""
+"""`chatflow tail`: prints results from Pub/Sub as they arrive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The command: prints until it is interrupted, or `--count` is reached."""
+    """Prints until it is interrupted or `--count` is reached."""
     from rich.console import Console
 
     from chatflow.running.terminal import said

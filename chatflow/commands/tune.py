@@ -1,4 +1,4 @@
-"""`chatflow tune`: LoRA on labelled chats, for the choice among the tone words."""
+"""`chatflow tune`: trains LoRA on labelled chats, for the choice among the tone words."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The command: trains an adapter, and prints how it answers beside the model as it was."""
+    """Trains an adapter; prints how the model answered before and after; returns the exit code."""
     from rich.console import Console
 
     from chatflow.evaluation.tuning import bar, check_model, examples_of, parts_of, report_of, show
@@ -87,11 +87,11 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     options = dataclasses.replace(from_flags(parsed), input=parsed.labelled, output="unused")
     planned = plan(options)
     spec, prompt = planned.routes.specs[0], planned.first.analysis
-    assert not isinstance(prompt, Routed)  # which --models would make; it is none of the flags
+    assert not isinstance(prompt, Routed)  # only --models makes one; it is not among the flags
     check_model(spec)
     use_jax()  # before anything imports keras
     parts = parts_of(parsed)
-    # Constants of the template that belong to the adapter it begins with are not the new one's.
+    # The template's constants for the initial adapter do not apply to the new one.
     learning = dataclasses.replace(prompt, model=dataclasses.replace(spec, adapter="none"))
     training = examples_of(learning, parts.training)
     validation = examples_of(learning, parts.validation)
@@ -118,7 +118,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
         def checked(now: Checked) -> None:
             if now.improved:
-                tuner.save(parsed.adapter_output)  # so that who interrupts it has the best so far
+                tuner.save(parsed.adapter_output)  # an interrupted run keeps the best so far
             checks.append(now)
             right = sum(
                 a == e.values[e.label] for a, e in zip(now.answers, validation, strict=True)

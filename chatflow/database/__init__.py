@@ -1,4 +1,4 @@
-"""The database of results: its tables, connections, and upserts."""
+"""The results database: its tables, connections and upserts."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Database: an engine for SQLite or PostgreSQL, transactions, and the schema's versions."""
+"""`Database`: an engine for SQLite or PostgreSQL, transactions, and the schema's versions."""
 
 from __future__ import annotations
 
@@ -25,24 +25,18 @@ from chatflow.secrets import read_secret
 BUSY_SECONDS = 30
 """How long SQLite waits for another writer."""
 
-_MIGRATION_LOCK = 0x63686174666C6F77  # "chatflow": a number that others will not lock
+_MIGRATION_LOCK = 0x63686174666C6F77  # "chatflow": a number that others do not lock
 
 
 class Database:
-    """A database, of which each thread takes connections.
-
-    Attributes:
-      uri: as people may see it, without its password.
-    """
+    """A database with connections for all threads; `uri` is for display, without the password."""
 
     def __init__(self, uri: str, password: str = "", connections: int = 5):
-        """
-        Args:
-          password: for a URI that has none; libpq's own ways (PGPASSWORD, ~/.pgpass) work, too.
-          connections: that may be open at once, besides as many for a short time.
+        """Creates the engine; raises the errors of `parse_uri`.
 
-        Raises:
-          UsageError: the URI names no database that is known.
+        Args:
+          password: for a URI without one; libpq's own ways (PGPASSWORD, ~/.pgpass) work, too.
+          connections: how many may be open at once; twice as many for a short time.
         """
         url = parse_uri(uri)
         if password:
@@ -51,7 +45,7 @@ class Database:
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self._engine = sa.create_engine(
             url,
-            hide_parameters=True,  # what chats say is not for logs
+            hide_parameters=True,  # keeps what chats say out of logs
             pool_pre_ping=not self.is_sqlite,
             pool_size=connections,
             max_overflow=connections,
@@ -63,13 +57,13 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A transaction that changes nothing."""
+        """Begins a transaction that only reads."""
         with self._reading.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """A transaction: all of it is kept, or nothing. SQLite has one of them at a time."""
+        """Begins a transaction that is kept as a whole or not at all; SQLite has one at a time."""
         with self._engine.begin() as connection:
             yield connection
 
@@ -77,9 +71,7 @@ class Database:
         self._engine.dispose()
 
     def upgrade(self) -> None:
-        """Makes the tables, or brings those of an older version up to this one.
-
-        Many may do so at once: one does it, the others wait.
+        """Creates or migrates the tables. If many try at once, one does it and the others wait.
 
         Raises:
           UsageError: the database cannot be reached, or was made by a newer chatflow.
@@ -100,7 +92,7 @@ class Database:
             raise UsageError(f"the database {self.uri} cannot be used: {said}") from None
 
     def _check_version(self, connection: sa.Connection) -> bool:
-        """Whether the schema is of this version."""
+        """Returns whether the schema is of this version; raises `UsageError` if it is newer."""
         found = alembic.migration.MigrationContext.configure(connection).get_current_revision()
         known = [step.revision for step in _steps()]
         if found is not None and found not in known:
@@ -112,7 +104,7 @@ class Database:
 
 
 def clock(connection: sa.Connection) -> datetime:
-    """The time by the database's clock, which all machines share that use it."""
+    """Returns the time of the database's clock, which all machines that use it share."""
     if connection.dialect.name == "sqlite":  # a file of this machine
         return now()
     moment: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
@@ -121,30 +113,23 @@ def clock(connection: sa.Connection) -> datetime:
 
 @functools.cache
 def opened(uri: str, password: str = "") -> Database:
-    """The database of this process, for all threads that write to it; its tables are there."""
+    """Returns the database that all threads of this process share, with up-to-date tables."""
     database = Database(uri, password)
     database.upgrade()
     return database
 
 
 def password_at(place: str) -> str:
-    """A database's password; empty where no place is named.
-
-    Args:
-      place: see `secrets.PLACES`.
+    """Returns the password at `place` (see `secrets.PLACES`), or empty if no place is named.
 
     Raises:
-      UsageError: there is none there.
+      UsageError: there is no password at `place`.
     """
     return read_secret(place, "--database_password").strip() if place else ""
 
 
 def parse_uri(uri: str) -> sa.URL:
-    """A database's URI.
-
-    Raises:
-      UsageError: it is none, or one of a kind that is not known.
-    """
+    """Parses a database's URI; raises `UsageError` for one that cannot be used."""
     known = "known are sqlite:///FILE and postgresql+psycopg://USER@HOST/NAME"
     try:
         url = sa.make_url(uri)
@@ -169,7 +154,7 @@ def parse_uri(uri: str) -> sa.URL:
 
 
 def _configure_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says
+    connection.isolation_level = None  # `_begin_sqlite` begins transactions
     connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
     give_up = time.monotonic() + BUSY_SECONDS
     while True:
@@ -177,14 +162,14 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            # Where another one changes the mode of a new file, SQLite does not wait by itself.
+            # While another connection changes the mode of a new file, SQLite itself does not wait.
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
                 raise
             time.sleep(0.01)
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    # One that reads first and writes then would fail where another wrote in between.
+    # A transaction that reads first and then writes would fail if another wrote in between.
     reads = connection.get_execution_options().get("reads", False)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
@@ -197,5 +182,5 @@ def _migrations() -> alembic.config.Config:
 
 @functools.cache
 def _steps() -> tuple[Any, ...]:
-    """The schema's versions, the newest first."""
+    """Returns the schema's versions, newest first."""
     return tuple(alembic.script.ScriptDirectory.from_config(_migrations()).walk_revisions())

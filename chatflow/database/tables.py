@@ -1,7 +1,7 @@
-"""The tables; `migrations/` has the steps that lead to them.
+"""The tables; `migrations/` has the steps that create them.
 
-A record's fields are columns of the same names. What follows them in `drafts`, and the tables
-`history`, `outbox` and `sessions`, are the console's.
+A record's fields are columns of the same names. The columns after them in `drafts`, and the tables
+`history`, `outbox` and `sessions`, belong to the console.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 
 class UtcTime(sa.TypeDecorator[datetime]):
-    """A moment. SQLite knows no time zones, so that UTC goes in and comes out."""
+    """A moment. SQLite has no time zones, so UTC is written and read."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -45,7 +45,7 @@ def _key(name: str, kind: Any = sa.Text) -> sa.Column[Any]:
 JSON = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 WAITING, APPROVED, DISMISSED, SUPERSEDED = "waiting", "approved", "dismissed", "superseded"
-"""What became of a draft. It is superseded where its customer has a newer analysis or draft."""
+"""States of a draft. It is superseded if its customer has a newer analysis or draft."""
 
 metadata = sa.MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s"})
 
@@ -57,7 +57,7 @@ chats = sa.Table(
     _optional("user_id"),
     _required("messages", JSON),
     _required("attributes", JSON),
-    _required("search_text"),  # lower case, in which people search
+    _required("search_text"),  # lower case, for the console's search
     _optional("last_message_at", UtcTime),
     _required("stored_at", UtcTime),
 )
@@ -76,7 +76,7 @@ customers = sa.Table(
     metadata,
     _key("chat_id"),
     _key("user_id"),
-    _required("revision", sa.BigInteger),  # the newest one of their analyses and drafts
+    _required("revision", sa.BigInteger),  # the newest of their analyses and drafts
 )
 
 analyses = sa.Table(
@@ -115,16 +115,16 @@ drafts = sa.Table(
     _required("model"),
     _required("prompt_version"),
     _required("drafted_at", UtcTime),
-    # What people did with it.
+    # What people decided.
     _required("status", server_default=WAITING),
-    _required("version", sa.Integer, server_default="0"),  # one more with each change
+    _required("version", sa.Integer, server_default="0"),  # increases with each change
     _optional("edited_text"),
     _optional("decided_by"),
     _optional("decided_at", UtcTime),
     _optional("reason"),
     _optional("comment"),
     _optional("edit_distance", sa.Double),  # of the approved text, from 0 to 1
-    _optional("seen", JSON),  # the chat as it was when this was decided
+    _optional("seen", JSON),  # the chat at the time of the decision
     _required("changed_at", UtcTime),
     sa.Index(None, "status", "drafted_at"),
     sa.Index(None, "status", "changed_at"),
@@ -166,9 +166,9 @@ history = sa.Table(
 outbox = sa.Table(
     "outbox",
     metadata,
-    _key("draft_id"),  # so that a draft has one reply at most
+    _key("draft_id"),  # a draft has at most one reply
     _required("reply", JSON),
-    _required("publish_after", UtcTime),  # until then it can be undone
+    _required("publish_after", UtcTime),  # until then, the approval can be undone
     _optional("leased_by"),
     _optional("leased_until", UtcTime),
     _optional("published_at", UtcTime),

@@ -1,4 +1,4 @@
-"""Records to rows: each once, by its id; what is newer supersedes."""
+"""Writes records as rows, each once by its id; newer ones supersede older ones."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from chatflow.database import tables
 from chatflow.records import FAILED, Analysis, Chat, DeadLetter, Draft, Record, now, record_id
 
 NAME, VALUE = 200, 300
-"""Characters of an attribute by which chats are found: no more goes into PostgreSQL's indexes."""
+"""Characters kept of an attribute's name and value to find chats by; PostgreSQL limits indexes."""
 
 
 def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
-    """Writes records of any kind in a transaction."""
+    """Writes records of any kind in the connection's transaction."""
     by_kind: dict[type[Record], dict[str, Record]] = {}
     for record in records:
         of_kind = by_kind.setdefault(type(record), {})
         key = record.chat_id if isinstance(record, Chat) else record_id(record)
         if not (isinstance(record, Chat) and _is_newer(of_kind.get(key), record)):
             of_kind[key] = record
-    # All transactions lock customers, and then chats, in the order of their ids: none waits for
-    # one that waits for it.
+    # All transactions lock customers, then chats, in the order of their ids, to avoid deadlocks.
     _lock_customers(connection, records)
     for kind, write in _WRITE.items():
         if found := by_kind.get(kind):
@@ -74,7 +73,7 @@ def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
 
 
 def search_text(chat: Chat) -> str:
-    """What people search in: ids and messages, in lower case of all scripts."""
+    """Returns the text to search: ids and messages, case-folded."""
     return "\n".join(
         [chat.chat_id, *dict.fromkeys(m.user_id for m in chat.messages)]
         + [m.text for m in chat.messages]
@@ -92,10 +91,10 @@ def _write_drafts(connection: sa.Connection, found: Sequence[Draft]) -> None:
     waits = known.status == tables.WAITING
 
     def set_to(new: Any) -> dict[str, Any]:
-        # Whoever has the page of another text open is to look again.
+        # A new text changes the version: people who have the old text open must look again.
         rewritten = sa.case((known.text.is_distinct_from(new.text), 1), else_=0)
         fields = {name: new[name] for name in rows[0] if name != "draft_id"}
-        # Whoever has no draft waits since the first time that it failed.
+        # A customer without a draft has waited since the first failure.
         since = sa.case((known.flag == FAILED, known.drafted_at), else_=new.drafted_at)
         return {**fields, "version": known.version + rewritten, "drafted_at": since}
 
@@ -107,7 +106,7 @@ def _write_dead_letters(connection: sa.Connection, found: Sequence[DeadLetter]) 
     rows = []
     for letter in found:
         key = record_id(letter)
-        if "\0" in letter.payload:  # PostgreSQL has no such character, and it is to be replayed
+        if "\0" in letter.payload:  # PostgreSQL cannot store NUL, which replay needs
             payload = base64.b64encode(letter.payload_bytes()).decode()
             letter = letter.model_copy(update={"payload": payload, "payload_encoding": "base64"})
         rows.append({"dead_letter_id": key, **values_of(letter)})
@@ -123,10 +122,10 @@ _WRITE: dict[Any, Callable[[Any, Any], None]] = {
 
 
 def _lock_customers(connection: sa.Connection, found: Iterable[Record]) -> None:
-    """Notes the newest revision of each customer of analyses and drafts.
+    """Writes the newest revision of each customer of analyses and drafts, which locks these rows.
 
-    Until the transaction ends, no other one looks at these customers' drafts: each sees what
-    the one before it wrote, and what is superseded does not depend on who was first.
+    Other transactions wait for them, so each sees what the one before it wrote, and what is
+    superseded does not depend on their order.
     """
     newest: dict[tuple[str, str], int] = {}
     for record in found:
@@ -147,11 +146,11 @@ def _lock_customers(connection: sa.Connection, found: Iterable[Record]) -> None:
 
 
 def supersede(connection: sa.Connection, chat_ids: Iterable[str]) -> None:
-    """Takes drafts out of the inbox for which there is something newer.
+    """Takes drafts out of the inbox if there is something newer.
 
-    That is an analysis or draft of a newer revision; at the same revision (by another model or
-    prompt) a draft that people have decided on, or one that was written later; and any that was
-    written, where this one failed.
+    That is an analysis or draft of a newer revision. At the same revision (by another model or
+    prompt), it is a draft that people have decided on or that was written later; and for a failed
+    draft, any that did not fail.
     """
     drafts, customers = tables.drafts, tables.customers
     other = drafts.alias("other")
@@ -198,12 +197,7 @@ def _upsert_rows(
     where: Callable[[Any], Any] | None = None,
     set_to: Callable[[Any], dict[str, Any]] | None = None,
 ) -> None:
-    """Inserts rows; where there is one of the same key, its columns are replaced.
-
-    Args:
-      where: given the new row, when it is replaced.
-      set_to: given the new row, what it is replaced by; default: all that the row has.
-    """
+    """Inserts rows; if a key exists and `where(new row)`, sets `set_to(new row)` or all columns."""
     if not rows:
         return
     dialect: Any = sqlite if connection.dialect.name == "sqlite" else postgresql
@@ -220,7 +214,7 @@ def _upsert_rows(
 
 
 def values_of(record: Record) -> dict[str, Any]:
-    """The columns that are a record's fields."""
+    """Returns a record's fields as columns."""
     values = record.model_dump()
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
@@ -228,7 +222,7 @@ def values_of(record: Record) -> dict[str, Any]:
 
 
 def _clean(value: Any) -> Any:
-    """A value without what databases do not have: NUL characters, and infinities in JSON."""
+    """Replaces what databases cannot store: NUL characters, and infinities in JSON."""
     if isinstance(value, str):
         return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
     if isinstance(value, dict):

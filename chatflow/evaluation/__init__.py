@@ -1,4 +1,4 @@
-"""How good the answers are, on labelled chats."""
+"""Evaluates answers on labelled chats."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""VADER: what a list of words and a few rules know of the tone, as a floor to compare with."""
+"""VADER: finds the tone with a list of words and a few rules, as a floor to compare with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from chatflow.evaluation.labels import Label
 from chatflow.records import Sentiment
 
 THRESHOLD = 0.05
-"""Of the compound score, as its authors advise; between it and its negative is neutral."""
+"""For the compound score, as its authors advise; scores between ± this are neutral."""
 
 
 def vader() -> Callable[[Label], Sentiment]:
-    """The tone of what a label's user wrote.
+    """Returns VADER as a function of a label; raises `UsageError` if it is not installed.
 
     Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
     Media Text", ICWSM 2014; https://github.com/cjhutto/vaderSentiment.
-
-    Raises:
-      UsageError: it is not installed.
     """
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

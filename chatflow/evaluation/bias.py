@@ -1,4 +1,4 @@
-"""`--fit_bias`: the constants of the tone, from labelled chats."""
+"""`--fit_bias`: fits the constants of the tone to labelled chats."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from chatflow.prompts.routes import Routed
 from chatflow.records import Sentiment
 
 _RIDGE = 1e-3
-"""Keeps the constants near none where few labels, or no wrong answer, would let them run away."""
+"""Keeps the constants near neutral if few labels, or no wrong answer, would let them diverge."""
 
 
 def fit_constants(
     scores: Sequence[tuple[Mapping[str, float], Sentiment]], tones: Mapping[str, Sentiment]
 ) -> tuple[dict[str, float], float]:
-    """The bias of each tone word, and the temperature.
+    """Returns the bias of each tone word, and the temperature.
 
-    Those under which the labels are likeliest (bias-corrected temperature scaling,
-    https://arxiv.org/abs/1901.06852), by Newton's method, as the loss is convex. Then the angry
-    word's is moved until as many chats are called angry as are, so that precision and recall
-    of angry are the same. The neutral word's is 0. Constants with the best macro-F1 vary more
-    from one sample of chats to the next: on chats that they were not fitted on, it was lower.
+    Maximises the likelihood of the labels (bias-corrected temperature scaling,
+    https://arxiv.org/abs/1901.06852) by Newton's method, because the loss is convex. Then moves
+    the angry word's bias until as many chats are called angry as are angry, so that precision and
+    recall of angry are equal. The neutral word's bias is 0. Constants with the best macro-F1 vary
+    more between samples: on chats that they were not fitted on, macro-F1 was lower.
 
     Args:
-      scores: log-probability of each tone word, and the label, by chat.
+      scores: (log-probability of each tone word, label) per chat.
     """
     order = sorted(tones, key=lambda word: tones[word])  # angry, neutral, happy
     found = np.array([[of[word] for word in order] for of, _ in scores])  # [chats, 3]
@@ -60,11 +60,7 @@ def fit_constants(
 
 
 def prompt_to_fit(variant: Variant) -> AnalysisPrompt:
-    """The prompt whose bias is to be fitted.
-
-    Raises:
-      UsageError: there are several, or its answers have no scores.
-    """
+    """Returns the prompt to fit; raises `UsageError` if there are several or it has no scores."""
     assert variant.planned is not None  # the first is no baseline
     prompt = variant.planned.first.analysis
     if isinstance(prompt, Routed):
@@ -75,11 +71,7 @@ def prompt_to_fit(variant: Variant) -> AnalysisPrompt:
 
 
 def fitted(ran: Ran) -> dict[str, dict[str, Any]]:
-    """`tone_bias` and `tone_temperature` of the model, as the prompt template takes them.
-
-    Raises:
-      UsageError: no chat was answered.
-    """
+    """Returns `tone_bias` and `tone_temperature`; raises `UsageError` if no chat was answered."""
     prompt = prompt_to_fit(ran.variant)
     scores = [
         (judged.analysis.tone_scores, judged.label.sentiment)

@@ -1,7 +1,7 @@
-"""What can be checked of summaries and drafts without a reader: are they about this chat?
+"""Checks automatically whether summaries and drafts are about their chat.
 
-None of it says that a text is good. A word that is not in the chat may be a synonym, and a
-sentence of the chat's own words may still confuse who did what. It says where to look.
+The checks show where to look, not whether a text is good: a word that is not in the chat may be a
+synonym, and a sentence in the chat's own words may still confuse who did what.
 """
 
 from __future__ import annotations
@@ -39,11 +39,8 @@ PROMISE = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""What nobody has agreed to: money, goods or a deadline, in a sentence of what we will do.
-
-"We will refund you" is a promise; "we are sorry that you wait for your refund" is what the
-customer wrote about.
-"""
+"""Promises of money, goods or a deadline, which nobody has agreed to: "we will refund you", but not
+"we are sorry that you wait for your refund", which is what the customer wrote about."""
 
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _SENTENCE_END = re.compile(r"(?:^|[.!?:…\n])[\s\"'“”‘’(\[*_-]*$")
@@ -56,12 +53,11 @@ class Checked:
     """What the checks found in a text about a chat.
 
     Attributes:
-      words: how many it has; copied: the longest run of them that stands in a message.
-      content: its content words; ungrounded: those that are not in the chat; see
-        `analysis.content_words`.
-      names, numbers: those that are not in the chat; a name is a capitalised word that does not
-        begin a sentence.
-      copies_prompt: most of it stands in the instructions and examples of its prompt.
+      words, copied: number of its words, and of those in the longest run that one message has.
+      content: number of its content words; see `prompts.answers.content_words`.
+      ungrounded, names, numbers: content words, names and numbers that are not in the chat. A name
+        is a capitalised word that does not begin a sentence.
+      copies_prompt: whether most of it is in the instructions and examples of its prompt.
     """
 
     text: str
@@ -79,18 +75,14 @@ class Checked:
 
 
 def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
-    """Holds a summary or a draft against the chat that it is about.
+    """Compares a summary or a draft with its chat; `asked`: the parts of the request it answers.
 
-    What the template itself begins and ends each text with is left out first, and so are the
-    ids of the chat's users.
-
-    Args:
-      asked: the parts of the request that it answers.
+    Leaves out the text that the template itself adds at both ends, and the ids of the chat's users.
     """
     written = text
     for part in asked:
         if part.lead and written.startswith(part.lead):
-            written = "," + written.removeprefix(part.lead)  # what follows begins no sentence
+            written = "," + written.removeprefix(part.lead)  # so that no sentence begins here
         written = written.removesuffix(part.tail)
     written = without_users(_POSSESSIVE.sub("", written), chat)
     messages = [_POSSESSIVE.sub("", m.text) for m in chat.messages]
@@ -110,7 +102,7 @@ def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
 
 
 def longest_copy(words: Sequence[str], messages: Iterable[str]) -> int:
-    """How many words the longest run of `words` has that stands in one message."""
+    """Returns how many words the longest run of `words` has that occurs in one message."""
     texts = [f" {' '.join(words_of(message))} " for message in messages]
     longest = 0
     for start in range(len(words)):
@@ -134,7 +126,7 @@ def _missing(found: Iterable[str], known: Iterable[str]) -> Iterable[str]:
 
 
 def promises(text: str) -> list[str]:
-    """The promises of a text, each from who makes it to what is promised."""
+    """Returns the promises of a text, each from who makes it to what is promised."""
     return [match[0] for match in PROMISE.finditer(text)]
 
 
@@ -143,7 +135,7 @@ def apologises(text: str) -> bool:
 
 
 def totals(texts: Sequence[Checked]) -> dict[str, Any]:
-    """What the checks found in several texts together; shares are 0 to 1, lengths characters."""
+    """Returns the findings of several texts together; shares are 0 to 1, lengths characters."""
     count = max(len(texts), 1)
     lengths = [len(checked.text) for checked in texts]
     return {

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, as one dictionary that tables, page, JSON and history share."""
+"""Computes an evaluation's figures as one dictionary for tables, page, JSON and history."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chatflow.models.requests import Part
 from chatflow.records import Sentiment
 
 LENGTHS = {"up to 20 words": 20, "21 to 60 words": 60, "more than 60 words": 10**9}
-"""Groups of chats by how many words the labelled user wrote: the most of each."""
+"""Groups of chats by how many words the labelled user wrote, with each group's maximum."""
 
 _RUN = (
     "seconds", "chats_per_second", "prompt_tokens", "answer_tokens", "cost_usd", "dead_letters",
@@ -29,11 +29,7 @@ _RUN = (
 
 
 def figures(ran: Ran, first: Ran | None = None) -> dict[str, Any]:
-    """All figures of a variant.
-
-    Args:
-      first: the variant that it is compared with.
-    """
+    """Returns all figures of a variant, and its comparison with `first` if that is given."""
     all_judged = list(ran.judged.values())
     planned = ran.variant.planned
     prompts = planned.first if planned else None
@@ -109,7 +105,7 @@ def _groups(
                 "chats": confusion.total,
                 "accuracy": round(confusion.accuracy, 4),
                 "macro_f1": round(confusion.macro_f1, 4),
-                # Of a group without angry chats there is none.
+                # Undefined for a group without angry chats.
                 "angry_recall": round(confusion.recall(Sentiment.ANGRY), 4)
                 if confusion.labelled(Sentiment.ANGRY)
                 else None,
@@ -131,7 +127,7 @@ def wrong(judged: Judged) -> dict[str, Any]:
 
 
 def _asked(ran: Ran, judged: Judged, of_draft: bool) -> Sequence[Part]:
-    """The parts of the question that a chat's summary, or its draft, answers."""
+    """Returns the parts of the question that a chat's summary, or its draft, answers."""
     assert ran.variant.planned is not None
     prompts = ran.variant.planned.first
     prompt = (prompts.draft if of_draft else prompts.analysis).of(judged.label.chat)
@@ -145,7 +141,7 @@ def _summaries(ran: Ran) -> dict[str, Any]:
     for judged in ran.judged.values():
         if (analysis := judged.analysis) is None:
             continue
-        # An extract is the customer's own, and answers no question.
+        # An extract is the customer's own text and does not answer a question.
         by_model = analysis.summary_source == "model"
         asked = _asked(ran, judged, False) if by_model else ()
         checked = check_text(analysis.summary, judged.label.chat, asked)
@@ -194,7 +190,7 @@ def _drafts(ran: Ran) -> dict[str, Any]:
 
 
 def _problems(checked: Checked) -> Mapping[str, Any]:
-    """What a text has that its chat has not, by name; empty where that is nothing."""
+    """Returns what is in a text but not in its chat, by name, and whether it copies its prompt."""
     found = {
         "ungrounded": list(checked.ungrounded),
         "names": list(checked.names),

@@ -1,4 +1,4 @@
-"""`--history`: a line of figures for each evaluation, so that a fall is seen when it happens."""
+"""`--history`: keeps a line of figures per evaluation, to detect a fall in accuracy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from chatflow.records import now
 
 
 def read_history(path: str) -> list[dict[str, Any]]:
-    """The lines of a history, oldest first; none where there is no file yet.
+    """Returns the lines of a history, oldest first; none if there is no file yet.
 
     Raises:
-      UsageError: it cannot be read, or a line is not of an evaluation; with its number.
+      UsageError: the file cannot be read, or a line is not of an evaluation; names the line.
     """
     try:
         lines = Path(path).read_text("utf-8").splitlines()
@@ -40,7 +40,7 @@ def read_history(path: str) -> list[dict[str, Any]]:
 
 
 def entry(number: int, ran: Ran, figures: Mapping[str, Any], labelled: str) -> dict[str, Any]:
-    """The line of a variant: what it was made with, its main figures, and its answers by chat."""
+    """Returns a variant's line: how it was made, its main figures, and its answers by chat."""
     summaries, drafts = figures["summaries"] or {}, figures["drafts"] or {}
     return {
         "date": now().isoformat(timespec="seconds"),
@@ -78,15 +78,12 @@ def fall(
     labels: Mapping[Key, Label],
     tolerance: float,
 ) -> str:
-    """What to say where a variant is less often right than in its newest earlier line.
+    """Returns a message if accuracy fell by more than `tolerance` since the newest earlier line.
 
-    Chats that only one of the two has are left out, and both are held against the labels as
-    they are now: new or corrected labels are no fall.
-
-    Returns:
-      empty where the accuracy did not fall by more than `tolerance`.
+    Compares only chats that both lines have, and both with the current labels, so that new or
+    corrected labels do not count as a fall. Returns an empty string if there is no fall.
     """
-    # The first variant may be another model by now, which is what is asked; others are by name.
+    # The first variant is compared even if its model has changed; others are matched by name.
     same = ("labelled", "variant", "name") if line["variant"] else ("labelled", "variant")
     earlier = [before for before in history if all(before[k] == line[k] for k in same)]
     if not earlier:
@@ -99,7 +96,7 @@ def fall(
         sum(answers[chat] == label for chat, label in known.items()) / len(known)
         for answers in (before, after)
     )
-    # In chats, so that 3 of 100 are not more than 0.03 because of how floats are rounded.
+    # Compared in chats, so that float rounding does not make 3 of 100 more than 0.03.
     if (was - now_is) * len(known) <= tolerance * len(known) + 1e-6:
         return ""
     lost = [chat for chat, label in known.items() if before[chat] == label != after[chat]]
@@ -115,7 +112,7 @@ def _id(key: Key) -> str:
 
 
 def _commit() -> str:
-    """The commit of the working folder, where prompts are edited; empty where it has none."""
+    """Returns the commit of the working folder, where prompts are edited; empty without one."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)

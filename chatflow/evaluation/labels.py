@@ -1,4 +1,4 @@
-"""Labelled chats: what their customers feel, and which of them are near copies of others."""
+"""Labelled chats: reads how their customers feel, and finds near copies of other chats."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from chatflow.errors import BadInputError, UsageError
 from chatflow.records import Chat, Sentiment, load_object, read_chat
 
 Key = tuple[str, str]
-"""Chat and user: what an analysis is of, and so a label."""
+"""(chat, user): what an analysis, and so a label, is about."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """How a user of a chat feels, as a person says.
+    """A person's label for how the user of a chat feels.
 
     Attributes:
       source: where the chat comes from, e.g. `tweets`; empty if the file does not say.
@@ -37,20 +37,20 @@ class Label:
 
     @property
     def own_text(self) -> str:
-        """What the user wrote, message by message, one a line."""
+        """Returns what the user wrote, one message per line."""
         return "\n".join(self.chat.texts_of(self.user_id))
 
 
 def read_labels(path: str) -> dict[Key, Label]:
-    """The labels of a file of chats by (chat, user); lines without a label are left out.
+    """Returns the labels of a file of chats by (chat, user), without lines that have none.
 
     Raises:
-      UsageError: the file cannot be read, or a line has no usable label; with its number.
+      UsageError: the file cannot be read or has no label, or a line's is unusable; names the line.
     """
     try:
         with FileSystems.open(path) as file:
             lines = file.read().splitlines()
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own
         raise UsageError(f"{path!r} cannot be read: {error}") from None
     labels: dict[Key, Label] = {}
     lines_of: dict[Key, int] = {}
@@ -78,11 +78,7 @@ def read_labels(path: str) -> dict[Key, Label]:
 
 
 class NearCopy(NamedTuple):
-    """A chat that shares text with another.
-
-    Attributes:
-      share: of the distinct runs of five words of the smaller chat, those that both have.
-    """
+    """A chat that shares text with another: `share` of the smaller's distinct five-word runs."""
 
     chat_id: str
     other_id: str
@@ -93,11 +89,11 @@ RUN_WORDS, LEAST_RUNS, LEAST_SHARE, MESSAGE_WORDS = 5, 3, 0.2, 8
 
 
 def near_copies(chats: Iterable[Chat], others: Iterable[Chat]) -> list[NearCopy]:
-    """Which of `chats` share text with any of `others`, each with the one that it shares most with.
+    """Returns which of `chats` share text with any of `others`, each with the most similar one.
 
-    Two chats are near copies when at least 3 distinct runs of five words, and at least 20 %
-    of those of the smaller chat, are in both; or when they have a message in common of at
-    least 8 words; or when they say the same. Case and punctuation do not count.
+    Two chats are near copies if both have at least 3 distinct runs of five words that are at least
+    20 % of the smaller chat's, or the same message of at least 8 words, or the same whole text.
+    Case and punctuation do not count.
     """
     ids, sizes = [], []
     having_run: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -110,7 +106,7 @@ def near_copies(chats: Iterable[Chat], others: Iterable[Chat]) -> list[NearCopy]
             having_run[run].append(index)
         for message in messages:
             having_message[message].append(index)
-    # As arrays: a run that many chats have, e.g. a greeting, would otherwise take long to count.
+    # Arrays, because a run that many chats have, e.g. a greeting, is slow to count otherwise.
     places = {run: np.array(indices) for run, indices in having_run.items()}
     other_sizes = np.array(sizes)
     found = []
@@ -133,7 +129,7 @@ def near_copies(chats: Iterable[Chat], others: Iterable[Chat]) -> list[NearCopy]
 def _runs_and_messages(
     chat: Chat,
 ) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
-    """A chat's runs of five words, and its messages of at least eight; all of it is one, too."""
+    """Returns a chat's five-word runs; and its messages of at least 8 words, and its whole text."""
     runs: set[tuple[str, ...]] = set()
     messages: set[tuple[str, ...]] = set()
     said = [words_of(message.text) for message in chat.messages]
@@ -147,5 +143,5 @@ def _runs_and_messages(
 
 
 def words_of(text: str) -> Sequence[str]:
-    """The words of a text, lower-cased, without punctuation."""
+    """Returns the words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower().replace("'", "").replace("’", ""))

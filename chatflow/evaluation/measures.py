@@ -1,4 +1,4 @@
-"""How good answers are: confusion, intervals, the comparison of two models, calibration."""
+"""Measures answers: confusion matrix, intervals, comparison of two models, calibration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from chatflow.records import Sentiment
 
 CLASSES = tuple(Sentiment)  # angry, neutral, happy
 ANSWERS = (*CLASSES, None)
-"""What a chat can be answered with; None: not at all, which is wrong."""
+"""Possible answers; `None` (no answer) counts as wrong."""
 
 Pair = tuple[Sentiment, Sentiment | None]
-"""A label, and what was answered."""
+"""(label, answer)."""
 
 RESAMPLES, SEED = 2000, 0
 
@@ -28,11 +28,7 @@ def name_of(answer: Sentiment | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """How often a label got an answer.
-
-    Attributes:
-      counts: by (label, answer).
-    """
+    """A confusion matrix, as counts by (label, answer)."""
 
     counts: Mapping[Pair, int]
 
@@ -66,7 +62,7 @@ class Confusion:
 
     @property
     def macro_f1(self) -> float:
-        """The mean F1 of the three classes, whether or not a class occurs."""
+        """Returns the mean F1 of the three classes, including those that do not occur."""
         return sum(map(self.f1, CLASSES)) / len(CLASSES)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,10 +95,7 @@ class Interval(NamedTuple):
 
 
 def intervals(pairs: Sequence[Pair]) -> dict[str, Interval]:
-    """Accuracy, macro-F1, and recall and precision of angry, each with its 95 % interval.
-
-    Percentile bootstrap over chats.
-    """
+    """Returns accuracy, macro-F1, and angry recall and precision, with bootstrap 95 % intervals."""
     counts = np.zeros((3, 4), int)
     for label, answer in pairs:
         counts[_CELL[label], _CELL[answer]] += 1
@@ -111,13 +104,13 @@ def intervals(pairs: Sequence[Pair]) -> dict[str, Interval]:
 
 
 class Comparison(NamedTuple):
-    """A second model beside a first one, on the same chats.
+    """A second model compared with a first on the same chats.
 
     Attributes:
-      accuracy, macro_f1: the second's less the first's.
-      better, worse: chats that only the second, or only the first, answered rightly.
-      p_value: of McNemar's exact test: how probable so uneven a split of these chats is, or a more
-        uneven one, if both were right equally often.
+      accuracy, macro_f1: the second's minus the first's.
+      better, worse: number of chats that only the second, or only the first, answered correctly.
+      p_value: of McNemar's exact test: the probability of a split of these chats that is at least
+        this uneven, if both were right equally often.
     """
 
     accuracy: Interval
@@ -128,7 +121,7 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In words, whether one of them is right more often than by chance."""
+        """Says in words whether the second is better or worse by more than chance."""
         if self.p_value >= 0.05:
             return f"no more than chance (p = {self.p_value:.2f})"
         said = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
@@ -150,7 +143,7 @@ def compare(
     first: Sequence[Sentiment | None],
     second: Sequence[Sentiment | None],
 ) -> Comparison:
-    """Two models' answers to the same chats; the intervals are of a paired bootstrap."""
+    """Compares two models' answers to the same chats; intervals are from a paired bootstrap."""
     counts = np.zeros((3, 4, 4), int)  # label, first answer, second answer
     better = worse = 0
     for label, one, other in zip(labels, first, second, strict=True):
@@ -168,7 +161,7 @@ def compare(
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided p-value of the exact test: a fair coin for each chat that only one got right."""
+    """Returns the two-sided p-value: a fair coin for each chat that only one model got right."""
     n, few = better + worse, min(better, worse)
     return float(min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n))
 
@@ -177,9 +170,9 @@ _CELL: Mapping[Sentiment | None, int] = {answer: cell for cell, answer in enumer
 
 
 def _resampled(counts: Any) -> Any:
-    """Counts of chats drawn anew with replacement: [resamples, *counts.shape].
+    """Returns counts of chats drawn with replacement: [resamples, *counts.shape].
 
-    Chats matter by their cell alone, so how many of n drawn chats fall into each is multinomial.
+    Only a chat's cell matters, so the number of drawn chats in each cell is multinomial.
     """
     n = counts.sum()
     shares = counts.ravel() / n if n else np.full(counts.size, 1 / counts.size)
@@ -188,7 +181,7 @@ def _resampled(counts: Any) -> Any:
 
 
 def _figures(counts: Any) -> dict[str, Any]:
-    """As `Confusion` has them, of many at once: [..., label, answer] to [...]."""
+    """Computes the figures of `Confusion` for many at once: [..., label, answer] to [...]."""
     right = np.diagonal(counts, axis1=-2, axis2=-1)  # [..., 3]
     recall = right / np.maximum(counts.sum(-1), 1)
     precision = right / np.maximum(counts.sum(-2)[..., :3], 1)
@@ -209,7 +202,7 @@ def _interval(value: float, drawn: Any) -> Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """Answers whose confidence is above `low` and at most `high`."""
+    """Answers with a confidence above `low` and at most `high`."""
 
     low: float
     high: float
@@ -220,14 +213,13 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Whether a model is right as often as it is sure.
+    """How well a model's confidence matches its accuracy.
 
     Attributes:
       ece: expected calibration error: the mean distance between confidence and accuracy of a
         bin, weighted by its count (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
-      brier: mean squared distance between the confidence in the answer and 1 where it is right,
-        0 where it is wrong.
-      bins: those with answers in them.
+      brier: mean squared distance of the confidence from 1 if the answer is right, 0 if wrong.
+      bins: those that have answers.
     """
 
     count: int
@@ -248,7 +240,7 @@ class Calibration:
 
 
 def calibration(answers: Sequence[tuple[float, bool]], bins: int = 10) -> Calibration | None:
-    """Calibration of (confidence, right); None where no answer has a confidence."""
+    """Returns the calibration of (confidence, right) pairs, or None if there are none."""
     if not answers:
         return None
     sure, right = (np.array(values, float) for values in zip(*answers, strict=True))

@@ -1,4 +1,4 @@
-"""`--report`: an evaluation as one page of HTML that needs nothing from elsewhere."""
+"""`--report`: renders an evaluation as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ from chatflow.records import now
 
 
 def write_page(path: str, report: Mapping[str, Any], ran: Sequence[Ran]) -> None:
-    """Writes the page.
-
-    Raises:
-      UsageError: the file cannot be written.
-    """
+    """Writes the page; raises `UsageError` if the file cannot be written."""
     try:
         Path(path).write_text(page(report, ran), encoding="utf-8")
     except OSError as error:
@@ -30,7 +26,7 @@ def write_page(path: str, report: Mapping[str, Any], ran: Sequence[Ran]) -> None
 
 
 def page(report: Mapping[str, Any], ran: Sequence[Ran]) -> str:
-    """The page as text; all that chats and models wrote is escaped in it."""
+    """Returns the page as text, with all that chats and models wrote escaped."""
     source = importlib.resources.files("chatflow.evaluation") / "page.html.jinja"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -53,7 +49,7 @@ def page(report: Mapping[str, Any], ran: Sequence[Ran]) -> str:
 
 
 def _wrong(ran: Ran) -> Iterator[dict[str, Any]]:
-    """The wrongly answered chats with their messages, those it was surest of first."""
+    """Yields the wrongly answered chats with their messages, the most confident first."""
     missed = [judged for judged in ran.judged.values() if not judged.right]
     for judged in sorted(missed, key=lambda j: -(j.confidence or 0)):
         yield {
@@ -64,7 +60,7 @@ def _wrong(ran: Ran) -> Iterator[dict[str, Any]]:
 
 
 def _texts(ran: Ran, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The summary, and if there is one the draft, of each chat, with what the checks found."""
+    """Returns each chat's summary and draft, if any, with what the checks found."""
     if found["summaries"] is None:
         return []
     by_kind = [
@@ -99,7 +95,7 @@ _FINDINGS = {
 
 
 def _said(offender: Mapping[str, Any]) -> list[str]:
-    """What the checks found in a text, in words."""
+    """Returns in words what the checks found in a text."""
     said = [
         f"{title}: {', '.join(dict.fromkeys(offender[name]))}"
         for name, title in _FINDINGS.items()

@@ -1,4 +1,4 @@
-"""An evaluation in the terminal."""
+"""Prints an evaluation in the terminal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def figures_table(variants: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def rows(variant: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The figures of a variant with their names, as a person reads them."""
+    """Yields a variant's figures as (name, text), for people to read."""
     yield "chats", str(variant["chats"])
     for name, key in INTERVALS.items():
         yield name, interval(variant[key])
@@ -109,11 +109,7 @@ def _reasons(reasons: Mapping[str, int]) -> str:
 
 
 def interval(of: Mapping[str, float], sign: str = "") -> str:
-    """A figure and its interval: `.707 (.652 to .759)`.
-
-    Args:
-      sign: `+` for differences, which have one.
-    """
+    """Formats a figure and its interval: `.707 (.652 to .759)`; `sign` is `+` for differences."""
     value, low, high = (f"{of[k]:{sign}.3f}".replace("0.", ".") for k in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
@@ -152,7 +148,6 @@ def groups_table(variant: Mapping[str, Any]) -> Table:
 
 
 def history_table(history: Mapping[str, Any]) -> Table:
-    """The newest lines of a history."""
     table = _table(f"History: {plain(history['file'])}", list(_HISTORY.values()))
     table.box = box.SIMPLE_HEAD
     for line in history["lines"]:
@@ -171,7 +166,7 @@ _HISTORY = {
     "ungrounded": "invented",
     "drafts": "drafts",
 }
-"""What is shown of a line of a history, with its title."""
+"""Fields of a history line that are shown, with their titles."""
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What an adapter is trained on, and what it is worth: labelled chats in two parts."""
+"""Divides labelled chats to train an adapter and validate it, and reports its worth."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ from chatflow.records import Sentiment
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What is learned from, and what it is judged by.
-
-    Attributes:
-      near: labelled chats that were left out, for they share text with others.
-    """
+    """Chats to train on and validate on; `near` counts those left out because they share text."""
 
     training: Sequence[Label]
     validation: Sequence[Label]
@@ -37,7 +33,7 @@ class Parts:
 
 
 def check_model(spec: ModelSpec) -> None:
-    """Raises `UsageError` where a model's weights are not Gemma's, and so not ours to tune."""
+    """Raises `UsageError` if a model's weights are not a Gemma's and so cannot be tuned here."""
     if not spec.kind.adaptable:
         raise UsageError(
             f"--model={spec.name}: cannot be tuned here; give a Gemma that runs on the workers"
@@ -45,10 +41,9 @@ def check_model(spec: ModelSpec) -> None:
 
 
 def parts_of(parsed: argparse.Namespace) -> Parts:
-    """Reads and divides the labelled chats.
+    """Reads the labelled chats and divides them.
 
-    Those that share text with a validation chat, or with one of `--apart_from`, are left out of
-    what is learned from.
+    Training chats that share text with a validation chat or one of `--apart_from` are left out.
 
     Raises:
       UsageError: a file cannot be read, or a part lacks a sentiment.
@@ -79,7 +74,7 @@ def parts_of(parsed: argparse.Namespace) -> Parts:
 
 
 def divided(labels: Sequence[Label], share: float, seed: int) -> tuple[list[Label], list[Label]]:
-    """Two parts at random, the second with a share of each sentiment, at least one."""
+    """Returns two random parts; the second has `share` of each sentiment, at least one chat."""
     by_tone: dict[Sentiment, list[Label]] = collections.defaultdict(list)
     for label in labels:
         by_tone[label.sentiment].append(label)
@@ -96,7 +91,7 @@ def divided(labels: Sequence[Label], share: float, seed: int) -> tuple[list[Labe
 
 
 def examples_of(prompt: AnalysisPrompt, labels: Sequence[Label]) -> list[Example]:
-    """The prompts by which a pipeline would ask for the tone, and the right choices.
+    """Returns the prompts with which a pipeline asks for the tone, and the right choices.
 
     Raises:
       UsageError: the prompts do not ask for the tone as a choice, or fail on a chat.
@@ -119,7 +114,7 @@ def examples_of(prompt: AnalysisPrompt, labels: Sequence[Label]) -> list[Example
 
 @contextlib.contextmanager
 def bar(console: Console, checks: Sequence[Checked]) -> Iterator[Callable[[int, int, float], None]]:
-    """A progress bar; gives what tells it of a step."""
+    """Shows a progress bar; yields the function to call after each step."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -152,7 +147,7 @@ def bar(console: Console, checks: Sequence[Checked]) -> Iterator[Callable[[int, 
 def report_of(
     path: str, parts: Parts, checks: Sequence[Checked], first: Checked, best: Checked
 ) -> dict[str, Any]:
-    """What came out on the validation part, before it learned and after."""
+    """Returns the results on the validation part, before and after training."""
     labels = [label.sentiment for label in parts.validation]
     before, after = (list(map(Sentiment, check.answers)) for check in (first, best))
 

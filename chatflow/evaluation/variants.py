@@ -1,4 +1,4 @@
-"""What is compared: the flags as given, and each --compare; what came of each chat in each."""
+"""Runs the variants (the given flags and each --compare) and collects each chat's results."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ class Variant:
     """One way to answer the chats.
 
     Attributes:
-      name: as --compare has it; of the first, its model.
-      planned: what its pipeline is built from; None for a baseline.
-      tone: the baseline's answer.
+      name: the value of --compare; for the first variant, its model.
+      planned: what its pipeline is built from; None for a baseline, which has a `tone` function.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Variant:
 
     @property
     def model(self) -> str:
-        """As results have it, so with its adapter."""
+        """Returns the model's name as in results, with its adapter."""
         if not self.planned:
             return self.name
         return ", ".join(spec.result_name for spec in self.planned.routes.specs)
@@ -46,12 +45,11 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A labelled chat, and what came of it.
+    """A labelled chat and its results.
 
     Attributes:
-      answer: None where there is no analysis.
-      unanswered: why not: stage and reason of its dead letter.
-      undrafted: why there is no draft, where the answer is angry.
+      answer: None if there is no analysis; `unanswered` is its dead letter's stage and reason.
+      undrafted: why there is no draft, if the answer is angry.
     """
 
     label: Label
@@ -72,11 +70,7 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """A variant after its run.
-
-    Attributes:
-      counts: the summary of the run; see `report.Summary`.
-    """
+    """A variant after its run; `counts` is its summary; see `running.summary.Summary`."""
 
     variant: Variant
     judged: Mapping[Key, Judged]
@@ -86,15 +80,15 @@ class Ran:
 def variants_of(
     parsed: argparse.Namespace, flags: Sequence[str], scratch: str, leave_out: Sequence[str]
 ) -> list[Variant]:
-    """The flags as given, then each --compare: those with some replaced.
+    """Returns a variant of the given flags, and one per --compare, which replaces some of them.
 
     Args:
-      flags: Beam's.
-      scratch: a folder for results that no --output asks for.
+      flags: Beam's flags.
+      scratch: a folder for the results of variants without an --output.
       leave_out: flags that a --compare cannot have.
 
     Raises:
-      UsageError: a wrong flag, of any of them.
+      UsageError: a flag of any variant is wrong.
     """
     parsed.input, parsed.output = parsed.labelled, parsed.output or f"{scratch}/0"
     variants = [_planned(from_flags(parsed), flags)]
@@ -118,7 +112,7 @@ def _planned(options: Options, flags: Sequence[str], name: str = "") -> Variant:
 def _replaced(
     parsed: argparse.Namespace, value: str, output: str, leave_out: Sequence[str]
 ) -> Options:
-    """The given flags with those of a --compare in their place; it has an output of its own."""
+    """Returns the given flags with those of a --compare in their place, and a separate output."""
     parser = Parser(prog="--compare", add_help=False, allow_abbrev=False)
     add_flags(parser, leave_out=(*leave_out, "summary"))
     parser.set_defaults(**{**vars(parsed), "output": output})
@@ -135,11 +129,7 @@ def _replaced(
 
 
 def answered(variant: Variant, labels: Mapping[Key, Label], flags: Sequence[str]) -> Ran:
-    """Answers all chats.
-
-    Raises:
-      as `run.execute`.
-    """
+    """Answers all chats; raises the errors of `running.launch.execute`."""
     if variant.planned is None:
         return _baseline(variant, labels)
     summary = execute(variant.planned.options, flags)
@@ -147,7 +137,7 @@ def answered(variant: Variant, labels: Mapping[Key, Label], flags: Sequence[str]
 
 
 def judge(labels: Mapping[Key, Label], summary: Summary) -> dict[Key, Judged]:
-    """What a run's files hold of each labelled chat."""
+    """Returns each labelled chat with its results from a run's files."""
     analyses = {
         (a.chat_id, a.user_id): a for a in read_records(Analysis, summary.files("analyses"))
     }

@@ -1,4 +1,4 @@
-"""`chatflow model`: fetches, converts and measures models, a module a command."""
+"""`chatflow model`: fetches, converts and measures models, one module per command."""
 
 DESCRIPTION = "Brings models to where workers load them, and says what they need."
 

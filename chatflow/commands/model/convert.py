@@ -1,4 +1,4 @@
-"""`chatflow model convert`: Gemma from GGUF or Hugging Face's format to a preset of Keras's."""
+"""`chatflow model convert`: converts Gemma from GGUF or Hugging Face to a Keras preset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ PASSES_FLAGS_ON = False
 
 
 def add_arguments(parser: Parser) -> None:
-    """Adds the command's flags."""
     fetch.add_arguments(parser)
     parser.add_argument(
         "--dtype",

@@ -1,4 +1,4 @@
-"""`chatflow model fetch`: weights, brought to where workers load them."""
+"""`chatflow model fetch`: copies weights to where workers load them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PASSES_FLAGS_ON = False
 
 
 def add_arguments(parser: Parser) -> None:
-    """Adds the flags of a command that brings a model from one place to another."""
+    """Adds the flags that `fetch` and `convert` share."""
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("destination", metavar="DESTINATION", help="a folder, or gs://BUCKET/NAME")
     parser.add_argument("--summary", choices=("table", "json"), default="table")
@@ -43,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
 
 @contextlib.contextmanager
 def shown(progress: Progressing, name: str, console: Console) -> Iterator[None]:
-    """Shows on a terminal, or as lines in a log, how far it has come."""
+    """Shows progress while the block runs: as bars on a terminal, else as lines in a log."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -88,12 +88,7 @@ def say(
     started: float,
     instruct: bool,
 ) -> None:
-    """The end of a command: one line for people or machines, and a warning where one is due.
-
-    Args:
-      instruct: whether the source follows instructions, which the name of the destination
-        has to say.
-    """
+    """Prints the outcome; warns if `instruct` and the destination's name does not say so."""
     if instruct and not is_instruct(parsed.destination):
         print(
             f"warning: {parsed.source} was tuned to follow instructions, and the name "
@@ -110,7 +105,7 @@ def say(
 
 
 def add_output_flags(parser: Parser) -> None:
-    """Adds the flags of what a state dict is, and of how it is summed up."""
+    """Adds the flags for the precision of a state dict and the format of the summary."""
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="precision (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""`chatflow model info`: what it takes to write a model's state dict, to load it, and to run it."""
+"""`chatflow model info`: computes what writing a state dict, loading and running a model take."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ runs.
 PASSES_FLAGS_ON = False
 
 LEAST_DISK_GB = 100
-"""Of a machine of Vertex AI's, which is also its default."""
+"""Smallest disk of a Vertex AI machine; also the default there."""
 
 MODELS = (*(f"google/{name}" for name in T5S if name.startswith("flan-")), *GEMMAS)
 
 SAVE_PROCESS_GB = 0.7
-"""Python, Beam, PyTorch and transformers. Measured: 0.5."""
+"""Memory of Python, Beam, PyTorch and transformers. Measured: 0.5."""
 
 SYSTEM_DISK_GB = 20
-"""The container's image, and what it unpacks to."""
+"""Disk for the container image and what it unpacks to."""
 
 BATCH, PROMPT_TOKENS = 8, 512
-"""What is counted on where a model runs. T5 was trained on 512 tokens."""
+"""Requests and their tokens that memory to run is computed for. T5 was trained on 512 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,10 @@ class Needs:
     """What a model needs, in GB of 10^9 bytes.
 
     Attributes:
-      file_gb: the state dict.
-      save_gb: memory at the peak of `chatflow model save-state-dict`.
-      save_disk_gb: for the model's own files, which may be of float32, and the state dict.
+      file_gb, save_gb: size of the state dict, and peak memory of `save-state-dict`.
+      save_disk_gb: disk for the model's own files, which may be float32, and the state dict.
       load_gb: memory to load it: the weights, once.
-      run_gb: memory for `BATCH` requests of `PROMPT_TOKENS` at a time.
-      run_machine: the smallest that holds that.
+      run_gb, run_machine: memory for `BATCH` requests of `PROMPT_TOKENS`, and smallest machine.
     """
 
     model: str
@@ -74,15 +72,13 @@ class Needs:
 
 
 def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
-    """Computes what a model needs.
+    """Returns what a model needs.
 
     Args:
-      name: of the hub, a folder, gs://…, a Gemma's name, or a local file with a state dict, which
-        does not tell how large caches are.
-      dtype: of the state dict.
+      name: on the hub, a folder, gs://…, a Gemma, or a local state dict (caches not counted).
 
     Raises:
-      UsageError: its size is not known, or no machine of `machines.toml` holds it.
+      UsageError: the model's size is not known, or no machine in `machines.toml` is large enough.
     """
     table, width = read_machines(), WIDTHS[dtype]
     if name.endswith(SUFFIXES):
@@ -98,7 +94,7 @@ def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
         parameters, largest = shape.parameters, shape.embedding
         weights, _, memory = room_of(shape, dtype, width, BATCH, PROMPT_TOKENS)
     file = parameters * width / 1e9
-    # Of the largest tensor, mapped; of a part of it, the converted one and masks.
+    # The largest tensor, mapped; of one chunk of it, the converted numbers and masks.
     save = SAVE_PROCESS_GB + (max(RUN_BYTES, 4 * largest) + (width + 4) * CHUNK) / 1e9
     disk = 10 * math.ceil((4 * parameters / 1e9 + file + SYSTEM_DISK_GB) / 10)
     saver = first_that_fits(table["save_machine"], "", save, "machine_type", name)
@@ -110,7 +106,7 @@ def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
 
 
 def _counted(path: Path) -> tuple[int, int]:
-    """Returns how many numbers a state dict has, and its largest tensor."""
+    """Returns how many numbers a state dict and its largest tensor have."""
     if not path.is_file():
         raise UsageError(f"NAME={path}: there is no such file here")
     counts = {entry.same_as: entry.numbers for entry in contents([path]).values()}
@@ -118,7 +114,7 @@ def _counted(path: Path) -> tuple[int, int]:
 
 
 def tables(found: Sequence[Needs]) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
-    """Yields two tables, each a title and its rows: to write the state dict, and to run it."""
+    """Yields two tables as (title, rows): writing the state dict, and running the model."""
     yield (
         f"writing the state dict, {found[0].dtype}",
         [
@@ -152,7 +148,6 @@ def _gb(size: float) -> str:
 
 
 def add_arguments(parser: Parser) -> None:
-    """Adds the command's flags."""
     parser.add_argument(
         "name", metavar="NAME", nargs="?", default="",
         help="a model on the hub (google/flan-t5-xl), a folder, gs://…, a Gemma, or a state dict",
@@ -161,7 +156,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Prints what one model needs, or all of `MODELS`; returns the exit code."""
+    """Prints what one model needs, or each of `MODELS`; returns the exit code."""
     found = [needs_of(name, parsed.dtype) for name in ([parsed.name] if parsed.name else MODELS)]
     if parsed.summary == "json":
         for needs in found:

@@ -1,4 +1,4 @@
-"""`chatflow model save-state-dict`: a model's weights as one file that workers load."""
+"""`chatflow model save-state-dict`: writes a model's weights as one file for workers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ PASSES_FLAGS_ON = False
 
 
 def add_arguments(parser: Parser) -> None:
-    """Adds the command's flags."""
     parser.add_argument(
         "name", metavar="NAME", help="a model on the hub (google/flan-t5-xl), a folder, or gs://…"
     )
@@ -72,11 +71,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def check_path(path: str, overwrite: bool) -> None:
-    """Makes sure that a file can be made under this name.
-
-    Raises:
-      UsageError: it has another suffix, is there already, or its place cannot be asked.
-    """
+    """Raises `UsageError` for a wrong suffix, an unreachable place or a file not to overwrite."""
     if not path.endswith(SUFFIXES):
         raise UsageError(f"PATH={path}: must end in {', '.join(SUFFIXES)}")
     from apache_beam.io.filesystems import FileSystems
@@ -88,13 +83,13 @@ def check_path(path: str, overwrite: bool) -> None:
 
 
 def save(name: str, path: str, dtype: str) -> dict[str, Any]:
-    """Writes the file and its sum; returns what was written, for the summary.
+    """Writes the file and its SHA-256; returns the values of the summary.
 
-    The file is written under another name first, so that no broken one is ever found at `path`.
-    What is bound for another filesystem is made in the temporary folder (`TMPDIR`).
+    Writes to a temporary name first, so that `path` never holds an incomplete file. A file for
+    another filesystem is made in the temporary folder (`TMPDIR`).
 
     Raises:
-      UsageError: as `state_dict.plan` and `write`; or there is no room, or no way to write there.
+      UsageError: see `state_dict.plan` and `write`; or no room, or `path` cannot be written.
     """
     from rich.console import Console
 
@@ -121,7 +116,7 @@ def save(name: str, path: str, dtype: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reached(path: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Names the file in an error; each filesystem has its own errors."""
+    """Turns any filesystem's error into a `UsageError` that names the file."""
     try:
         yield
     except kind as error:
@@ -129,7 +124,7 @@ def reached(path: str, kind: type[Exception] = Exception) -> Iterator[None]:
 
 
 def _workplace(path: str, needed: int) -> tempfile.TemporaryDirectory[str]:
-    """A folder with room: beside a local file, so that it only has to be renamed."""
+    """Makes a folder with enough room, beside a local `path` so that a rename suffices."""
     remote = "://" in path
     folder = tempfile.gettempdir() if remote else os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
@@ -142,7 +137,7 @@ def _workplace(path: str, needed: int) -> tempfile.TemporaryDirectory[str]:
 
 
 def _publish(part: Path, path: str) -> str:
-    """Puts a whole file under its name and its SHA-256 beside it; returns that."""
+    """Moves the finished file to `path`, writes its SHA-256 beside it and returns that."""
     from chatflow.weights.folders import Folder
 
     folder, name = Folder(os.path.dirname(path) or "."), path.rsplit("/", 1)[-1]
@@ -154,7 +149,7 @@ def _publish(part: Path, path: str) -> str:
 
 
 def _counting(progress: Progressing, tensors: int) -> Callable[[int, int], None]:
-    """Counts what is written of so many tensors."""
+    """Returns a callback that adds the written tensors and bytes to `progress`."""
     written = 0
 
     def count(more: int, size: int) -> None:

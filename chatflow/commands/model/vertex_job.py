@@ -1,4 +1,4 @@
-"""The same command as a custom job of Vertex AI, for models that are too large for this machine."""
+"""Runs `save-state-dict` as a Vertex AI custom job, for models too large for this machine."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _ENDED = {
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Starts the job, and waits for it unless told not to; the exit code is its outcome.
+    """Starts the job and waits for it unless told not to; returns the job's outcome as exit code.
 
     Raises:
-      UsageError: a wrong flag, or the service refuses the job.
+      UsageError: a flag is wrong, or Vertex AI refuses the job.
     """
     from google.api_core.exceptions import GoogleAPICallError
     from google.auth.exceptions import GoogleAuthError
@@ -52,7 +52,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def request(parsed: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Where the job is made, and the job, as `CustomJob` has it.
+    """Returns the location to create the job in, and the job as a `CustomJob` dictionary.
 
     https://cloud.google.com/vertex-ai/docs/reference/rest/v1/CustomJobSpec
 
@@ -79,7 +79,7 @@ def request(parsed: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "image_uri": parsed.image,
         "command": ["chatflow"],
         "args": [*words, "--summary=json", *(["--overwrite"] if parsed.overwrite else [])],
-        # HF_TOKEN is not sent: whoever may see the job could read it.
+        # HF_TOKEN is not sent: everyone who may view the job could read it.
         "env": [{"name": "HF_ENDPOINT", "value": hub}] if hub else [],
     }
     spec: dict[str, Any] = {
@@ -139,7 +139,7 @@ def _client(parsed: argparse.Namespace) -> Any:
 
 
 def _wait(client: Any, job: Any) -> Any:
-    """Waits for a job's end, and shows its states on stderr."""
+    """Waits until the job ends and shows its states on stderr."""
     from google.api_core.retry import Retry
     from rich.console import Console
 
@@ -155,7 +155,7 @@ def _wait(client: Any, job: Any) -> Any:
                 return job
             time.sleep(pause)
             pause = min(2 * pause, 30)
-            # What passes, e.g. 503, is tried again for two minutes.
+            # After a transient error, e.g. 503, `Retry` repeats the call for two minutes.
             job = client.get_custom_job(name=job.name, retry=Retry())
 
 

@@ -1,4 +1,4 @@
-"""Runs the steps of `versions/` in the transaction that `Database.upgrade` has begun."""
+"""Runs the steps of `versions/` in the transaction that `Database.upgrade` began."""
 
 from alembic import context
 
