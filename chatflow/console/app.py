@@ -1,4 +1,4 @@
-"""The web application: routes to pages, and its server."""
+"""The web application and its server: routes requests to pages."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ from chatflow.errors import one_line
 from chatflow.records import now
 
 FORGET_SECONDS = 3600.0
-"""Between two looks for chats that are no longer to be kept."""
+"""Seconds between two deletions of old chats."""
 
 _log = logging.getLogger(__name__)
 
 
 def app(console: Console) -> Starlette:
-    """Returns the web application of a console."""
 
     def get(path: str, endpoint: Callable[..., Response]) -> Route:
         return Route(path, lambda request: endpoint(console, request))
 
     def post(path: str, endpoint: Callable[..., Response]) -> Route:
-        """A route that changes something: only for forms of this console's own pages."""
+        """Returns a route that accepts only forms of this console's own pages."""
 
         async def respond(request: Request) -> Response:
             form = await request.form(max_files=0, max_fields=20, max_part_size=200_000)
@@ -86,7 +85,7 @@ def app(console: Console) -> Starlette:
 
 @contextlib.asynccontextmanager
 async def _running(console: Console) -> AsyncIterator[None]:
-    """Publishes replies, looks for changes and deletes old chats meanwhile."""
+    """Publishes replies, looks for changes and deletes old chats while the server runs."""
     publisher = Publisher(console.database, console.replies) if console.replies else None
     if publisher:
         publisher.start()
@@ -103,7 +102,7 @@ async def _running(console: Console) -> AsyncIterator[None]:
 
 
 async def _forget(database: Database, keep: timedelta) -> None:
-    """Deletes what is older, now and every hour."""
+    """Deletes chats unchanged for `keep`, at once and then every hour."""
     while True:
         deleted = 0
         try:
@@ -119,19 +118,19 @@ async def _forget(database: Database, keep: timedelta) -> None:
 class _Static(StaticFiles):
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
-        response.headers["Cache-Control"] = "no-cache"  # asks whether it is still the same
+        response.headers["Cache-Control"] = "no-cache"  # browsers check for a newer one
         return response
 
 
 class Server(uvicorn.Server):
-    """Serves a console on a socket that listens already; `run` it, and set `should_exit`."""
+    """Serves a console on a socket that already listens; set `should_exit` to stop it."""
 
     def __init__(self, console: Console, listener: socket.socket):
         config = uvicorn.Config(
             app(console),
             log_level="warning",
-            access_log=False,  # addresses hold what people search for
-            proxy_headers=False,  # `Guard` looks at them, and only from proxies that it trusts
+            access_log=False,  # URLs contain search terms
+            proxy_headers=False,  # `Guard` reads them, from trusted proxies only
             server_header=False,
             timeout_graceful_shutdown=5,
         )

@@ -1,4 +1,4 @@
-"""Changes: tells open pages that something is new, as server-sent events."""
+"""Server-sent events that tell open pages about changes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from chatflow.database.connections import Database
 from chatflow.errors import one_line
 
 LOOK_SECONDS = 0.5
-"""Between two looks whether something in the database has changed."""
+"""Seconds between two checks of the database for changes."""
 
 _log = logging.getLogger(__name__)
 
 
 class Changes:
-    """Tells open pages that something is new, as server-sent events."""
+    """Tells open pages that something has changed."""
 
     def __init__(self, database: Database):
         self._database = database
@@ -34,7 +34,7 @@ class Changes:
         self._ended = False
 
     async def look(self) -> None:
-        """Looks for changes for as long as somebody wants to know of them."""
+        """Polls the database until cancelled, but only while a page is connected."""
         last = ""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -56,7 +56,7 @@ class Changes:
                 queue.put_nowait(True)
 
     def end(self) -> None:
-        """Ends all streams, for a server that waits for its answers to end."""
+        """Ends all streams, because a server waits for its responses before it stops."""
         self._ended = True
         self._tell()
 
@@ -65,7 +65,7 @@ class Changes:
             return inbox.state(connection)
 
     async def stream(self, request: Request) -> Response:
-        """Events for a page; the first at once, where it has missed some `since` it was made."""
+        """Returns a stream of events; if the page missed a change, the first comes at once."""
         since = re.fullmatch(r"\d+(\.\d+)?", request.query_params.get("since", ""), re.ASCII)
         missed = since is not None and self._told_at > float(since[0])
 
@@ -81,7 +81,7 @@ class Changes:
                         await asyncio.wait_for(queue.get(), 15)
                         yield "event: change\ndata:\n\n"
                         continue
-                    yield ":\n\n"  # so that proxies keep the connection
+                    yield ":\n\n"  # so that proxies keep the connection open
             finally:
                 self._waiting.discard(queue)
 

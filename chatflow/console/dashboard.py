@@ -1,4 +1,4 @@
-"""How the day goes: volumes, tones, latency, and what people make of the drafts."""
+"""Figures of the dashboard: volumes, tones, latencies and decisions on drafts."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PERIODS = {
     "month": ("30 days", timedelta(days=30), timedelta(days=1)),
     "quarter": ("90 days", timedelta(days=90), timedelta(days=3)),
 }
-"""By name: title, length, and how long each bar of the charts is."""
+"""Period name to title, length, and length of each bar of the charts."""
 
 SAMPLE = 5000
-"""Latencies, and how much was edited, are of so many newest ones."""
+"""Latencies and edit distances are computed from this many newest values."""
 
 DISTANCES = (
     (0.0, "as written"),
@@ -39,12 +39,12 @@ DISTANCES = (
     (0.6, "to 60 %"),
     (1.0, "more"),
 )
-"""Bins of how much was edited: their upper ends, and titles."""
+"""Bins of edit distances: upper end and title."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A part of the period: how many analyses of each tone there were."""
+    """The number of analyses of each tone in one part of the period."""
 
     begins: datetime
     angry: int = 0
@@ -58,11 +58,10 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What became of the drafts of a model and prompt version.
+    """Decisions on the drafts of one model and prompt version.
 
-    Attributes:
-      flagged: of the decided ones, how many had no text by the model.
-      distances: of the approved texts from the model's, from 0 (the same) to 1.
+    `flagged` counts those without a text by the model. `distances` compares approved texts with the
+    model's, from 0 (the same) to 1.
     """
 
     model: str
@@ -88,11 +87,9 @@ def share(part: int, whole: int) -> float | None:
 def figures(
     connection: sa.Connection, period: str, attribute: str, moment: datetime
 ) -> dict[str, Any]:
-    """All that the dashboard shows.
+    """Returns all values of the dashboard, for the period of `PERIODS` that ends at `moment`.
 
-    Args:
-      period: of `PERIODS`; it ends at `moment`.
-      attribute: by whose values the share of angry customers is given; empty: of the first one.
+    The share of angry customers is given for each value of `attribute` (default: the first one).
     """
     _, length, step = PERIODS[period]
     since = moment - length
@@ -165,7 +162,7 @@ def _bars(
 def _by_attribute(
     connection: sa.Connection, since: datetime, name: str
 ) -> list[tuple[str, int, int]]:
-    """Value, customers, and how many of them are angry by their newest analysis."""
+    """Returns value, customers, and how many of them are angry by their newest analysis."""
     newest_first = analyses.c.revision.desc(), analyses.c.analysed_at.desc(), analyses.c.analysis_id
     of_customer = sa.func.row_number().over(
         partition_by=(analyses.c.chat_id, analyses.c.user_id), order_by=newest_first
@@ -188,7 +185,6 @@ def _by_attribute(
 
 
 def _analysis_seconds(connection: sa.Connection, since: datetime) -> list[float]:
-    """From the last message of a chat to its analysis."""
     of_chat = sa.and_(
         chats.c.chat_id == analyses.c.chat_id, chats.c.revision == analyses.c.revision
     )
@@ -203,7 +199,6 @@ def _analysis_seconds(connection: sa.Connection, since: datetime) -> list[float]
 
 
 def _review_seconds(connection: sa.Connection, since: datetime) -> list[float]:
-    """From a draft to what was decided about it."""
     query = (
         sa.select(drafts.c.decided_at, drafts.c.drafted_at)
         .where(drafts.c.decided_at >= since)
@@ -264,7 +259,7 @@ def _reasons(connection: sa.Connection, since: datetime) -> list[tuple[str, int]
 
 
 def _dead_letters(connection: sa.Connection, since: datetime) -> list[tuple[str, int, datetime]]:
-    """Stage and reason, how many, and when the last one."""
+    """Returns stage and reason, count, and time of the last one."""
     at = dead_letters.c.failed_at
     query = (
         sa.select(dead_letters.c.stage, dead_letters.c.reason, sa.func.count(), sa.func.max(at))
@@ -286,7 +281,7 @@ def _replies(connection: sa.Connection, since: datetime) -> dict[str, Any]:
 
 
 def percentiles(values: Iterable[float]) -> tuple[float, float]:
-    """p50 and p95 of at least one value."""
+    """Returns p50 and p95 of at least one value."""
     in_order = sorted(values)
     cuts = statistics.quantiles([in_order[0], *in_order], n=100, method="inclusive")
     return cuts[49], cuts[94]

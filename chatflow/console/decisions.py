@@ -1,4 +1,8 @@
-"""What people do with a draft. Each is one transaction, and fails if somebody was faster."""
+"""Decisions that people make about a draft. Each one is a single transaction.
+
+All raise `ConflictError` if the draft changed since the person saw it (`approve` and `dismiss` also
+if its chat changed), and `DecisionError` if there is no such draft or the input is invalid.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +28,14 @@ REASONS = {
     "no_reply_needed": "No reply is needed",
     "other": "Another reason",
 }
-"""Why a draft is dismissed. The first two say what the tone is, and become labels."""
+"""Why a draft is dismissed. The first two name the tone, and become labels."""
 
 CHARACTERS = 10_000
-"""The longest reply, and the longest comment."""
+"""Maximum length of a reply or a comment."""
 
 
 class DecisionError(Exception):
-    """It was not done; the message, for the person who tried, says why."""
+    """Nothing was done; the message tells the person why."""
 
 
 class ConflictError(DecisionError):
@@ -47,15 +51,9 @@ def approve(
     who: str,
     undo_seconds: float,
 ) -> None:
-    """Takes a text as the reply to a customer, to be published when it can be undone no more.
+    """Approves a text as the reply to a customer; it is published `undo_seconds` later.
 
-    Args:
-      version: of the draft that the person saw.
-      seen_chat: `mark_of` the chat that the person saw.
-
-    Raises:
-      ConflictError: another person, or a newer message, was faster.
-      DecisionError: the text is none.
+    `version` (of the draft) and `seen_chat` (`mark_of` the chat) are those that the person saw.
     """
     text = _checked(text)
     if not text:
@@ -107,12 +105,7 @@ def dismiss(
     comment: str,
     who: str,
 ) -> None:
-    """Takes a draft out of the inbox without a reply.
-
-    Raises:
-      ConflictError: as `approve`.
-      DecisionError: there is no such reason.
-    """
+    """Removes a draft from the inbox without a reply, for one of `REASONS`."""
     if reason not in REASONS:
         raise DecisionError("Please choose a reason.")
     _, seen = _seen(connection, draft_id, seen_chat)
@@ -132,29 +125,19 @@ def dismiss(
 
 
 def save(connection: sa.Connection, draft_id: str, version: int, text: str, who: str) -> None:
-    """Keeps an edited text for later, or for somebody else.
-
-    Raises:
-      ConflictError: as `approve`.
-      DecisionError: the text is too long.
-    """
+    """Saves an edited text for later, or for somebody else."""
     text = _checked(text)
     _change(connection, draft_id, version, edited_text=text or None)
     _note(connection, draft_id, who, "edited", text=text)
 
 
 def undo(connection: sa.Connection, draft_id: str, version: int, who: str) -> None:
-    """Takes a decision back; an approval as long as its reply is not on its way.
-
-    Raises:
-      ConflictError: as `approve`.
-      DecisionError: the reply is on its way, or nothing was decided.
-    """
+    """Reverts a decision; raises `DecisionError` if the reply is already on its way."""
     draft = _locked(connection, draft_id)
     if draft["status"] not in (tables.APPROVED, tables.DISMISSED):
         raise ConflictError("There is nothing to undo.")
     if draft["status"] == tables.APPROVED:
-        # The row is locked by whoever changes it first: this, or the publisher's lease.
+        # This and the publisher's lease compete for the row: the first one locks it.
         waits = outbox.c.draft_id == draft_id, outbox.c.leased_by.is_(None)
         gone = connection.execute(sa.delete(outbox).where(*waits, outbox.c.published_at.is_(None)))
         if not gone.rowcount:
@@ -184,14 +167,14 @@ def _checked(text: str) -> str:
 
 
 def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
-    """The draft. Nobody changes its customer's drafts meanwhile, nor does a worker."""
+    """Returns the draft; nobody else changes its customer's drafts until the transaction ends."""
     of_customer = (
         customers.c.chat_id == drafts.c.chat_id,
         customers.c.user_id == drafts.c.user_id,
     )
     lock = sa.select(customers.c.revision).where(*of_customer, drafts.c.draft_id == draft_id)
     connection.execute(lock.with_for_update(of=customers))
-    # Only now, for it may have changed while this waited.
+    # Read after the lock, because it may have changed during the wait.
     found = connection.execute(sa.select(drafts).where(drafts.c.draft_id == draft_id)).mappings()
     draft = found.one_or_none()
     if draft is None:
@@ -200,9 +183,9 @@ def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
 
 
 def mark_of(chat: Mapping[Any, Any] | None) -> str:
-    """Another text for a chat of other messages; empty where there is none.
+    """Returns a token that changes with the messages of a chat; empty if there is no chat.
 
-    Its revision alone does not do: chats of files that grow have the same one.
+    The revision alone is not enough: chats of files that grow keep the same one.
     """
     if chat is None:
         return ""
@@ -212,7 +195,7 @@ def mark_of(chat: Mapping[Any, Any] | None) -> str:
 def _seen(
     connection: sa.Connection, draft_id: str, seen_chat: str
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The draft, and its chat as it is now, which has to be as the person saw it."""
+    """Returns the draft and its current chat, which must be as the person saw it."""
     draft = _locked(connection, draft_id)
     query = sa.select(chats).where(chats.c.chat_id == draft["chat_id"])
     chat = connection.execute(query).mappings().one_or_none()

@@ -1,4 +1,4 @@
-"""Guard: lets nobody in who may not."""
+"""Middleware that decides who may use the console."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COOKIE = "chatflow_session"
 
 
 class Guard:
-    """Lets nobody in who may not, and has each answer say what browsers may do with it."""
+    """Lets in only people who may use the console, and sets the security headers of responses."""
 
     def __init__(self, app: ASGIApp, console: Console):
         self.app, self.console = app, console
@@ -56,7 +56,7 @@ class Guard:
         return request.client is not None and self.console.people.is_proxy(request.client.host)
 
     def _refusal(self, request: Request) -> Response | None:
-        """What is refused whoever asks."""
+        """Returns an error for requests that are refused from everybody."""
         try:
             host = urlsplit(f"//{request.headers.get('host', '')}")
             origin = urlsplit(request.headers.get("origin", f"//{host.netloc}"))
@@ -65,7 +65,7 @@ class Guard:
         if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
             return PlainTextResponse("No database has NUL characters.\n", 400)
         known = {"*", host.hostname} & set(self.console.hosts)
-        if not known and request.scope["path"] != "/healthz":  # probes come by any name
+        if not known and request.scope["path"] != "/healthz":  # health probes may use any name
             return PlainTextResponse(
                 f"This console is not called {host.hostname}; --allowed_hosts names it.\n", 400
             )
@@ -76,14 +76,14 @@ class Guard:
         return None
 
     def _sign_in(self, request: Request) -> Response | None:
-        """Finds out who asks; an answer instead, where they have to sign in first."""
+        """Identifies the person; returns a response if they have to sign in first."""
         people, path = self.console.people, request.url.path
         person: Person | None
         if not people.sign_in:
             person = people.person(people.local)
         elif people.identity_header:
-            # From elsewhere, anybody could say anything; so could who asks, where a proxy adds its
-            # word to theirs.
+            # Trust this header only from a proxy, and only once: where the proxy adds its own, the
+            # other one may be forged.
             names = request.headers.getlist(people.identity_header)
             said = names[0] if len(names) == 1 and self._by_proxy(request) else ""
             person = people.person(said) if said else None
@@ -110,7 +110,7 @@ class Guard:
 
 
 def page_of(request: Request) -> str:
-    """The page that somebody asked for, or whose form they sent."""
+    """Returns the page that somebody asked for, or whose form they sent."""
     path, query = request.url.path, request.url.query
     if of_draft := re.fullmatch(r"(/drafts/[^/]+)/[^/]+", path):
         path = of_draft[1]

@@ -1,4 +1,4 @@
-"""What there is to review: the list with its filters, and one draft with its chat."""
+"""The review inbox: the list with its filters, and one draft with its chat."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from chatflow.database import tables
 from chatflow.database.tables import analyses, chat_attributes, chats, drafts, history, outbox
 
 PAGE = 50
-"""Drafts on a page of the inbox."""
+"""Drafts per page of the inbox."""
 
 ANGER_SECONDS = 3600.0
-"""An hour of waiting counts as much as being sure of the anger instead of not at all."""
+"""Waiting this long (an hour) counts as much as an anger confidence of 1 instead of 0."""
 
 STATUSES = (tables.WAITING, tables.APPROVED, tables.DISMISSED, tables.SUPERSEDED)
 SORTS = {
@@ -31,12 +31,10 @@ KINDS = {"": "all", "text": "with a draft", "flag": "flagged: to be written"}
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """Which drafts are listed, in which order; the query of the page's address.
+    """Which drafts are listed, and in which order; the query string of the page.
 
-    Attributes:
-      q: searched for in ids, messages, summaries and drafts.
-      attribute: NAME=VALUE of the chat.
-      page: from 0.
+    `q` is searched for in ids, messages, summaries and drafts; `attribute` is NAME=VALUE of the
+    chat; `page` counts from 0.
     """
 
     status: str = tables.WAITING
@@ -48,7 +46,7 @@ class Filter:
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Filter:
-        """From an address; what is not known in it is left out."""
+        """Returns the filter of a query string; unknown values are ignored."""
         page = query.get("page", "")
         status, sort, kind = query.get("status"), query.get("sort"), query.get("kind")
         return cls(
@@ -56,23 +54,19 @@ class Filter:
             sort if sort in SORTS else "urgent",
             kind if kind in KINDS else "",
             query.get("q", "").strip()[:200],
-            query.get("attribute", "").replace("\r\n", "\n")[:2000],  # as forms send line ends
+            query.get("attribute", "").replace("\r\n", "\n")[:2000],  # forms send CRLF
             int(page) if re.fullmatch(r"[0-9]{1,5}", page) else 0,
         )
 
     def query(self, **changes: Any) -> str:
-        """For an address: with its question mark, and only what is not the default.
-
-        Args:
-          changes: other values, also of what is no filter.
-        """
+        """Returns a query string with "?", without defaults; `changes` may add other names."""
         values = vars(self) | changes
         parts = {n: value for n, value in values.items() if value != getattr(Filter, n, None)}
         return f"?{urlencode(parts)}" if parts else ""
 
     @property
     def narrows(self) -> bool:
-        """Whether some drafts of this status are left out."""
+        """Whether the filter leaves out some drafts of its status."""
         return bool(self.q or self.attribute or self.kind)
 
 
@@ -94,7 +88,7 @@ def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
     elif wanted.kind == "flag":
         found = found.where(drafts.c.flag.is_not(None))
     if wanted.attribute:
-        both = wanted.attribute  # in names, too, there may be a "="
+        both = wanted.attribute  # names may contain "=", too
         pairs = [(both[:at], both[at + 1 :]) for at, sign in enumerate(both) if sign == "="]
         having = sa.exists().where(
             chat_attributes.c.chat_id == drafts.c.chat_id,
@@ -103,7 +97,7 @@ def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
         found = found.where(having)
     if wanted.q:
         places = [drafts.c.chat_id, drafts.c.user_id]
-        if texts:  # else searching would tell what is in texts that are not shown
+        if texts:  # otherwise a search reveals hidden texts
             places += [analyses.c.summary, drafts.c.text, drafts.c.edited_text]
         holding = [place.icontains(wanted.q, autoescape=True) for place in places]
         if texts:
@@ -122,11 +116,7 @@ def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
 def listed(
     connection: sa.Connection, wanted: Filter, texts: bool = True
 ) -> tuple[list[dict[str, Any]], bool]:
-    """A page of drafts, and whether there are more.
-
-    Args:
-      texts: also search in texts, not only in ids.
-    """
+    """Returns a page of drafts, and whether there are more; without `texts`, searches ids only."""
     columns = (
         *(drafts.c[name] for name in _LISTED),
         analyses.c.summary,
@@ -150,9 +140,9 @@ _LISTED = (
 def neighbours(
     connection: sa.Connection, wanted: Filter, draft_id: str, texts: bool = True
 ) -> tuple[str | None, str | None]:
-    """The drafts before and after one in a list; after one that is not in it, the first.
+    """Returns the drafts before and after one in a list; if it is not listed, None and the first.
 
-    A list may be long: it is looked at from the page before the one that `wanted` names.
+    A list may be long, so the search starts at the page before the one that `wanted` names.
     """
     found = _found(wanted, texts, drafts.c.draft_id)
     found = found.limit(1000).offset(PAGE * max(0, wanted.page - 1))
@@ -174,7 +164,7 @@ def attributes_of(connection: sa.Connection, chat_ids: Sequence[str]) -> dict[st
 
 
 def known_attributes(connection: sa.Connection, most: int = 100) -> list[str]:
-    """NAME=VALUE pairs that chats have, those of most chats first."""
+    """Returns the most frequent NAME=VALUE pairs of chats, in alphabetical order."""
     name, value = chat_attributes.c.name, chat_attributes.c.value
     query = sa.select(name, value).group_by(name, value)
     rows = connection.execute(query.order_by(sa.func.count().desc(), name, value).limit(most))
@@ -182,13 +172,13 @@ def known_attributes(connection: sa.Connection, most: int = 100) -> list[str]:
 
 
 def waiting(connection: sa.Connection) -> int:
-    """How many drafts wait for review."""
+    """Returns how many drafts wait for review."""
     query = sa.select(sa.func.count()).where(drafts.c.status == tables.WAITING)
     return int(connection.execute(query).scalar_one())
 
 
 def state(connection: sa.Connection) -> str:
-    """A text that is another one when something has changed."""
+    """Returns a token that changes whenever the inbox does."""
     counted = sa.select(sa.func.count(), sa.func.max(drafts.c.changed_at))
     values = [
         *connection.execute(counted.where(drafts.c.status == tables.WAITING)).one(),
@@ -200,7 +190,7 @@ def state(connection: sa.Connection) -> str:
 
 
 def opened(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
-    """A draft with its analysis, chat, history and reply; None where there is no such draft."""
+    """Returns a draft with its analysis, chat, history and reply; None if it does not exist."""
     draft = _row(connection, drafts.c.draft_id, draft_id)
     if draft is None:
         return None
@@ -219,7 +209,7 @@ def opened(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
 
 
 def decided(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
-    """A draft that was approved or dismissed, with its reply; None where there is no such draft."""
+    """Returns an approved or dismissed draft with its reply; None if there is no such draft."""
     draft = _row(connection, drafts.c.draft_id, draft_id) if draft_id else None
     if draft is None or draft["status"] not in (tables.APPROVED, tables.DISMISSED):
         return None
@@ -238,7 +228,7 @@ def _row(connection: sa.Connection, key: sa.Column[Any], value: str) -> dict[str
 def events(
     connection: sa.Connection, draft_id: str = "", who: str = "", page: int = 0
 ) -> list[dict[str, Any]]:
-    """Who did what, the newest first; of all drafts, or of one."""
+    """Returns who did what, newest first; for one draft or all, by one person or all."""
     query = sa.select(history, drafts.c.chat_id).outerjoin(
         drafts, drafts.c.draft_id == history.c.draft_id
     )

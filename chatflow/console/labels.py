@@ -1,4 +1,4 @@
-"""What people decided, as labelled chats for `chatflow evaluate` and `tune`."""
+"""People's decisions as labelled chats, for `chatflow evaluate` and `tune`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ _SENTIMENTS = {"not_angry_neutral": 0, "not_angry_happy": 1}
 
 
 def labelled(connection: sa.Connection) -> Iterator[str]:
-    """Lines of JSON: chats as they were when a person decided about them, with `sentiment`.
+    """Yields lines of JSON: chats as they were when a person decided, with their `sentiment`.
 
-    An approved draft says that its customer is angry; one that was dismissed because they are
-    not says what they are instead. Others say nothing of the tone, and are left out. Of a chat
-    and user it is the newest decision that counts.
-
-    Each also has `source` ("console"), and where there is one, `reply` (as it was approved)
-    and `draft` (as the model had written it).
+    An approved draft labels its customer as angry. A draft dismissed because the customer is not
+    angry labels them with the chosen tone. Other decisions do not tell the tone and are left out.
+    The newest decision per chat and user counts. Each line has `source` ("console") and, if there
+    is one, `reply` (as approved) and `draft` (as the model wrote it).
     """
     of_tone = drafts.c.reason.in_(list(_SENTIMENTS))
     query = (

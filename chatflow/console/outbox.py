@@ -1,7 +1,7 @@
-"""Outbox: approved replies to a topic or a file, each once.
+"""Outbox: publishes approved replies to a topic or a file, each once.
 
-An approval and its reply are one transaction; a publisher takes replies from there, so that
-neither is without the other, whatever is killed in between
+An approval and its reply are stored in one transaction, and publishers read replies from there, so
+a crash cannot leave one without the other
 (https://microservices.io/patterns/data/transactional-outbox.html).
 """
 
@@ -28,41 +28,34 @@ from chatflow.errors import UsageError, one_line
 from chatflow.records import Reply, now
 
 LEASE_SECONDS = 60.0
-"""How long replies are one publisher's; when it is killed, another one takes them then."""
+"""How long a publisher reserves replies; if it is killed, another one takes them after that."""
 
 LOOK_SECONDS = 0.5
-"""Between two looks for replies."""
+"""Seconds between two checks for replies."""
 
 MOST = 100
-"""Replies that are published at once."""
+"""Maximum number of replies published at once."""
 
 _BEGINS = b'{"reply_id":'
-"""What each reply in a file begins with: what is cut off and does not is somebody else's."""
+"""How each reply in a file begins; a cut-off line without it is not chatflow's."""
 
 _log = logging.getLogger(__name__)
 
 
 class Replies(Protocol):
-    """Where replies go."""
+    """A destination of replies."""
 
     def send(self, replies: Sequence[Reply], seconds: float) -> None:
-        """Sends replies that were perhaps sent before.
-
-        Args:
-          seconds: after which it gives up.
+        """Sends replies, which may have been sent before; gives up after `seconds`.
 
         Raises:
-          PartlySentError: some were sent, and others perhaps not.
-          Exception: all were perhaps not sent.
+          PartlySentError: some were sent, and others possibly not.
+          Exception: possibly none were sent.
         """
 
 
 class PartlySentError(Exception):
-    """Some replies were not sent.
-
-    Attributes:
-      sent: ids of those that were.
-    """
+    """Some replies were not sent; `sent` holds the ids of those that were."""
 
     def __init__(self, error: Exception, sent: Collection[str]):
         super().__init__(one_line(error))
@@ -70,13 +63,10 @@ class PartlySentError(Exception):
 
 
 class ReplyFile:
-    """A file of lines of JSON. A reply that is in it is not written again: each is there once."""
+    """A file of JSON lines that holds each reply once: a known reply is not written again."""
 
     def __init__(self, path: str):
-        """
-        Raises:
-          UsageError: the file cannot be written, or has other things in it.
-        """
+        """Raises `UsageError` if the file cannot be written or contains anything else."""
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise UsageError(f"--replies={path}: there is no folder {self.path.parent}")
@@ -104,9 +94,9 @@ class ReplyFile:
             self._lock.release()
 
     def _read(self, file: Any) -> None:
-        """Learns the ids of what others have written; removes a line that was cut off."""
+        """Reads the ids that others have written; removes a line that was cut off."""
         file.seek(0, os.SEEK_END)
-        if file.tell() < self._read_to:  # somebody began it anew
+        if file.tell() < self._read_to:  # somebody started the file anew
             self._read_to = 0
             self._ids.clear()
         file.seek(self._read_to)
@@ -118,7 +108,7 @@ class ReplyFile:
                     raise
                 file.truncate(self._read_to)
                 break
-            if not line.endswith(b"\n"):  # all of it is there
+            if not line.endswith(b"\n"):  # complete, but for its line end
                 file.write(b"\n")
                 line += b"\n"
             self._ids.add(found)
@@ -127,14 +117,14 @@ class ReplyFile:
 
 
 class ReplyTopic:
-    """A Pub/Sub topic. Its messages are as those of other records: attribute `id`, ordered."""
+    """A Pub/Sub topic; as for other records, messages have an attribute `id` and are ordered."""
 
     def __init__(self, topic: str):
         self.topic = topic
         self._client: Any = None
 
     def send(self, replies: Sequence[Reply], seconds: float) -> None:
-        # Beam takes seconds to be imported, which files need not wait for.
+        # Imported here, because Beam takes seconds to import and files do not need it.
         from chatflow.sinks.pubsub import publisher, to_message
 
         if self._client is None:
@@ -150,19 +140,15 @@ class ReplyTopic:
                 done.add(reply.reply_id)
             except Exception as error:
                 failed[message["ordering_key"]] = error
-        for key in failed:  # else the client would never publish to this key again
-            with contextlib.suppress(RuntimeError):  # it would: this one was only late
+        for key in failed:  # otherwise the client never publishes to it again
+            with contextlib.suppress(RuntimeError):  # key not paused: the reply was only late
                 self._client.resume_publish(self.topic, key)
         if failed:
             raise PartlySentError(next(iter(failed.values())), done)
 
 
 def replies_to(uri: str) -> Replies:
-    """What `--replies` names.
-
-    Raises:
-      UsageError: nothing that replies can go to.
-    """
+    """Returns the destination that `--replies` names; raises `UsageError` if it cannot be used."""
     if uri.startswith(("projects/", "pubsub://")):
         from chatflow.sinks.pubsub import PUBSUB_TOPIC, check_topics
 
@@ -178,7 +164,7 @@ def replies_to(uri: str) -> Replies:
 
 
 class Publisher:
-    """Publishes replies from the outbox, in a thread of its own; several may do so."""
+    """Publishes replies from the outbox in its own thread; several publishers may run."""
 
     def __init__(self, database: Database, replies: Replies):
         self.database, self.replies = database, replies
@@ -190,7 +176,7 @@ class Publisher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends it, when it has published what it has taken."""
+        """Ends the thread when it has published what it has taken."""
         self._stop.set()
         self._thread.join()
 
@@ -206,11 +192,7 @@ class Publisher:
                 pause = min(2 * pause, 30)
 
     def publish(self) -> int:
-        """Publishes replies that are due; gives how many.
-
-        Raises:
-          Exception: they could not be published; they stay in the outbox.
-        """
+        """Publishes due replies and returns how many; after an error they stay in the outbox."""
         due = self._take()
         if not due:
             return 0
@@ -225,7 +207,7 @@ class Publisher:
         return len(due)
 
     def _note_sent(self, ids: Collection[str]) -> None:
-        """Notes it while they are still this publisher's, also where the database is away."""
+        """Marks replies as published; retries within the lease if the database is unavailable."""
         mine = outbox.c.draft_id.in_(list(ids)), outbox.c.published_at.is_(None)
         give_up = time.monotonic() + LEASE_SECONDS / 2
         while True:
@@ -240,7 +222,7 @@ class Publisher:
                 time.sleep(LOOK_SECONDS)
 
     def _take(self) -> dict[str, Any]:
-        """Replies for this publisher alone, by their drafts, in the order of approval."""
+        """Leases due replies for this publisher; returns them by draft id, in approval order."""
         with self.database.read() as connection:
             moment = clock(connection)
             free = (
@@ -258,7 +240,7 @@ class Publisher:
             lease = moment + timedelta(seconds=LEASE_SECONDS)
             connection.execute(
                 sa.update(outbox)
-                .where(outbox.c.draft_id.in_(ids), *free)  # somebody else may have been faster
+                .where(outbox.c.draft_id.in_(ids), *free)  # another may have been faster
                 .values(leased_by=self._name, leased_until=lease, attempts=outbox.c.attempts + 1)
             )
             query = sa.select(outbox.c.draft_id, outbox.c.reply).where(
@@ -272,7 +254,7 @@ class Publisher:
             }
 
     def _put_back(self, ids: Sequence[str], error: str) -> None:
-        """They are anybody's again, but can no longer be undone: some may have gone out."""
+        """Releases the lease; undo stays impossible, because some replies may have been sent."""
         with self.database.write() as connection:
             connection.execute(
                 sa.update(outbox)

@@ -1,4 +1,4 @@
-"""The pages, and what their forms do. Each is a function of the console and a request."""
+"""The pages and their form handlers: functions of the console and a request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def show_draft(
     problem: str = "",
     form: FormData | None = None,
 ) -> Response:
-    """A draft beside its chat; after a decision that failed, with what its form held."""
+    """Shows a draft beside its chat; after a failed decision, with the values of its form."""
     wanted = inbox.Filter.of(request.query_params)
     draft_id = request.path_params["draft_id"]
     with console.database.read() as connection:
@@ -74,7 +74,7 @@ def show_draft(
 
 
 TYPED = ("text", "reason", "comment")
-"""What people type and choose; it is not lost where it comes too late."""
+"""Form fields that are shown again if a decision fails."""
 
 
 def _text(form: FormData, name: str) -> str:
@@ -83,10 +83,7 @@ def _text(form: FormData, name: str) -> str:
 
 
 def _number(form: FormData, name: str) -> int:
-    """
-    Raises:
-      ValueError: it is none that a database has.
-    """
+    """Returns an integer field; raises `ValueError` if a database cannot store it."""
     number = int(_text(form, name))
     if not 0 <= number <= LARGEST_INTEGER:
         raise ValueError(name)
@@ -97,7 +94,7 @@ ACTIONS = ("approve", "dismiss", "save", "undo")
 
 
 def decide(console: Console, request: Request, form: FormData) -> Response:
-    """Does what the form says, and goes on to the next draft; or says why it was not done."""
+    """Makes the decision of a form, and goes on to the next draft; or shows why it failed."""
     person: Person = request.scope["person"]
     if not person.decides:
         raise HTTPException(403, f"Your role, {person.role}, may not decide on drafts.")
@@ -125,7 +122,7 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
         return RedirectResponse(f"/drafts/{draft_id}{wanted.query()}", 303)
     if action == "save":
         return RedirectResponse(f"/drafts/{draft_id}{wanted.query(saved=draft_id)}", 303)
-    # It has left the list, so that the first one is next.
+    # The draft has left the list, so continue with the first one.
     wanted = dataclasses.replace(wanted, page=0)
     with console.database.read() as connection:
         _, after = inbox.neighbours(connection, wanted, draft_id, person.reads_texts)
@@ -181,7 +178,7 @@ def show_sign_in(
     return console.page(request, "sign_in", status, problem=problem, to=to)
 
 
-_OWN_PAGE = re.compile(r"/(?![/\\]).*")  # for browsers, what begins with two is another site
+_OWN_PAGE = re.compile(r"/(?![/\\]).*")  # browsers read two slashes as another site
 
 
 def sign_in(console: Console, request: Request, form: FormData) -> Response:
@@ -203,7 +200,7 @@ def sign_out(console: Console, request: Request, _: FormData) -> Response:
 
 
 def health(console: Console, _: Request) -> Response:
-    """Whether the database answers; for those who watch over the console."""
+    """Checks that the database responds; for health probes."""
     with console.database.read() as connection:
         connection.execute(sa.select(1))
     return PlainTextResponse("ok\n")

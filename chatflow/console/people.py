@@ -1,4 +1,4 @@
-"""Who is asking: people, their roles, and how they sign in."""
+"""People, their roles, and how they sign in."""
 
 from __future__ import annotations
 
@@ -22,25 +22,21 @@ from chatflow.errors import UsageError
 from chatflow.records import now
 
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
-"""Names by which only this machine calls itself."""
+"""Host names that a machine uses only for itself."""
 
 ROLES = {
     "observer": "sees lists and figures",
     "agent": "also decides on drafts",
     "lead": "also exports labelled chats",
 }
-"""What people may do; each may do what those before it may."""
+"""Roles and what they may do; each one may also do what those before it may."""
 
 SESSION = timedelta(hours=12)
-"""How long somebody is signed in."""
+"""How long a person stays signed in."""
 
 
 class Person(NamedTuple):
-    """Somebody who uses the console.
-
-    Attributes:
-      reads_texts: else, what chats and drafts say is not shown.
-    """
+    """A user of the console; without `reads_texts`, texts of chats and drafts are hidden."""
 
     name: str
     role: str
@@ -57,16 +53,15 @@ class Person(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class People:
-    """Who may use the console, and how they say who they are.
+    """Who may use the console, and how they identify themselves.
 
-    Without `users` and `identity_header` there is no sign-in: whoever reaches the console is
-    `local`. That is for one machine alone.
+    Without `users` and `identity_header` there is no sign-in: everybody who reaches the console is
+    `local`. Use that only on a single machine.
 
     Attributes:
-      local: the person where there is no sign-in.
-      users: by name, from the file `--users`: role, and the SHA-256 of a token.
-      identity_header: of a reverse proxy, which says who is signed in there.
-      proxies: networks from which that header is believed.
+      users: name to role and SHA-256 of a token, from the file `--users`.
+      identity_header: header of a reverse proxy that names the person signed in there.
+      proxies: networks from which this header is trusted.
       redacted: roles that see no texts.
     """
 
@@ -78,7 +73,7 @@ class People:
 
     @property
     def sign_in(self) -> bool:
-        """Whether people have to say who they are."""
+        """Whether people have to sign in."""
         return bool(self.users or self.identity_header)
 
     @property
@@ -86,7 +81,7 @@ class People:
         return self.sign_in and not self.identity_header
 
     def person(self, name: str) -> Person | None:
-        """Somebody by their name; None for one who may not use the console."""
+        """Returns a person by name; None if they may not use the console."""
         if self.users:
             user = self.users.get(name)
             return self._person(name, user["role"]) if user else None
@@ -96,9 +91,9 @@ class People:
         return Person(name, role, role not in self.redacted)
 
     def of_token(self, token: str) -> Person | None:
-        """Whoever has a token."""
+        """Returns the person who has a token, or None."""
         hashed, found = digest_of(token), None
-        for name, user in self.users.items():  # all of them, so that time tells nothing
+        for name, user in self.users.items():  # all of them, so that timing reveals nothing
             if hmac.compare_digest(user.get("token_sha256", ""), hashed):
                 found = self.person(name)
         return found
@@ -111,19 +106,16 @@ class People:
 
 
 def digest_of(secret: str) -> str:
-    """A secret as it is kept. Tokens are random, so that a plain hash is enough."""
+    """Returns the stored form of a secret. Tokens are random, so a plain hash is enough."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def read_users(path: str) -> dict[str, dict[str, str]]:
-    """The file `--users`: a TOML table for each person.
+    """Reads the file `--users`, a TOML table per person; raises `UsageError` if it is invalid.
 
-        [ada]
-        role = "lead"            # observer, agent or lead
-        token_sha256 = "9f86…"   # not needed behind a proxy
-
-    Raises:
-      UsageError: it cannot be read, or says something else.
+    [ada]
+    role = "lead"            # observer, agent or lead
+    token_sha256 = "9f86…"   # not needed behind a proxy
     """
     try:
         found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -146,11 +138,7 @@ def read_users(path: str) -> dict[str, dict[str, str]]:
 
 
 def new_token(name: str, role: str) -> tuple[str, str]:
-    """A token, and the entry of the file `--users` for it.
-
-    Raises:
-      UsageError: there is no such role.
-    """
+    """Returns a token and its entry for `--users`; raises `UsageError` for an unknown role."""
     if role not in ROLES or not name:
         raise UsageError(
             f"--new_token={name}:{role}: it is NAME:ROLE; roles are {', '.join(ROLES)}"
@@ -165,16 +153,16 @@ def _toml(text: str) -> str:
 
 
 class Sessions:
-    """Who is signed in, by a cookie; kept in the database, so that all consoles know it.
+    """Who is signed in, by cookie; stored in the database, which all consoles share.
 
-    A session ends with the token by which it began: it is known by a hash of both.
+    A session's key hashes its cookie and the person's token, so it ends when the token changes.
     """
 
     def __init__(self, database: Database, people: People):
         self._database, self._people = database, people
 
     def begin(self, person: Person) -> str:
-        """Signs somebody in; gives the cookie's value."""
+        """Signs a person in; returns the cookie's value."""
         value = secrets.token_urlsafe(32)
         key = self._keys(value)[person.name]
         with self._database.write() as connection:
@@ -200,16 +188,16 @@ class Sessions:
             connection.execute(sa.delete(sessions).where(sessions.c.session_hash.in_(keys)))
 
     def _keys(self, value: str) -> dict[str, str]:
-        """By which hash the session would be known, if it were each one's."""
+        """Returns, for each user, the key that a session with this cookie would have."""
         users = self._people.users.items()
         return {name: digest_of(value + user.get("token_sha256", "")) for name, user in users}
 
 
 def csrf_of(session: str) -> str:
-    """What forms of a session hold, which another site cannot know."""
+    """Returns the token in a session's forms, which another site cannot know."""
     return hmac.new(session.encode(), b"csrf", hashlib.sha256).hexdigest()
 
 
 def redacted(text: str | None) -> str | None:
-    """A text, if there is one, of the same shape of which nothing can be read."""
+    """Returns the text with each word replaced by dots; None stays None."""
     return None if text is None else re.sub(r"\S+", "•••", text)

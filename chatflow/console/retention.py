@@ -1,4 +1,4 @@
-"""Retention: what is known of a chat is deleted when nothing has happened to it for long."""
+"""Retention: deletes chats in which nothing has happened for a long time."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ from chatflow.database.tables import (
 )
 
 MOST = 500
-"""Chats that are deleted in a transaction."""
+"""Maximum number of chats deleted in one transaction."""
 
 
 def forget(database: Database, before: datetime) -> int:
-    """Deletes chats to which nothing has happened since a moment, and old dead letters.
+    """Deletes chats unchanged since `before`, and dead letters older than that.
 
-    With a chat go its analyses, drafts and replies, and what people did with them. It is kept as
-    long as somebody waits for it: a draft for review, or a reply that is not published.
-
-    Returns:
-      how many chats were deleted, `MOST` at most; there are no more when it is 0.
+    A chat's analyses, drafts and replies, and people's actions on them, are deleted with it. A chat
+    is kept while a draft waits for review or a reply waits to be published. Returns how many chats
+    were deleted: `MOST` at most, and 0 when none are left.
     """
     with database.read() as connection:
         ids = connection.execute(_old(before).limit(MOST)).scalars().all()
@@ -44,7 +42,7 @@ def forget(database: Database, before: datetime) -> int:
         connection.execute(sa.delete(dead_letters).where(*letters))
         if not ids:
             return 0
-        # In the order of `upserts`, so that neither waits for one that waits for it.
+        # Lock in the same order as `upserts`, to prevent deadlocks.
         key = customers.c.chat_id, customers.c.user_id
         of_chats = sa.select(*key).where(customers.c.chat_id.in_(ids)).order_by(*key)
         locked = connection.execute(of_chats.with_for_update()).all()
@@ -53,7 +51,7 @@ def forget(database: Database, before: datetime) -> int:
         count = connection.execute(
             sa.delete(chats).where(these, chats.c.stored_at < before)
         ).rowcount
-        # Of some a newer revision may have come just now; or another customer, who is not locked.
+        # Some may just have got a newer revision, or another customer, who is not locked.
         newer = set(connection.execute(sa.select(chats.c.chat_id).where(these)).scalars())
         gone = set(ids) - newer
         pairs = [(chat_id, user_id) for chat_id, user_id in locked if chat_id in gone]
@@ -72,7 +70,7 @@ def forget(database: Database, before: datetime) -> int:
 
 
 def _old(before: datetime, ids: Sequence[str] | None = None) -> sa.Select[Any]:
-    """Ids of chats, or of some of them, to which nothing has happened since a moment."""
+    """Selects ids of chats (of `ids` only, if given) that are unchanged since a moment."""
 
     def ids_in(table: sa.Table) -> sa.Select[Any]:
         found = sa.select(table.c.chat_id)

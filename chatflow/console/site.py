@@ -1,4 +1,4 @@
-"""Console: what the pages are made from, and how one is written."""
+"""Console: the parts that pages are made from, and how a page is rendered."""
 
 from __future__ import annotations
 
@@ -35,14 +35,12 @@ HEADERS = {
 
 @dataclasses.dataclass
 class Console:
-    """What the pages are made from.
+    """The parts and settings that the pages need.
 
     Attributes:
-      replies: where approved replies go; None: they wait for another console.
-      undo_seconds: how long an approval can be undone.
-      keep: how long chats are kept to which nothing happens; None: for ever.
-      hosts: names by which the console may be called; others are refused, so that no page of
-        another site can reach it by a name of its own (DNS rebinding).
+      replies: where approved replies go; None leaves them to another console.
+      keep: how long unchanged chats are kept; None means forever.
+      hosts: names under which the console accepts requests; refusing others prevents DNS rebinding.
     """
 
     database: Database
@@ -83,10 +81,10 @@ class Console:
             publishes=self.replies is not None,
             **values,
         )
-        return HTMLResponse(text, status, HEADERS)  # also where `Guard` does not see it
+        return HTMLResponse(text, status, HEADERS)  # also for responses that `Guard` does not see
 
     def known_attributes(self, connection: sa.Connection) -> list[str]:
-        """As of half a minute ago at most: it takes a look at all chats."""
+        """Returns attributes cached for up to 30 seconds, because the query reads all chats."""
         asked, known = self._attributes
         if time.monotonic() - asked > 30 or not known:
             known = inbox.known_attributes(connection)
@@ -95,7 +93,7 @@ class Console:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them: 8 s, 3 min, 2.5 h, 4 days."""
+    """Returns seconds as people say them: 8 s, 3 min, 2.5 h, 4 days."""
     if seconds is None:
         return "–"
     for unit, size in (("days", 172_800), ("h", 7200), ("min", 120)):

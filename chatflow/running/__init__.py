@@ -1,4 +1,4 @@
-"""A run: it is launched, watched and ended."""
+"""Launches, watches and ends a run."""
 
 import lazy_loader
 

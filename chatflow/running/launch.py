@@ -35,14 +35,11 @@ if TYPE_CHECKING:
 def execute(
     options: Options, flags: Sequence[str], replay: bool = False, drafts: bool = True
 ) -> Summary:
-    """Checks everything, runs the pipeline, and waits for it; see `pipeline.Plan`.
-
-    Returns:
-      the counts.
+    """Checks everything, runs the pipeline to its end, and returns the counts.
 
     Raises:
       UsageError: before anything runs.
-      SystemExit: with code 1, when the pipeline fails.
+      SystemExit: with code 1, if the pipeline fails.
     """
     from chatflow.running import terminal
     from chatflow.running.summary import Summary
@@ -50,7 +47,7 @@ def execute(
     console = Console(stderr=True)
     planned, pipeline = prepare(options, flags, console, replay, drafts)
     started = time.monotonic()
-    # Elsewhere, counts are not in this process, and the runner says how it goes on.
+    # Other runners keep counts in other processes, and show progress themselves.
     shown = terminal.progress(console) if is_local(pipeline.options) else contextlib.nullcontext()
     with failures(planned), shown:
         result = pipeline.run()
@@ -59,15 +56,11 @@ def execute(
 
 
 def start(options: Options, flags: Sequence[str], replay: bool = False) -> None:
-    """Starts a pipeline that another runner runs, and prints by what id it is known there.
-
-    Raises:
-      as `execute`.
-    """
+    """Starts a pipeline on another runner and prints its job id; raises as `execute` does."""
     planned, pipeline = prepare(options, flags, Console(stderr=True), replay)
     with failures(planned):
         result = pipeline.run()
-    # A Flex Template's launcher only writes the job down, so that there is none yet.
+    # A Flex Template's launcher only writes the job down; there is no job id yet.
     job_id = result.job_id() if getattr(result, "has_job", False) else None
     if options.summary == "json":
         print(json.dumps({"job_id": job_id}))
@@ -77,7 +70,7 @@ def start(options: Options, flags: Sequence[str], replay: bool = False) -> None:
 
 @contextlib.contextmanager
 def failures(planned: Plan) -> Iterator[None]:
-    """Says of a failed pipeline what failed, in a line, and ends with exit code 1."""
+    """Reports a failed pipeline in one line, and exits with code 1."""
     try:
         yield
     except Exception as error:
@@ -102,11 +95,7 @@ def prepare(
     replay: bool = False,
     drafts: bool = True,
 ) -> tuple[Plan, Any]:
-    """Checks everything that can be checked before a pipeline runs, and builds it.
-
-    Raises:
-      UsageError: a wrong flag, file or setting.
-    """
+    """Checks and builds a pipeline; raises `UsageError` for a wrong flag, file or setting."""
     from chatflow.pipeline import build, plan
     from chatflow.sinks.write import by_sink, shown
     from chatflow.sources.read import check_input, check_messages, is_stream
@@ -158,11 +147,7 @@ def finish(result: Any, console: Console) -> None:
 def new_pipeline(flags: Sequence[str] = (), streaming: bool = False) -> beam.Pipeline:
     """Returns a pipeline of your own, on this machine or on the runner that Beam's flags name.
 
-    Args:
-      streaming: its input never ends.
-
-    Raises:
-      UsageError: Beam does not know one of the flags.
+    Set `streaming` if its input never ends. Raises `UsageError` if Beam does not know a flag.
     """
     options = beam_options(flags, streaming)
     quieten(is_local(options))
@@ -172,11 +157,9 @@ def new_pipeline(flags: Sequence[str] = (), streaming: bool = False) -> beam.Pip
 def launch(pipeline: beam.Pipeline) -> Any:
     """Runs a pipeline of your own, and returns Beam's `PipelineResult` when it has ended.
 
-    First it checks what chatflow's transforms read and write, as `chatflow run` does, and removes
-    result files of an earlier run. A stream is drained at the first Ctrl-C.
-
-    Raises:
-      UsageError: there is nothing to read, or results cannot be written; nothing has run.
+    Before it runs, checks what chatflow's transforms read and write as `chatflow run` does, raises
+    `UsageError` if that fails, and removes result files of an earlier run. The first Ctrl-C drains
+    a stream.
     """
     from chatflow.sinks.write import sink_of
     from chatflow.sources.read import check_messages, files_of
@@ -206,7 +189,7 @@ def launch(pipeline: beam.Pipeline) -> Any:
 
 
 class _Parts(PipelineVisitor):
-    """The transforms of a pipeline that `launch` has to know."""
+    """Collects the transforms of a pipeline that `launch` needs to know."""
 
     def __init__(self) -> None:
         from chatflow.sinks.write import WriteRecords
@@ -231,7 +214,7 @@ class _Parts(PipelineVisitor):
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Meanwhile, SIGTERM does what Ctrl-C does."""
+    """Makes SIGTERM act as Ctrl-C inside the context."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -240,11 +223,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def check_accelerator(planned: Plan, options: Any) -> None:
-    """Makes sure that models that need a GPU have one on Dataflow.
-
-    Raises:
-      UsageError: no flag asks for one.
-    """
+    """Raises `UsageError` if a model needs a GPU on Dataflow, and no flag asks for one."""
     from apache_beam.options.pipeline_options import DebugOptions, GoogleCloudOptions
 
     services = options.view_as(GoogleCloudOptions).dataflow_service_options or ()

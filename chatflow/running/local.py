@@ -1,11 +1,10 @@
-"""LocalStreamRunner: a stream on this machine, in this process, without any service.
+"""LocalStreamRunner: runs a stream in this process, without any service.
 
-Beam's own way is its BundleBasedDirectRunner. It stands still while it waits for
-Pub/Sub (up to 30 seconds), acknowledges messages before they are handled, fails when
-Pub/Sub cannot be reached, sets each DoFn up for each bundle, slows down with each key
-that it has seen, counts metrics of first bundles only, and cannot be drained. This is
-the same runner with these things mended; all else is Beam's. It keeps its state in
-memory: for state that outlives a crash, run on Dataflow or Flink.
+It is Beam's BundleBasedDirectRunner with these faults fixed: it stands still while it waits for
+Pub/Sub (up to 30 seconds), acknowledges messages before they are handled, fails when Pub/Sub cannot
+be reached, sets up each DoFn for each bundle, slows down with each key that it has seen, counts
+metrics of first bundles only, and cannot be drained. State is kept in memory; if it must survive a
+crash, run on Dataflow or Flink.
 """
 
 from __future__ import annotations
@@ -59,20 +58,20 @@ from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
 from chatflow.sources.puller import Puller
 
 BUNDLE = 1000
-"""The most messages in one bundle; while one is handled, the next fills up."""
+"""Maximum messages per bundle; the next one fills up while one is handled."""
 
-_LAG = 0.2  # seconds that the watermark is behind the clock, for messages overtake each other
+_LAG = 0.2  # watermark lag in seconds; messages can arrive out of order
 
 
 class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
     """Runs a pipeline that reads from Pub/Sub until it is drained or fails."""
 
     def is_fnapi_compatible(self) -> bool:
-        """So that composites are seen as they were built, and not as read from a proto."""
+        """Returns True, so that composites appear as built, and not as read from a proto."""
         return True
 
     def run_pipeline(self, pipeline: Any, options: Any) -> LocalStreamResult:
-        """As `BundleBasedDirectRunner` does it, with the parts below in place of Beam's."""
+        """Runs as `BundleBasedDirectRunner` does, with the parts below instead of Beam's."""
         pipeline.replace_all([_TicksOverride(), *direct_runner._get_transform_overrides(options)])
         graph = ConsumerTrackingPipelineVisitor()
         pipeline.visit(graph)
@@ -96,18 +95,14 @@ class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
 
 
 class LocalStreamResult(direct_runner.DirectPipelineResult):
-    """A running stream.
-
-    `wait_until_finish` returns after `drain`, when all that was read has been handled,
-    or raises what made the pipeline fail.
-    """
+    """A running stream; waiting for it returns once it is drained, or raises its failure."""
 
     def __init__(self, executor: Any, context: Any, readers: _Readers):
         super().__init__(executor, context)
         self._readers = readers
 
     def drain(self) -> None:
-        """Reads no more, and ends all chats that are open."""
+        """Stops reading, and ends all open chats."""
         self._readers.draining.set()
 
     def wait_until_finish(self, duration: Any = None) -> str:
@@ -124,8 +119,6 @@ class LocalStreamResult(direct_runner.DirectPipelineResult):
 
 
 class _Readers:
-    """The sources of a run."""
-
     def __init__(self) -> None:
         self.draining = threading.Event()
         self.by_path: dict[str, _Reader] = {}
@@ -142,7 +135,7 @@ class _Readers:
 
 
 class _Reader:
-    """The messages of a source, a bundle at a time."""
+    """Reads the messages of a source, a bundle at a time."""
 
     def __init__(self, path: str):
         self._puller = Puller(path, BUNDLE).start()
@@ -150,16 +143,16 @@ class _Reader:
         self.watermark = Timestamp.of(0)
 
     def read(self, wait: float) -> list[Any]:
-        """Up to a bundle of messages; waits a little for the first.
+        """Returns up to a bundle of messages; waits up to `wait` seconds for the first.
 
-        The runner reads on when all that follows from the last bundle has been handled,
-        so only then it is acknowledged.
+        The runner reads again only after all results of the last bundle have been handled, so that
+        bundle is acknowledged first.
         """
         self._acknowledge()
         self._handled = self._puller.take(BUNDLE, wait)
         messages = [received.message for received in self._handled]
-        # More may come that is as old as these. When nothing comes, there is no more, or
-        # the service is away, and event time stands still.
+        # More messages as old as these may come. If none come, event time goes on with the clock;
+        # it stands still while the service cannot be reached.
         oldest = min((m.publish_time.timestamp() for m in messages), default=time.time())
         if messages or self._puller.error is None:
             self.watermark = max(self.watermark, Timestamp.of(oldest - _LAG))
@@ -176,7 +169,7 @@ class _Reader:
 
 
 class _ReadEvaluator(_TransformEvaluator):
-    """What the runner calls when it has nothing else to do: reads the next bundle."""
+    """Reads the next bundle; the runner calls it when it has nothing else to do."""
 
     readers: _Readers
 
@@ -187,7 +180,7 @@ class _ReadEvaluator(_TransformEvaluator):
         pass
 
     def finish_bundle(self) -> TransformResult:
-        # Before the last read: what it gives is then all there is.
+        # Check before reading: an empty read then means that nothing is left.
         draining = self.readers.draining.is_set()
         messages = self.reader.read(wait=0.0 if draining else 0.05)
         if draining and not messages:
@@ -203,7 +196,7 @@ class _ReadEvaluator(_TransformEvaluator):
 
 
 class _Ticks(PTransform):
-    """A `PeriodicImpulse` of this runner: the time, at each interval, until it is drained."""
+    """Replaces `PeriodicImpulse`: emits the time at each interval, until the runner is drained."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -216,7 +209,7 @@ class _Ticks(PTransform):
 
 
 class _TicksOverride(PTransformOverride):
-    """Beam's own is a splittable DoFn that this runner cannot drain."""
+    """Replaces Beam's `PeriodicImpulse`, a splittable DoFn that this runner cannot drain."""
 
     def matches(self, applied: Any) -> bool:
         return isinstance(applied.transform, PeriodicImpulse)
@@ -253,7 +246,7 @@ class _TicksEvaluator(_TransformEvaluator):
 
 
 class _SideInputs(_SideInputsContainer):
-    """Side inputs that change: a view is what came last, and is there when anything came."""
+    """Side inputs that change: a view is the last value, and is ready when there is one."""
 
     def get_value_or_block_until_ready(self, side_input: Any, task: Any, block_until: Any) -> Any:
         with self._lock:
@@ -284,8 +277,6 @@ class _SideInputs(_SideInputsContainer):
 
 
 class _Registry(TransformEvaluatorRegistry):
-    """Puts the evaluators of this module in place of Beam's."""
-
     def __init__(self, context: Any, readers: _Readers):
         super().__init__(context)
         self._serial: dict[Any, bool] = {}
@@ -313,7 +304,7 @@ class _Registry(TransformEvaluatorRegistry):
 
 
 class _Forward(Receiver):
-    """Passes elements on to the bundle that is being made."""
+    """Passes elements on to the bundle in progress."""
 
     bundle: Any = None
 
@@ -322,7 +313,7 @@ class _Forward(Receiver):
 
 
 class _Step:
-    """A DoFn that is set up once, and runs many bundles."""
+    """A DoFn that is set up once and runs many bundles."""
 
     def __init__(self, evaluator: _ParDoEvaluator):
         applied = evaluator._applied_ptransform
@@ -354,7 +345,7 @@ class _Step:
 
 
 class _StepEvaluator(_ParDoEvaluator):
-    """Runs a bundle on a DoFn that stays; Beam's sets one up for each bundle."""
+    """Runs a bundle on a DoFn that stays; Beam's evaluator sets one up for each bundle."""
 
     steps: dict[Any, _Step]
 
@@ -364,7 +355,7 @@ class _StepEvaluator(_ParDoEvaluator):
             super().start_bundle()
             return
         applied = self._applied_ptransform
-        # Taken out meanwhile: after a failure the next bundle starts with a fresh one.
+        # Taken out while it runs, so that the bundle after a failure starts with a fresh one.
         self.step = step = self.steps.pop(applied, None) or _Step(self)
         self.bundles = []
         for tag, receiver in step.receivers.items():
@@ -391,7 +382,7 @@ class _StepEvaluator(_ParDoEvaluator):
 
 
 class _Timer(NamedTuple):
-    """A timer that is set; the fields of a `TimerFiring`."""
+    """A timer that is set, with the fields of a `TimerFiring`."""
 
     encoded_key: bytes
     window: Any
@@ -412,10 +403,10 @@ class _Timers:
             TimeDomain.WATERMARK: [],
             TimeDomain.REAL_TIME: [],
         }
-        self._number = itertools.count()  # orders those of the same time
+        self._number = itertools.count()  # orders timers of the same time
 
     def note(self, key: bytes) -> None:
-        """Takes up what a bundle set for a key."""
+        """Adds the timers that a bundle set for a key."""
         for window, timers in self.states[key].timers.items():
             for (name, domain, tag), at in timers.items():
                 timer = _Timer(key, window, name, domain, at, tag)
@@ -424,7 +415,7 @@ class _Timers:
                     heapq.heappush(self._waiting[domain], (at, next(self._number), timer))
 
     def due(self, watermark: Timestamp, clock: float) -> list[_Timer]:
-        """Takes out the timers that are to fire now."""
+        """Removes and returns the timers that fire now."""
         due = []
         for domain, until in (
             (TimeDomain.WATERMARK, watermark),
@@ -437,7 +428,7 @@ class _Timers:
         return sorted(due, key=lambda timer: timer.timestamp)
 
     def next(self, domain: str) -> _Timer | None:
-        """The soonest timer that was neither cleared nor set anew."""
+        """Returns the soonest timer that was neither cleared nor set anew."""
         while waiting := self._waiting[domain]:
             timer = waiting[0][2]
             state = self.states.get(timer.encoded_key)
@@ -451,7 +442,7 @@ class _Timers:
         self._known.discard(heapq.heappop(self._waiting[domain])[2])
 
     def hold(self) -> Timestamp:
-        """How far event time may go on behind the step: to what its next timer may emit."""
+        """Returns the watermark hold of the step: the time of its next timer, which may emit."""
         times = [t.timestamp for t in self.firing if t.time_domain == TimeDomain.WATERMARK]
         if soonest := self.next(TimeDomain.WATERMARK):
             times.append(soonest.timestamp)
@@ -459,10 +450,10 @@ class _Timers:
 
 
 class _Context(EvaluationContext):
-    """Knows the next timers without a search, and forgets keys that have no state left.
+    """Finds the next timers without a search, and drops keys that have no state left.
 
-    A timer holds the watermark of what follows, as in Beam's model. Without that, what
-    timers emit while the stream is drained would be dropped as late.
+    A timer holds the watermark of the steps after it, as in Beam's model. Otherwise, what timers
+    emit while the stream is drained would be dropped as late.
     """
 
     def __init__(self, *args: Any):
@@ -501,7 +492,7 @@ class _Context(EvaluationContext):
 
 
 class _PatientExecutor(_ExecutorServiceParallelExecutor):
-    """Tries a bundle that fails again and again, as streaming runners do, ever more slowly."""
+    """Retries a bundle that fails, ever more slowly, as streaming runners do."""
 
     def schedule_consumption(
         self, consumer: Any, committed_bundle: Any, fired_timers: Any, on_complete: Any
@@ -527,7 +518,7 @@ class _PatientTransformExecutor(TransformExecutor):
         self._max_retries_per_bundle = 12  # within two minutes
 
     def call(self, state_sampler: Any) -> None:
-        """Counts for itself: a sampler that is used again counts for the first bundle only."""
+        """Uses a new sampler, because a reused one counts the first bundle only."""
         own = statesampler.StateSampler("", counters.CounterFactory())
         statesampler.set_current_tracker(own)
         super().call(own)

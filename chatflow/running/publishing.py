@@ -1,4 +1,4 @@
-"""Chats and lines of files to a Pub/Sub topic, at a rate."""
+"""Publishes chats and lines of files to a Pub/Sub topic, at a rate."""
 
 from __future__ import annotations
 
@@ -22,22 +22,14 @@ GIVE_UP_SECONDS = 60.0
 
 
 class Line(NamedTuple):
-    """What is published as one message.
-
-    Attributes:
-      chat_id: by which it is ordered; empty where the line has none.
-    """
+    """A message to publish; `chat_id` is its ordering key, empty if the line has none."""
 
     data: bytes
     chat_id: str
 
 
 def read_lines(pattern: str, flag: str = "FILE") -> list[bytes]:
-    """The lines of files that are not blank.
-
-    Raises:
-      UsageError: there are no files, or they cannot be read.
-    """
+    """Returns the non-blank lines of files; raises `UsageError` if there are none to read."""
     paths = files_of(pattern, flag)
     try:
         return [
@@ -51,7 +43,7 @@ def read_lines(pattern: str, flag: str = "FILE") -> list[bytes]:
 
 
 def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
-    """Each line as a message, whatever is in it; its chat's id as the key."""
+    """Yields each line as a message, whatever it contains; its chat's id is the key."""
     for line in lines:
         read = _parse(line)
         chat = read.chat if isinstance(read, Reading) else read
@@ -67,13 +59,10 @@ def _parse(line: bytes) -> Reading | Event | None:
 
 @dataclasses.dataclass
 class Replay:
-    """Chats as if they happened now: message by message, several at a time, then closed.
+    """Replays chats as if they happened now: message by message, then closed.
 
-    Attributes:
-      chats: what is replayed.
-      at_once: how many chats are open at a time.
-      sent: called with each revision that a message makes and the time of its sending,
-        in seconds since 1970; the revision is what `AssembleChats` will give it.
+    `at_once` chats are open at a time. `sent` is called with chat id, revision and time of sending
+    (seconds since 1970) of each message; `AssembleChats` computes the same revision.
     """
 
     chats: Sequence[Chat]
@@ -96,7 +85,7 @@ class Replay:
                 yield line
 
     def _messages(self, chat: Chat) -> Iterator[Line]:
-        """The messages of a chat, stamped as they are sent, and its end."""
+        """Yields the messages of a chat, dated when they are sent, and its end."""
         for number, message in enumerate(chat.messages, 1):
             at = now()
             at = at.replace(microsecond=at.microsecond // 1000 * 1000)
@@ -117,7 +106,7 @@ def _line(event: Event) -> bytes:
 
 
 def chats_of(lines: Iterable[bytes]) -> tuple[list[Chat], list[bytes]]:
-    """The whole chats among lines, and the other lines."""
+    """Returns the whole chats among lines, and the other lines."""
     chats, others = [], []
     for line in lines:
         read = _parse(line)
@@ -135,15 +124,12 @@ def send(
     published: Callable[[int], None] = lambda count: None,
     stopped: Callable[[float | None], bool] = threading.Event().wait,
 ) -> int:
-    """Publishes lines in order, and waits until the service has them.
+    """Publishes lines in order, waits until the service has them, and returns their number.
 
     Args:
-      rate: messages a second; 0 for as many as it takes.
+      rate: messages per second; 0 means no limit.
       published: called with the count so far.
-      stopped: waits for so many seconds; true ends the sending.
-
-    Returns:
-      how many were published.
+      stopped: waits for a number of seconds; true ends the sending.
 
     Raises:
       UsageError: the topic could not be reached for a minute.

@@ -1,4 +1,4 @@
-"""Which runner, and the flags that are Beam's."""
+"""The choice of the runner, and Beam's flags."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ def is_dataflow(options: Any) -> bool:
 
 
 def check_credentials(options: Any) -> None:
-    """Makes sure that a job can be sent to Google Cloud at all.
-
-    Raises:
-      UsageError: there are no credentials.
-    """
+    """Raises `UsageError` if a job for Dataflow has no Google Cloud credentials."""
     from apache_beam.options.pipeline_options import GoogleCloudOptions
 
     if not is_dataflow(options) or options.view_as(GoogleCloudOptions).no_auth:
@@ -48,10 +44,10 @@ def check_credentials(options: Any) -> None:
 
 
 def quieten(local: bool) -> None:
-    """Leaves logs of others out: a local run shows its progress, and its failure as one line.
+    """Silences other libraries' logs: a local run shows progress, and a failure in one line.
 
-    A run elsewhere logs what its runner says, e.g. where to watch the job, but not the whole
-    description of the job.
+    Elsewhere, the runner's messages stay (e.g. where to watch the job), but not the job
+    description.
     """
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         return
@@ -68,14 +64,10 @@ def quieten(local: bool) -> None:
 
 
 def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()) -> Any:
-    """Beam's `PipelineOptions` of the flags that are not chatflow's.
+    """Returns Beam's `PipelineOptions` of the flags that are not chatflow's.
 
-    Args:
-      streaming: the input never ends.
-      shown: chatflow's own flags, for runners that show the options of a job.
-
-    Raises:
-      UsageError: a flag that Beam does not know either, or that needs another runner.
+    `shown` are chatflow's own flags, for runners that show a job's options. Raises `UsageError` for
+    a flag that Beam does not know either, or that needs another runner.
     """
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
@@ -103,7 +95,7 @@ def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[
 
 @functools.cache
 def _shown_options() -> Any:
-    """chatflow's flags as options of Beam's, by which a job's page shows them."""
+    """Returns chatflow's flags as Beam options, so that a job's page shows them."""
     from apache_beam.options.pipeline_options import PipelineOptions
 
     class ChatflowOptions(PipelineOptions):
@@ -116,7 +108,7 @@ def _shown_options() -> Any:
 
 
 def cloud_of(options: Any, chatflow: Options) -> Cloud:
-    """From flags, else the environment, else (where a model needs it) Google's credentials."""
+    """Returns project and location of flags, else of the environment or (if needed) credentials."""
     from apache_beam.options.pipeline_options import GoogleCloudOptions
 
     given = options.view_as(GoogleCloudOptions)

@@ -39,10 +39,10 @@ DISTRIBUTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The counts and distributions of a run, from Beam's metrics.
+    """The counts and distributions of a run.
 
-    `lost` is what entered a stage and left it neither as a result nor as a dead letter, or
-    left it twice. It is 0, or chatflow has a bug.
+    `lost` counts what left a stage neither as a result nor as a dead letter, or left it twice. If
+    it is not 0, chatflow has a bug.
     """
 
     counts: dict[str, int]
@@ -53,7 +53,7 @@ class Summary:
 
     @classmethod
     def of(cls, result: Any, seconds: float, planned: Plan) -> Summary:
-        """From a Beam `PipelineResult`, and what was planned."""
+        """Returns the summary of a Beam `PipelineResult` and its plan."""
         found = result.metrics().query()
         counts: dict[str, int] = {}
         for metric in found["counters"]:
@@ -78,7 +78,7 @@ class Summary:
         return self.counts.get(name, 0)
 
     def under(self, prefix: str) -> dict[str, int]:
-        """Counters below a prefix: `under("analysed")` is {"angry": …, …}."""
+        """Returns counters below a prefix: `under("analysed")` is {"angry": …, …}."""
         start = prefix + "/"
         return {
             name.removeprefix(start): value
@@ -107,7 +107,7 @@ class Summary:
 
     @property
     def cost(self) -> float | None:
-        """US dollars, estimated; None where the price is not known."""
+        """Estimated US dollars; None if the price is not known."""
         if self.price is None:
             return None
         tokens = self.get("prompt_tokens"), self.get("answer_tokens")

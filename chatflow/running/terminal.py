@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress while it goes on, results and counts at its end."""
+"""Shows a run to a person: progress while it goes on, results and counts at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chatflow.running.summary import DISTRIBUTIONS, TONE_STYLES, Summary, read_r
 
 
 def results_table(summary: Summary, most: int) -> Table:
-    """Chat, user, sentiment, summary and draft of up to `most` analyses in files."""
+    """Returns a table of up to `most` analyses in files, with their drafts."""
     drafts = {
         draft.analysis_id: draft_text(draft)
         for draft in read_records(Draft, summary.files("drafts"))
@@ -47,12 +47,12 @@ def results_table(summary: Summary, most: int) -> Table:
 
 
 def draft_text(draft: Draft) -> str:
-    """The text of a draft, or why there is none."""
+    """Returns the text of a draft, or why there is none."""
     return draft.text or f"⚑ {str(draft.flag).replace('_', ' ')}: no draft, please look"
 
 
 def plain(text: str) -> str:
-    """A text of a chat or a model for a terminal: no markup, no escape sequences."""
+    """Returns a text for a terminal, without markup and escape sequences."""
     from rich.markup import escape
 
     return escape("".join(c for c in text if c.isprintable() or c == "\n"))
@@ -149,7 +149,7 @@ def in_background(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
 
 
 def lines(console: Console, text: Callable[[], str], every: float = 5.0) -> Any:
-    """Prints a line every so often, for logs; a context, which ends it."""
+    """Prints a line every `every` seconds, for logs; returns a context that ends it."""
 
     def show(done: threading.Event) -> None:
         while not done.wait(every):
@@ -159,7 +159,7 @@ def lines(console: Console, text: Callable[[], str], every: float = 5.0) -> Any:
 
 
 def _state() -> list[tuple[str, int, int]]:
-    """(what, done, of how many so far) of each step of a run."""
+    """Returns (what, done, total so far) of each step of a run."""
     counts = metrics.local_counts()
     letters = sum(v for k, v in counts.items() if k.startswith("dead_letters/"))
     read = counts.get("lines_read", 0)

@@ -1,4 +1,4 @@
-"""Between: what a chat passes through, from its first message to a draft."""
+"""The steps that a chat passes through, from its first message to a draft."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""AnalyseChats: how each customer feels, and what the chat is about."""
+"""AnalyseChats: finds how each customer feels, and summarises the chat."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ class Analysed(NamedTuple):
 @beam.typehints.with_input_types(Chat)
 @dataclasses.dataclass
 class AnalyseChats(beam.PTransform):
-    """Chats to analyses: render the prompt, ask the model, parse the answer.
+    """Turns chats into analyses: renders the prompt, asks the model, parses the answer.
 
     Attributes:
-      model: who answers; see `chatflow.models`.
-      prompt: the template that asks for tone and summary, the same or another for each chat.
-      updates: of prompts, while the pipeline runs; see `updates.WatchUpdates`.
+      prompt: asks for tone and summary; the same for all chats, or chosen for each chat.
+      updates: prompts that change while the pipeline runs; see `prompts.updates.WatchUpdates`.
 
     Outputs:
-      `analysed`: an `AnalysedChat` for each user whose tone was asked for.
-      `dead_letters`: a letter for each user who has none, with the reason.
+      `analysed`: one `AnalysedChat` per user whose tone was asked for.
+      `dead_letters`: one letter, with the reason, per user who has none.
     """
 
     model: Model
@@ -58,7 +57,7 @@ class AnalyseChats(beam.PTransform):
 
 
 def each_user(chat: Chat) -> Iterable[tuple[Chat, str]]:
-    """One analysis is asked for per (chat, user)."""
+    """Yields the chat and a user id for each user who needs an analysis."""
     for user_id in chat.users():
         metrics.count("asked")
         yield chat.model_copy(update={"user_id": user_id}), user_id
@@ -87,10 +86,10 @@ def analysed(answered: Answered[ChatQuestion]) -> Iterable[AnalysedChat]:
 
 
 def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
-    """Parses the answer and checks that its summary is about this chat.
+    """Parses the answer; replaces a summary that is not about this chat.
 
     Raises:
-      BadAnswerError: see `answers.parse_analysis`; with the model's finish reason.
+      BadAnswerError: see `prompts.answers.parse_analysis`; adds the model's finish reason.
     """
     question, answer = answered
     settings, chat = question.settings, question.chat
@@ -128,7 +127,7 @@ def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
 
 
 def confidence(answered: Answered[ChatQuestion], sentiment: Sentiment) -> float | None:
-    """The probability of a sentiment among all three, as a model that scores them has it."""
+    """Returns the probability of a sentiment among all three; None if the model has no scores."""
     scores = dict(answered.answer.tone_scores)
     for part in answered.question.request.parts:
         if scores and part.choices:

@@ -1,4 +1,4 @@
-"""Questions to answers: RunInference between two Reshuffles, failures as dead letters."""
+"""AskModel: runs RunInference between two Reshuffles; failures become dead letters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from chatflow.prompts.questions import ChatQuestion, Question
 from chatflow.records import AnalysedChat
 
 RESHUFFLE_KEYS = 1024
-"""Random keys of a reshuffle: more than a step has threads, and not a new one for each
-element of a stream, for runners keep a little of each key that they have seen."""
+"""Random keys: more than a step has threads, but few, because runners keep state for each key."""
 
 
 QuestionT = TypeVar("QuestionT", bound=Question)
@@ -33,15 +32,10 @@ class Answered(NamedTuple, Generic[QuestionT]):
 @beam.typehints.with_input_types(Question)
 @dataclasses.dataclass
 class AskModel(beam.PTransform):
-    """Questions to answers.
+    """Turns questions into answers; `stage` names this step in dead letters.
 
-    Reshuffles before and after: the read is not fused to the model, and a sink that is
-    tried again never asks the model again.
-
-    Attributes:
-      model: its handler answers `Request`s with `Answer`s, or with a `Failure` for each
-        that fails.
-      stage: names this step in dead letters.
+    The model's handler returns one `Answer` or `Failure` per `Request`. Reshuffles before and after
+    it keep the read from being fused to the model, and a retried sink from asking the model again.
     """
 
     model: Model
@@ -67,11 +61,7 @@ def _keyed(question: Question) -> tuple[Question, Any]:
 
 
 def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
-    """An answer beside its question; counts what it took.
-
-    Raises:
-      ModelError: the model gave a `Failure`.
-    """
+    """Yields an answer with its question; counts tokens; raises `ModelError` for a `Failure`."""
     question, prediction = result
     inference = prediction.inference
     metrics.count("prompt_tokens", inference.prompt_tokens)
@@ -86,7 +76,7 @@ def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
 
 @payload_of.register
 def _question_payload(question: ChatQuestion) -> dict[str, Any]:
-    """One user of the chat failed, so it is this user who is asked for again."""
+    """Returns the chat with the one user who failed, so that a replay asks for them only."""
     if question.analysis is not None:
         return payload_of(AnalysedChat(question.chat, question.analysis))
     return payload_of(question.chat.model_copy(update={"user_id": question.user_id}))

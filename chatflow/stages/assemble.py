@@ -1,4 +1,4 @@
-"""AssembleChats: single messages to the chats that they belong to; see `revisions`."""
+"""AssembleChats: joins single messages into the chats that they belong to; see `revisions`."""
 
 from __future__ import annotations
 
@@ -28,21 +28,16 @@ from chatflow.stages.revisions import EPOCH, NEW, Conversation, Kept, advance, m
 @beam.typehints.with_input_types(Event)
 @dataclasses.dataclass
 class AssembleChats(beam.PTransform):
-    """Events to chats: each chat in revisions, a later one with the whole history.
+    """Turns events into chats: each chat in revisions, later ones with the whole history.
 
-    A revision is made when the chat was quiet, when it was closed, and after each
-    `every_messages`; also when a message comes late. Its number is the time of its
-    newest message (milliseconds since 1970) plus the number of its messages: the same
-    messages give the same number, and one more message a greater one, also where it is
-    late, or the chat had been forgotten.
-
-    Attributes:
-      rules: when a chat is analysed.
+    A chat gets a revision when it was quiet, when it was closed, after each `every_messages`, and
+    when a message comes late. The revision's number is the time of its newest message (milliseconds
+    since 1970) plus the number of its messages. So the same messages have the same number, and one
+    more message has a greater one, even if it is late or the chat had expired.
 
     Outputs:
-      `ok`: a `Chat` for each revision.
-      `dead_letters`: chats in which no customer wrote (`no_customer`), and ends of chats
-        of which no message is known (`unknown_chat`).
+      `ok`: one `Chat` per revision.
+      `dead_letters`: `no_customer` (no customer wrote), `unknown_chat` (an end without messages).
     """
 
     rules: Rules
@@ -62,11 +57,7 @@ def by_chat(event: Event) -> tuple[str, Event]:
 
 
 def check(revision: Chat | Event) -> Iterable[Chat]:
-    """A revision that can be analysed.
-
-    Raises:
-      BadInputError: `unknown_chat`, or as `records.check_chat`.
-    """
+    """Yields a revision; raises `BadInputError`: `unknown_chat`, or as `records.check_chat`."""
     if isinstance(revision, Event):
         raise BadInputError(
             "unknown_chat", f"chat {revision.chat_id} was closed, but no message of it is known"
@@ -78,14 +69,12 @@ def check(revision: Chat | Event) -> Iterable[Chat]:
 
 @dataclasses.dataclass(frozen=True)
 class _Progress:
-    """The small state of a chat: what is read and written with each event.
+    """The small part of a chat's state, which is read and written with each event.
 
     Attributes:
-      arrived: events so far.
-      added: of these, since the last call of `advance`.
-      pending: messages that no revision holds yet; repeated ones may be counted.
-      newest: event time of the newest event.
-      wake: when the timer is set to.
+      arrived: events so far; `added` of them came after the last call of `advance`.
+      pending: messages that no revision holds yet; may count repeated ones.
+      newest: event time of the newest event; `wake` is the time to which the timer is set.
     """
 
     arrived: int = 0
@@ -111,8 +100,7 @@ class _Progress:
 class _AssembleDoFn(beam.DoFn):
     """Keeps a chat's events, and calls `advance` when a decision may be due.
 
-    An event is only added to the state, unread, and moves the timer forward where it
-    must; so a chat of many messages costs no more for each of them.
+    An event is stored without reading the others, so that it costs no more in a long chat.
     """
 
     EVENTS = BagStateSpec("events", BytesCoder())

@@ -1,4 +1,4 @@
-"""DraftApologies: for each angry customer, a text for support staff to review, or a flag."""
+"""DraftApologies: writes a text, or a flag, for support staff to review, per angry customer."""
 
 from __future__ import annotations
 
@@ -46,18 +46,15 @@ class Drafted(NamedTuple):
 @beam.typehints.with_input_types(AnalysedChat)
 @dataclasses.dataclass
 class DraftApologies(beam.PTransform):
-    """Analyses to apology drafts: the angry ones only.
+    """Turns analyses of angry customers into apology drafts.
 
-    Attributes:
-      model: who writes; the same as for the analyses, so that it is loaded once.
-      prompt: the template that asks for an apology, the same or another for each chat.
-      updates: of prompts, while the pipeline runs; see `updates.WatchUpdates`.
+    `prompt` and `updates` are as in `AnalyseChats`. With the same `model`, it is loaded only once.
 
     Outputs:
-      `drafts`: a `Draft` for each angry user. It has a flag in place of a text, and the model
-        is not asked for one, where the analysis is less sure of the anger than the template's
-        `draft_confidence`; also where the model's text is not fit to be shown.
-      `dead_letters`: a letter for each angry user who has none; the analysis stands.
+      `drafts`: one `Draft` per angry user. It has a flag instead of a text if the analysis is less
+        confident than the template's `draft_confidence` (the model is then not asked), or if the
+        model's text is unfit to be shown.
+      `dead_letters`: one letter per angry user without a draft; the analysis is kept.
     """
 
     model: Model
@@ -87,7 +84,7 @@ def ask_for_draft(
     analysed: AnalysedChat,
     updates: Iterable[Updates] = (),
 ) -> Iterable[ChatQuestion | Draft]:
-    """A question for the model; a flagged draft where the analysis is too unsure for one."""
+    """Yields a question for the model, or a flagged draft if the analysis is too unsure."""
     chat, analysis = analysed
     metrics.count("drafts_asked")
     asking = newest(updates, "draft", prompt).of(chat)
@@ -113,10 +110,10 @@ def counted(draft: Draft) -> Draft:
 
 
 def to_draft(answered: Answered[ChatQuestion]) -> Draft:
-    """Checks the text that the model wrote; where it is not fit to be shown, a flag says so.
+    """Checks the text that the model wrote; an unfit text becomes a flag.
 
     Raises:
-      BadAnswerError: see `answers.parse_draft`; with the model's finish reason.
+      BadAnswerError: see `prompts.answers.parse_draft`; adds the model's finish reason.
     """
     question, answer = answered
     settings, asked = question.settings, question.request.parts[0]
@@ -130,7 +127,7 @@ def to_draft(answered: Answered[ChatQuestion]) -> Draft:
     if settings.get("flag_accusations", False) and accuses(answer.text, chat, user_id):
         return draft_of(question, answer.model, flag="accuses_customer")
     needed = settings.get("draft_grounding", 0)
-    # The template's own words around the model's do not count.
+    # Only the model's words count, without the template's around them.
     written = answer.text.strip().removesuffix(asked.tail).removeprefix(asked.lead)
     if needed and draft_grounding(written, chat, user_id) < needed:
         return draft_of(question, answer.model, flag="ungrounded")
@@ -161,16 +158,13 @@ def draft_of(
 
 
 def to_be_written(letter: DeadLetter) -> Iterable[Draft]:
-    """For a draft that failed: word for the databases in which drafts are reviewed.
-
-    So its customer waits there like others, until there is a draft after all.
-    """
-    with contextlib.suppress(BadInputError):  # the letter is there all the same
+    """Yields a flagged draft for a failed one, so that its customer waits for review, too."""
+    with contextlib.suppress(BadInputError):  # the dead letter exists anyway
         for _, analysis in open_analysis(letter):
             yield Draft(
                 draft_id=digest(FAILED, analysis.analysis_id),
                 flag=FAILED,
-                prompt_version="",  # none wrote it
+                prompt_version="",  # no prompt wrote it
                 drafted_at=letter.failed_at,
                 **{name: getattr(analysis, name) for name in _OF_ANALYSIS},
             )

@@ -1,4 +1,4 @@
-"""OpenDeadLetters: dead letters to what they held, to be tried again."""
+"""OpenDeadLetters: reads dead letters, so that their content can be tried again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,10 @@ from chatflow.records import (
 
 
 class Replayed(NamedTuple):
-    """What dead letters held.
+    """The contents of dead letters.
 
-    Attributes:
-      arrivals: to be read again.
-      analysed: analyses that still want a draft.
-      analyses, drafts: what a sink refused, to be written again.
-      dead_letters: letters that cannot be opened.
+    `arrivals` are to be read again, `analysed` still need a draft, a sink refused `analyses` and
+    `drafts`, and `dead_letters` cannot be opened.
     """
 
     arrivals: beam.PCollection
@@ -43,7 +40,7 @@ class Replayed(NamedTuple):
 
 @dataclasses.dataclass
 class OpenDeadLetters(beam.PTransform):
-    """Dead letters, as they arrive, to what they held."""
+    """Turns arriving dead letters into their contents."""
 
     def expand(self, arrivals: beam.PCollection) -> Replayed:
         letters, failed = arrivals | "OpenLetter" >> DeadLettered("replay", open_letter)

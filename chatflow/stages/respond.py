@@ -1,4 +1,4 @@
-"""AskTexts: texts that are no chats to a model's responses, e.g. sentences to translate."""
+"""AskTexts: transforms plain texts into model responses, e.g. sentences to translate."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ from chatflow.stages.ask import Answered, AskModel
 
 @dataclasses.dataclass(frozen=True)
 class TextQuestion(Question):
-    """A request about a text.
-
-    Attributes:
-      arrival: the text, as it came.
-    """
+    """A request about a text; `arrival` is the text as it came."""
 
     arrival: Arrival
 
@@ -40,25 +36,21 @@ def _text_payload(question: TextQuestion) -> dict[str, Any]:
 @beam.typehints.with_input_types(Arrival)
 @dataclasses.dataclass
 class AskTexts(beam.PTransform):
-    """Texts to responses: render the prompt, ask the model, take what it says.
+    """Turns texts into responses: renders the prompt, asks the model, takes what it says.
 
     Attributes:
-      model: who answers; see `chatflow.models`.
-      template: its block `prompt` sees the `text`, and `values`; it sets `answer_tokens`, and may
-        set `stop`, texts that end a response.
-      values: what else the template sees.
-      max_prompt_tokens: of a rendered prompt, as `chat_text.estimate_tokens` counts; a text
-        whose prompt is longer is a dead letter.
+      template: its block `prompt` sees `text` and `values`; it sets `answer_tokens`, and may set
+        `stop` (texts that end a response).
+      max_prompt_tokens: as `chat_text.estimate_tokens` counts; longer prompts are dead letters.
 
     Outputs:
-      `ok`: a `Response` for each text.
-      `dead_letters`: a letter for each text that has none, with the reason. Its payload is the
-        line as it came: to ask again, publish it, or write it to a file of the input.
-        `chatflow replay` is for chats.
+      `ok`: one `Response` per text.
+      `dead_letters`: one letter, with the reason, per text without a response. The payload is the
+        original line: to ask again, publish it or add it to an input file (`chatflow replay` is for
+        chats).
 
     Raises:
-      UsageError: the template has a mistake, with file and line; it leaves no room for a text; or
-        there are several models.
+      UsageError: the template has a mistake or leaves no room, or there are several models.
     """
 
     model: Model
@@ -90,7 +82,7 @@ class AskTexts(beam.PTransform):
         return Outcome(taken.ok, failed | beam.Flatten())
 
     def ask(self, arrival: Arrival) -> list[TextQuestion]:
-        """The question of one text.
+        """Returns the question about one text.
 
         Raises:
           BadInputError: `not_utf8`, `no_text`, `template_error` or `prompt_too_long`.
@@ -124,11 +116,7 @@ class AskTexts(beam.PTransform):
         return [TextQuestion(request, self.version, settings, arrival)]
 
     def take(self, answered: Answered[TextQuestion]) -> Iterable[Response]:
-        """What the model said.
-
-        Raises:
-          BadAnswerError: `empty_answer`.
-        """
+        """Yields the model's response; raises `BadAnswerError`: `empty_answer`."""
         question, answer = answered
         arrival = question.arrival
         if not answer.text.strip():

@@ -1,8 +1,8 @@
-"""When a chat is analysed, and with which messages: the rules, without Beam.
+"""The rules, without Beam: when a chat is analysed, and with which messages.
 
-What happens to a chat is decided by event time alone: by when its messages were sent,
-not by when they arrive. So the messages of a stream and the same messages in a file
-give the same chats; only what arrives late, after a decision, makes one more revision.
+Decisions depend on event time (when messages were sent), not on arrival. So a stream and a file
+with the same messages yield the same chats; only a message that arrives after a decision adds a
+revision.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from chatflow.records import Chat, Event, Message
 class Kept(NamedTuple):
     """An event in the state of a chat.
 
-    Attributes:
-      at: event time, in microseconds since 1970.
-      number: counts the events of a chat as they arrive; orders those of the same time.
-      message: None for the end of the chat.
+    `at` is its event time in microseconds since 1970, `number` its position in the order of arrival
+    (orders events of the same time), and `message` is None for the end of the chat.
     """
 
     at: int
@@ -43,14 +41,14 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What is known of a chat, beside its events.
+    """What is known of a chat besides its events.
 
     Attributes:
       walked: all decisions up to this event time have been made.
-      counted: messages up to there, those dropped included.
+      counted: messages up to `walked`, including dropped ones.
       analysed: messages in the last revision.
-      dropped: the oldest messages, which are kept no more.
-      dropped_until: time and number of the newest of these.
+      dropped: oldest messages, no longer kept.
+      dropped_until: time and number of the newest dropped one.
     """
 
     walked: int = -(1 << 62)
@@ -64,13 +62,10 @@ NEW = Conversation()
 
 
 class Advanced(NamedTuple):
-    """What follows when event time has passed; see `advance`.
+    """The result of `advance`; an `Event` in `revisions` is the end of an unknown chat.
 
-    Attributes:
-      revisions: chats to analyse, in order; an `Event` is an end of an unknown chat.
-      events: what is still kept, oldest first.
-      wake: when the next decision is due, as far as is known.
-      pending: messages that no revision holds yet.
+    `events` are still kept, oldest first. `wake` is when the next decision is due, as far as known.
+    `pending` counts messages that no revision holds yet.
     """
 
     revisions: list[Chat | Event]
@@ -86,8 +81,8 @@ def advance(
     """Makes all decisions about a chat that are due up to an event time.
 
     Args:
-      events: of the chat, in any order, repeated ones too; also later than `upto`.
-      upto: microseconds since 1970; no event before it is missing but late ones.
+      events: in any order; may be repeated, or later than `upto`.
+      upto: microseconds since 1970; only late events may still come before it.
     """
     timeline = _in_order(events, conversation.dropped_until)
     walk = _Walk(chat_id, conversation, upto, rules)
@@ -104,10 +99,10 @@ _FOREVER = 1 << 62
 
 
 class _Walk:
-    """Goes through a chat's events in order, and decides on the way.
+    """Goes through a chat's events in order, and makes decisions.
 
-    `silence` and `take` return whether to go on: the first decision that is not due yet
-    ends the walk, for by its time more may have arrived. It is when to wake.
+    `silence` and `take` return whether to go on. The walk ends at the first decision that is not
+    due yet, because more messages may arrive before then; `wake` is set to that time.
     """
 
     def __init__(self, chat_id: str, conversation: Conversation, upto: int, rules: Rules):
@@ -131,7 +126,7 @@ class _Walk:
         return len(self.history) - self.rules.max_messages
 
     def begin(self, past: list[Kept]) -> None:
-        """Takes up what was walked before, and what has come to it late."""
+        """Loads the events walked before and late ones, which may make a revision due."""
         self.history = [event for event in past if event.message]
         self.ends = [event for event in past if not event.message]
         self.joined = self.dropped + len(self.history) - self.counted
@@ -139,7 +134,7 @@ class _Walk:
             self._revise()
 
     def silence(self, until: int) -> bool:
-        """What a time without messages decides: an analysis, and at last oblivion."""
+        """Handles a silent period: makes a revision, and finally expires the chat."""
         if not self.history:
             return True
         last = self.history[-1].at
@@ -149,7 +144,7 @@ class _Walk:
             self._revise()
         if last + self.retention <= until:
             if last + self.retention > self.upto:
-                return False  # another timer waits for it
+                return False  # another timer handles it
             if self.pending:  # no customer ever wrote
                 self._revise()
             metrics.count("chats_forgotten")
@@ -159,7 +154,7 @@ class _Walk:
         return True
 
     def take(self, event: Kept) -> bool:
-        """A message, which may be enough for an analysis; or an end, which always is."""
+        """Adds a message, which may be enough for a revision, or an end, which always is."""
         (self.history if event.message else self.ends).append(event)
         if event.message and event.at <= self.upto:
             self.joined += 1
@@ -171,7 +166,7 @@ class _Walk:
         return True
 
     def end(self, later: list[Kept]) -> Advanced:
-        """What is known now, and what is kept of it."""
+        """Returns the new state; drops the oldest messages beyond `max_messages`."""
         self.history = [event for event in self.history if event.at <= self.upto]
         kept_ends = self._unknown_ends()
         pending = self.pending
@@ -189,11 +184,11 @@ class _Walk:
         return Advanced(self.revisions, conversation, events, self.wake, pending)
 
     def _unknown_ends(self) -> list[Kept]:
-        """Ends that came before their chat. Those that waited long enough are given up."""
+        """Returns ends that came before their chat; gives up those that waited long enough."""
         waiting = []
         for end in self.ends:
             if self.history or self.dropped or end.at > self.upto:
-                continue  # it was an end of what is there, or is still to come
+                continue  # it ended this chat, or is still to come
             if end.at + self.quiet > self.upto:
                 waiting.append(end)
                 self.wake = min(self.wake or _FOREVER, end.at + self.quiet)
@@ -217,7 +212,7 @@ class _Walk:
 
 
 def _in_order(events: Iterable[Kept], after: tuple[int, int]) -> list[Kept]:
-    """By time, without repeated ones, and without those before the oldest kept."""
+    """Returns events by time, without repeated ones and those older than what is kept."""
     seen: set[str] = set()
     timeline, duplicates, too_late = [], 0, 0
     for event in sorted(events, key=lambda event: event.number):
@@ -236,7 +231,7 @@ def _in_order(events: Iterable[Kept], after: tuple[int, int]) -> list[Kept]:
 
 
 def _askable(history: list[Kept]) -> bool:
-    """Whether there is a customer; without any roles, it is the first author."""
+    """Returns whether a customer wrote; without any roles, the first author is the customer."""
     roles = {event.message.role for event in history if event.message}
     return "customer" in roles or roles == {None}
 
@@ -249,7 +244,6 @@ def _chat(chat_id: str, history: list[Kept], messages: int) -> Chat:
 
 
 def micros(duration: timedelta) -> int:
-    """A duration in microseconds."""
     return duration // timedelta(microseconds=1)
 
 
