@@ -1,4 +1,4 @@
-"""Who answers: models on the workers, and models behind services."""
+"""Models that answer: loaded on the workers, or behind services."""
 
 import lazy_loader
 

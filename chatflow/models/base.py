@@ -1,4 +1,4 @@
-"""The base of loaded models."""
+"""The base class of loaded models."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from chatflow.models.requests import Answer, Failure, Request
 
 
 class LanguageModel(abc.ABC):
-    """A loaded model. Its methods take and give plain values, so that they can be
-    called from other processes."""
+    """A loaded model. Methods take and return plain values, so that other processes can call it."""
 
     @abc.abstractmethod
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        """One answer or failure for each request, in their order."""
+        """Returns one answer or failure per request, in order."""
 
     def warm_up(self, requests: Sequence[Request]) -> None:  # noqa: B027 (most need none)
-        """Makes the model ready for such requests."""
+        """Prepares the model for requests like these."""
 
     loads = 1
-    """Copies of weights that were loaded, and not counted yet."""
+    """Loaded copies of the weights that are not counted yet."""
 
     def counts(self) -> dict[str, int]:
-        """What the model counted since it was last asked, by name."""
+        """Returns the model's own counters since the last call, by name."""
         return {}
 
     def new_counts(self) -> dict[str, int]:
-        """The same, with what all models count, for Beam's metrics."""
+        """Returns `counts()` and the counters of every model, for Beam's metrics."""
         loads, self.loads = self.loads, 0
         return {**self.counts(), "copies_loaded": loads}
 
     def throttled(self) -> float:
-        """Returns the seconds that batches waited for a busy service since this was last asked."""
+        """Returns the seconds that batches waited for a busy service since the last call."""
         return 0.0
 
     def close(self) -> None:  # noqa: B027 (not all have something to end)
-        """Ends what the model has started; it is asked no more."""
+        """Ends what the model has started; no requests may follow."""

@@ -1,4 +1,4 @@
-"""The base of chatflow's model handlers: one result an element, whatever happens."""
+"""The base class of chatflow's model handlers: one result per request, whatever happens."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import ONE_BUNDLE, Batching, WorkerSettings
 
 METRICS = "chatflow_model"
-"""The namespace of RunInference's own metrics."""
+"""Namespace of RunInference's own metrics."""
 
 _log = logging.getLogger(__name__)
 
 
 def prompt_length(element: Any) -> int:
-    """Tokens of the longest prompt of a request that no other shares, as estimated.
-
-    Beam gives a `KeyedModelHandler`'s elements with their keys.
-    """
-    while isinstance(element, tuple):
+    """Returns the estimated tokens of an element's longest prompt, without the shared start."""
+    while isinstance(element, tuple):  # Beam passes a `KeyedModelHandler`'s elements with keys
         element = element[1]
     return max(estimate_tokens(part.prompt[part.shared :]) for part in element.parts)
 
@@ -47,19 +44,14 @@ class LanguageModelHandler(
 ):
     """A Beam model handler for requests, used through `RunInference`.
 
-    Results are `PredictionResult`s whose inference is an `Answer` or a `Failure`. Where
-    a whole batch fails, its requests are asked one by one, so that one bad request
-    takes no other with it.
-
-    Attributes:
-      name: of the model, as results and their ids have it.
+    Results are `PredictionResult`s whose inference is an `Answer` or a `Failure`. If a batch fails,
+    its requests are asked one by one, so that one bad request does not fail the others.
 
     Args:
-      batching: how requests are put together.
-      settings: of a model that the worker holds; None: each process has its own.
-      expected: requests for which the model is made ready when it is loaded.
-      updates: the files among which the newest has the weights, when it is loaded and while it
-        answers; empty: they stay as they are.
+      name: the model's name in results and their ids.
+      settings: how a worker keeps the model; None: each process has its own copy.
+      expected: requests for which the model is warmed up when it is loaded.
+      updates: file pattern; the newest has the weights, also later; empty: they never change.
     """
 
     def __init__(
@@ -87,16 +79,13 @@ class LanguageModelHandler(
 
     @abc.abstractmethod
     def load(self, version: Version = FIRST) -> ModelT:
-        """A model with a version of its weights; `FIRST` are those that its name says."""
+        """Returns a model with these weights; `FIRST` means those that its name says."""
 
     def load_model(self) -> ModelT:
-        """The model. Where each process has its own, all steps and threads of it share that.
-
-        Beam shares it among the threads of a step.
-        """
+        """Returns the model; unless processes share one, all steps of a process get the same."""
         if self.share_model_across_processes():
             return self._new()
-        with _own_models_lock:
+        with _own_models_lock:  # Beam shares a model only among the threads of a step
             model = _own_models.get(self._identity)
             if model is None:
                 model = _own_models[self._identity] = self._new()
@@ -121,7 +110,7 @@ class LanguageModelHandler(
         return model
 
     holds_weights = True
-    """The model is in the worker's memory, and not behind a service."""
+    """Whether the model is in the worker's memory, not behind a service."""
 
     def get_metrics_namespace(self) -> str:
         return METRICS
@@ -135,7 +124,7 @@ class LanguageModelHandler(
         model: ModelT,
         inference_args: dict[str, Any] | None = None,
     ) -> Iterable[PredictionResult]:
-        """Answers a batch; see the class for what comes back."""
+        """Returns one result per request, in order; see the class."""
         inferences = ask(model.answer, batch)
         for name, number in model.new_counts().items():
             if number:
@@ -152,17 +141,14 @@ class LanguageModelHandler(
 def ask(
     answer: Callable[[Sequence[Request]], list[Answer | Failure]], batch: Sequence[Request]
 ) -> list[Answer | Failure]:
-    """The batch at once; where that fails, each request alone.
-
-    A model that gives a result for each request, as a remote one does, never gets that far.
-    """
+    """Returns one answer or failure per request; if the batch fails, asks each request alone."""
     started = time.monotonic()
     try:
         answers = answer(batch)
         if len(answers) != len(batch):
             raise RuntimeError(f"{len(batch)} requests, but {len(answers)} answers")
         return answers
-    except Exception as error:
+    except Exception as error:  # remote models return failures instead
         if len(batch) > 1:
             _log.warning("a batch of %d failed, asking one by one: %s", len(batch), error)
             return [one for request in batch for one in ask(answer, [request])]

@@ -1,4 +1,4 @@
-"""Batches across callers: requests of several threads and processes, run together."""
+"""Merges requests of several threads and processes into common batches."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ R = TypeVar("R")
 
 
 class Merger(Generic[T, R]):
-    """Runs items of concurrent callers in common batches, on a thread of its own.
+    """Runs items of concurrent callers in common batches, on its own thread.
 
-    While a batch runs, what arrives is collected for the next; an item that finds
-    nothing running waits for others, but no longer than it may.
+    Items that arrive while a batch runs go into the next one.
 
     Args:
-      run: answers a batch, item by item, in order; whatever it raises, every caller of
-        that batch is raised.
-      most: items in a batch.
-      seconds: how long an item may wait for others before its batch is run.
+      run: returns one result per item, in order; every caller of the batch gets what it raises.
+      most: the most items in a batch.
+      seconds: how long an item may wait for others before its batch runs.
     """
 
     def __init__(self, run: Callable[[Sequence[T]], Sequence[R]], most: int, seconds: float):
@@ -37,7 +35,7 @@ class Merger(Generic[T, R]):
         threading.Thread(target=self._serve, name="merger", daemon=True).start()
 
     def __call__(self, items: Sequence[T]) -> list[R]:
-        """Answers items, in their order, when their batches have run."""
+        """Returns one result per item, in order, when their batches have run."""
         now = time.monotonic()
         futures: list[concurrent.futures.Future[R]] = [concurrent.futures.Future() for _ in items]
         with self._arrived:
@@ -48,7 +46,7 @@ class Merger(Generic[T, R]):
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Ends the thread, when nobody can call any more."""
+        """Ends the thread; nobody may call afterwards."""
         with self._arrived:
             self._closed = True
             self._arrived.notify()
@@ -77,12 +75,12 @@ class Merger(Generic[T, R]):
 
 
 def merged(method: Callable[[Sequence[T]], Sequence[R]], most: int, seconds: float) -> Merger[T, R]:
-    """Batches for the method of an object, which they do not keep in memory."""
+    """Returns a merger for an object's method; the merger does not keep the object in memory."""
     weak: weakref.WeakMethod[Any] = weakref.WeakMethod(method)
 
     def run(items: Sequence[T]) -> Sequence[R]:
         alive = weak()
-        assert alive is not None  # who waits for the answers has the object
+        assert alive is not None  # callers that wait for answers hold the object
         answers: Sequence[R] = alive(items)
         return answers
 

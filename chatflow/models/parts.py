@@ -1,4 +1,4 @@
-"""Models that answer part by part, and their answers put together as one: JSON that code writes."""
+"""Models that answer part by part; code puts their answers together as JSON."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ class Result:
 
     Attributes:
       scores: log-probability of each choice, in nats.
-      choice: the number of the likeliest, less its bias; -1 where nothing was to be chosen.
-      text: what was written.
+      choice: index of the likeliest choice, after its bias is subtracted; -1 without choices.
       cut: the text reached a limit before it ended by itself.
-      tokens: those that were written, with the one that ended the text.
-      prompt_tokens: how many were read.
+      tokens: the generated tokens, with the one that ended the text.
     """
 
     prompt_tokens: int
@@ -41,12 +39,7 @@ class Result:
 def put_together(
     results: Sequence[tuple[Part, Result | ElementError]], model: str, seconds: float
 ) -> Answer | Failure:
-    """One answer of a request's parts: the model writes no JSON that code can write.
-
-    Args:
-      model: what the answer says made it.
-      seconds: what it took.
-    """
+    """Returns one answer from a request's parts, or a failure; code writes the JSON."""
     fields: dict[str, Any] = {}
     text, finish_reason, scores = "", "stop", {}
     prompt_tokens = answer_tokens = 0
@@ -88,14 +81,12 @@ def put_together(
 
 
 class EngineModel(LanguageModel):
-    """A model on the worker whose engine answers the parts of many requests in one go.
-
-    Requests of concurrent callers are run in common batches.
+    """A model on the worker whose engine answers the parts of many requests in one call.
 
     Args:
-      name: what answers say made them.
-      engine: its `run` gives a `Result` or an error for each prompt, `all_counts` what it counted.
-      most: requests in a batch.
+      name: the model's name in answers.
+      engine: `run()` returns one `Result` or error per prompt; `all_counts()` its counters so far.
+      most: the most requests in a batch.
       merge_seconds: how long a request may wait for those of other callers.
     """
 
@@ -116,14 +107,14 @@ class EngineModel(LanguageModel):
         return dict(new)
 
     def prompt(self, part: Part) -> Any:
-        """What the engine is asked for a part."""
+        """Returns the engine's input for a part."""
         return part
 
     def _ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return ask(self._run, requests)
 
     def _run(self, requests: Sequence[Request]) -> list[Answer | Failure]:
-        """Answers in the order of the requests; all parts of all of them in one go."""
+        """Runs all parts of all requests in one call of the engine."""
         started = time.monotonic()
         results = iter(self.engine.run([self.prompt(part) for r in requests for part in r.parts]))
         by_request = [[(part, next(results)) for part in r.parts] for r in requests]
@@ -132,10 +123,7 @@ class EngineModel(LanguageModel):
 
 
 class JsonAnswer(NamedTuple):
-    """A JSON object as the stretches that a model need not write, and what it fills in.
-
-    The object is `before`, one of `choices`, `between`, a text, and the closing marks.
-    """
+    """A JSON object: `before`, a scored choice, `between`, a generated text, the closing marks."""
 
     fields: tuple[str, str]
     before: str
@@ -144,11 +132,7 @@ class JsonAnswer(NamedTuple):
 
 
 def json_answer(schema: Mapping[str, Any]) -> JsonAnswer:
-    """How to fill in a flat object of one enumeration and one string.
-
-    Raises:
-      ValueError: the schema asks for something else.
-    """
+    """Returns how to fill in an enumeration and a string; raises `ValueError` for other schemas."""
     fields = schema.get("properties", {})
     enums = [name for name, field in fields.items() if "enum" in field]
     texts = [name for name in fields if name not in enums]

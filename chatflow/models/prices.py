@@ -1,4 +1,4 @@
-"""What a run cost, estimated from a table of prices that users can edit."""
+"""Estimates what a run costs, from a table of prices that users can edit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ DEFAULT = Path(__file__).parent / "prices.toml"
 
 
 class Price(NamedTuple):
-    """In US dollars.
-
-    Attributes:
-      input, output: for a million tokens.
-      hour: of an endpoint, for as long as a run takes.
-    """
+    """US dollars per million `input` or `output` tokens, and per `hour` of an endpoint in a run."""
 
     input: float = 0.0
     output: float = 0.0
@@ -32,13 +27,10 @@ class Price(NamedTuple):
 
 
 def price_of(model: str, path: str = "") -> Price | None:
-    """The price of a model; None where the table does not have it.
+    """Returns the price of a model, or None if the table lacks it.
 
-    Args:
-      path: of a table like `prices.toml`, local or `gs://`; empty: that one.
-
-    Raises:
-      UsageError: the file cannot be read, or is no such table.
+    `path` is a table like `prices.toml`, local or `gs://`; empty: that one. Raises `UsageError` if
+    it cannot be read or is not such a table.
     """
     where = path or str(DEFAULT)
     try:

@@ -22,10 +22,9 @@ RETRY_SECONDS = 300.0
 
 
 def newest_version(pattern: str, seen: float = 0.0) -> Version:
-    """The file of a pattern that was written last, as weights; `FIRST` where there is none.
+    """Returns the newest file of a pattern as a version, or `FIRST` (with `seen`) if none matches.
 
-    Args:
-      seen: when that is so, in seconds since 1970; 0: now.
+    `seen` is the version's time in seconds since 1970; 0 means now.
     """
     files = FileSystems.match([pattern])[0].metadata_list
     first = FIRST._replace(seen=seen or time.time())
@@ -40,14 +39,13 @@ def newest_version(pattern: str, seen: float = 0.0) -> Version:
 class RefreshedModel(LanguageModel):
     """Answers with the newest weights that its requests ask for.
 
-    New weights are loaded beside the old ones, tried, and then take their place; whoever asks
-    meanwhile is answered by the old. Weights that cannot be loaded are refused, and tried again
-    after `RETRY_SECONDS`; those that do not answer the requests they are tried with, when they
-    are written anew. Needs room for both while it loads.
+    Requests keep using the old weights until the new ones are loaded and tried. Loading needs room
+    for both. Weights that cannot be loaded are refused and tried again after `RETRY_SECONDS`;
+    weights that fail a trial are refused until they are written anew.
 
     Args:
-      load: gives a model with a version of the weights.
-      first: the version to begin with; where it is refused, those that `--model` names.
+      load: returns a model with a version of the weights.
+      first: the version to begin with; if it is refused, the weights that `--model` names.
       trials: requests that a new version must answer.
     """
 
@@ -84,21 +82,21 @@ class RefreshedModel(LanguageModel):
         self._model.close()
 
     def _take_up(self, wanted: Version) -> None:
-        if wanted <= self._version:  # another caller did meanwhile
+        if wanted <= self._version:  # another caller has loaded it meanwhile
             return
         if wanted.weights != self._weights and (model := self._try(wanted)):
             old, (path, _) = self._model, self._weights
             self._model, self._weights = model, wanted.weights
             self._counts.update(old.new_counts())
-            if path != wanted.path:  # else its copy is the new one's
+            if path != wanted.path:  # else the new weights use the same local copy
                 forget(path)
         self._version = wanted
 
     def _try(self, version: Version) -> LanguageModel | None:
-        """A model that answers; None for one that is refused."""
+        """Returns a model that answers the trials, or None if the weights are refused."""
         if time.monotonic() < self._refused.get(version.weights, 0.0):
             return None
-        again = RETRY_SECONDS  # what they lack may come: a service that is away, room
+        again = RETRY_SECONDS  # the cause may pass: a service is down, no room
         try:
             model = self._load(version)
             again = math.inf
@@ -118,7 +116,7 @@ class RefreshedModel(LanguageModel):
 
 
 def check(result: Answer | Failure) -> None:
-    """Raises `ValueError` where a trial was not answered, or with no numbers."""
+    """Raises `ValueError` if a trial was not answered or its scores are not finite."""
     if isinstance(result, Failure):
         raise ValueError(f"a trial failed: {result.reason}: {result.error}")
     if not all(math.isfinite(score) for _, score in result.tone_scores):

@@ -1,4 +1,4 @@
-"""What is asked of a model, and what it gives back: the same for all models."""
+"""What a model is asked and what it returns, the same for all models."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ class Part:
     """One prompt of a request.
 
     Attributes:
-      field: the field of the JSON answer that this part fills; None: the model's text
-        is the whole answer.
-      prompt: the text to continue.
-      shared: how many characters of it, from its start, all prompts of the template share.
+      field: the field of the JSON answer that this part fills; None: the text is the whole answer.
+      shared: how many characters all prompts of the template share at the start.
       lead: the end of the prompt that is also the start of the answer ("221 wants").
       tail: fixed text that ends the answer, in place of the model's last full stop.
-      max_tokens: of the answer; unused where there are choices.
-      stop: texts that end the answer and are not part of it; on the worker.
-      characters: of the answer, at most, where the model can be held to it; 0: any.
-      schema: JSON schema of the answer, where the model writes JSON: a flat object of one
-        enumeration and one string.
-      choices: if any, one of these is scored best, and nothing is generated.
+      max_tokens: of the answer; unused with choices.
+      stop: texts that end the answer and are not part of it; only on the worker.
+      characters: the most in an answer, if the model can be held to it; 0: any number.
+      schema: if the model writes JSON, its schema: a flat object of one enumeration and one string.
+      choices: if any, the best-scored one is the answer, and nothing is generated.
       values: what each choice stands for in the JSON answer.
-      bias: constants taken off the choices' log-probabilities, in nats.
-      temperature: by which these differences are divided where they become probabilities.
-      check: raises `BadAnswerError` where an answer is not what was asked for. A remote model
-        is then asked once more, with the error.
+      bias: subtracted from the choices' log-probabilities, in nats.
+      temperature: divides these differences before they become probabilities.
+      check: raises `BadAnswerError`; a remote model is then asked once more, with the error.
     """
 
     field: str | None
@@ -48,12 +44,12 @@ class Part:
 
 
 class Version(NamedTuple):
-    """Which weights of a model; later ones are greater.
+    """A version of a model's weights; later ones compare greater.
 
     Attributes:
-      seen: when they were seen to be the newest, in seconds since 1970.
-      path: a preset's folder, an adapter or a state dict; empty: those that `--model` names.
-      modified: when they were written; the same path may hold other weights later.
+      seen: when it was found to be the newest, in seconds since 1970.
+      path: a preset's folder, an adapter or a state dict; empty: the weights that `--model` names.
+      modified: when it was written; the same path may hold other weights later.
     """
 
     seen: float = 0.0
@@ -62,11 +58,11 @@ class Version(NamedTuple):
 
     @property
     def weights(self) -> tuple[str, float]:
-        """What is loaded for it."""
+        """What identifies the weights to load."""
         return self.path, self.modified
 
     def named(self, model: str) -> str:
-        """How results call a model with these weights.
+        """Returns the name in results of a model with these weights.
 
         >>> Version(path="gs://b/german.lora.h5").named("gemma3-270m")
         'gemma3-270m@gs://b/german.lora.h5'
@@ -79,13 +75,13 @@ FIRST = Version()
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """All that one model call (or one row of a batch) needs.
+    """Everything that one model call (or one row of a batch) needs.
 
     Attributes:
       id: deterministic; see `records.Identity`.
       task: `analysis` or `apology`.
-      model: which of a pipeline's models is asked, where there are several.
-      version: of its weights; a model that has no later ones takes them up.
+      model: the key of the model to ask, if the pipeline has several.
+      version: of its weights; a model with older ones loads these.
     """
 
     id: str
@@ -102,13 +98,11 @@ class Answer:
     """What a model said: JSON with `sentiment` and `summary`, or the text of a draft.
 
     Attributes:
-      model: who answered.
-      prompt_tokens, answer_tokens: what was read and written, in all calls for this answer;
-        what a model thinks before it answers is written, too.
-      tone_scores: log-probability by tone word, where the tone was a scored choice.
-      seconds: from asking to answer; of the whole batch, where there was one.
+      prompt_tokens, answer_tokens: of all calls for the answer; thinking counts as answer.
+      tone_scores: log-probability by tone word, if the tone was a scored choice.
+      seconds: from request to answer; of the whole batch, if there was one.
       finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
-      repairs: `asked_again`, where a first answer was of no use.
+      repairs: `asked_again`, if a first answer was unusable.
     """
 
     text: str
@@ -122,19 +116,18 @@ class Answer:
 
     @property
     def circumstances(self) -> str:
-        """What explains an answer that is of no use, for an error message."""
+        """Explains an unusable answer, for an error message."""
         again = "asked twice, " if self.repairs else ""
         return f" ({again}finish reason {self.finish_reason})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a model gave no answer to one request; the others of its batch are not touched.
+    """Why a model did not answer one request; the rest of the batch is unaffected.
 
     Attributes:
       reason: a short code for counting, e.g. `prompt_too_long`.
-      answer: what the model said all the same.
-      prompt_tokens, answer_tokens: paid for nevertheless.
+      answer, prompt_tokens, answer_tokens: what the model said and used nevertheless.
     """
 
     reason: str

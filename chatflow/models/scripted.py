@@ -1,7 +1,7 @@
-"""A model that answers from a script: for tests, chatflow's own and its users'.
+"""A model that answers from a script, for tests: chatflow's own and its users'.
 
-`--model=scripted:FILE` reads a file of JSON Lines. Each line is a rule; the first that
-fits a request answers it:
+`--model=scripted:FILE` reads JSON Lines. Each line is a rule; the first that fits answers a
+request:
 
     {"task": "analysis", "match": "refund", "answer": {"sentiment": -1, "summary": "…"}}
     {"task": "apology", "answer": "We are sorry."}
@@ -9,10 +9,9 @@ fits a request answers it:
     {"match": "slow", "stall_seconds": 2, "answer": "not JSON"}
     {"match": "poison", "crash": "out of memory", "times": 1}
 
-`task`, `chat_id`, `user_id` and `match` (a regular expression, searched in the prompts)
-say whom a rule fits; all that are there must. `answer` is a JSON value or a text,
-`error` fails this request alone, `crash` raises from the whole batch, and `times` ends
-a rule after so many uses.
+A rule fits if all of its `task`, `chat_id`, `user_id` and `match` (a regular expression, searched
+in the prompts) fit. `answer` is a JSON value or a text, `error` fails this request alone, `crash`
+raises from the whole batch, and `times` limits how often a rule is used.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _FIELDS = frozenset(
 
 @dataclasses.dataclass
 class Script:
-    """Rules in order; a function from a request to its answer."""
+    """Rules in order. Called with a request, returns the answer."""
 
     rules: tuple[dict[str, Any], ...]
     _used: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -70,11 +69,7 @@ def _fits(rule: dict[str, Any], request: Request) -> bool:
 
 
 def load_script(path: str) -> Script:
-    """Reads a script.
-
-    Raises:
-      UsageError: the file cannot be read, or a line is no rule; with its number.
-    """
+    """Reads a script; raises `UsageError` if it is unreadable or a line is not a rule."""
     try:
         with FileSystems.open(path) as file:
             lines = file.read().decode().splitlines()
@@ -98,7 +93,7 @@ def load_script(path: str) -> Script:
 
 
 class ScriptedModel(LanguageModel):
-    """Answers each request with a function; an `ElementError` of it fails that one alone."""
+    """Answers each request with a function; an `ElementError` fails only that request."""
 
     def __init__(self, name: str, function: Callable[[Request], str]):
         self.name, self.function = name, function
@@ -122,11 +117,9 @@ class ScriptedModel(LanguageModel):
 
 
 class ScriptedModelHandler(LanguageModelHandler[ScriptedModel]):
-    """Answers from a function; see the module for scripts in files.
+    """Answers with a function from a `Request` to the text that the model writes.
 
-    Args:
-      function: from a `Request` to the text that the model writes. It may raise
-        `ElementError` to fail one request, or anything else to fail its batch.
+    The function may raise `ElementError` to fail one request, or anything else to fail its batch.
     """
 
     def __init__(
@@ -145,12 +138,12 @@ class ScriptedModelHandler(LanguageModelHandler[ScriptedModel]):
 
 
 class Scripted(Kind):
-    """`scripted:FILE`; inside a pipeline it passes for a model that writes JSON."""
+    """`scripted:FILE`; a pipeline treats it as a model that writes JSON."""
 
     update_files = (".jsonl",)
 
     def check(self, spec: ModelSpec) -> None:
-        """Leaves it to `load_script`, when the handler is made."""
+        """Checks nothing, because `load_script` does when the handler is made."""
 
     def instruct(self, spec: ModelSpec) -> bool:
         return True
@@ -159,7 +152,7 @@ class Scripted(Kind):
         return True
 
     def base_name(self, spec: ModelSpec) -> str:
-        """A script is known by its kind, not by its path."""
+        """Returns the kind's name instead of the script's path."""
         return "scripted"
 
     def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> ScriptedModelHandler:

@@ -1,4 +1,4 @@
-"""A model that is several: each request is answered by the one that it names."""
+"""A model made of several: each request is answered by the one that it names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import ONE_COPY
 
 RETRY_SECONDS = 60.0
-"""A model that could not be loaded is tried again after this."""
+"""How long after a failure a model is loaded again."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ _log = logging.getLogger(__name__)
 class SeveralModels(LanguageModel):
     """Answers each request with the model that `Request.model` names.
 
-    A model is loaded when it is first asked, while others answer. When there is no room for it,
-    the least recently asked model that is not in use makes room. A model that cannot be loaded
-    fails only its own requests.
+    A model is loaded when it is first asked, while others answer. If there is no room, the least
+    recently asked of the idle models is closed. A model that cannot be loaded fails only its own
+    requests.
 
     Args:
       handlers: by model key.
-      max_models: that hold weights, in memory at once; 0: any number.
+      max_models: how many models that hold weights are in memory at once; 0: any number.
     """
 
     def __init__(self, handlers: Mapping[str, LanguageModelHandler[Any]], max_models: int = 0):
@@ -44,7 +44,7 @@ class SeveralModels(LanguageModel):
         self._models: dict[str, LanguageModel] = {}  # the most recently asked comes last
         self._users: collections.Counter[str] = collections.Counter()
         self._loading: set[str] = set()
-        self._waiting: dict[object, str] = {}  # in the order in which they came
+        self._waiting: dict[object, str] = {}  # in order of arrival, so that none starves
         self._failed: dict[str, tuple[float, Failure]] = {}
         self._counts: collections.Counter[str] = collections.Counter()
 
@@ -78,14 +78,11 @@ class SeveralModels(LanguageModel):
         try:
             return ask(model.answer, requests)
         finally:
-            del model  # before its room is given to another
+            del model  # before another model takes its room
             self._release(key)
 
     def _acquire(self, key: str) -> LanguageModel | Failure:
-        """Returns a model that stays loaded until it is released; waits for room.
-
-        First come, first served, so that a busy model does not starve another.
-        """
+        """Returns a model that stays loaded until `_release`; waits its turn for room."""
         ticket = object()
         with self._changed:
             self._waiting[ticket] = key
@@ -110,7 +107,7 @@ class SeveralModels(LanguageModel):
             self._changed.notify_all()
 
     def _is_next(self, ticket: object) -> bool:
-        """Who waits for a model that is being loaded holds up no one."""
+        """Returns whether a ticket is next; those that wait for a loading model do not count."""
         ready = (one for one, key in self._waiting.items() if key not in self._loading)
         return next(ready, None) is ticket
 
@@ -151,11 +148,7 @@ class SeveralModels(LanguageModel):
 
 
 class SeveralModelsHandler(LanguageModelHandler[SeveralModels]):
-    """Handles several models as one, of which a worker has one copy.
-
-    Args:
-      handlers, max_models: see `SeveralModels`.
-    """
+    """Handles several models as one, with one copy per worker; see `SeveralModels`."""
 
     def __init__(self, handlers: Mapping[str, LanguageModelHandler[Any]], max_models: int = 0):
         super().__init__("several models", settings=ONE_COPY)
@@ -165,7 +158,7 @@ class SeveralModelsHandler(LanguageModelHandler[SeveralModels]):
         return SeveralModels(self.handlers, self.max_models)
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:
-        """Returns the widest batching, because requests of all models are batched together."""
+        """Returns the widest batching, because requests of all models share batches."""
         every = (handler.batch_elements_kwargs() for handler in self.handlers.values())
         return max(every, key=lambda batching: batching["max_batch_size"])
 

@@ -1,4 +1,4 @@
-"""Who answers: the switch from `--inference` and `--model` to a Beam model handler."""
+"""Chooses a Beam model handler by `--inference` and `--model`."""
 
 from __future__ import annotations
 
@@ -36,19 +36,17 @@ KINDS = {
     "remote": "chatflow.models.remote.handler.Remote",
     "on_worker": "chatflow.models.gemma.handler.Gemma",
 }
-"""The class of each kind of model, by how its names begin; else by `--inference`."""
+"""The class of each kind of model, by how its names begin, or else by `--inference`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Who answers. Stages that are given the same `Model` share one copy of it.
+    """A model to ask. Stages that are given the same `Model` share one copy of it.
 
     Attributes:
-      handler: a Beam `ModelHandler` from `Request` to `PredictionResult`, whose
-        inference is an `Answer` or a `Failure`.
-      hints: Beam's resource hints for the steps that ask it.
-      identifier: what a worker's copy is known by; Beam keeps it machine-wide, so it is
-        unique to a run.
+      handler: from `Request` to Beam's `PredictionResult` of an `Answer` or a `Failure`.
+      hints: Beam's resource hints for the steps that ask the model.
+      identifier: names a worker's copy; unique to a run, because Beam keeps the copy machine-wide.
     """
 
     handler: Any
@@ -56,8 +54,7 @@ class Model:
     identifier: str = dataclasses.field(default_factory=lambda: f"chatflow-{uuid.uuid4().hex}")
 
     def forget(self) -> None:
-        """Closes the copy that this process holds, and removes the small files by which Beam
-        finds one on this machine."""
+        """Closes this process's copy and removes the files that lead Beam to it on this machine."""
         from apache_beam.utils import multi_process_shared
 
         held = multi_process_shared._process_level_singleton_manager.entries
@@ -70,19 +67,18 @@ class Model:
 
 
 Say = Callable[[str], None]
-"""Prints a line for whoever starts a run."""
+"""Prints a line for the person who starts a run."""
 
 
 class Kind(abc.ABC):
     """A kind of model: what differs between kinds before one is loaded.
 
     Attributes:
-      update_files: how files end whose weights a running model can take up.
-      adaptable: it takes LoRA adapters, and can be tuned.
-      takes_state_dict: it can be given the weights of a state dict.
-      has_budget: it is set up for prompts of at most `max_prompt_tokens`.
-      asked_by_json: it has no scores, so that it writes its answer as JSON.
-      needs_accelerator: it runs on GPUs alone.
+      update_files: endings of the files whose weights a running model can load.
+      adaptable: takes LoRA adapters, and can be tuned.
+      has_budget: is set up for prompts of at most `max_prompt_tokens`.
+      asked_by_json: has no scores, and so writes its answer as JSON.
+      needs_accelerator: runs only on GPUs.
     """
 
     update_files: tuple[str, ...] = ()
@@ -90,18 +86,14 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def check(self, spec: ModelSpec) -> None:
-        """Checks what can be checked of a model without loading it.
-
-        Raises:
-          UsageError: there is no such model, or it cannot be kept as the settings say.
-        """
+        """Raises `UsageError` for a missing model or settings that do not fit; loads nothing."""
 
     @abc.abstractmethod
     def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> Any:
         """Returns a Beam model handler; nothing is loaded yet."""
 
     def instruct(self, spec: ModelSpec) -> bool:
-        """Returns whether it follows instructions, where `--model_kind` does not say so."""
+        """Returns whether the model follows instructions, if `--model_kind` does not say so."""
         return is_instruct(spec.name)
 
     def writes_json(self, spec: ModelSpec) -> bool:
@@ -109,53 +101,41 @@ class Kind(abc.ABC):
         return self.asked_by_json
 
     def adapter(self, spec: ModelSpec) -> str:
-        """Returns the adapter with which the model begins, or an empty text."""
+        """Returns the adapter that the model begins with, or an empty text."""
         return ""
 
     def base_name(self, spec: ModelSpec) -> str:
-        """Returns what results call the model, whatever its weights."""
+        """Returns the model's name in results, whatever its weights."""
         return spec.name
 
     def prepare(self, spec: ModelSpec, say: Say) -> None:  # noqa: B027 (most need nothing)
-        """Makes ready on this machine, where the pipeline runs, what the model needs.
-
-        Raises:
-          UsageError: it cannot be made, or is not installed.
-        """
+        """Prepares on this machine what the model needs; raises `UsageError` if that fails."""
 
     def check_service(self, spec: ModelSpec, local: bool, say: Say) -> None:  # noqa: B027
-        """Asks the service behind the model, if there is one, whether it is there.
+        """Raises `UsageError` if the service behind the model, if any, lacks it or denies access.
 
-        Args:
-          local: the pipeline runs on this machine.
-
-        Raises:
-          UsageError: the service says that the model is not there, or not for us.
+        `local` means that the pipeline runs on this machine.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and how it is asked. Checked when made; loads nothing.
+    """Which model to ask, and how. Making one loads nothing.
+
+    Raises `UsageError` if there is no such model or it cannot be kept as the settings say.
 
     Attributes:
-      name: `gemma3-270m` (embedded), a preset of keras_hub's, a folder, `hf://…`,
-        `kaggle://…`, `gs://…`, `scripted:FILE`; `torch:NAME` for a text model of Hugging
-        Face's on PyTorch, `vllm:NAME` for one that vLLM serves on the worker (a name of the hub,
-        a folder, `gs://…`); or, remotely, `gemini-…` or
-        `projects/P/locations/L/endpoints/E`.
+      name: `gemma3-270m` (embedded), a keras_hub preset, a folder, `hf://…`, `kaggle://…`, `gs://…`
+        or `scripted:FILE`; `torch:NAME` for a Hugging Face text model on PyTorch; `vllm:NAME` for
+        one that vLLM serves on the worker (a name of the hub, a folder, `gs://…`); remotely,
+        `gemini-…` or `projects/P/locations/L/endpoints/E`.
       inference: `on_worker` or `remote`.
       model_kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
-      batching: how requests are put together for one call.
       worker: how the weights are kept; unused remotely.
-      remote: where the service is, and how it is called; on the worker, only vLLM's is.
+      remote: the service and how it is called; on the worker, only for vLLM.
       state_dict_path: weights of a `torch:` model, instead of its folder's own.
-      adapter: LoRA weights of a Gemma on the worker: `auto`, `none` or a file; see
-        `chatflow.weights.adapters`.
-      updates: the files among which the newest has the weights; empty: they stay as they are.
-
-    Raises:
-      UsageError: there is no such model, or it cannot be kept so.
+      adapter: LoRA for a Gemma on the worker: `auto`, `none` or a file; see `weights.adapters`.
+      updates: see `handlers.LanguageModelHandler`.
     """
 
     name: str = embedded.NAME
@@ -178,7 +158,7 @@ class ModelSpec:
         """
         batching, worker = options.take(Batching), options.take(WorkerSettings)
         if not kind_of(options.model, options.inference).has_budget:
-            # The same model whatever the budget, so that several may share it.
+            # Ignore an unused budget, so that several can share the model.
             worker = dataclasses.replace(worker, max_prompt_tokens=ONE_COPY.max_prompt_tokens)
         return cls(
             name=options.model,
@@ -217,48 +197,43 @@ class ModelSpec:
 
     @property
     def result_name(self) -> str:
-        """What results say made them."""
+        """The model's name in results, with its weights."""
         own = self.state_dict_path or self.own_adapter
         return f"{self.name}@{own}" if own else self.base_name
 
     @property
     def base_name(self) -> str:
-        """The same, whatever the weights."""
+        """The model's name in results, whatever its weights."""
         return self.kind.base_name(self)
 
     @property
     def own_adapter(self) -> str:
-        """The adapter with which the model begins, or empty."""
+        """The adapter that the model begins with, or an empty text."""
         return self.kind.adapter(self)
 
     @functools.cached_property
     def key(self) -> str:
-        """Tells it apart from other models of the same pipeline."""
+        """Distinguishes the model from others of the same pipeline."""
         return f"{self.name}#{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
 
     @property
     def writes_json(self) -> bool:
-        """The model writes the JSON answer itself."""
         return self.kind.writes_json(self)
 
     @property
     def instruct(self) -> bool:
-        """The model follows instructions."""
+        """Whether the model follows instructions."""
         return self.model_kind == "instruct" or (
             self.model_kind == "auto" and self.kind.instruct(self)
         )
 
     def handler(self, expected: Sequence[Request] = ()) -> Any:
-        """Returns a Beam model handler; nothing is loaded yet.
-
-        Args:
-          expected: see `handlers.LanguageModelHandler`; unused by remote models.
-        """
+        """Returns a Beam model handler; nothing is loaded yet. Remote models ignore `expected`."""
         return self.kind.handler(self, tuple(expected))
 
 
 def kind_of(name: str, inference: str) -> Kind:
-    """Returns the kind of model of a name."""
+    """Returns the kind of a model by its name, or else by `--inference`."""
     prefix = next((prefix for prefix in KINDS if name.startswith(prefix)), inference)
     return _kind(KINDS[prefix])
 

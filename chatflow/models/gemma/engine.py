@@ -1,13 +1,12 @@
-"""Scoring and greedy decoding for keras_hub's Gemma models: prompts in, answers out.
+"""Scores and decodes greedily with keras_hub's Gemma models.
 
-`keras_hub`'s own `generate` compiles for every shape, feeds long prompts token by
-token and runs the whole prompt each time. Here
+`keras_hub`'s own `generate` compiles for every shape, feeds long prompts token by token and runs
+the whole prompt each time. Here
 
-- the part of a prompt that its template shares is run once; its KV cache is kept;
-- the rest is run in blocks of rows of about the same length, so that little is padding;
-- all rows that write an answer, whatever their template, decode in one batch, which gets
-  smaller as rows finish;
-- a grammar masks tokens that would not fit the answer; see `chatflow.models.grammar`.
+- the part of a prompt that its template shares runs once, and its KV cache is kept;
+- the rest runs in blocks of rows of similar length, so that little is padding;
+- rows of all templates decode in one batch, which shrinks as they finish;
+- a grammar masks tokens that do not fit the answer; see `models.gemma.grammar`.
 """
 
 from __future__ import annotations
@@ -33,17 +32,15 @@ PREFIXES_KEPT = 16
 
 
 class Row(NamedTuple):
-    """What is asked of one row of a batch: a choice, a text, or a choice and then a text.
+    """What one row of a batch asks for: a choice, a text, or a choice and then a text.
 
     Attributes:
-      prefix: the text that prompts of a template begin with.
-      suffix: the rest of the prompt.
-      lead: the start of the answer, which is given.
-      choices: scored as the next text; told apart by their first token.
-      bias: taken off their log-probabilities before the likeliest is taken.
-      between: text between the choice and the text.
-      text: what is written; None: nothing.
-      max_tokens, max_characters: of it.
+      prefix, suffix: the prompt; all prompts of a template share the prefix.
+      lead: the given start of the answer.
+      choices: scored as the next text; their first tokens must differ.
+      bias: subtracted from their log-probabilities before the likeliest is chosen.
+      text: the grammar of the generated text; None: nothing is generated.
+      max_tokens, max_characters: of the generated text.
     """
 
     prefix: str
@@ -58,7 +55,7 @@ class Row(NamedTuple):
 
 
 class _Prompt(NamedTuple):
-    """A row as tokens, and the positions that it needs."""
+    """A row as tokens, and the cache positions that it needs."""
 
     number: int
     row: Row
@@ -68,26 +65,21 @@ class _Prompt(NamedTuple):
 
     @property
     def bridged(self) -> bool:
-        """A text follows a choice."""
+        """Whether a text follows a choice."""
         return bool(self.row.choices and self.row.text)
 
 
 class Engine:
-    """A Gemma model with its tokenizer, ready to score and to decode.
+    """A Gemma 1, 2 or 3 text model of keras_hub's with its tokenizer, ready to score and decode.
+
+    `counts` has `prefill_tokens`, `decode_steps` and `decoded_tokens` so far. Raises `ValueError`
+    if the backbone is of another model.
 
     Args:
-      backbone: keras_hub's, of a Gemma 1, 2 or 3 text model.
-      tokenizer: keras_hub's.
-      instruct: wrap each prompt in Gemma's chat template, as one turn of the user. The
-        turn tokens are put in by id, so that no text can stand for them.
-      scoring: values of some variables, by their paths, for rows that only score choices,
-        behind what all prompts of their template share: an adapter of the tone.
-
-    Attributes:
-      counts: `prefill_tokens`, `decode_steps`, `decoded_tokens` so far.
-
-    Raises:
-      ValueError: the backbone is another model's.
+      instruct: wrap each prompt in Gemma's chat template, as one user turn. The turn tokens are
+        added by id, so that no text can imitate them.
+      scoring: an adapter of the tone: values of some variables by path, for rows that only score
+        choices, after the prefix that all prompts of their template share.
     """
 
     def __init__(
@@ -110,24 +102,22 @@ class Engine:
             self._before += [start, *self.encode("user\n")]
             self._after = [end, *self.encode("\n"), start, *self.encode("model\n")]
         self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
-        # A step of its own reads the weights. A byte of the caches costs more than one of
-        # the weights, because they are copied: 7 times was measured on a CPU.
+        # A separate step reads all weights. A byte of a cache costs 7 times as much as one of the
+        # weights (measured on a CPU), because caches are copied.
         weights = sum(value.nbytes for value in self.forward.weights)
         self._step_positions = weights // (7 * self.forward.cache_bytes)
-        self._starts: dict[Text, int] = {}  # the state of the automaton in which each begins
+        self._starts: dict[Text, int] = {}  # each text's first state of the automaton
         self._rules: Rules
         self._longest = ENDLESS
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without a start token."""
+        """Returns the token ids of a text, without a start token."""
         return [int(i) for i in self.tokenizer(text)] if text else []
 
     def run(self, rows: Sequence[Row]) -> list[Result | PromptTooLongError]:
-        """Answers rows, in their order.
+        """Returns one result or error per row, in order.
 
-        Raises:
-          ValueError: two choices begin with the same token, or the vocabulary cannot
-            write a text.
+        Raises `ValueError` if two choices begin alike, or if the vocabulary cannot write a text.
         """
         self._know(row.text for row in rows if row.text)
         for choices in {row.choices for row in rows}:
@@ -147,7 +137,7 @@ class Engine:
         return [results[number] for number in range(len(rows))]
 
     def warm_up(self, rows: Sequence[Row], most: int) -> None:
-        """Runs rows alone, and each `most` times, with answers of a token or two."""
+        """Runs the rows, then `most` copies of each, with answers of at most two tokens."""
         self._longest = 2
         try:
             self.run(rows)
@@ -172,7 +162,7 @@ class Engine:
         return _Prompt(number, row, start, tokens, bucket(size, TOTALS))
 
     def _blocks(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
-        """Prompts of one prefix and one kind, those of like length together."""
+        """Yields prompts of one prefix and kind and of similar length, with their cache length."""
         groups: dict[tuple[str, bool], list[_Prompt]] = collections.defaultdict(list)
         for prompt in prompts:
             groups[prompt.row.prefix, prompt.bridged].append(prompt)
@@ -183,10 +173,9 @@ class Engine:
                 yield self._take(some, total, self.shape.blocks), total
 
     def _batches(self, prompts: list[_Prompt]) -> Iterator[tuple[list[_Prompt], int]]:
-        """Prompts that decode together; the longest first.
+        """Yields prompts that decode together, the longest first, with their cache length.
 
-        All rows have caches of the longest one's length, which each step reads. Where that
-        costs more than a step of their own, the shorter rows wait for the next batch.
+        Shorter rows wait if caches of the longest row's length cost more than separate steps.
         """
         prompts = sorted(prompts, key=lambda prompt: (prompt.total, prompt.number))
         while prompts:
@@ -200,7 +189,7 @@ class Engine:
             prompts = shorter + prompts
 
     def _take(self, prompts: list[_Prompt], total: int, sizes: Sequence[int]) -> list[_Prompt]:
-        """Removes as many of the last as have room."""
+        """Removes and returns as many of the last prompts as fit."""
         fit = self.shape.cache_bytes // (total * self.forward.cache_bytes)
         most = max([size for size in sizes if size <= fit], default=sizes[0])
         taken = prompts[-most:]
@@ -210,7 +199,7 @@ class Engine:
     # Prefill.
 
     def prefix(self, prefix: str) -> tuple[Cache, int]:
-        """KV cache of a prefix, one row, and how many tokens it has."""
+        """Returns the KV cache of a prefix, as one row, and its number of tokens."""
         if prefix not in self._prefixes:
             ids = [*self._before, *self.encode(prefix)]
             total = bucket(self.shape.fed(len(ids)), TOTALS)
@@ -248,11 +237,7 @@ class Engine:
     def _read(
         self, block: list[_Prompt], total: int, results: dict[int, Any]
     ) -> tuple[jax.Array, Cache, list[int]]:
-        """Runs the prompts of a block and scores their choices.
-
-        Returns:
-          The hidden state of each row's last token, the cache, and the rows' positions.
-        """
+        """Runs and scores a block; returns last hidden states, the cache and row positions."""
         size = bucket(len(block), self.shape.blocks)
         prefix, start = self.prefix(block[0].row.prefix)
         cache = self.forward.cache(prefix, rows=size, total=total)
@@ -283,11 +268,7 @@ class Engine:
                     result.choice = int(np.argmax(found - np.array(prompt.row.bias or 0.0)))
 
     def first_tokens(self, choices: tuple[str, ...]) -> np.ndarray:
-        """By which choices are told apart.
-
-        Raises:
-          ValueError: two begin with the same.
-        """
+        """Returns the first token of each choice; raises `ValueError` if two are equal."""
         first = np.array([self.encode(choice)[0] for choice in choices], np.int32)
         if len(set(first.tolist())) < len(choices):
             raise ValueError(f"the choices {list(choices)} do not differ in their first token")
@@ -303,13 +284,13 @@ class Engine:
         hidden, positions = [], []
         for block, block_total in self._blocks(batch):
             states, filled, at = self._read(block, block_total, results)
-            places = np.full(states.shape[0], size, np.int32)  # outside: left out
+            places = np.full(states.shape[0], size, np.int32)  # out of range: dropped
             places[: len(block)] = range(len(prompts), len(prompts) + len(block))
             cache = self.forward.place(cache, filled, places)
             prompts += block
             positions += at
             hidden.append(np.asarray(states)[: len(block)])
-        # Rows that only fill the batch are done from the start.
+        # Padding rows have ended from the start.
         blank = size - len(prompts)
         starts = [self._starts[prompt.row.text] for prompt in prompts if prompt.row.text]
         writing: Any = Writing._make(
@@ -337,13 +318,7 @@ class Engine:
     def _decode(
         self, cache: Cache, writing: Any, total: int, written: list[list[int]]
     ) -> list[bool]:
-        """Adds to what each row has written until all have ended.
-
-        The batch gets smaller when so many have ended that a smaller one holds the rest.
-
-        Returns:
-          Whether each ended by itself.
-        """
+        """Decodes into `written` in shrinking batches; returns whether each row ended by itself."""
         ended = [False] * len(written)
         rows = np.arange(len(written))  # which answer each row of the batch writes, or -1
         while True:
@@ -374,10 +349,10 @@ class Engine:
             self.counts["decode_steps"] += int(counts.max())
             self.counts["decoded_tokens"] += int(counts.sum())
             for row, ids, count in zip(rows, np.asarray(chosen), counts, strict=False):
-                written[row] += ids[:count].tolist()  # nothing where the row is -1: its count is 0
+                written[row] += ids[:count].tolist()  # row -1 adds nothing: its count is 0
 
     def _know(self, texts: Iterable[Text]) -> None:
-        """Makes the automaton anew where it lacks a text."""
+        """Recompiles the automaton if it lacks a text."""
         known = dict.fromkeys([*self._starts, *texts])
         if len(known) > len(self._starts):
             automaton = compile_texts(list(known), self.vocabulary)
@@ -386,7 +361,7 @@ class Engine:
 
 
 def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """The bytes of each token; those that no text holds have none."""
+    """Returns the bytes of each token; tokens that never occur in a text have none."""
     pieces = []
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
     for token in range(min(size, model.vocab_size())):
@@ -414,22 +389,21 @@ def load_engine(
     quantization: str = "none",
     adapter: str = "",
 ) -> Engine:
-    """An engine with the weights and the tokenizer of a preset.
+    """Returns an engine with the weights and the tokenizer of a preset.
 
     Args:
       preset: a local folder, or any handle that keras_hub can load.
       dtype: `float32`, `bfloat16` or `auto`: bfloat16 on an accelerator.
-      quantization: `int8`: of the weights, and of the activations while they are
-        multiplied, by Keras; or `none`.
-      adapter: a file of Keras's `save_lora_weights`, whose LoRA is added to the weights; one
-        of `chatflow tune` to those of the scoring pass alone, for it knows nothing else.
+      quantization: `int8`, by Keras: weights, and activations during multiplication; or `none`.
+      adapter: a file of Keras's `save_lora_weights`, whose LoRA is added to the weights; if
+        `chatflow tune` made it, only in the scoring pass, the only one that it is trained for.
 
     Raises:
-      ValueError: the preset is not a Gemma 1, 2 or 3 text model, or the adapter is another's.
+      ValueError: the preset is not a Gemma 1, 2 or 3 text model, or the adapter does not fit it.
     """
     scoring = None
     if adapter and is_of_scoring(adapter):
-        # Loaded for its few changed values, and let go before the model as it is comes.
+        # Load only to read the adapted values; free it before loading the base model.
         scoring = _adapted(load_backbone(preset, dtype, quantization, adapter))
         adapter = ""
     backbone = load_backbone(preset, dtype, quantization, adapter)
@@ -438,7 +412,7 @@ def load_engine(
 
 
 def _adapted(backbone: keras_hub.models.Backbone) -> dict[str, jax.Array]:
-    """The values of the layers that an adapter has changed, by their paths."""
+    """Returns the values of the layers that an adapter has changed, by path."""
     return {
         variable.path: variable.value
         for layer in backbone._flatten_layers()

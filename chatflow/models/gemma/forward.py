@@ -1,13 +1,11 @@
-"""What runs on the device: prefill and decode of keras_hub's Gemma models, compiled by JAX.
+"""Prefill and decode of keras_hub's Gemma models on the device, compiled by JAX.
 
-Rows are independent calls of keras_hub's `call_with_cache` under `jax.vmap`, each at its
-own position, so that attention, sliding windows and soft caps of Gemma 1, 2 and 3 are
-keras_hub's, not copies of them. What stands behind a row's end in its cache is never
-attended to: the causal mask hides it, and later tokens overwrite it.
+Rows are independent calls of keras_hub's `call_with_cache` under `jax.vmap`, each at its own
+position, so that attention, sliding windows and soft caps of Gemma 1, 2 and 3 are keras_hub's. The
+causal mask hides what stands after a row's end in its cache, and later tokens overwrite it.
 
-Every array has one of a few shapes, so that little is compiled: `rows` and `total` (the
-positions of a cache) are buckets; how many tokens are fed, and how many decoded, is a loop
-on the device.
+Arrays have few shapes, so that little is compiled: `rows` and `total` (the positions of a cache)
+are buckets, and loops on the device feed and decode any number of tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ Cache = Any
 
 
 _TURNED = ("query/kernel", "attention_output/kernel")
-"""Kernels that XLA multiplies with their first two axes exchanged: kept so, because on a
-CPU it would exchange them anew at each step, which takes a fifth of a step of one row."""
+"""Kernels that XLA multiplies with their first two axes swapped. They are kept swapped, because
+swapping them at each step takes a fifth of a step of one row on a CPU."""
 
 
 class Rules(NamedTuple):
-    """An `Automaton` on the device, padded so that its shapes are few."""
+    """An `Automaton` on the device, padded so that it has few shapes."""
 
     token_class: jax.Array  # [vocabulary]
     next_state: jax.Array  # [states, classes]
@@ -44,13 +42,12 @@ class Rules(NamedTuple):
 
 
 class Writing(NamedTuple):
-    """Where each row is while it decodes; each `[rows]`.
+    """The state of each row while it decodes; every array is `[rows]`.
 
     Attributes:
-      token: chosen last, not yet fed.
-      position: at which it is fed.
-      state: of the automaton; `DONE` where the text has ended.
-      characters, tokens: how many more there may be.
+      token, position: the token chosen last, not fed yet, and the position at which to feed it.
+      state: of the automaton; `DONE` if the text has ended.
+      characters, tokens: how many more are allowed.
     """
 
     token: jax.Array
@@ -68,8 +65,8 @@ MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 def _compiled(**options: Any) -> Callable[[MethodT], MethodT]:
-    """A method that is compiled for each object by itself: JAX keeps what it compiled as long as
-    the function is there, and functions of classes always are."""
+    """Marks a method to be compiled for each object. JAX keeps compiled code as long as the
+    function exists, and a class keeps its functions forever."""
 
     def marked(method: MethodT) -> MethodT:
         method.compiled = options  # type: ignore[attr-defined]
@@ -79,17 +76,10 @@ def _compiled(**options: Any) -> Callable[[MethodT], MethodT]:
 
 
 class Forward:
-    """A Gemma backbone and its compiled functions.
+    """A Gemma 1, 2 or 3 text backbone of keras_hub's and its compiled functions.
 
-    Args:
-      backbone: keras_hub's, of Gemma 1, 2 or 3, text only.
-
-    Attributes:
-      weights: the values of the model's variables, which every function is given.
-      compilations: how many functions were compiled so far.
-
-    Raises:
-      ValueError: the backbone is another model's.
+    `weights` are the values of the model's variables, which every function takes; `compilations`
+    counts the functions compiled so far. Raises `ValueError` if the backbone is of another model.
     """
 
     def __init__(self, backbone: Any):
@@ -118,13 +108,13 @@ class Forward:
                 self._own.append(function)
 
     def release(self) -> None:
-        """Lets go of the weights, and of what was compiled for them."""
+        """Frees the weights and what was compiled for them."""
         self.weights, self.model = [], None
         for function in self._own:
             function.clear_cache()
 
     def replaced(self, values: Mapping[str, jax.Array]) -> list[Any]:
-        """The weights, with other values for some variables, by their paths."""
+        """Returns the weights with other values for some variables, by path."""
         return [
             own
             if (new := values.get(path)) is None
@@ -135,12 +125,12 @@ class Forward:
         ]
 
     def positions(self, cache: Cache) -> int:
-        """How many a cache has."""
+        """Returns the number of positions in a cache."""
         return int(jax.tree.leaves(cache)[0].shape[self._position_axis])
 
     @property
     def cache_bytes(self) -> int:
-        """Of one position of one row."""
+        """Bytes of one cache position of one row."""
         shapes = jax.eval_shape(lambda: self._zeros(1, 1))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
@@ -162,7 +152,7 @@ class Forward:
 
     @_compiled(static_argnames=("rows", "total"))
     def cache(self, prefix: Cache | None, *, rows: int, total: int) -> Cache:
-        """A cache of so many rows, each of which begins with a prefix (one row) or empty."""
+        """Returns a cache of `rows` rows that begin with a prefix (one row) or are empty."""
         self.compilations += 1
         empty = self._zeros(rows, total)
         if prefix is None:
@@ -179,7 +169,7 @@ class Forward:
 
     @_compiled(donate_argnames="to")
     def place(self, to: Cache, rows: Cache, where: Any) -> Cache:
-        """Copies rows of a cache to others; those whose place is outside are left out."""
+        """Copies rows of a cache to the places `where` of another; drops those out of range."""
         self.compilations += 1
 
         def put(to: jax.Array, rows: jax.Array) -> jax.Array:
@@ -197,15 +187,9 @@ class Forward:
     ) -> tuple[jax.Array, Cache]:
         """Feeds each row its next tokens, a chunk of all rows at a time.
 
-        A cache needs room for the last chunk of its longest row as a whole.
-
-        Args:
-          tokens: `[rows, total]`, of which `lengths` are the rows' own.
-          starts: `[rows]`, the position of each row's first token.
-          lengths: `[rows]`, at least 1.
-
-        Returns:
-          hidden: `[rows, hidden]`, the state of each row's last token.
+        The cache must have room for the whole last chunk of its longest row. Each row is fed the
+        first `lengths` (at least 1) of its `tokens` `[rows, total]`, from its position in `starts`.
+        Returns the hidden state of each row's last token, `[rows, hidden]`, and the cache.
         """
         self.compilations += 1
         run = jax.vmap(self.row, in_axes=(None, 0, 0, 0))
@@ -230,14 +214,14 @@ class Forward:
 
     @_compiled()
     def scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
-        """Log-probability of each of `tokens` `[choices]` as the next: `[rows, choices]`."""
+        """Returns `[rows, choices]`, log-probabilities of `tokens` `[choices]` as next tokens."""
         self.compilations += 1
         logits = self.logits(weights, hidden).astype(jnp.float32)
         return jax.nn.log_softmax(logits)[:, tokens]
 
     @_compiled()
     def first(self, weights: Any, hidden: Any, rules: Rules, writing: Writing) -> Writing:
-        """Chooses each row's first token, after its prompt."""
+        """Chooses each row's first token after its prompt."""
         self.compilations += 1
         return self._choose(weights, hidden, rules, writing)
 
@@ -252,11 +236,9 @@ class Forward:
         *,
         steps: int,
     ) -> tuple[jax.Array, Writing, Cache]:
-        """Decodes greedily until no more than `floor` rows are still active.
+        """Decodes greedily until at most `floor` rows are active.
 
-        Returns:
-          tokens: `[rows, steps]`, those that were chosen; of an active row as many as its
-            `Writing.tokens` went down.
+        Returns tokens `[rows, steps]`; an active row has as many as its `Writing.tokens` fell.
         """
         self.compilations += 1
         run = jax.vmap(self.row, in_axes=(None, 0, 0, 0))
@@ -281,7 +263,7 @@ class Forward:
     # Parts of the compiled functions.
 
     def _choose(self, weights: Any, hidden: Any, rules: Rules, now: Writing) -> Writing:
-        """The likeliest token that leaves enough characters and tokens to end the text."""
+        """Chooses the likeliest token that leaves enough characters and tokens to end the text."""
         logits = self.logits(weights, hidden)  # [rows, vocabulary]
         following = rules.next_state[now.state]  # [rows, classes]
         after = jnp.maximum(following, 0)
@@ -293,7 +275,7 @@ class Forward:
         )
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         of_row = jnp.arange(best.shape[0])
-        # The mask over all tokens is only made where it changes something.
+        # Make the mask over all tokens only if it changes something.
         token = jax.lax.cond(
             jnp.all(allowed[of_row, rules.token_class[best]] | ~now.active),
             lambda: best,
@@ -326,7 +308,7 @@ class Forward:
         return jnp.zeros(shape, backbone.compute_dtype)
 
     def _using(self, weights: Any) -> Any:
-        """The model's variables have these values."""
+        """Returns a scope in which the model's variables have these values."""
         values = [
             jnp.transpose(value, (1, 0, 2)) if turned else value
             for value, turned in zip(weights, self._turned, strict=True)
@@ -334,14 +316,14 @@ class Forward:
         return keras.StatelessScope(state_mapping=zip(self.model.variables, values, strict=True))
 
     def row(self, weights: Any, tokens: jax.Array, cache: Cache, start: Any) -> tuple[Any, Cache]:
-        """One row: tokens [n] at position `start` of its cache -> hidden [n, hidden], cache."""
+        """Runs one row: tokens [n] at cache position `start` -> hidden [n, hidden], cache."""
         with self._using(weights):
             one = jax.tree.map(lambda x: x[None], cache)
             _, hidden, filled = self.model.call_with_cache(tokens[None], one, start)
         return hidden[0], jax.tree.map(lambda x: x[0], filled)
 
     def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
-        """hidden [rows, hidden] -> logits [rows, vocabulary]"""
+        """Returns logits [rows, vocabulary] of hidden states [rows, hidden]."""
         with self._using(weights):
             logits: jax.Array = self.model.backbone.token_embedding(hidden, reverse=True)
             return logits

@@ -1,10 +1,10 @@
-"""What an answer may look like, as an automaton over the tokens of a vocabulary.
+"""Describes valid answers by an automaton over the tokens of a vocabulary.
 
-A text is described by a regular expression over its characters. outlines-core makes a
-byte automaton of it (UTF-8, so that no answer ends in half a character); here each
-token is followed through that automaton from every state. Tokens that do the same in
-all states form a class: Gemma's 262,144 tokens are about a thousand classes, so that the
-tables are small enough to live on the device, and a mask is one lookup of a row's state.
+A regular expression describes the characters of a text. outlines-core compiles it to a byte
+automaton (UTF-8, so that no answer ends inside a character). Here each token is followed through
+that automaton from every state. Tokens that do the same in all states form a class: Gemma's 262,144
+tokens are about a thousand classes, so that the tables fit on the device and a mask is one lookup
+of a row's state.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ class Text(NamedTuple):
     """A generated text.
 
     Attributes:
-      stop: texts that end it, and are not part of it. Where there is none, and besides
-        them, the model's end tokens do.
-      json_string: the text between the quotation marks of a JSON string: at least one
-        character that is no space, valid escapes; the closing mark ends it, nothing else.
-      characters: at most so many.
+      stop: texts that end it and are not part of it; the model's end tokens end it, too.
+      json_string: the text is the inside of a JSON string: valid escapes, at least one character
+        that is not a space; only the closing quotation mark ends it.
     """
 
     stop: tuple[str, ...] = ()
@@ -50,7 +48,7 @@ class Text(NamedTuple):
         return f"(?s:.)*?(?:{ends})" if ends else "(?s:.)*"
 
     def read(self, written: bytes) -> str:
-        """The text of what a model wrote by this grammar."""
+        """Returns the text of what a model wrote by this grammar."""
         text = written.decode()
         if self.json_string:
             return str(json.JSONDecoder().raw_decode('"' + text)[0])
@@ -63,8 +61,8 @@ class Vocabulary(NamedTuple):
     """The bytes that each token writes.
 
     Attributes:
-      pieces: by token id; empty for control tokens, which no text holds.
-      ends: ids of the tokens by which a model ends its answer.
+      pieces: by token id; empty for control tokens, which never occur in a text.
+      ends: ids of the tokens that end a model's answer.
     """
 
     pieces: tuple[bytes, ...]
@@ -77,10 +75,9 @@ class Automaton(NamedTuple):
     Attributes:
       starts: the first state of each text.
       token_class: `[tokens]`, the class of each token.
-      next_state: `[states, classes]`; negative where a token is not allowed.
-      characters: `[states, classes]`, how many characters of its limit a token takes.
-      characters_to_end: `[states]`, the fewest characters with which the text can end.
-      tokens_to_end: `[states]`, the same in tokens.
+      next_state: `[states, classes]`; negative if a token is not allowed.
+      characters: `[states, classes]`, how many characters a token adds.
+      characters_to_end, tokens_to_end: `[states]`, the fewest with which the text can end.
     """
 
     starts: tuple[int, ...]
@@ -100,12 +97,10 @@ class _Bytes(NamedTuple):
 
 
 def compile_texts(texts: Sequence[Text], vocabulary: Vocabulary) -> Automaton:
-    """One automaton for several texts, so that one batch may hold all of them.
+    """Returns one automaton for several texts, so that one batch can hold all of them.
 
-    The states are: `DONE`, then those of the first text, and so on.
-
-    Raises:
-      ValueError: the vocabulary cannot write one of the texts.
+    The states are `DONE`, then those of the first text, and so on. Raises `ValueError` if the
+    vocabulary cannot write one of the texts.
     """
     automata = [_byte_automaton(text) for text in texts]
     table = np.full((1, 256), -1, np.int32)
@@ -145,14 +140,14 @@ def compile_texts(texts: Sequence[Text], vocabulary: Vocabulary) -> Automaton:
 def _byte_automaton(text: Text) -> _Bytes:
     import outlines_core
 
-    # A vocabulary of the 256 bytes: its index is the automaton itself.
+    # The index of a vocabulary of the 256 bytes is the byte automaton.
     every_byte = outlines_core.Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
     index = outlines_core.Index(text.pattern, every_byte)
     transitions = {
         state: {byte: following for byte, following in by_byte.items() if byte < 256}
         for state, by_byte in index.get_transitions().items()
     }
-    # A match that nothing can follow is the end of the text.
+    # A match that nothing can follow ends the text.
     ended = {state for state in index.get_final_states() if not transitions.get(state)}
     going = [state for state in transitions if state not in ended]
     numbers = dict.fromkeys(ended, DONE) | {state: at for at, state in enumerate(going, DONE + 1)}
@@ -160,16 +155,13 @@ def _byte_automaton(text: Text) -> _Bytes:
     for state, by_byte in transitions.items():
         for byte, following in by_byte.items():
             table[numbers[state], byte] = numbers[following]
-    # Between two characters, any letter may follow.
+    # Where a letter may follow, no character is half written.
     may_end = (table[:, ord("a")] >= 0) & (not text.json_string)
     return _Bytes(table, numbers[index.get_initial_state()], may_end)
 
 
 def _follow_tokens(table: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """From each state by each token: the next state, and the characters that it adds.
-
-    What a token holds behind the end of the text is of no account.
-    """
+    """Returns by state and token the next state and the added characters, up to the text's end."""
     order = sorted(range(len(vocabulary.pieces)), key=lambda i: -len(vocabulary.pieces[i]))
     lengths = np.array([len(vocabulary.pieces[i]) for i in order])
     longest = int(lengths[0])
@@ -177,7 +169,7 @@ def _follow_tokens(table: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarra
     for row, token in enumerate(order):
         piece = vocabulary.pieces[token]
         spelled[row, : len(piece)] = np.frombuffer(piece, np.uint8)
-    # DONE stays, -1 (as the last row of the table) stays.
+    # DONE and -1 (the last row of the table) lead to themselves.
     stays = np.concatenate([table, np.full((1, 256), -1, np.int32)]).astype(np.int16)
     stays[DONE] = DONE
     at = np.repeat(np.arange(len(table), dtype=np.int16)[:, None], len(order), axis=1)
@@ -198,7 +190,7 @@ def _follow_tokens(table: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarra
 
 
 def _distances(next_state: np.ndarray, cost: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The least cost from each state to one where the text can end, or `ENDLESS`."""
+    """Returns the least cost from each state to one where the text can end, or `ENDLESS`."""
     distance = np.where(ends, 0, ENDLESS).astype(np.int32)
     while True:
         onward = np.where(next_state >= 0, cost + distance[next_state], ENDLESS)

@@ -25,13 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class GemmaModel(EngineModel):
-    """A loaded Gemma that answers requests, part by part.
-
-    Args:
-      preset, settings: see `GemmaModelHandler`.
-      instruct: prompts are wrapped as a user's turn.
-      adapter: a local file with LoRA weights for the preset, as Keras saves them; empty: none.
-    """
+    """A loaded Gemma that answers part by part; `adapter` is a local file of LoRA weights."""
 
     def __init__(
         self,
@@ -67,7 +61,7 @@ class GemmaModel(EngineModel):
 
 
 def row_of(part: Part) -> Row:
-    """What the engine is asked for a part."""
+    """Returns what the engine is asked for a part."""
     from chatflow.models.gemma.engine import Row
 
     shared = part.shared if part.shared < len(part.prompt) else 0
@@ -87,17 +81,14 @@ def row_of(part: Part) -> Row:
 
 
 class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
-    """Gemma 1, 2 or 3 on the worker: one copy of the weights for all its processes and steps.
+    """Gemma 1, 2 or 3, with one copy of the weights for all processes and steps of a worker.
 
     Args:
-      preset: `gemma3-270m` (embedded), a name of keras_hub's, a local folder, or a
-        handle: `hf://`, `kaggle://`, `gs://`.
-      instruct: whether prompts are wrapped in the turns of Gemma's chat template;
-        None: as the preset's name says.
-      settings: how the weights are kept.
-      expected, updates: see `LanguageModelHandler`.
-      adapter: LoRA weights for the preset, see `chatflow.models.adapters`; empty: none.
-      name: what results say made them; empty: the preset.
+      preset: `gemma3-270m` (embedded), a keras_hub name, a folder, `hf://`, `kaggle://` or `gs://`.
+      instruct: wrap prompts in turns of Gemma's chat template; None: as the preset's name says.
+      settings, expected, updates: see `LanguageModelHandler`.
+      adapter: LoRA weights for the preset, see `weights.adapters`; empty: none.
+      name: the model's name in results; empty: the preset.
     """
 
     def __init__(
@@ -119,7 +110,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         self.instruct = is_instruct(preset) if instruct is None else instruct
 
     def load(self, version: Version = FIRST) -> GemmaModel:
-        """A Gemma of the preset; with a version that is a folder, of that; else adapted by it."""
+        """Returns a Gemma; a version replaces the preset (a folder) or the adapter (a file)."""
         preset, adapter = self.preset, self.adapter
         if version.path.endswith(ENDS):
             adapter = version.path
@@ -136,7 +127,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
 
 
 class Gemma(Kind):
-    """Gemma on the workers: the embedded one, and what keras_hub loads."""
+    """Gemma on the workers: the embedded one and those that keras_hub loads."""
 
     update_files = (*MARKERS, ENDS)
     adaptable = True
@@ -153,7 +144,7 @@ class Gemma(Kind):
         return chosen(spec.adapter, spec.name, spec.instruct)
 
     def prepare(self, spec: ModelSpec, say: Say) -> None:
-        """Makes the embedded model, with progress, if it is not there yet."""
+        """Makes the embedded model, with progress, if it is missing."""
         if spec.name != embedded.NAME:
             return
         try:

@@ -1,4 +1,4 @@
-"""The few sizes of all that is compiled."""
+"""The few sizes of everything that is compiled."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ STEPS = (64, 256, 1024, 4096)
 
 
 class Shape(NamedTuple):
-    """How much is run at once; few sizes, for each is compiled.
+    """How much runs at once. There are few sizes, because each is compiled.
 
     Attributes:
-      chunks: by rows of one prefill, how many tokens of each it feeds at once.
+      chunks: how many tokens of each row a prefill feeds at once, by its number of rows.
       batches: rows of one decoding batch.
-      cache_bytes: of the caches of one batch, at most.
+      cache_bytes: the most for the caches of one batch.
     """
 
     chunks: dict[int, int]
@@ -31,10 +31,10 @@ class Shape(NamedTuple):
 
     @classmethod
     def of_device(cls, dtype: str) -> Shape:
-        """By measurement; see bench/README.md."""
+        """Returns the shape measured as best for this device; see bench/README.md."""
         device = jax.devices()[0]
         if device.platform == "cpu":
-            # One row of bfloat16 is multiplied by a slow kernel of XLA's.
+            # XLA multiplies a single row of bfloat16 with a slow kernel.
             one = 1 if dtype == "float32" else 2
             return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30)
         memory = device.memory_stats() or {}
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
         return tuple(self.chunks)
 
     def fed(self, tokens: int) -> int:
-        """Positions that so many tokens need while they are fed in whole chunks."""
+        """Returns the cache positions that `tokens` need while they are fed in whole chunks."""
         chunk = max(self.chunks.values())
         return -(-tokens // chunk) * chunk
 
@@ -57,11 +57,7 @@ class PromptTooLongError(ModelError):
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int:
-    """The first bucket, of rising ones, that is no smaller.
-
-    Raises:
-      PromptTooLongError: none is.
-    """
+    """Returns the first of rising buckets that holds `size`, or raises `PromptTooLongError`."""
     for one in buckets:
         if size <= one:
             return one

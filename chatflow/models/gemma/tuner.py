@@ -1,8 +1,8 @@
-"""LoRA for the scoring pass: trains the choice among a template's tone words.
+"""Trains LoRA for the scoring pass: the choice among a template's tone words.
 
-After https://arxiv.org/abs/2106.09685, with Keras's LoRA layers on the query and value
-projections. What all prompts of a template share is run once, with the weights as they are:
-the adapter works on what comes behind it. So it is trained, and so the engine applies it.
+After https://arxiv.org/abs/2106.09685, with Keras's LoRA layers on the query and value projections.
+What all prompts of a template share runs once, with the unchanged weights. The adapter works on
+what follows, here and in the engine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 
 
 class Example(NamedTuple):
-    """A row with choices.
-
-    Attributes:
-      label: the number of the choice that is right.
-      values: what each choice stands for.
-    """
+    """A row with choices; `label` is the number of the right one, `values` what each stands for."""
 
     row: Row
     label: int
@@ -44,19 +39,17 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How it is trained.
+    """How an adapter is trained.
 
     Attributes:
-      rank: of the two matrices by which a kernel changes.
-      learning_rate: at its highest; it rises for a tenth of the steps and falls as a cosine.
-      batch: examples by step.
-      epochs: at most.
-      patience: how many times the validation loss may fail to fall before it ends.
-      strength: the share of the adapter that is kept at the end: 1 is all, 0 the model without
-        any. Less answers better on texts unlike those learned from
-        (https://arxiv.org/abs/2109.01903).
-      checks: how often it is looked at in an epoch.
-      smoothing: how much of a label's weight goes to the others, against overconfidence.
+      rank: of the two matrices that change a kernel.
+      learning_rate: at its highest; it rises for a tenth of the steps, then falls as a cosine.
+      batch, epochs: examples per step; how many epochs at most.
+      patience: training stops after this many checks in a row without a lower validation loss.
+      strength: the share of the adapter that is kept at the end: 1 is all, 0 the model without one.
+        Less answers better on texts unlike the training texts (https://arxiv.org/abs/2109.01903).
+      checks: of the validation loss, per epoch.
+      smoothing: the share of a label's weight that all choices get, against overconfidence.
       decay: of the weights, by AdamW.
     """
 
@@ -73,12 +66,7 @@ class Schedule:
 
 
 class Checked(NamedTuple):
-    """What a look at the validation part found, after so many steps of so many.
-
-    Attributes:
-      answers: what the choice of each example stands for.
-      improved: the loss was never so low before.
-    """
+    """A validation check after `step` of `steps`; `answers` are what the chosen choices mean."""
 
     step: int
     steps: int
@@ -89,14 +77,11 @@ class Checked(NamedTuple):
 
 
 class Tuner:
-    """A Gemma with an adapter that is being trained.
+    """A Gemma with an adapter in training.
 
     Args:
       preset: a local folder, or any handle that keras_hub can load.
-      adapter: a file to begin with, as `save` wrote it; empty: begins with the model as it is.
-
-    Raises:
-      UsageError: the adapter has another rank.
+      adapter: a file that `save` wrote, to begin with, or empty. Another rank raises `UsageError`.
     """
 
     def __init__(
@@ -112,7 +97,7 @@ class Tuner:
         self._backbone = load_backbone(preset, dtype)
         self._backbone.enable_lora(schedule.rank)
         tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset)
-        self._engine = Engine(self._backbone, tokenizer, instruct)  # as yet it adds nothing
+        self._engine = Engine(self._backbone, tokenizer, instruct)  # the adapter adds nothing yet
         if adapter:
             try:
                 self._backbone.load_lora_weights(adapter)
@@ -136,17 +121,13 @@ class Tuner:
         progress: Callable[[int, int, float], None],
         checked: Callable[[Checked], None],
     ) -> Checked:
-        """Trains, goes back to where the validation loss was lowest, and weakens what was learned.
+        """Trains, restores the adapter of the lowest validation loss, and scales it by `strength`.
+
+        Returns the check of the final adapter; raises `UsageError` if a prompt is too long.
 
         Args:
-          progress: told of each step: its number, how many there are at most, its loss.
-          checked: told of each look at the validation part; the first is before the first step.
-
-        Returns:
-          the look at what is left in the end.
-
-        Raises:
-          UsageError: a prompt is longer than the engine takes.
+          progress: called after each step with its number, the most steps, and its loss.
+          checked: called after each validation check; the first is before the first step.
         """
         schedule, rng = self.schedule, random.Random(self.schedule.seed)
         blocks = list(self._blocks(examples, rng))
@@ -164,7 +145,7 @@ class Tuner:
         running: list[float] = []
         for _ in range(schedule.epochs):
             for block in blocks:
-                # The values that are kept must outlive the step, to which its own are given.
+                # A step consumes (donates) its values, so those that are kept are copied.
                 own = jax.tree.map(jnp.copy, self.trained) if self.trained is kept else self.trained
                 self.trained, state, loss = self._step(own, state, *block)
                 step += 1
@@ -196,7 +177,7 @@ class Tuner:
         return best._replace(loss=left.loss, answers=left.answers)
 
     def check(self, examples: Sequence[Example]) -> Checked:
-        """Loss and answers of examples, with the adapter as it is."""
+        """Returns loss and answers of examples with the current adapter."""
         found: dict[int, int] = {}
         losses = []
         for block in self._blocks(examples):
@@ -210,9 +191,9 @@ class Tuner:
         return Checked(0, 0, 0.0, mean, [found[number] for number in range(len(examples))])
 
     def save(self, path: str) -> None:
-        """Writes the adapter, as Keras does, marked as one of the scoring pass.
+        """Writes the adapter in Keras's format, marked as one of the scoring pass.
 
-        The file is there when all of it is, for a running stream may look for new ones.
+        The file appears when it is complete, because a running stream may look for new ones.
         """
         for variable, value in zip(self._variables, self.trained, strict=True):
             variable.assign(value)
@@ -228,12 +209,10 @@ class Tuner:
     def _blocks(
         self, examples: Sequence[Example], rng: random.Random | None = None
     ) -> Iterator[tuple[Any, ...]]:
-        """Batches of one prefix and of like length, in random order where there is one.
+        """Yields batches of one prefix and similar length, in random order if there is an `rng`.
 
-        Yields:
-          The prefix's cache, and arrays by row: tokens `[rows, length]`, their numbers, the
-          position of the first, the first tokens of the choices `[rows, choices]`, their biases,
-          the right one, and the example's number; -1 for a row that only fills the batch.
+        They are what `_losses` takes after `trained`: tokens `[rows, length]`, first tokens and
+        biases of the choices `[rows, choices]`; `numbers` are -1 in padding rows.
         """
         size = self.schedule.batch
         prompts = []
@@ -282,7 +261,7 @@ class Tuner:
         self, trained: Any, weights: Any, cache: Any, tokens: Any, lengths: Any, start: Any,
         first: Any, bias: Any, labels: Any, numbers: Any,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        """The mean loss of a batch, and its scores `[rows, choices]`."""
+        """Returns the mean loss of a batch and its scores `[rows, choices]`."""
         forward = self._engine.forward
         weights = list(weights)
         for at, value in zip(self._at, trained, strict=True):
