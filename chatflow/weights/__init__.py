@@ -1,4 +1,4 @@
-"""Files of models: where they are, what they hold, and how they are loaded."""
+"""Finds, fetches, converts and loads the files of models."""
 
 import lazy_loader
 

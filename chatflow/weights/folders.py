@@ -1,4 +1,4 @@
-"""A model's folder, here or on any filesystem that Beam knows, with the hashes of its files."""
+"""A model's folder, local or on any filesystem that Beam knows, with hashes of its files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from chatflow.weights import embedded
 from chatflow.weights.embedded import slug
 
 SUMS = "SHA256SUMS.json"
-"""Name -> SHA-256 of each other file, written when all of them are there."""
+"""Name -> SHA-256 of each other file; written when all of them are there."""
 
 _CHUNK = 1 << 22
-_RAW = "uncompressed"  # whatever the name ends in
+_RAW = "uncompressed"  # whatever the suffix
 
 
 class Folder:
-    """A folder by its path or URL. What cannot be read or written is a `UsageError`."""
+    """A folder by its path or URL; what cannot be read or written raises `UsageError`."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/") or url
@@ -34,13 +34,13 @@ class Folder:
 
     @property
     def staging(self) -> Path:
-        """Where files are made before they get their names: here, on the same disk if it can be."""
+        """Returns where files are made until they get names: here, if possible on the same disk."""
         if self.path is not None:
             return self.path / ".staging"
         return embedded.cache_root() / "staging" / slug(self.url)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file by its name; without hidden ones. Empty where there is no folder."""
+        """Returns each file's bytes by name, without hidden files; empty if there is no folder."""
         with self._reporting("cannot be read"):
             if self.path is None:
                 base = self.url + "/"
@@ -58,7 +58,7 @@ class Folder:
         }
 
     def sums(self) -> dict[str, str]:
-        """What its `SHA256SUMS.json` says, or nothing where there is none that can be read."""
+        """Returns the hashes in `SHA256SUMS.json`; empty if it cannot be read."""
         try:
             with self.open(SUMS) as file:
                 sums = json.loads(file.read())
@@ -78,7 +78,7 @@ class Folder:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def copy(self, name: str, target: Path) -> None:
-        """Copies a file of the folder to this machine; it has its name when it is whole."""
+        """Copies a file to this machine; it gets its name when it is complete."""
         with self._reporting(f"{name} cannot be copied"):
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f"{target.name}.part")
@@ -87,11 +87,7 @@ class Folder:
             part.replace(target)
 
     def put(self, made: Path, name: str, wrote: Callable[[int], None] = lambda _: None) -> None:
-        """Moves a file from here into the folder; it has its name when it is whole.
-
-        Args:
-          wrote: called with the bytes of each part that was sent.
-        """
+        """Moves in a local file, named once complete. `wrote` gets the bytes of each part sent."""
         with self._reporting(f"{name} cannot be written"):
             if self.path is not None:
                 target = self.path / name
@@ -108,11 +104,11 @@ class Folder:
                         copy.write(chunk)
                         wrote(len(chunk))
             except BaseException:
-                # What was sent before a fault is an object, too.
+                # A partial upload is an object, too.
                 with contextlib.suppress(Exception):
                     FileSystems.delete([target_url + ".part"])
                 raise
-            if FileSystems.exists(target_url):  # HDFS does not rename to a name that is taken
+            if FileSystems.exists(target_url):  # HDFS does not rename to an existing name
                 FileSystems.delete([target_url])
             FileSystems.rename([target_url + ".part"], [target_url])
             made.unlink()
@@ -126,14 +122,14 @@ class Folder:
                     FileSystems.delete([f"{self.url}/{name}"])
 
     def finish(self, sums: Mapping[str, str]) -> None:
-        """Writes `SHA256SUMS.json`, after which the folder is whole."""
+        """Writes `SHA256SUMS.json`, which makes the folder complete."""
         with self._reporting(f"{SUMS} cannot be written"):
             self.staging.mkdir(parents=True, exist_ok=True)
             (self.staging / SUMS).write_text(json.dumps(dict(sorted(sums.items())), indent=1))
         self.put(self.staging / SUMS, SUMS)
 
     def check_room(self, size: int) -> None:
-        """Raises a `UsageError` where the disk has less room than so many bytes."""
+        """Raises `UsageError` if the disk has less than `size` bytes free."""
         with self._reporting("cannot be written"):
             self.staging.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.staging).free
@@ -149,7 +145,7 @@ class Folder:
             yield
         except UsageError:
             raise
-        except Exception as error:  # each filesystem has its own
+        except Exception as error:  # each filesystem raises its own
             full = getattr(error, "errno", None) == errno.ENOSPC
             said = "the disk is full; make room" if full else one_line(error)
             raise UsageError(f"{self.url}: {what}: {said}") from error

@@ -1,4 +1,4 @@
-"""Where weights come from: the hubs, other folders, and the embedded model."""
+"""Sources of weights: the hubs, other folders, and the embedded model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CARRIED = (
     "chat_template* preprocessor.json task.json task.weights.h5 metadata.json *_converter.json "
     "LICENSE* NOTICE*"
 ).split()
-"""Files beside the weights, of Hugging Face's format and of Keras's; all of `assets/`, too."""
+"""Files beside the weights, in Hugging Face's and Keras's formats; also all of `assets/`."""
 
 WEIGHTS = (
     r"model\.safetensors",
@@ -31,15 +31,13 @@ WEIGHTS = (
     r"pytorch_model\.bin",
     r"pytorch_model-\d+-of-\d+\.bin|pytorch_model\.bin\.index\.json",
 )
-"""Names of weights, the best first; the first that a folder has is taken, and no other."""
+"""Names of weight files, best first; only the first that a folder has is taken."""
 
 
 class File(NamedTuple):
-    """A file of a source.
+    """A file of a source, with its size in bytes.
 
-    Attributes:
-      size: bytes.
-      sha256, blob: what it must be, by its SHA-256 or by its name in git; empty: not known.
+    It must have the hash `sha256` or the name `blob` in git; empty: not known.
     """
 
     name: str
@@ -48,7 +46,7 @@ class File(NamedTuple):
     blob: str = ""
 
     def is_at(self, folder: Folder, name: str = "") -> bool:
-        """Whether a folder has it, by its hash."""
+        """Returns whether a folder has the file, by its hash."""
         name = name or self.name
         if self.sha256:
             return folder.sha256(name) == self.sha256
@@ -58,28 +56,23 @@ class File(NamedTuple):
 
 
 class Source(Protocol):
-    """Files to fetch.
-
-    Attributes:
-      name: what it is called in messages.
-      moved: files leave it when they are brought.
-    """
+    """Files to fetch; messages call them `name`. If `moved`, the source loses what is fetched."""
 
     name: str
     moved: bool
 
     def files(self) -> list[File]:
-        """What is needed of it."""
+        """Returns the files that are needed."""
 
     def bring(self, file: File, target: Path) -> None:
-        """Makes a copy of a file at a path, or none."""
+        """Copies a file to a path, completely or not at all."""
 
     def known(self, file: File) -> File:
-        """The file with a hash."""
+        """Returns the file with a hash."""
 
 
 class FolderSource:
-    """A folder, here or on a filesystem that Beam knows."""
+    """A folder, local or on a filesystem that Beam knows."""
 
     def __init__(self, folder: Folder, name: str = "", moved: bool = False):
         self.folder = folder
@@ -104,7 +97,7 @@ class FolderSource:
 
 
 class HubSource:
-    """A repository of Hugging Face's hub, or of the one at `HF_ENDPOINT`.
+    """A repository of Hugging Face's hub, or of the hub at `HF_ENDPOINT`.
 
     https://huggingface.co/docs/huggingface_hub/guides/download
     """
@@ -118,14 +111,14 @@ class HubSource:
             raise UsageError(
                 f"{name}: needs huggingface_hub: pip install 'chatflow[gemma]'"
             ) from None
-        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+        logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
         if not logging.getLogger().isEnabledFor(logging.DEBUG):
-            for client in ("httpx", "httpx2"):  # a line for each request
+            for client in ("httpx", "httpx2"):  # they log each request
                 logging.getLogger(client).setLevel(logging.WARNING)
         self.name = name
         self.repository, _, revision = name.removeprefix("hf://").partition("@")
         self._revision: str | None = revision or None
-        # The library reads it when it is imported.
+        # The library reads the variable only when it is imported.
         self._endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
     def files(self) -> list[File]:
@@ -137,7 +130,7 @@ class HubSource:
             )
         except Exception as error:
             raise hub_error(self.name, error, self._endpoint) from error
-        self._revision = info.sha  # the same for all files, whatever is pushed meanwhile
+        self._revision = info.sha  # one revision for all files, even if someone pushes
         by_name = {file.rfilename: file for file in info.siblings or ()}
         return [
             File(name, file.size or 0, file.lfs.sha256 if file.lfs else "", file.blob_id or "")
@@ -149,7 +142,7 @@ class HubSource:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
-        disable_progress_bars()  # ours counts all files
+        disable_progress_bars()  # our own bar counts all files
         folder = target.parent / "hub"
         try:
             made = hf_hub_download(
@@ -165,12 +158,7 @@ class HubSource:
 
 
 def hub_error(name: str, error: BaseException, endpoint: str) -> UsageError:
-    """What an error of Hugging Face's library means for who named a model.
-
-    Args:
-      name: ORG/NAME or ORG/NAME@REVISION, maybe after hf://.
-      endpoint: the address of the hub.
-    """
+    """Returns a Hugging Face error in the user's terms; `name` is [hf://]ORG/NAME[@REVISION]."""
     from huggingface_hub import errors
 
     repository, _, revision = name.removeprefix("hf://").partition("@")
@@ -204,10 +192,7 @@ def hub_error(name: str, error: BaseException, endpoint: str) -> UsageError:
 
 
 def kaggle(handle: str, name: str) -> Source:
-    """A model of Kaggle's, downloaded to the cache of `kagglehub`.
-
-    https://github.com/Kaggle/kagglehub
-    """
+    """Returns a Kaggle model, in the cache of `kagglehub`: https://github.com/Kaggle/kagglehub."""
     try:
         import kagglehub
     except ImportError:
@@ -228,11 +213,7 @@ def kaggle(handle: str, name: str) -> Source:
 
 
 def open_source(name: str) -> Source:
-    """The source of that name.
-
-    Raises:
-      UsageError: nothing has that name, or what reads it is not installed.
-    """
+    """Returns the source of that name; raises `UsageError` if it or its package is missing."""
     from chatflow.weights.presets import brought, local_preset
 
     if name == embedded.NAME or brought(name):
@@ -257,7 +238,7 @@ def open_source(name: str) -> Source:
 
 
 def _keras_handle(name: str) -> str:
-    """Where keras_hub has a preset from; empty: it knows none of that name."""
+    """Returns the Kaggle handle of a keras_hub preset; empty if keras_hub does not know it."""
     from chatflow.weights.presets import use_jax
 
     try:
@@ -273,10 +254,7 @@ def _keras_handle(name: str) -> str:
 
 
 def needed(names: Iterable[str], source: str) -> list[str]:
-    """The files that loading takes: one format of weights, configuration, tokenizer.
-
-    Raises:
-      UsageError: there are no weights in a format that is known.
+    """Returns the files to load, weights in one format; raises `UsageError` if there are none.
 
     >>> needed(["config.json", "model.safetensors", "pytorch_model.bin", "README.md"], "a folder")
     ['config.json', 'model.safetensors']

@@ -1,4 +1,4 @@
-"""Weights and tokenizer of a preset, into an engine."""
+"""Loads a preset's weights into a backbone, with an adapter or quantised."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import keras
 import keras_hub
 
 _SCORING = "chatflow_scoring"
-"""Attribute of an adapter's file: it is for the scoring pass alone."""
+"""Attribute of an adapter file that is only for the scoring pass."""
 
 
 def load_backbone(
     preset: str, dtype: str = "auto", quantization: str = "none", adapter: str = ""
 ) -> Any:
-    """A preset's backbone; see `load_engine`."""
+    """Returns a preset's backbone; see `models.gemma.engine.load_engine`."""
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with without_initial_values():
@@ -29,17 +29,14 @@ def load_backbone(
         add_adapter(backbone, adapter)
     if quantization != "none":
         with warnings.catch_warnings():
-            # Keras says of each layer without a kernel that it cannot be quantised.
+            # Keras warns that layers without a kernel cannot be quantised.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
             backbone.quantize(quantization)
     return backbone
 
 
 def add_adapter(backbone: keras_hub.models.Backbone, path: str) -> None:
-    """Adds the products of an adapter's matrices to the weights that they adapt.
-
-    After https://arxiv.org/abs/2106.09685: merged, they cost nothing when the model runs.
-    """
+    """Merges a LoRA (https://arxiv.org/abs/2106.09685) into the weights: no cost at run time."""
     backbone.load_lora_weights(path)
     for layer in backbone._flatten_layers():
         if getattr(layer, "lora_enabled", False):
@@ -48,7 +45,7 @@ def add_adapter(backbone: keras_hub.models.Backbone, path: str) -> None:
 
 
 def mark_as_scoring(path: str) -> None:
-    """Writes into an adapter's file that it is for the scoring pass alone."""
+    """Marks an adapter's file as only for the scoring pass."""
     with h5py.File(path, "a") as file:
         file.attrs[_SCORING] = True
 
@@ -60,7 +57,7 @@ def is_of_scoring(path: str) -> bool:
 
 @contextlib.contextmanager
 def without_initial_values() -> Iterator[None]:
-    """Keras draws random weights before it reads those of the file; here they are zeros."""
+    """Makes Keras start with zeros instead of random weights, before it reads those of the file."""
     initializer = keras.initializers.VarianceScaling
     drawn = initializer.__call__
     initializer.__call__ = lambda self, shape, dtype=None: jnp.zeros(shape, dtype)

@@ -1,4 +1,4 @@
-"""Names of Gemma models, and the folders that keras_hub loads them from."""
+"""Checks names of Gemma models, and returns the folders that keras_hub loads them from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatflow.errors import UsageError
 from chatflow.weights import embedded
 
 MARKERS = ("SHA256SUMS.json", "config.json")
-"""Files that stand for the folder that they are in, which holds a model."""
+"""Files that mark their folder as a model."""
 
 SCRIPTED, TORCH, VLLM = "scripted:", "torch:", "vllm:"
 
@@ -22,7 +22,7 @@ PRESETS_VARIABLE = "CHATFLOW_PRESETS"
 
 
 def is_instruct(preset: str) -> bool:
-    """Whether a preset's name says that it was tuned to follow instructions.
+    """Returns whether a preset's name says that it is tuned to follow instructions.
 
     >>> is_instruct("gemma3_instruct_1b"), is_instruct("hf://google/gemma-3-1b-it")
     (True, True)
@@ -36,11 +36,7 @@ def is_instruct(preset: str) -> bool:
 
 
 def check_preset(preset: str) -> None:
-    """Checks what can be checked of a preset's name without loading it.
-
-    Raises:
-      UsageError: it is no name, folder or handle that can be loaded.
-    """
+    """Raises `UsageError` if a preset is not a known name, folder or handle; loads nothing."""
     if preset == embedded.NAME or "://" in preset or brought(preset):
         return
     folder = Path(preset)
@@ -68,17 +64,11 @@ def _keras_presets() -> set[str]:
 
 
 def use_jax(alone: bool = True) -> None:
-    """Chooses Keras's backend; must run before keras is first imported.
+    """Selects JAX for Keras and caches compiled code on disk; call it before importing keras.
 
-    What is compiled is kept on disk.
-
-    Args:
-      alone: JAX may take a GPU's memory for itself when it is first used, as it does by
-        default; else it takes what it needs, and other processes of the worker find room.
-        The environment's word goes before both.
-
-    Raises:
-      UsageError: keras is loaded already, with another backend.
+    If `alone`, JAX may reserve a GPU's memory on first use, as by default; else it takes what it
+    needs and leaves room for other processes. `XLA_PYTHON_CLIENT_PREALLOCATE` overrides both.
+    Raises `UsageError` if keras is already loaded with another backend.
     """
     os.environ["KERAS_BACKEND"] = "jax"
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", str(alone).lower())
@@ -95,10 +85,9 @@ def use_jax(alone: bool = True) -> None:
 
 
 def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> str:
-    """A name that keras_hub can load: the embedded model made, `gs://` copied to the cache.
+    """Returns a name that keras_hub can load; makes the embedded model, and copies `gs://` folders.
 
-    A preset that an image has brought along, as a folder of that name in the folder
-    `$CHATFLOW_PRESETS`, is taken as it is.
+    A preset that the image contains, in `$CHATFLOW_PRESETS`, is used as it is.
     """
     if folder := brought(preset):
         return os.fspath(folder)
@@ -110,7 +99,7 @@ def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> s
 
 
 def local_file(path: str, progress: embedded.Progress = lambda _: None) -> str:
-    """A file of any filesystem that Beam knows, as one of this machine."""
+    """Returns a local path of a file; copies it from any filesystem that Beam knows."""
     if "://" not in path:
         return path
     folder, _, name = path.rpartition("/")
@@ -118,19 +107,16 @@ def local_file(path: str, progress: embedded.Progress = lambda _: None) -> str:
 
 
 def brought(preset: str) -> Path | None:
-    """The folder of a preset that an image has brought along."""
+    """Returns the folder of a preset that the image contains, if any."""
     root = os.environ.get(PRESETS_VARIABLE)
     folder = Path(root, preset) if root and "://" not in preset else None
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
-    """A folder of any filesystem that Beam knows, in the local cache.
+    """Returns the cached copy of a folder on any filesystem that Beam knows.
 
-    A broken copy is never used, and a file that was written anew is copied again.
-
-    Args:
-      names: of the files that are copied.
+    Copies the files that match `names` if they are new or rewritten; never uses a partial copy.
     """
     import fasteners
     from apache_beam.io.filesystems import FileSystems
@@ -159,9 +145,9 @@ def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
 
 
 def forget(url: str) -> None:
-    """Removes the local copy of a folder or file that `copied` made; what is no URL has none.
+    """Removes the local copy that `copied` made of a folder or file; local paths have none.
 
-    Whoever has mapped a file keeps it. One that cannot be removed stays.
+    A process that has mapped a file keeps it. A file that cannot be removed stays.
     """
     import fasteners
 
@@ -183,7 +169,7 @@ def _copy_of(url: str) -> Path:
 
 
 def names_instruct(source: str) -> bool:
-    """Whether the name of a source says that it was tuned to follow instructions.
+    """Returns `is_instruct` for a source's name without its revision or `.gguf`.
 
     >>> names_instruct("google/gemma-3-1b-it@main"), names_instruct("gemma-3-1b-it.gguf")
     (True, True)

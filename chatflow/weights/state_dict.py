@@ -1,7 +1,7 @@
-"""A model's `state_dict` as one file of a chosen precision, written tensor by tensor.
+"""Writes a model's `state_dict` as one file of a chosen precision, tensor by tensor.
 
-Neither the model nor the file is ever in memory as a whole: the file is laid out first, with room
-for each tensor, and each is read, converted and written to its place.
+Neither the model nor the file is ever in memory as a whole: the file is laid out first, then each
+tensor is read, converted and written to its place.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ class Plan(NamedTuple):
     """What is written.
 
     Attributes:
-      sources: by key of the state dict, the tensor of the checkpoint. Keys of tied weights have
-        the same.
+      sources: the checkpoint's tensor for each key of the state dict; tied keys share one.
       stored: those tensors by name.
-      dtypes: what they become. Only floating point numbers are converted.
+      dtypes: their types in the file, by name; only floating-point numbers are converted.
     """
 
     sources: Mapping[str, str]
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the file, nearly; safetensors holds tied weights once for each key."""
+        """Returns the file's approximate size; safetensors repeats tied weights for each key."""
         return sum(map(self.bytes_of, self.stored))
 
     def bytes_of(self, name: str) -> int:
@@ -58,14 +57,10 @@ class Plan(NamedTuple):
 
 
 def plan(find: Find, name: str, dtype: str) -> Plan:
-    """Compares a checkpoint with the model that its configuration describes.
+    """Returns what to write, after comparing a checkpoint with its configuration's model.
 
-    Args:
-      name: of the model, for messages.
-      dtype: float16, bfloat16 or float32.
-
-    Raises:
-      UsageError: no such model, or its weights are not those of its class.
+    `name` is for messages; `dtype` is float16, bfloat16 or float32. Raises `UsageError` if there is
+    no such model, or its weights are not those of its class.
     """
     try:
         import torch
@@ -83,10 +78,9 @@ def plan(find: Find, name: str, dtype: str) -> Plan:
 
 
 def blank_model(find: Find, name: str) -> Any:
-    """The model of a checkpoint's `config.json`, without weights.
+    """Returns the model of a checkpoint's `config.json`, without weights.
 
-    Raises:
-      UsageError: there is no configuration, or none that transformers knows as a language model.
+    Raises `UsageError` if there is none, or transformers knows no such language model.
     """
     try:
         from transformers import AutoConfig
@@ -108,13 +102,13 @@ def blank_model(find: Find, name: str) -> Any:
 
 
 def _sources(model: Any, stored: Mapping[str, Stored], name: str) -> dict[str, str]:
-    """By key of the state dict, the name of its tensor in the checkpoint."""
+    """Returns the checkpoint's tensor name for each key of the state dict."""
     keys = model.state_dict(keep_vars=True)
     # Left over from older versions of the class.
     extras = {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"}
     known, strange = {}, []
     for own in stored:
-        # A checkpoint of the model without its head lacks the head's prefix.
+        # A checkpoint without the head lacks this prefix.
         key = own if own in keys else f"{model.base_model_prefix}.{own}"
         if key in keys:
             known[key] = own
@@ -125,8 +119,8 @@ def _sources(model: Any, stored: Mapping[str, Stored], name: str) -> dict[str, s
         tied.setdefault(id(tensor), []).append(key)
     sources, missing = {}, []
     for key, tensor in keys.items():
-        # What a checkpoint has goes before what the class ties: transformers 5 makes each T5 with
-        # its output tied to its input, which those of the newer kind are not.
+        # Prefer the checkpoint to the class: transformers 5 ties the output of all T5s to the
+        # input, but newer T5s are not tied.
         found = [known[each] for each in (key, *tied[id(tensor)]) if each in known]
         if not found:
             missing.append(key)
@@ -149,14 +143,10 @@ def _sources(model: Any, stored: Mapping[str, Stored], name: str) -> dict[str, s
 
 
 def write(planned: Plan, path: Path, progress: Callable[[int, int], None]) -> None:
-    """Writes the file.
+    """Writes the file; `path` ends in one of `SUFFIXES`, optionally followed by `.part`.
 
-    Args:
-      path: ends in one of `SUFFIXES`, or in one before `.part`.
-      progress: called with the tensors and bytes that were written since the last call.
-
-    Raises:
-      UsageError: a weight is too large for float16, or a shard is broken.
+    `progress` gets the tensors and bytes written since the last call. Raises `UsageError` if a
+    weight is too large for float16, or a shard is broken.
     """
     torch_form = path.name.removesuffix(".part").endswith((".pt", ".pth"))
     places = (_lay_out_torch if torch_form else _lay_out_safetensors)(planned, path)
@@ -168,7 +158,7 @@ def write(planned: Plan, path: Path, progress: Callable[[int, int], None]) -> No
             )
             sums |= dict.fromkeys(places[name], check)
             progress(1, 0)
-            del tensor  # and with it the shard, before the next one is opened
+            del tensor  # frees the shard before the next one is opened
     if torch_form:
         _put_sums(path, sums)
 
@@ -179,7 +169,7 @@ def _put(
     parts: Iterable[memoryview],
     progress: Callable[[int, int], None],
 ) -> int:
-    """Writes a tensor to its places; gives its check sum."""
+    """Writes a tensor to its places and returns its checksum."""
     done = check = 0
     for data in parts:
         for place in places:
@@ -192,7 +182,7 @@ def _put(
 
 
 def _converted(tensor: Any, dtype: Any, name: str) -> Iterator[memoryview]:
-    """The numbers of a tensor in another precision, part by part."""
+    """Yields a tensor's numbers in another precision, part by part."""
     import torch
 
     for part in tensor.reshape(-1).split(CHUNK):
@@ -209,13 +199,13 @@ def _overflows(part: Any, made: Any) -> bool:
     if not part.numel():
         return False
     least, most = (extreme.item() for extreme in part.aminmax())
-    if least >= -65504 and most <= 65504:  # neither, where there is a NaN
+    if least >= -65504 and most <= 65504:  # both false if there is a NaN
         return False
     return bool((made.isinf() & part.isfinite()).any())
 
 
 def _lay_out_torch(planned: Plan, path: Path) -> dict[str, list[int]]:
-    """Writes all but the numbers, as torch.save; by tensor, where its numbers go."""
+    """Writes all but the numbers, as torch.save does; returns where each tensor's numbers go."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -236,31 +226,28 @@ def _lay_out_torch(planned: Plan, path: Path) -> dict[str, list[int]]:
 
 
 def _put_sums(path: Path, sums: Mapping[int, int]) -> None:
-    """Puts the check sums of the numbers into the zip file's list.
-
-    Torch reads the file without, but a zip file is right only with them.
-    """
+    """Adds the checksums to the zip file's list: PyTorch needs none, but a valid zip file does."""
     with zipfile.ZipFile(path, "a") as archive:
-        # A name and padding are between a header and its data; no other data is.
+        # Only a name and padding are between a header and its data.
         at = sorted(sums)
         for info in archive.infolist():
             if "/data/" in info.filename and info.file_size:
                 place = next(place for place in at if place > info.header_offset)
                 info.CRC = sums[place]
-        archive.comment = b""  # has the list written anew
+        archive.comment = b""  # makes zipfile rewrite the list
 
 
 def _lay_out_safetensors(planned: Plan, path: Path) -> dict[str, list[int]]:
-    """Writes the header, and makes room; by tensor, where its numbers go.
+    """Writes the header and makes room; returns where each tensor's numbers go.
 
-    The form: the header's length in 8 bytes, the header as JSON, the numbers. Tensors share
-    nothing in it, so tied weights are there under each of their keys.
+    The format is the header's length in 8 bytes, the header as JSON, and the numbers. Tensors share
+    nothing in it, so tied weights are repeated for each key.
     https://github.com/huggingface/safetensors#format
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, list[int]] = {}
     end = 0
-    # Wide types first, so that each tensor begins at a multiple of its type's size.
+    # Wide types first, so that each tensor starts at a multiple of its type's size.
     for key, source in sorted(
         planned.sources.items(), key=lambda pair: -planned.dtypes[pair[1]].itemsize
     ):

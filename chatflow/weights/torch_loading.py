@@ -1,4 +1,4 @@
-"""Weights and tokenizer of a Hugging Face model: one copy, in one precision, in memory."""
+"""Loads a Hugging Face model and its tokenizer: one copy in memory, in one precision."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ _log = logging.getLogger(__name__)
 def load(
     path: str, state_dict_path: str = "", dtype: str = "auto", name: str = ""
 ) -> tuple[Any, Any]:
-    """A model that is ready to answer, on the GPU if there is one, and its tokenizer.
+    """Returns a model that is ready to answer, on the GPU if there is one, and its tokenizer.
 
-    Measured on processors with AVX512-BF16, with a T5 of 60 M parameters: bfloat16 takes half
-    the time of float32 to score, and two thirds to write; float16 takes three times as much.
+    Measured with a T5 of 60 M parameters on CPUs with AVX512-BF16: compared with float32, bfloat16
+    takes half the time to score and two thirds to write; float16 takes three times as long.
 
     Args:
-      path: a local folder, or a name of the hub.
-      state_dict_path: weights instead of those at `path`; local or of a filesystem of Beam's.
-      dtype: `float32`, `bfloat16`, `float16` or `auto`: on a GPU bfloat16, or float16 where it
-        has none; on processors what the state dict has, else float32.
-      name: what messages call the model.
+      path: a local folder, or a name on the hub; messages use `name` instead.
+      state_dict_path: weights to use instead, on any filesystem that Beam knows.
+      dtype: `float32`, `bfloat16`, `float16`, or `auto`: on GPUs bfloat16, or float16 if they lack
+        it; on CPUs the state dict's type, else float32.
 
     Raises:
-      UsageError: no text model is there, or its weights do not fit or are no numbers.
+      UsageError: there is no text model, or its weights do not fit or are not finite.
     """
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         noise: Any = transformers.logging
@@ -48,10 +47,10 @@ def load(
         empty = without_weights(config)
         if state_dict_path:
             model, found = from_state_dict(empty, state_dict_path, _wanted(dtype))
-            with contextlib.suppress(OSError):  # not all have one
+            with contextlib.suppress(OSError):  # not all models have one
                 model.generation_config = transformers.GenerationConfig.from_pretrained(path)
         else:
-            # Beam's Hugging Face handlers do the same, but are imported with TensorFlow only.
+            # Beam's Hugging Face handlers do the same, but cannot be imported without TensorFlow.
             model, found = type(empty).from_pretrained(
                 path, dtype=_wanted(dtype) or torch.float32, output_loading_info=True
             )
@@ -66,7 +65,7 @@ def load(
 
 
 def _wanted(dtype: str) -> torch.dtype | None:
-    """None: as the weights are."""
+    """Returns the type to load; None keeps that of the weights."""
     if dtype != "auto":
         found: torch.dtype = getattr(torch, dtype)
         return found
@@ -76,11 +75,7 @@ def _wanted(dtype: str) -> torch.dtype | None:
 
 
 def without_weights(config: Any) -> Any:
-    """The text model that a configuration describes, for which nothing is allocated.
-
-    Raises:
-      ValueError: it describes none.
-    """
+    """Returns a configuration's text model without allocating it; `ValueError` if it has none."""
     auto: Any = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
@@ -93,25 +88,21 @@ def without_weights(config: Any) -> Any:
 def from_state_dict(
     empty: Any, path: str, dtype: torch.dtype | None
 ) -> tuple[Any, Mapping[str, Any]]:
-    """A model with the weights of a state dict, and what was missing in it, or too many.
+    """Returns a model like `empty` with a state dict's weights, and missing and unexpected keys.
 
-    `torch.save`d ones are opened by Beam's PytorchModelHandlerTensor. Its plain way makes the
-    model with random float32 weights first, and copies those of the file into them: twice the
-    memory, float32 also where the file has halves, and, for transformers 5 ties them, Flan-T5
-    with its output weights in place of its embeddings. Measured with float32 weights of 242 MB:
-    235 MB here and 471 MB there at most; with the same as halves, 155 MB and 394 MB.
+    Beam's PytorchModelHandlerTensor opens what `torch.save` wrote. Its usual way is to copy the
+    weights into a random float32 model. That takes twice the memory, widens halves to float32 and,
+    because transformers 5 ties them, puts Flan-T5's output weights in place of its embeddings.
+    Measured peaks for 242 MB of float32 weights: 235 MB here, 471 MB Beam's way; as halves, 155 and
+    394 MB.
 
-    Args:
-      empty: see `without_weights`.
-      dtype: None: that of the file.
-
-    Raises:
-      UsageError: the file holds no state dict, or one of another model.
+    `empty` is from `without_weights`; `dtype` None keeps the file's. Raises `UsageError` if the
+    file does not hold a state dict of this model.
     """
     flag = f"--state_dict_path={path}"
 
     class Weights(torch.nn.Module):
-        """Takes the tensors of a state dict as they are; transformers adds what is in none."""
+        """Takes a state dict's tensors as they are; transformers adds what no state dict has."""
 
         def load_state_dict(self, state_dict: Any, *_: Any) -> Any:
             check_state_dict(state_dict, empty.state_dict(), flag)
@@ -132,17 +123,17 @@ def from_state_dict(
         weights.load_state_dict(safetensors.torch.load_file(local_file(path, _log.info)))
     else:
         try:
-            # On the CPU: from there each tensor goes to the GPU once.
+            # Loads on the CPU; from there each tensor goes to the GPU once.
             weights = PytorchModelHandlerTensor(path, Weights).load_model()
         except UsageError:
             raise
-        except Exception as error:  # of unpickling there are all kinds
+        except Exception as error:  # unpickling raises all kinds
             raise UsageError(f"{flag}: no state dict can be read: {one_line(error)}") from None
     return weights.model, weights.found
 
 
 def check_state_dict(value: Any, expected: Mapping[str, torch.Tensor], flag: str) -> None:
-    """Raises a UsageError where a file holds something else than weights of the model's shapes."""
+    """Raises `UsageError` if the value is not a state dict with weights of the model's shapes."""
     if not isinstance(value, dict) or not all(torch.is_tensor(v) for v in value.values()):
         raise UsageError(
             f"{flag}: holds no state dict; save it with torch.save(model.state_dict(), PATH)"
@@ -157,7 +148,7 @@ def check_state_dict(value: Any, expected: Mapping[str, torch.Tensor], flag: str
 
 
 def usual_dtype(state_dict: Mapping[str, torch.Tensor]) -> torch.dtype:
-    """The floating-point type of most weights."""
+    """Returns the floating-point type of most weights."""
     counts: collections.Counter[torch.dtype] = collections.Counter()
     for tensor in state_dict.values():
         if tensor.is_floating_point():
@@ -168,12 +159,11 @@ def usual_dtype(state_dict: Mapping[str, torch.Tensor]) -> torch.dtype:
 def convert(
     state_dict: MutableMapping[str, torch.Tensor], dtype: torch.dtype, kept: tuple[str, ...]
 ) -> None:
-    """Converts in place, tensor by tensor, so that of one only there are two in memory.
+    """Converts in place, tensor by tensor, so that only one tensor is in memory twice.
 
-    Args:
-      kept: modules that float16 is too narrow for, and transformers keeps in float32: T5's `wo`.
+    `kept` are modules that transformers keeps in float32 because float16 is too narrow: T5's `wo`.
     """
-    done: dict[int, torch.Tensor] = {}  # of tied weights, which are one tensor of several names
+    done: dict[int, torch.Tensor] = {}  # for tied weights: one tensor, several names
     for name, tensor in state_dict.items():
         narrow = dtype == torch.float16 and set(kept) & set(name.split("."))
         if tensor.is_floating_point() and tensor.dtype != dtype and not narrow:
@@ -184,7 +174,7 @@ def convert(
 
 
 def _check_fit(found: Mapping[str, Any], flag: str) -> None:
-    """Raises a UsageError where weights are missing, or too many."""
+    """Raises `UsageError` if weights are missing or unexpected."""
     for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have too many:")):
         if names := sorted(found[kind]):
             more = f" and {len(names) - 3} more" if names[3:] else ""
@@ -195,9 +185,9 @@ def _check_fit(found: Mapping[str, Any], flag: str) -> None:
 
 
 def _check_numbers(model: torch.nn.Module, flag: str) -> None:
-    """Raises a UsageError where a weight is infinite or not a number."""
+    """Raises `UsageError` if a weight is infinite or not a number."""
     for name, weight in model.named_parameters():
-        ends = torch.stack(torch.aminmax(weight.detach()))  # takes no memory; a NaN is both ends
+        ends = torch.stack(torch.aminmax(weight.detach()))  # takes no memory; NaN becomes both ends
         if not ends.isfinite().all():
             raise UsageError(
                 f"{flag}: the weights {name} are not all finite numbers; were they saved in a "

@@ -1,4 +1,4 @@
-"""T5, Flan-T5 and other text models of Hugging Face's on PyTorch."""
+"""T5, Flan-T5 and other Hugging Face text models on PyTorch."""
 
 import lazy_loader
 

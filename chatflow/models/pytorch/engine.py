@@ -1,7 +1,7 @@
-"""Scoring and greedy decoding for Hugging Face's text models: prompts in, answers out.
+"""Scores and greedily decodes prompts with Hugging Face's text models.
 
-All prompts of a batch are run in few padded calls: those of like length together, scored
-where there are choices, and else continued by transformers' own `generate`.
+A batch runs in few padded calls of prompts of similar length: scored if there are choices, else
+continued by transformers' own `generate`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,12 @@ from chatflow.models.requests import Part
 from chatflow.weights.architectures import rows_at_once
 
 LONGEST = 4096
-"""Tokens of a prompt, where the model itself names no limit: T5's relative positions have none,
-but its attention takes memory by the square (flan-t5-xl: 2 GB a prompt at this length)."""
+"""Most tokens of a prompt if the model names no limit. T5's relative positions have none, but its
+attention's memory grows with the square (flan-t5-xl: 2 GB per prompt at this length)."""
 
 
 class _Prompt(NamedTuple):
-    """A part as tokens.
-
-    Attributes:
-      lead: of an encoder-decoder, tokens with which the decoder begins.
-    """
+    """A part as tokens; an encoder-decoder's decoder begins with `lead`."""
 
     number: int
     part: Part
@@ -42,14 +38,12 @@ class _Prompt(NamedTuple):
 class Engine:
     """A model with its tokenizer, ready to score and to decode.
 
+    `counts` has the `calls`, `prompt_tokens` and `padding_tokens` so far.
+
     Args:
       model: a `PreTrainedModel` of transformers, encoder-decoder or decoder-only.
-      tokenizer: transformers'.
-      instruct: prompts are a user's turn of the tokenizer's chat template, if it has one.
+      instruct: prompts are a user's turn in the tokenizer's chat template, if it has one.
       most: prompts in one call.
-
-    Attributes:
-      counts: `calls`, `prompt_tokens` and `padding_tokens` so far.
     """
 
     def __init__(self, model: Any, tokenizer: Any, instruct: bool = False, most: int = 32):
@@ -64,7 +58,7 @@ class Engine:
         special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         settings = model.generation_config
-        # What a folder says of sampling and beams does not hold here.
+        # Overrides the folder's settings for sampling and beams.
         settings.update(do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50)
         ends = settings.eos_token_id
         if ends is None:
@@ -78,11 +72,7 @@ class Engine:
         return self.counts.copy()
 
     def run(self, parts: Sequence[Part]) -> list[Result | ElementError]:
-        """Answers parts, in their order; an error for each that has no answer.
-
-        Raises:
-          ValueError: one of a part's choices is the start of another.
-        """
+        """Returns one result or error per part; `ValueError` if one choice begins with another."""
         results: dict[int, Result | ElementError] = {}
         groups: dict[tuple[Any, int], list[_Prompt]] = collections.defaultdict(list)
         for number, part in enumerate(parts):
@@ -103,7 +93,7 @@ class Engine:
     # From parts to tokens.
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; no text stands for a special token."""
+        """Returns token ids; no text becomes a special token."""
         text = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
@@ -118,7 +108,7 @@ class Engine:
             start = [self.model.generation_config.decoder_start_token_id, *start]
         else:
             if tokens[-1:] and tokens[-1] in self._ends and not self._chats:
-                tokens.pop()  # some tokenizers end a text that here goes on
+                tokens.pop()  # some tokenizers end a text that must go on here
             tokens, start = tokens + start, []
         written = part.max_tokens or max(map(len, map(self._choice, part.choices)), default=0)
         room = 0 if self.encodes else written
@@ -131,7 +121,7 @@ class Engine:
         return _Prompt(number, part, tokens, start)
 
     def _turn(self, text: str) -> list[int]:
-        """A prompt as a user's turn, and the start of the model's."""
+        """Returns a prompt as a user's turn, and the start of the model's."""
         text = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
         turn = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -140,16 +130,16 @@ class Engine:
         return ids
 
     def _choice(self, choice: str) -> list[int]:
-        """Tokens of a choice, as they follow the prompt."""
+        """Returns a choice's tokens as they follow the prompt."""
         if not choice.startswith(" ") or self.encodes:
             return self.encode(choice, special=False)
-        # Tokenizers that put a space before a text would put a second one.
+        # Some tokenizers put a space before a text; it would be a second one.
         before, both = (self.encode(text, special=False) for text in (":", ":" + choice))
         same = both[: len(before)] == before
         return both[len(before) :] if same else self.encode(choice, special=False)
 
     def _blocks(self, prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
-        """Prompts of like length: none is padded to more than twice its own."""
+        """Yields prompts of similar length: none is padded to more than twice its own."""
         prompts = sorted(prompts, key=lambda prompt: len(prompt.tokens), reverse=True)
         while prompts:
             longest = len(prompts[0].tokens)
@@ -165,7 +155,7 @@ class Engine:
     def _padded(
         self, rows: Sequence[Sequence[int]], left: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of ids as a tensor, and its attention mask: both [rows, longest]."""
+        """Returns rows of ids as a tensor, and its attention mask: both [rows, longest]."""
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self._pad)
         mask = torch.zeros_like(ids)
@@ -177,7 +167,7 @@ class Engine:
     # Scoring.
 
     def _score(self, block: list[_Prompt], choices: tuple[str, ...]) -> list[Result | ElementError]:
-        """Log-probability that the answer begins so, for each choice; prompts are read once."""
+        """Scores each choice by its log-probability as the answer's start; reads prompts once."""
         tokens = [self._choice(choice) for choice in choices]
         for one, other in itertools.permutations(tokens, 2):
             if other[: len(one)] == one:
@@ -199,7 +189,7 @@ class Engine:
         return results
 
     def _encoded(self, block: list[_Prompt], choices: list[list[int]]) -> torch.Tensor:
-        """Logits of an encoder-decoder for the tokens of each choice."""
+        """Returns an encoder-decoder's logits for the tokens of each choice."""
         count, start = len(choices), len(block[0].lead)
         ids, mask = self._padded([prompt.tokens for prompt in block])
         states = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
@@ -216,7 +206,7 @@ class Engine:
         return _by_prompt(out.logits[:, start - 1 :], count)
 
     def _continued(self, block: list[_Prompt], choices: list[list[int]]) -> torch.Tensor:
-        """The same of a decoder-only model: the cache of each prompt serves all choices."""
+        """Returns the same for a decoder-only model; a prompt's cache serves all its choices."""
         count = len(choices)
         ids, mask = self._padded([prompt.tokens for prompt in block], left=True)
         read = self._forward(ids, mask, ids.shape[1], logits_to_keep=1)
@@ -232,7 +222,7 @@ class Engine:
         return torch.cat([logits, _by_prompt(more, count)], 2)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, last: int, **given: Any) -> Any:
-        """A pass over the last tokens of rows that are padded on the left."""
+        """Runs the last tokens of rows that are padded on the left."""
         if self._takes_positions:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -last:]
         return self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given)
@@ -262,7 +252,7 @@ class Engine:
         ]
 
     def read(self, prompt: _Prompt, written: list[int]) -> Result:
-        """The answer in what was written so far; what comes after its end is left out."""
+        """Returns the answer in the tokens written so far, without what follows its end."""
         part = prompt.part
         tokens = written[: part.max_tokens]
         ended = next((at for at, token in enumerate(tokens) if token in self._ends), None)
@@ -278,7 +268,7 @@ class Engine:
         return Result(len(prompt.tokens), text=text, cut=not by_itself, tokens=tuple(tokens))
 
     def _said(self, prompt: _Prompt, tokens: list[int]) -> str:
-        """The text of tokens behind a prompt, with the space before it, if there is one."""
+        """Returns the text of tokens after a prompt, with the space before it, if there is one."""
         before = prompt.lead[1:] if self.encodes else prompt.tokens[-1:]
         known, text = (
             self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -290,8 +280,7 @@ class Engine:
 class _Writing(StoppingCriteria):
     """Ends each row by its own limits: tokens, characters and stop texts.
 
-    Attributes:
-      counts: by row, the tokens that it has written; None where it has not ended here.
+    `counts` has the tokens that each row has written; None if it has not ended here.
     """
 
     def __init__(self, engine: Engine, block: list[_Prompt], start: int):
@@ -316,7 +305,7 @@ class _Writing(StoppingCriteria):
 
 
 class _Numbers(LogitsProcessor):
-    """Notes the rows whose scores are not numbers; softmax and argmax would hide it."""
+    """Records the rows whose scores are not finite; softmax and argmax would hide it."""
 
     bad: Any = None
 
@@ -327,7 +316,7 @@ class _Numbers(LogitsProcessor):
 
 
 def _by_prompt(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """[prompts * choices, tokens, vocabulary] to [prompts, choices, tokens, vocabulary]."""
+    """Turns [prompts * choices, tokens, vocabulary] into [prompts, choices, tokens, vocabulary]."""
     return logits.reshape(-1, count, *logits.shape[1:])
 
 

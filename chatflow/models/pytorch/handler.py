@@ -1,4 +1,4 @@
-"""T5, Flan-T5 and other text models of Hugging Face's on PyTorch, behind a Beam model handler."""
+"""T5, Flan-T5 and other Hugging Face text models on PyTorch, behind a Beam model handler."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ from chatflow.weights.presets import MARKERS, TORCH, brought, is_instruct, local
 _log = logging.getLogger(__name__)
 
 STATE_DICT = r"\.(pt|pth|bin|safetensors)$"
-"""How the names of state dicts end."""
+"""Suffixes of state dicts."""
 
 
 def check_torch(name: str, state_dict_path: str, settings: WorkerSettings) -> None:
-    """Checks what can be checked of a model without loading it.
+    """Checks a model without loading it; `name` is what follows `torch:`.
 
-    Args:
-      name: behind `torch:`.
-
-    Raises:
-      UsageError: PyTorch is not installed, or the model or its state dict is not there.
+    Raises `UsageError` if PyTorch is not installed, or the model or its state dict is not there.
     """
     flag = f"--model={TORCH}{name}"
     missing = [lib for lib in ("torch", "transformers") if importlib.util.find_spec(lib) is None]
@@ -52,20 +48,16 @@ def check_torch(name: str, state_dict_path: str, settings: WorkerSettings) -> No
 
 
 _LOADABLE = re.compile(r"(hf://)?[\w-][\w.-]*(/[\w-][\w.-]*)?|(?!kaggle:|hf:)\w+://.+")
-"""A name of the hub, or a folder of a filesystem."""
+"""A name on the hub, or a folder's URL."""
 
 
 def check_state_dict(path: str) -> None:
-    """Makes sure that there is a state dict.
-
-    Raises:
-      UsageError: there is none, or its file system cannot be asked.
-    """
+    """Raises `UsageError` if there is no such file, or its filesystem cannot be asked."""
     from apache_beam.io.filesystems import FileSystems
 
     try:
         found = FileSystems.exists(path)
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own
         said = f"--state_dict_path={path}: cannot be looked up: {one_line(error)}"
         raise UsageError(said) from None
     if not found or os.path.isdir(path):
@@ -73,7 +65,7 @@ def check_state_dict(path: str) -> None:
 
 
 def local_model(name: str) -> str:
-    """What transformers can load: a folder, or a name of the hub; `gs://` is copied first."""
+    """Returns what transformers can load: a folder or a name on the hub; copies `gs://` first."""
     if name.startswith("hf://"):
         return name.removeprefix("hf://")
     return local_preset(name, _log.info)
@@ -82,12 +74,8 @@ def local_model(name: str) -> str:
 class TorchModel(EngineModel):
     """A loaded model that answers requests, part by part.
 
-    The weights are let go with the last reference to it.
-
-    Args:
-      path: a local folder or a name of the hub.
-      state_dict_path, settings: see `TorchModelHandler`.
-      instruct: prompts are a user's turn of the tokenizer's chat template, if it has one.
+    Its weights are freed with the last reference to it. `path` is a local folder or a name on the
+    hub; `instruct` is as in `Engine`, `state_dict_path` and `settings` as in `TorchModelHandler`.
     """
 
     def __init__(
@@ -109,22 +97,20 @@ class TorchModel(EngineModel):
 
 
 def _name(model: str, weights: str) -> str:
-    """What answers say made them."""
+    """Returns the model's name in answers."""
     return f"{TORCH}{model}@{weights}" if weights else f"{TORCH}{model}"
 
 
 class TorchModelHandler(LanguageModelHandler[TorchModel]):
-    """A text model of Hugging Face's on the worker: one copy for all its processes and steps.
+    """A Hugging Face text model on the worker: one copy for all its processes and steps.
 
-    Encoder-decoders (T5, Flan-T5, BART …) and decoder-only models (Llama, Qwen …).
+    Takes encoder-decoders (T5, Flan-T5, BART …) and decoder-only models (Llama, Qwen …).
 
     Args:
-      model: a name of the hub (`google/flan-t5-small`), a local folder, or `gs://…`.
+      model: a name on the hub (`google/flan-t5-small`), a local folder, or `gs://…`.
       instruct: whether prompts are instructions; None: as the model's name says.
-      state_dict_path: weights instead of the folder's: what `torch.save` wrote of a
-        `state_dict()`, or a file of safetensors; of any filesystem that Beam knows. The folder
-        is read for the configuration and the tokenizer only.
-      settings: how the weights are kept.
+      state_dict_path: weights to use instead: a `state_dict()` by `torch.save`, or safetensors, on
+        any filesystem that Beam knows; the folder then supplies only configuration and tokenizer.
       expected, updates: see `LanguageModelHandler`.
     """
 
@@ -146,7 +132,7 @@ class TorchModelHandler(LanguageModelHandler[TorchModel]):
         self.instruct = is_instruct(model) if instruct is None else instruct
 
     def load(self, version: Version = FIRST) -> TorchModel:
-        """The model; with a version that is a folder, of that, else with its state dict."""
+        """Returns the model; a version replaces its state dict or, if a folder, all of it."""
         model, state_dict_path = self.model, self.state_dict_path
         if re.search(STATE_DICT, version.path):
             state_dict_path = version.path
@@ -163,7 +149,7 @@ class TorchModelHandler(LanguageModelHandler[TorchModel]):
 
 
 class Torch(Kind):
-    """`torch:NAME`: text models of Hugging Face's on PyTorch."""
+    """`torch:NAME`: Hugging Face text models on PyTorch."""
 
     update_files = (*MARKERS, ".pt", ".pth", ".bin", ".safetensors")
     takes_state_dict = True
