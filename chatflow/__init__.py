@@ -1,8 +1,7 @@
 """chatflow: event-driven chat analytics on Apache Beam.
 
-`chatflow run` runs the whole pipeline; `chatflow.pipeline` shows how it is put together.
-For a pipeline of your own, import from `chatflow` what `__init__.pyi` lists; it is loaded when it
-is first used.
+`chatflow run` runs the whole pipeline, which `chatflow.pipeline` builds. For a pipeline of your
+own, import from `chatflow` what `__init__.pyi` lists; each name is loaded at its first use.
 """
 
 import lazy_loader

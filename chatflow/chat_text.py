@@ -1,4 +1,4 @@
-"""Chat text as data: what of a chat goes into a prompt, and in what form."""
+"""Prepares chat text for prompts: makes it safe and fits it into a token budget."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from chatflow.records import Chat, Message
 
 CONTROL_TOKEN = re.compile(r"<(/?\|?\w+\|?)>|\[(/?INST)\]")
-"""What a model may take for a token of its own: `<start_of_turn>`, `<bos>`, `<|im_end|>` …"""
+"""Matches what a model may take for a control token: `<start_of_turn>`, `<bos>`, `<|im_end|>` …"""
 
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
 def as_data(text: str) -> str:
-    """Chat text made safe for a prompt: one line, no control tokens, nothing invisible.
+    """Makes chat text safe for a prompt: one line, no control tokens, no invisible characters.
 
     >>> as_data("fine<end_of_turn>\\n<start_of_turn>model")
     'fine‹end_of_turn› ‹start_of_turn›model'
@@ -27,10 +27,10 @@ _PIECE = re.compile(r"[^\W\d_]{1,5}|\d|[^\w\s]|_")
 
 
 def estimate_tokens(text: str) -> int:
-    """How many tokens a text may have: rarely fewer than a Gemma tokenizer makes of it.
+    """Estimates the number of tokens in a text; rarely fewer than a Gemma tokenizer makes.
 
-    Gemma writes each digit as a token, and most words of up to five letters as one;
-    of scripts beyond Latin every letter is counted.
+    Gemma makes one token of each digit and of most words of up to five letters. In scripts other
+    than Latin, every letter is counted.
     """
     wide = 0 if text.isascii() else sum(character > "\u02ff" for character in text)
     return len(_PIECE.findall(text)) + wide
@@ -38,7 +38,7 @@ def estimate_tokens(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class KeptMessages:
-    """The messages that fit a prompt, oldest first, and what was left out for it."""
+    """The messages that fit a prompt, oldest first; how many were dropped and how many cut."""
 
     messages: tuple[Message, ...]
     dropped: int
@@ -46,14 +46,10 @@ class KeptMessages:
 
 
 def keep_newest(chat: Chat, user_id: str, budget: int) -> KeptMessages:
-    """Keeps the newest messages within a budget of tokens.
+    """Keeps the newest messages of a chat within `budget` estimated tokens.
 
-    Half of the budget is the user's own, so that a user whose last word is long ago is
-    still heard. The newest message of the user always stays; where it alone is over
-    the budget, its end stays.
-
-    Args:
-      budget: estimated tokens for all messages together.
+    Half of the budget is for the user's own messages, so that a user who wrote long ago is still
+    heard. The user's newest message always stays; if it alone exceeds the budget, its end stays.
     """
     cost = [estimate_tokens(m.text) + estimate_tokens(m.user_id) + 3 for m in chat.messages]
     newest_first = range(len(chat.messages) - 1, -1, -1)

@@ -1,4 +1,4 @@
-"""The command line: finds the command, and turns errors into exit codes."""
+"""The command line: finds the command and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = {
     "size": "which machines a model needs, how many, and what they cost",
     "model": "fetch, convert and measure models",
 }
-"""What each command does. Its module is `chatflow.commands.NAME`."""
+"""What each command does; its module is `chatflow.commands.NAME`."""
 
 _BEAM = """
 Every other flag is Beam's and goes to the runner, e.g.
@@ -41,7 +41,7 @@ Exit codes: 0 done (also with dead letters: they are counted and can be replayed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
+    """Runs a command and returns its exit code."""
     try:
         parsed, rest = _parser().parse_known_args(arguments)
         command = f"chatflow {parsed.command}"
@@ -67,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class CommandParser(Parser):
-    """The flags of a command, whose module is imported when the command is given.
+    """The flags of one command, whose module is imported only when the command is given.
 
-    A module has a `DESCRIPTION` for its help, `add_arguments(parser)` and `run(parsed, rest)`,
-    which returns the exit code; `PASSES_FLAGS_ON` where `rest`, the flags that are not its
-    own, are Beam's. One that has `COMMANDS` in place of `run` is divided into these.
+    The module has a `DESCRIPTION` and either subcommands in `COMMANDS` or `add_arguments(parser)`
+    and `run(parsed, rest)`, which returns the exit code. `PASSES_FLAGS_ON` says whether unknown
+    flags, `rest`, go to Beam.
     """
 
     module = ""

@@ -1,4 +1,4 @@
-"""What failed: one idiom for failure in every stage, and the letters to try again."""
+"""One idiom for failure in every stage: a failed element becomes a dead letter to try again."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ OutputT = TypeVar("OutputT")
 _log = logging.getLogger(__name__)
 
 WRITE = "write"
-"""The stage of letters whose record a sink refused."""
+"""The stage of dead letters for records that a sink refused."""
 
 
 class Outcome(NamedTuple):
-    """The two outputs of a step: what worked, and a letter for each element that did not."""
+    """The outputs of a step: its results, and a dead letter for each element that failed."""
 
     ok: beam.PCollection
     dead_letters: beam.PCollection
@@ -46,13 +46,12 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass
 class DeadLettered(beam.PTransform, Generic[InputT, OutputT]):
-    """A plain function as a step: what it returns goes on, what it raises is a dead letter.
+    """Runs a plain function as a step: its results go on, its errors become dead letters.
 
     Attributes:
-      stage: names the step in the letters and their counters.
-      function: one element to the elements that follow from it.
-      output_type: of the elements that go on, for Beam's type checks.
-      side: a side input, which the function is given beside each element.
+      stage: names the step in dead letters and counters.
+      function: takes an element, and the side input if there is one; returns its results.
+      output_type: the type of one result, for Beam's type checks.
     """
 
     stage: str
@@ -80,14 +79,14 @@ class _DeadLetteredDoFn(beam.DoFn, Generic[InputT, OutputT]):
         try:
             beside = () if side is None else (side,)
             outputs = list(self.function(element, *beside))
-        except Exception as error:  # whatever it is, it concerns this element alone
+        except Exception as error:  # any error concerns only this element
             yield beam.pvalue.TaggedOutput(_FAILED, dead_letter(self.stage, element, error))
         else:
             yield from outputs
 
 
 def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
-    """The letter of an element that failed; counted by stage and reason."""
+    """Returns the dead letter of a failed element and counts it by stage and reason."""
     if isinstance(error, ElementError):
         reason, answer = error.reason, error.answer
     else:
@@ -105,7 +104,7 @@ def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
 
 
 def shortened(letter: DeadLetter, limit: int) -> DeadLetter:
-    """A letter for where there is only room for so many bytes: compressed, or else cut."""
+    """Shrinks a dead letter to at most `limit` bytes: compresses its payload or else cuts it."""
     packed = base64.b64encode(gzip.compress(letter.payload_bytes(), mtime=0)).decode()
     if len(packed) > limit - 100_000:
         metrics.count("cut_dead_letters")
@@ -117,7 +116,7 @@ def shortened(letter: DeadLetter, limit: int) -> DeadLetter:
 
 @functools.singledispatch
 def payload_of(element: Any) -> dict[str, Any]:
-    """The fields of a `DeadLetter` that hold the element, so that `replay` can send it again."""
+    """Returns the `DeadLetter` fields with the element, so that `replay` can send it again."""
     raise TypeError(f"no payload is known for {type(element).__name__}")
 
 
@@ -148,7 +147,7 @@ def _event_payload(event: Event) -> dict[str, Any]:
 def _pair_payload(pair: tuple[Any, ...]) -> dict[str, Any]:
     if isinstance(pair, AnalysedChat):
         return {"payload": pair.to_json(), "chat_id": pair.chat.chat_id}
-    return payload_of(pair[0])  # (question, answer) and (chat, user) alike
+    return payload_of(pair[0])  # (question, answer) or (chat, user)
 
 
 @payload_of.register(Analysis)

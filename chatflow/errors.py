@@ -1,4 +1,4 @@
-"""The errors of chatflow: one for the person who starts it, one for an element."""
+"""The errors of chatflow: one for the person who starts it, one for a single element."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes of all commands
 
 
 class UsageError(Exception):
-    """A wrong flag, file or setting; the command line shows it as one line, exit code 2."""
+    """A wrong flag, file or setting; the command line prints it as one line and exits with 2."""
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, for a message of one line."""
+    """Returns the text of an error as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 class ElementError(Exception):
-    """An element cannot be handled; it becomes a dead letter.
+    """An element cannot be handled and becomes a dead letter.
 
     Attributes:
       reason: a short code for counting, e.g. `not_json`.
-      answer: the model's raw answer, where there is one.
+      answer: the model's raw answer, if any.
     """
 
     def __init__(self, reason: str, message: str, answer: str | None = None):
@@ -36,9 +36,9 @@ class BadAnswerError(ElementError):
     """The model's answer is not what was asked for."""
 
     def explained(self, circumstances: str) -> BadAnswerError:
-        """The same with more to say, e.g. why the model ended."""
+        """Returns the same error with more text, e.g. why the model stopped."""
         return BadAnswerError(self.reason, f"{self}{circumstances}", self.answer)
 
 
 class ModelError(ElementError):
-    """The model gave no answer."""
+    """The model did not answer."""

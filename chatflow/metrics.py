@@ -1,8 +1,7 @@
 """Counters and distributions: Beam's, and a copy in this process for the progress display.
 
-Beam's direct runner shows its metrics when a run is over. A local run happens in the
-process of the command line, so a count kept beside Beam's own can be shown meanwhile;
-on the workers of a cluster nobody reads it.
+Beam's direct runner shows its metrics only after a run. A local run happens in the command line's
+process, which can show the copy meanwhile; nobody reads it on the workers of a cluster.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Every flag of a pipeline, once: type, default, help, choices and least value.
+"""Declares each flag of a pipeline once: type, default, help, choices and least value.
 
-A flag is a field of the settings that use it; `Options` puts all settings together. The command
-line, its `--help`, the README's table and the Flex Template are made from them. Flags that are
-not here are Beam's and go to the runner.
+A flag is a field of the settings that use it; `Options` has all of them. The command line, the
+README's table and the Flex Template are made from it. All other flags are Beam's.
 """
 
 from __future__ import annotations
@@ -32,12 +31,10 @@ def flag(
     least: float = 0,
     shown: bool = True,
 ) -> Any:
-    """Returns a field of settings that is a flag of the same name.
+    """Returns a field of settings that is a flag of the same name and of the default's type.
 
-    Args:
-      default: its type is the flag's; a boolean is `--name`, `--name=true` or `--noname`.
-      least: of a number.
-      shown: when the settings are printed; not where somebody may write a secret by mistake.
+    A boolean is `--name`, `--name=true` or `--noname`. Use `shown=False` to leave the flag out of
+    printed settings if somebody may write a secret into it by mistake.
     """
     choices = ("true", "false") if isinstance(default, bool) else tuple(choices)
     metadata = {"help": help, "group": group, "choices": choices, "least": least}
@@ -49,11 +46,7 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The base of settings: checks the fields that are flags.
-
-    Raises:
-      UsageError: a value is none of the choices, or less than the least.
-    """
+    """The base of settings; raises `UsageError` for a flag with a wrong choice or a low number."""
 
     def __post_init__(self) -> None:
         for name, known in self.defaults().items():
@@ -66,12 +59,12 @@ class Settings:
                 raise UsageError(f"--{name}={value}: must be at least {known['least']}")
 
     def take(self, kind: type[SettingsT]) -> SettingsT:
-        """Returns the settings of one kind that are among these."""
+        """Returns the part of these settings that `kind` declares."""
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
 
     @classmethod
     def defaults(cls) -> dict[str, dict[str, Any]]:
-        """Returns the default, help, group, choices and least value of each flag, by group."""
+        """Returns default, help, group, choices and least value by flag, sorted by group."""
         flags = [f for f in dataclasses.fields(cls) if f.metadata]
         flags.sort(key=lambda f: GROUPS.index(f.metadata["group"]))
         return {f.name: {"default": f.default, **f.metadata} for f in flags}
@@ -79,7 +72,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Places(Settings):
-    """What is read, and where results go."""
+    """What to read, and where results go."""
 
     input: str = flag(
         "", "Chats and messages to read: globs of JSON Lines files or folders, local or gs://; or "
@@ -113,11 +106,7 @@ class Places(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SinkSettings(Settings):
-    """How records are written.
-
-    Attributes:
-      streaming: the records never end.
-    """
+    """How to write records; `streaming` means that they never end."""
 
     database_password: str = flag(
         "", "Where the database's password is, as for --webhook_secret; or as libpq finds it.",
@@ -133,7 +122,7 @@ class SinkSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules(Settings):
-    """When a chat that comes as single messages is analysed, and how much of it is kept."""
+    """When to analyse a chat that arrives as single messages, and how much of it to keep."""
 
     quiet_seconds: float = flag(
         60.0, "A chat that comes as single messages is analysed when nothing was said in it for "
@@ -172,7 +161,7 @@ class Rules(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
-    """Which model is asked, and by which prompts."""
+    """Which model to ask, and with which prompts."""
 
     inference: str = flag(
         "on_worker", "Where the model runs.", _MODEL, choices=("on_worker", "remote")
@@ -225,7 +214,7 @@ class ModelSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batching(Settings):
-    """How requests are put together for one call of a model."""
+    """How to batch requests for one call of a model."""
 
     max_batch_size: int = flag(
         32,
@@ -248,7 +237,7 @@ class Batching(Settings):
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """`batch_buckets` as numbers, in order."""
+        """Returns `batch_buckets` as sorted numbers."""
         try:
             numbers = sorted({int(number) for number in self.batch_buckets.split(",") if number})
         except ValueError:
@@ -258,7 +247,7 @@ class Batching(Settings):
         return tuple(numbers)
 
     def within_bundles(self) -> Batching:
-        """Returns the same for files: a batch holds requests of one bundle only."""
+        """Returns these settings for files, where a batch holds requests of one bundle only."""
         return dataclasses.replace(self, max_batch_duration_secs=0, batch_buckets="")
 
 
@@ -267,11 +256,7 @@ ONE_BUNDLE = Batching(max_batch_size=16, max_batch_duration_secs=0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerSettings(Settings):
-    """How a model is kept on a worker.
-
-    Attributes:
-      merge_seconds: how long a request may wait for those of other callers.
-    """
+    """How a worker keeps a model; a request may wait `merge_seconds` for those of other callers."""
 
     max_prompt_tokens: int = flag(
         1536, "Budget of one prompt; the oldest messages are left out first, and the record "
@@ -310,10 +295,9 @@ ONE_COPY = WorkerSettings()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RemoteSettings(Settings):
-    """Where a service is, and how it is called. Travels to the workers.
+    """Where a service is and how to call it; sent to the workers.
 
-    Attributes:
-      project: of a Gemini model, as `location`; an endpoint's are in its name.
+    `project` and `location` are for Gemini models; the name of an endpoint contains its own.
     """
 
     project: str = ""
@@ -405,7 +389,7 @@ class Options(RemoteSettings, WorkerSettings, Batching, ModelSettings, Rules, Si
 
     @property
     def resource_hints(self) -> dict[str, str]:
-        """Beam's resource hints of the inference steps."""
+        """Returns Beam's resource hints for the inference steps."""
         from apache_beam.transforms.resources import parse_resource_hints
 
         hints = {"accelerator": self.accelerator, "min_ram": self.min_ram}
@@ -418,7 +402,7 @@ class Options(RemoteSettings, WorkerSettings, Batching, ModelSettings, Rules, Si
         return given
 
     def flags(self) -> list[str]:
-        """Returns the flags that are not at their defaults, as a command line has them."""
+        """Returns the flags that differ from their defaults, written as on a command line."""
         return [
             f"--{name}={as_text(value)}"
             for name, known in self.defaults().items()
@@ -427,23 +411,19 @@ class Options(RemoteSettings, WorkerSettings, Batching, ModelSettings, Rules, Si
 
 
 def as_text(value: Any) -> str:
-    """Returns a flag's value as a command line has it."""
+    """Returns a flag's value as written on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags as a `UsageError`; takes booleans in each spelling."""
+    """A parser that raises `UsageError` for wrong flags and accepts booleans in every spelling."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._switches: set[str] = set()
         super().__init__(*args, **kwargs)
 
     def add_switch(self, name: str, default: bool = False, help: str = "", to: Any = None) -> None:
-        """Adds a boolean flag: `--name`, `--name=true`, `--name true`, `--noname`, and so on.
-
-        Args:
-          to: the group that it is listed in.
-        """
+        """Adds a boolean flag to the group `to`: `--name`, `--name true`, `--noname`, and so on."""
         self._switches.add(name)
         (to or self).add_argument(
             f"--{name}", default=default, type=_boolean, metavar="true|false", help=help
@@ -477,7 +457,7 @@ def _boolean(text: str) -> bool:
 def number(
     kind: type[int] | type[float] = float, above: float = 0, most: float = float("inf")
 ) -> Any:
-    """Returns a type of flags: a number above one, and at most another."""
+    """Returns a flag type: a number greater than `above` and at most `most`."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -485,12 +465,12 @@ def number(
             raise ValueError
         return value
 
-    parse.__name__ = "number"  # what argparse calls it
+    parse.__name__ = "number"  # the name in argparse's messages
     return parse
 
 
 def add_flags(parser: Parser, leave_out: Sequence[str] = (), only: Sequence[str] = ()) -> None:
-    """Adds the flags of `Options` to a parser; those that are left out are not flags of its."""
+    """Adds the flags of `Options` to a parser, without `leave_out`; with `only`, just those."""
     groups: dict[str, Any] = {}
     for name, flag in Options.defaults().items():
         if name in leave_out or (only and name not in only):
@@ -514,11 +494,7 @@ def add_flags(parser: Parser, leave_out: Sequence[str] = (), only: Sequence[str]
 
 
 def from_flags(parsed: argparse.Namespace, required: Sequence[str] = ()) -> Options:
-    """Options from parsed flags.
-
-    Raises:
-      UsageError: a required flag is missing, or a value is out of its range.
-    """
+    """Returns the options of parsed flags; raises `UsageError` if one is missing or wrong."""
     for name in required:
         if not getattr(parsed, name):
             raise UsageError(f"--{name} is missing: {Options.defaults()[name]['help']}")
@@ -527,7 +503,7 @@ def from_flags(parsed: argparse.Namespace, required: Sequence[str] = ()) -> Opti
 
 
 class Cloud(NamedTuple):
-    """A Google Cloud project and location, empty where unknown."""
+    """A Google Cloud project and location; empty if unknown."""
 
     project: str = ""
     location: str = ""

@@ -1,4 +1,4 @@
-"""The whole graph. A chat passes through it from top to bottom."""
+"""The whole pipeline graph; a chat passes through it from top to bottom."""
 
 from __future__ import annotations
 
@@ -28,17 +28,15 @@ from chatflow.stages.replay import OpenDeadLetters
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a pipeline is built from; all of it checked before anything runs.
+    """What a pipeline is built from, checked before anything runs.
 
     Attributes:
-      routes: models and prompts.
-      first: prompts and weights to begin with.
-      rules: when a chat that comes as messages is analysed.
-      destinations: by kind of record, the URIs that it is written to.
+      first: the prompts and weights at the start.
+      destinations: the URIs to write to, by kind of record.
       streaming: the input never ends.
-      replay: the input holds dead letters, which are tried again.
-      drafts: apologies are drafted; without, analyses alone are made.
-      price: what the model costs, where that is known.
+      replay: the input holds dead letters to try again.
+      drafts: makes apology drafts, too; otherwise analyses only.
+      price: what the model costs, if known.
     """
 
     options: Options
@@ -54,12 +52,12 @@ class Plan:
 
     @property
     def watches(self) -> bool:
-        """New weights or templates are taken up while the pipeline runs."""
+        """Returns whether to look for new weights and templates while the pipeline runs."""
         updates = any(spec.updates for spec in self.routes.specs)
         return self.streaming and (updates or self.options.prompt_updates)
 
     def write(self, kind: str) -> WriteRecords:
-        """What writes a kind of record."""
+        """Returns the transform that writes a kind of record."""
         return self.write_to(self.destinations[kind])
 
     def write_to(self, destinations: Sequence[str]) -> WriteRecords:
@@ -76,15 +74,12 @@ def plan(
     replay: bool = False,
     drafts: bool = True,
 ) -> Plan:
-    """Reads and checks sources, destinations, model and prompts.
+    """Checks sources, destinations, model and prompts, and returns the plan.
 
-    Args:
-      cloud: project and location of a remote model whose name does not say them; carried to
-        the workers.
+    `cloud` is the project and location of a remote model whose name lacks them; workers get it.
 
     Raises:
-      UsageError: an unknown model, source or destination, or a prompt folder or a table of
-        prices with a mistake.
+      UsageError: an unknown model, source or destination; a mistake in the prompts or the prices.
     """
     streaming = is_stream(options.input)
     if options.database:
@@ -114,11 +109,11 @@ def plan(
 
 
 def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str, str]) -> Model:
-    """Returns what answers both inference steps: one model, or several by key."""
+    """Returns the model for both inference steps: a single one, or several by key."""
     handlers: dict[str, Any] = {}
     for route, (analysis, draft) in zip(routes.routes, first.by_route, strict=True):
         probes = (analysis.probe, draft.probe)
-        # In a stream somebody waits for the first answers, so the model is readied as it loads.
+        # In a stream somebody waits for the first answers, so warm up the model while it loads.
         expected = probes if streaming or route.spec.updates else ()
         if route.spec.key not in handlers:
             handlers[route.spec.key] = route.spec.handler(expected)
@@ -128,7 +123,7 @@ def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
-    """Chats and messages in; analyses, apology drafts and dead letters out."""
+    """Adds all steps to a pipeline, from chats to analyses, apology drafts and dead letters."""
     options, model, rules = plan.options, plan.model, plan.rules
 
     inputs = split_inputs(options.input)
@@ -141,7 +136,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
     refused = []
-    if options.database:  # people see what they decide on
+    if options.database:  # the console shows them to reviewers
         refused.append(chats | "WriteChats" >> plan.write_to([options.database]))
     updates = None
     if plan.watches:
@@ -170,7 +165,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         refused.append(drafts | "WriteDrafts" >> plan.write("drafts"))
         if reviewed := [uri for uri in plan.destinations["drafts"] if sink_of(uri).reviewed]:
             failed = drafted.dead_letters | "ToBeWritten" >> beam.FlatMap(to_be_written)
-            failed | "WriteFailed" >> plan.write_to(reviewed)  # refused or not: it has its letter
+            failed | "WriteFailed" >> plan.write_to(reviewed)  # each already has its dead letter
 
     dead_letters += filter(None, refused)
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()

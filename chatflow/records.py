@@ -1,7 +1,7 @@
-"""The records that pass through chatflow: what comes in, what goes out, their JSON.
+"""The records that pass through chatflow, and their JSON.
 
-Every record is immutable. On the wire a record is one JSON object in UTF-8; ids are
-strings (integers are accepted); times are RFC 3339 in UTC.
+Records are immutable. On the wire, a record is one JSON object in UTF-8; ids are strings (integers
+are accepted); times are RFC 3339 in UTC.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pydantic import (
 from chatflow.errors import BadInputError
 
 SUMMARY_CHARACTERS = 512
-"""The longest summary that an `Analysis` holds, as the talk's prompt asks for."""
+"""The longest summary of an `Analysis`, as the talk's prompt asks for."""
 
 
 LARGEST_INTEGER = 2**63 - 1
-"""Of 64 bits, as databases have them."""
+"""The largest signed integer of 64 bits, as databases have them."""
 
 
 class Sentiment(IntEnum):
@@ -67,20 +67,17 @@ Role = Literal["customer", "agent", "bot"]
 
 
 class Record(BaseModel):
-    """What all records share: immutable, unknown fields ignored, JSON both ways."""
+    """The base of all records: immutable, ignores unknown fields, reads and writes JSON."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_enum_values=False)
 
     def to_json(self) -> str:
-        """One line of JSON; fields that are None are left out."""
+        """Returns one line of JSON without the fields that are None."""
         return self.model_dump_json(exclude_none=True)
 
 
 class Message(Record):
-    """One message of a chat. `role` says who wrote it, where that is known.
-
-    On its own, as an event of a stream, it also has the `chat_id`; see `Event`.
-    """
+    """One message of a chat; a single message in a stream also has the `chat_id`, see `Event`."""
 
     user_id: Id
     text: str
@@ -91,7 +88,7 @@ class Message(Record):
 
 
 class Chat(Record):
-    """A whole chat. `user_id` names the user whose tone is asked for, if given."""
+    """A whole chat; `user_id`, if given, is the user whose tone is asked for."""
 
     chat_id: Id
     messages: tuple[Message, ...]
@@ -100,7 +97,7 @@ class Chat(Record):
     revision: int = Field(default=0, ge=0, le=LARGEST_INTEGER)
 
     def users(self) -> tuple[str, ...]:
-        """Whose tone is asked: the named user, else every customer, else the first author."""
+        """Returns `user_id` if set, else all customers, or without any roles the first author."""
         if self.user_id is not None:
             return (self.user_id,)
         customers = [m.user_id for m in self.messages if m.role == "customer"]
@@ -109,16 +106,12 @@ class Chat(Record):
         return (self.messages[0].user_id,)
 
     def texts_of(self, user_id: str) -> list[str]:
-        """What a user wrote, message by message."""
+        """Returns the texts of a user's messages."""
         return [m.text for m in self.messages if m.user_id == user_id]
 
 
 class Arrival(NamedTuple):
-    """A line of JSON as it arrived, and what its source knows of it.
-
-    Attributes:
-      attributes, message_id, published_at: of the Pub/Sub message; empty for files.
-    """
+    """A line of JSON as it arrived; the other fields are the Pub/Sub message's, empty for files."""
 
     line: bytes
     attributes: Mapping[str, str] = {}
@@ -127,11 +120,9 @@ class Arrival(NamedTuple):
 
 
 class Event(Record):
-    """Something that happened in a chat: a message, or its end.
+    """A message of a chat, or, if `message` is None, the end of the chat (`"event": "closed"`).
 
-    Attributes:
-      message: None where the event is the end of the chat (`"event": "closed"`).
-      at: event time; None where neither the event nor its source knows one.
+    `at` is the event time; None if neither the event nor its source has one.
     """
 
     chat_id: Id
@@ -139,7 +130,7 @@ class Event(Record):
     at: Time | None = None
 
     def to_line(self) -> str:
-        """The event as it is on the wire."""
+        """Returns the JSON of the event."""
         wire: dict[str, Any] = {"chat_id": self.chat_id}
         if self.message is not None:
             wire |= self.message.model_dump(mode="json", exclude_none=True)
@@ -152,15 +143,12 @@ class Analysis(Record):
     """How one user of one chat feels, and what the chat is about.
 
     Attributes:
-      summary_source: `model` for the model's own words; `extract` where these were not
-        grounded in the chat, and the user's own words stand in for them.
-      tone_scores: log-probability of each tone word before `tone_bias` is taken off,
-        for models whose tone is a scored choice.
-      confidence: probability of the sentiment by these scores, less the bias, divided by the
-        template's `tone_temperature`.
+      summary_source: `model`, or `extract`: the user's words instead of an ungrounded summary.
+      tone_scores: log-probability of each tone word, before `tone_bias`; for models that score it.
+      confidence: probability of the sentiment from (scores - bias) / `tone_temperature`.
       dropped_messages: oldest messages left out of the prompt to keep its token budget.
-      cut_messages: messages of which only the end went into the prompt.
-      repairs: what was mended in the model's answer: `json`, `summary_cut`, `control_tokens`.
+      cut_messages: messages of which the prompt has only the end.
+      repairs: what was repaired in the model's answer: `json`, `summary_cut`, `control_tokens`.
     """
 
     analysis_id: str
@@ -186,18 +174,16 @@ FAILED: Flag = "failed"
 
 
 class Draft(Record):
-    """An apology for support staff to review, or word that a person has to write it.
+    """An apology for support staff to review, or a flag, so that a person has to write it.
 
-    Never sent by chatflow itself. It has a text or a flag, never both.
+    chatflow never sends it. It has either a text or a flag, because a bad draft is worse than none.
 
     Attributes:
-      text: None where it is flagged: a bad draft is worse than none.
-      flag: why there is no text, although this customer seems angry: `low_confidence` where
-        the model was not sure enough of the anger to be asked for one; `ungrounded` where it
-        wrote of what the customer did not; `refused_phrase` where it wrote what no draft may say;
-        `accuses_customer` where it turned round what the customer says of us; `failed`, which is
-        in databases only, where a dead letter says what went wrong.
-      model: who wrote the text, or would have written it.
+      flag: why a customer who seems angry has no text. `low_confidence`: the model is not sure
+        enough of the anger. `ungrounded`: it wrote of what the customer did not. `refused_phrase`:
+        it wrote what no draft may say. `accuses_customer`: it says of the customer what the
+        customer says of us. `failed`: in databases only; a dead letter says what went wrong.
+      model: the one that wrote the text, or would have written it.
     """
 
     draft_id: str
@@ -220,12 +206,10 @@ class Draft(Record):
 
 
 class Reply(Record):
-    """What a person approved to be sent to a customer; the console's event.
+    """A text that a person approved to be sent to a customer; the console's event.
 
-    Attributes:
-      reply_id: of its draft, which has one reply at most.
-      text: as it was approved.
-      edited: it is not what the model wrote.
+    `reply_id` is the id of the draft, which has at most one reply; `edited` means that the text is
+    not the model's.
     """
 
     reply_id: str
@@ -243,12 +227,11 @@ class Reply(Record):
 
 
 class Response(Record):
-    """What a model said to a text that is no chat; see `chatflow.texts`.
+    """A model's response to a text that is not a chat; see `stages.respond`.
 
-    Attributes:
-      response_id: deterministic: the same message, or the same text of a file, has the same.
-      message_id, attributes: of the Pub/Sub message that the text came as.
-      finish_reason: `stop`, or `length` where the response was cut at its limit.
+    The same Pub/Sub message, or the same text of a file, always has the same `response_id`.
+    `message_id` and `attributes` are the Pub/Sub message's. `finish_reason` is `stop`, or `length`
+    if the response was cut at its limit.
     """
 
     response_id: str
@@ -263,17 +246,17 @@ class Response(Record):
 
 
 class DeadLetter(Record):
-    """An element that could not be handled, with all that is needed to try it again.
+    """An element that could not be handled, with everything needed to try it again.
 
     Attributes:
-      stage: where it failed: `read`; `assemble`, of messages to a chat; `prompt`, `model`
-        or `answer` of an analysis; `draft_prompt`, `draft_model` or `draft_answer`;
-        `write`, of a record that a sink refused; `replay`, of a letter itself.
+      stage: where it failed: `read`; `assemble` (messages to a chat); `prompt`, `model` or `answer`
+        of an analysis; `draft_prompt`, `draft_model` or `draft_answer`; `write` (a sink refused a
+        record); `replay` (of a dead letter).
       reason: a short code, e.g. `not_json`.
-      payload: the element as it came; base64 of its bytes where these are not UTF-8 (or
-        of these compressed, `gzip`, where it would be too large for Pub/Sub).
-      attributes: those of the Pub/Sub message that it came as.
-      answer: the model's raw answer, where there is one.
+      payload: the element as it came; `base64` if it is not UTF-8; `gzip`, compressed and then
+        base64, if it is too large for its sink.
+      attributes: the Pub/Sub message's.
+      answer: the model's raw answer, if any.
     """
 
     stage: str
@@ -298,11 +281,11 @@ KINDS: Mapping[str, type[Record]] = {
     "drafts": Draft,
     "dead_letters": DeadLetter,
 }
-"""What comes out. Each kind has its flag, its table, and files of this name."""
+"""The kinds of results; each has a flag, a table and files of this name."""
 
 
 def record_id(record: Record) -> str:
-    """The id by which a record is known; of a dead letter, a hash of what failed and where."""
+    """Returns the id of a record; for a dead letter, a hash of what failed and where."""
     if isinstance(record, Draft):
         return record.draft_id
     if isinstance(record, Analysis):
@@ -320,7 +303,7 @@ def digest(*texts: str) -> str:
 
 
 class AnalysedChat(NamedTuple):
-    """An analysis beside the chat that it is about."""
+    """A chat with its analysis."""
 
     chat: Chat
     analysis: Analysis
@@ -336,14 +319,13 @@ def parse_record(kind: type[RecordT], line: bytes) -> RecordT:
     """Reads one record from a line of JSON.
 
     Raises:
-      BadInputError: `not_utf8`, `not_json`, `not_an_object` or `wrong_shape`, with the
-        fields that are wrong.
+      BadInputError: `not_utf8`, `not_json`, `not_an_object`, or `wrong_shape` with wrong fields.
     """
     return validate(kind, load_object(line))
 
 
 def load_object(line: bytes) -> dict[str, Any]:
-    """A line of JSON as a dictionary; see `parse_record` for the errors."""
+    """Parses a line of JSON into a dictionary; raises the errors of `parse_record`."""
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -371,11 +353,7 @@ def validate(kind: type[RecordT], value: Any) -> RecordT:
 
 
 def open_record(data: bytes) -> Record:
-    """A result of any kind from its JSON.
-
-    Raises:
-      BadInputError: it is none.
-    """
+    """Reads a result of any kind from its JSON; raises `BadInputError` if it is not one."""
     value = load_object(data)
     kind: type[Record] = DeadLetter
     if "reply_id" in value:
@@ -388,7 +366,7 @@ def open_record(data: bytes) -> Record:
 
 
 class Reading(NamedTuple):
-    """A chat as it was read, and how many messages were left out of it."""
+    """A chat as it was read, and how many of its messages were left out."""
 
     chat: Chat
     empty_messages: int
@@ -396,10 +374,10 @@ class Reading(NamedTuple):
 
 
 def read_chat(value: dict[str, Any]) -> Reading:
-    """A chat from its JSON; leaves out messages without text and repeated message ids.
+    """Reads a chat from its JSON without messages that have no text or a repeated message id.
 
     Raises:
-      BadInputError: `wrong_shape`, `no_messages`, or as `check_chat`.
+      BadInputError: `wrong_shape`, `no_messages`, or an error of `check_chat`.
     """
     chat = validate(Chat, value)
     if not chat.messages:
@@ -412,11 +390,7 @@ def read_chat(value: dict[str, Any]) -> Reading:
 
 
 def check_chat(chat: Chat) -> Chat:
-    """The chat, where there is a user in it to ask about.
-
-    Raises:
-      BadInputError: `no_text` or `no_customer`.
-    """
+    """Returns the chat or raises `BadInputError`: `no_text`, or `no_customer` to ask about."""
     if not chat.messages:
         raise BadInputError("no_text", f"chat {chat.chat_id} has no message with text")
     users, authors = chat.users(), {m.user_id for m in chat.messages}
@@ -439,7 +413,7 @@ def _first_of_each_id(messages: Iterable[Message]) -> Iterable[Message]:
 
 
 class Identity(NamedTuple):
-    """What an id is made of: the same input twice gives the same id."""
+    """What an id is made from; the same input always has the same id."""
 
     chat_id: str
     user_id: str

@@ -1,4 +1,4 @@
-"""Secrets: flags say where they are, never what they are, for flags are shown."""
+"""Reads secrets. Flags say where a secret is, never the secret, because flags are shown."""
 
 from __future__ import annotations
 
@@ -11,30 +11,22 @@ from chatflow.errors import UsageError, one_line
 PLACES = re.compile(
     r"env:(?P<variable>\w+)|file:(?P<path>.+)|(?P<version>projects/[^/]+/secrets/[^/]+/versions/[^/]+)"
 )
-"""Where a secret may be: a variable of the environment, a file, or Google's Secret Manager."""
+"""Where a secret may be: an environment variable, a file, or Google's Secret Manager."""
 
 PLACES_SAID = "env:NAME, file:PATH or projects/P/secrets/S/versions/V"
 
 HOST_VARIABLE = "SECRET_MANAGER_EMULATOR_HOST"
-"""Names a stand-in for Secret Manager (HOST:PORT, REST without TLS), as for Pub/Sub."""
+"""The variable with the address of a Secret Manager emulator (HOST:PORT, REST without TLS)."""
 
 
 def check_place(place: str, flag: str) -> None:
-    """Makes sure that a flag names a place.
-
-    Raises:
-      UsageError: it does not; what it says instead may be the secret, and is not shown.
-    """
+    """Raises `UsageError` unless a flag names a place; hides the value, which may be the secret."""
     if not PLACES.fullmatch(place):
         raise UsageError(f"{flag}: must be {PLACES_SAID}, never the secret itself")
 
 
 def read_secret(place: str, flag: str) -> str:
-    """The text of a secret.
-
-    Raises:
-      UsageError: there is none; with the flag.
-    """
+    """Returns the text of a secret; raises `UsageError` with the flag if it cannot be read."""
     check_place(place, flag)
     found = PLACES.fullmatch(place)
     assert found is not None
@@ -52,7 +44,7 @@ def read_secret(place: str, flag: str) -> str:
         raise UsageError(f"{flag}={place}: there is no such variable") from None
     except UnicodeDecodeError:
         raise UsageError(f"{flag}={place}: is no text") from None
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{flag}={place}: cannot be read: {one_line(error)}") from None
 
 

@@ -1,4 +1,4 @@
-"""What is asked: templates, questions, and how their answers are read."""
+"""Templates, the questions that they make, and how the answers are read."""
 
 import lazy_loader
 

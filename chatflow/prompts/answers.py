@@ -1,4 +1,4 @@
-"""What a model's answer must look like: parsed, mended at most once, or refused.
+"""Parses a model's answers: accepts them, repairs them at most once, or refuses them.
 
 An analysis is a JSON object with `sentiment` and `summary`; a draft is plain text.
 """
@@ -43,7 +43,7 @@ TONE_WORDS: Mapping[str, Sentiment] = {
     "happy": Sentiment.HAPPY,
     "positive": Sentiment.HAPPY,
 }
-"""Words that models write where a number was asked for."""
+"""Words that models write instead of a number."""
 
 
 ANALYSIS_SCHEMA: Mapping[str, Any] = {
@@ -54,7 +54,7 @@ ANALYSIS_SCHEMA: Mapping[str, Any] = {
     },
     "required": ["sentiment", "summary"],
 }
-"""JSON schema of the answer where the model writes JSON."""
+"""JSON schema of the answer, for models that write JSON."""
 
 
 class AnalysisAnswer(NamedTuple):
@@ -73,16 +73,12 @@ def parse_analysis(
 ) -> AnalysisAnswer:
     """Reads sentiment and summary from a model's answer.
 
-    Takes JSON that is fenced, prefixed, single-quoted, cut off or has trailing commas;
-    what had to be mended is said in `repairs`. A summary that is too long ends at a
-    word, with an ellipsis, and says so.
+    Accepts JSON that is fenced, prefixed, single-quoted, cut off or has trailing commas. Cuts a
+    long summary after a word, with an ellipsis. `repairs` names what was repaired. `tones` are the
+    template's words for sentiments, accepted beside the usual ones.
 
-    Args:
-      tones: the template's words for the sentiments, taken beside the usual ones.
-
-    Raises:
-      BadAnswerError: `empty_answer`, `not_json`, `no_sentiment`, `bad_sentiment`,
-        `no_summary`, `empty_summary`.
+    Raises `BadAnswerError`: `empty_answer`, `not_json`, `no_sentiment`, `bad_sentiment`,
+    `no_summary`, `empty_summary`.
     """
     if not answer.strip():
         raise BadAnswerError("empty_answer", "the model's answer is empty", answer)
@@ -111,15 +107,11 @@ def parse_analysis(
 
 
 def parse_draft(answer: str, asked: Part, chat: Chat, limit: int) -> DraftAnswer:
-    """Checks the text of a draft.
+    """Returns the checked text of a draft, cut after a sentence to at most `limit` characters.
 
-    Args:
-      asked: what the model was asked, to see whether it only says it again.
-      chat: whose words a draft may take up, but not repeat as a whole.
-      limit: characters; a longer draft ends at its last whole sentence within it.
+    A draft may use words of the chat, but must not only repeat the chat or the prompt.
 
-    Raises:
-      BadAnswerError: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`.
+    Raises `BadAnswerError`: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`.
     """
     text = answer.strip()
     written = text.removesuffix(asked.tail)
@@ -138,12 +130,12 @@ def parse_draft(answer: str, asked: Part, chat: Chat, limit: int) -> DraftAnswer
 
 
 def says_any(text: str, phrases: Sequence[str]) -> bool:
-    """Whether a text holds one of some phrases: words in a row, in any case."""
+    """Returns whether a text contains one of the phrases, as words in a row, in any case."""
     return any(_words(phrase) in _words(text) for phrase in phrases)
 
 
 def shorten(text: str, limit: int) -> str:
-    """The start of a text up to a word's end, with an ellipsis; at most `limit` characters."""
+    """Cuts a text after a word, with an ellipsis, to at most `limit` characters."""
     if len(text) <= limit:
         return text
     start = text[: limit - 1]
@@ -152,10 +144,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def copies_template(text: str, prompt: str, chat: Chat) -> bool:
-    """Whether most of a text stands in its prompt's instructions and examples.
-
-    Words that it takes from the chat itself are no copy.
-    """
+    """Returns whether most of a text copies the prompt's instructions or examples, not the chat."""
     template = prompt
     for message in chat.messages:
         template = template.replace(as_data(message.text), "\n")
@@ -164,13 +153,13 @@ def copies_template(text: str, prompt: str, chat: Chat) -> bool:
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether more than half of a text's runs of words come again."""
+    """Returns whether more than half of a text's runs of words are repetitions."""
     runs = word_runs(text)
     return len(set(runs)) * 2 < len(runs)
 
 
 def word_runs(text: str, length: int = 5) -> list[tuple[str, ...]]:
-    """All runs of so many words; of a shorter text, the words as one run."""
+    """Returns all runs of `length` words; for a shorter text, all its words as one run."""
     words = re.findall(r"\w+", text.lower())
     if len(words) <= length:
         return [tuple(words)] if words else []
@@ -187,7 +176,7 @@ def _plain_text(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _answer_object(answer: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The first JSON object of an answer that has a field we ask for, and what was mended."""
+    """Returns the first JSON object with a field that we ask for, and what was repaired."""
     for value in _whole_objects(answer):
         if _asked(value):
             return value, ()
@@ -197,7 +186,7 @@ def _answer_object(answer: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     if start >= 0:
         try:
             value = json_repair.loads(answer[start:])
-        except Exception:  # json_repair's own mistakes are those of the answer, too
+        except Exception:  # an error inside json_repair means a bad answer, too
             value = None
         for item in value if isinstance(value, list) else [value]:
             if _asked(item):
@@ -239,10 +228,7 @@ def _sentiment(value: Any, tones: Mapping[str, Sentiment]) -> Sentiment | None:
 
 
 def content_words(text: str) -> list[str]:
-    """Numbers, and the words that carry meaning, lower-cased, by their first five letters.
-
-    Five letters, so that "refunded" in a summary is found in a chat about a "refund".
-    """
+    """Returns numbers and words with meaning, cut to 5 letters: "refunded" matches "refund"."""
     words = _CONTENT_WORD.findall(text.lower())
     return [word[:5] for word in words if word not in _EMPTY_WORDS]
 
@@ -250,14 +236,10 @@ def content_words(text: str) -> list[str]:
 def grounding(
     text: str, chat: Chat, user_id: str, least: int = 2, ignored: Collection[str] = ()
 ) -> float:
-    """The share of a text's content words that the user wrote, too.
+    """Returns the share of a text's content words that the user wrote, too.
 
-    0 where it has too few of them, and so says nothing. Names of the chat's users do not
-    count.
-
-    Args:
-      least: how many different content words a text must have.
-      ignored: content words that do not count, either.
+    Names of the chat's users and `ignored` words do not count. The share is 0 if a text has fewer
+    than `least` different content words, and so says nothing.
     """
     known = set(content_words(" ".join(chat.texts_of(user_id))))
     words = [word for word in content_words(without_users(text, chat)) if word not in ignored]
@@ -265,18 +247,17 @@ def grounding(
 
 
 def without_users(text: str, chat: Chat) -> str:
-    """A text without the names of a chat's users."""
+    """Returns a text without the names of the chat's users."""
     for name in {m.user_id for m in chat.messages}:
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
     return text
 
 
 def extract(chat: Chat, user_id: str, limit: int) -> str:
-    """The user's own words: the first message that says something, whole or shortened.
+    """Returns the user's first message that says something, whole or shortened, in quotes.
 
-    That is one of at least three content words, for people mostly begin with their
-    concern; where there is none, it is the message with the most. Numbers, addresses
-    and links do not count.
+    That is a message with at least three content words, because people mostly begin with their
+    concern; else the message with the most. Numbers, addresses and links do not count.
     """
 
     def says(text: str) -> int:
@@ -288,7 +269,7 @@ def extract(chat: Chat, user_id: str, limit: int) -> str:
 
 
 def accuses(text: str, chat: Chat, user_id: str) -> bool:
-    """Whether it says "you lost …" or "your driver …" where the customer does, who meant us."""
+    """Returns whether a text says "you lost …" or "your driver …" as the customer said of us."""
     own = " ".join(chat.texts_of(user_id))
     said = set(_ACCUSATION.findall(own.lower()))
     return not said.isdisjoint(_ACCUSATION.findall(text.lower()))
@@ -303,8 +284,5 @@ _APOLOGY_WORDS = frozenset(
 
 
 def draft_grounding(written: str, chat: Chat, user_id: str) -> float:
-    """The share of content words of what the model wrote that the customer wrote, too.
-
-    Words of apology do not count; see `analysis.grounding`.
-    """
+    """Returns the `grounding` of a draft; words of apology do not count."""
     return grounding(written, chat, user_id, 1, _APOLOGY_WORDS)

@@ -1,4 +1,4 @@
-"""Chats to questions: a template rendered for one user of one chat."""
+"""Makes questions from chats: renders a template for one user of one chat."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from chatflow.records import (
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A request to a model, and how its answer is read.
+    """A request to a model, and how to read its answer.
 
-    Attributes:
-      prompt_version, settings: of the template that asks, by which the answer is read; while a
-        pipeline runs, templates may change.
+    `prompt_version` and `settings` are those of the template that asks, because templates may
+    change while a pipeline runs.
     """
 
     request: Request
@@ -46,10 +45,9 @@ class ChatQuestion(Question):
     """A request about one user of a chat.
 
     Attributes:
-      chat: the chat as it came.
-      user_id: whose tone is asked for, or to whom the draft speaks.
+      user_id: the user whose tone is asked for, or to whom the draft speaks.
       dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
-      analysis: of the draft's chat; None when it is the analysis that is asked for.
+      analysis: that of the draft's chat; None in a question for an analysis.
     """
 
     chat: Chat
@@ -59,7 +57,7 @@ class ChatQuestion(Question):
     analysis: Analysis | None = None
 
     def id_of(self, model: str) -> str:
-        """The id of what a model answers; not always the one that was meant to."""
+        """Returns the id of an answer by `model`, which may not be the model that was asked."""
         identity = Identity(
             self.chat.chat_id, self.user_id, self.chat.revision, self.prompt_version, model
         )
@@ -68,16 +66,15 @@ class ChatQuestion(Question):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A template with the settings that it is rendered with: chats to questions.
+    """A template and its settings, which make questions from chats.
 
     Attributes:
-      template: of `load_folder`.
-      model: who will answer; decides which blocks are asked.
+      model: the model to ask; decides which blocks are asked.
       max_prompt_tokens: the budget of one prompt, in estimated tokens.
-      weights: the version of the model that is asked for.
+      weights: the version of the model to ask.
 
     Raises:
-      UsageError: the template has a mistake, with file and line.
+      UsageError: the template has a mistake; with file and line.
     """
 
     template: Template
@@ -101,11 +98,7 @@ class Prompt:
             raise UsageError(str(error)) from None
 
     def texts(self, name: str, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """A constant of the template that lists texts, if it is there.
-
-        Raises:
-          UsageError: it is something else.
-        """
+        """Returns a constant that lists texts, or `usual`; raises `UsageError` for another type."""
         found = self.template.settings.get(name, usual)
         if not isinstance(found, (list, tuple)) or not all(isinstance(x, str) for x in found):
             raise UsageError(f"{self.template.where}: {name} must list texts; found {found!r}")
@@ -119,17 +112,17 @@ class Prompt:
         raise NotImplementedError
 
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
-        """The prompt of a block as a part of a request."""
+        """Returns the prompt of a block as a part of a request."""
         raise NotImplementedError
 
     @property
     def result_name(self) -> str:
-        """What results will say made them."""
+        """Returns the name of the model in results."""
         path = self.weights.path
         return self.weights.named(self.model.base_name) if path else self.model.result_name
 
     def of(self, chat: Chat) -> Self:
-        """The prompt for a chat; others than this one may differ by chat, see `routes.Routed`."""
+        """Returns this prompt for every chat; `routes.Routed` returns different ones."""
         return self
 
     @functools.cached_property
@@ -138,7 +131,7 @@ class Prompt:
 
     @functools.cached_property
     def shared(self) -> Mapping[str, str]:
-        """By block, the text that every prompt begins with: instructions and examples."""
+        """Returns, by block, the text that every prompt begins with: instructions and examples."""
         return {block: self._shared(block) for block in self.block_names}
 
     def _shared(self, block: str) -> str:
@@ -147,7 +140,7 @@ class Prompt:
             for chat, user_id, analysis in _PROBES
         ]
         common = os.path.commonprefix(texts)  # noqa: RUF071 (texts, not paths)
-        return common[: common.rfind("\n") + 1]  # whole lines, so that tokens do not straddle
+        return common[: common.rfind("\n") + 1]  # whole lines, so that no token spans the end
 
     def _shared_length(self, block: str, text: str) -> int:
         return len(self.shared[block]) if text.startswith(self.shared[block]) else 0
@@ -158,8 +151,7 @@ class Prompt:
     def question(self, chat: Chat, user_id: str, analysis: Analysis | None = None) -> ChatQuestion:
         """Renders all blocks for one user of a chat.
 
-        Raises:
-          BadInputError: `template_error`; a template that fails on this chat alone.
+        Raises `BadInputError` (`template_error`) if the template fails on this chat.
         """
         budget = self.max_prompt_tokens - self._overhead
         kept = keep_newest(chat, user_id, max(budget, 64))
@@ -192,7 +184,7 @@ class Prompt:
 
     @property
     def probe(self) -> Request:
-        """A request of a short chat, as they will come."""
+        """Returns a request of a short chat, like those to expect."""
         return self.question(*_PROBES[0]).request
 
     def _beside(self, block: str, *values: Any) -> str:
@@ -200,7 +192,7 @@ class Prompt:
 
     @functools.cached_property
     def _overhead(self) -> int:
-        """Estimated tokens of the longest block, without the messages."""
+        """Returns the estimated tokens of the longest block for a chat of two short messages."""
         chat, user_id, analysis = _PROBES[0]
         return max(
             estimate_tokens(self._render(block, chat, chat.messages, user_id, analysis))
@@ -216,7 +208,7 @@ class Prompt:
         analysis: Analysis | None,
     ) -> str:
         view: dict[str, Any] = {
-            # Without its messages: those that do not fit the budget must not come in this way.
+            # Without its messages, because they may not fit the budget.
             "chat": {k: _data_view(v) for k, v in dict(chat).items() if k != "messages"},
             "messages": [_data_view(message) for message in messages],
             "user_id": as_data(user_id),
@@ -227,7 +219,7 @@ class Prompt:
 
 
 def _data_view(value: Any) -> Any:
-    """A record with every string of it made safe, as dictionaries that a template reads."""
+    """Returns a record as dictionaries for a template, with all its strings made safe."""
     if isinstance(value, (Message, Analysis)):
         return _data_view(dict(value))
     if isinstance(value, str):
@@ -244,7 +236,7 @@ def tones_of(settings: Mapping[str, Any]) -> dict[str, Sentiment]:
 
 
 def reader(settings: Mapping[str, Any]) -> Callable[[str], AnalysisAnswer]:
-    """Reads sentiment and summary of an answer to a template; see `answers.parse_analysis`."""
+    """Returns `answers.parse_analysis` for answers to a template with these settings."""
     return functools.partial(
         parse_analysis,
         summary_characters=settings["summary_characters"],
@@ -258,7 +250,7 @@ class AnalysisPrompt(Prompt):
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        """`json` for a model that writes JSON, or where the template asks in no other way."""
+        """Returns `json` if the model writes JSON or the template has no other way to ask."""
         blocks = self.template.blocks
         asks_in_parts = {"tone", "summary"} <= blocks
         if "json" in blocks and (self.model.writes_json or not asks_in_parts):
@@ -308,15 +300,12 @@ class AnalysisPrompt(Prompt):
 
     @property
     def tone_bias(self) -> dict[str, float] | None:
-        """Constants taken off the scores of the tone words; None: not fitted for the model.
-
-        New weights of a model have its constants, until there are some for their own name.
-        """
+        """Returns the numbers to subtract from tone scores; None if not fitted for the model."""
         found = self._fitted("tone_bias")
         return {word: float(value) for word, value in found.items()} if found else None
 
     def _fitted(self, name: str) -> Any:
-        """What a constant that is a table by model has for this one; None: nothing."""
+        """Returns a constant's entry for this model, or None; new weights may use their model's."""
         table = self.template.settings.get(name, {})
         model = self.model
         for known in (self.result_name, model.result_name, model.base_name):
@@ -417,5 +406,5 @@ def _probe(number: int, words: str) -> tuple[Chat, str, Analysis]:
     return chat, user, analysis
 
 
-# Two chats with nothing in common: what their prompts share comes from the template.
+# Two chats without any common text: what their prompts share comes from the template.
 _PROBES = (_probe(1, "alpha beta"), _probe(2, "gamma delta"))

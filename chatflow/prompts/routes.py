@@ -1,7 +1,6 @@
-"""Which model and prompts answer a chat: the same for all, or by one of its attributes.
+"""Chooses the model and prompts for a chat: the same for all, or by an attribute.
 
-`--models=FILE` is YAML. A key is a value of the chats' attribute; what an entry leaves out is as
-the flags have it:
+`--models=FILE` is YAML. A key is a value of the attribute. Flags set what an entry leaves out:
 
     attribute: tenant
     models:
@@ -12,9 +11,8 @@ the flags have it:
         settings: {summary_grounding: 0.5, draft_confidence: 0.7}
     default: {}
 
-`settings` are constants of the templates, thresholds among them. `default` answers for chats
-with any other value, or none; without it they become dead letters. Entries whose models are alike
-share one.
+`settings` are constants of the templates, such as thresholds. `default` is for chats with another
+value or none; without it they become dead letters. Entries with the same model share it.
 """
 
 from __future__ import annotations
@@ -48,22 +46,14 @@ FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Routed(Generic[PromptT]):
-    """A prompt, with the model that answers it, by an attribute of the chat.
-
-    Attributes:
-      default: for chats with another value, or none; None: they have no prompt.
-    """
+    """Prompts by an attribute of the chat; `default` is for chats with another value or none."""
 
     attribute: str
     by_key: Mapping[str, PromptT]
     default: PromptT | None
 
     def of(self, chat: Chat) -> PromptT:
-        """The prompt for a chat.
-
-        Raises:
-          BadInputError: `no_model`; there is none for its value.
-        """
+        """Returns the prompt for a chat; raises `BadInputError` (`no_model`) if it has none."""
         key = chat.attributes.get(self.attribute)
         prompt = self.by_key.get(key, self.default) if key is not None else self.default
         if prompt is None:
@@ -78,10 +68,8 @@ class Routed(Generic[PromptT]):
 class Route:
     """A model with its prompts.
 
-    Attributes:
-      keys: values of the attribute; empty: of the default.
-      folder: of the prompts.
-      overrides: constants of the templates that are set here.
+    `keys` are values of the attribute, empty for the default; `folder` has the prompts;
+    `overrides` replace constants of the templates.
     """
 
     spec: ModelSpec
@@ -91,10 +79,9 @@ class Route:
     overrides: tuple[tuple[str, Any], ...] = ()
 
     def prompts(self) -> tuple[AnalysisPrompt, DraftPrompt]:
-        """Its prompts, as their templates are now.
+        """Returns the prompts, made from the templates as they are now.
 
-        Raises:
-          UsageError: a template has a mistake, or none has a constant that is to be set.
+        Raises `UsageError` if a template has a mistake, or none has a constant to override.
         """
         templates = load_folder(self.folder)
         analysis, apology = templates["analysis"], templates["apology"]
@@ -119,8 +106,8 @@ class Routes:
     """All models and prompts of a pipeline.
 
     Attributes:
-      attribute: by which chats are told apart; empty: all chats are the default's.
-      max_models: in a worker's memory at once; 0: any number.
+      attribute: its value chooses the route of a chat; empty: all chats use the default.
+      max_models: most models in a worker's memory at once; 0: any number.
     """
 
     routes: tuple[Route, ...]
@@ -129,11 +116,11 @@ class Routes:
 
     @functools.cached_property
     def specs(self) -> tuple[ModelSpec, ...]:
-        """The models, each once."""
+        """Returns the models, each once."""
         return tuple({route.spec.key: route.spec for route in self.routes}.values())
 
     def by_chat(self, prompts: list[PromptT]) -> PromptT | Routed[PromptT]:
-        """Prompts, in the order of the routes, as the stages take them."""
+        """Returns prompts, given in the order of the routes, in the form that stages use."""
         if not self.attribute:
             return prompts[0]
         pairs = list(zip(self.routes, prompts, strict=True))
@@ -148,13 +135,9 @@ SpecOf = Callable[[Options], ModelSpec]
 
 
 def routes_of(options: Options, spec_of: SpecOf) -> Routes:
-    """The routes that the flags say, with those of the file of `--models`.
+    """Returns the routes of the flags and of the file of `--models`.
 
-    Args:
-      spec_of: the model of some flags.
-
-    Raises:
-      UsageError: the file cannot be read, or has a mistake; with the entry and the field.
+    Raises `UsageError`, with entry and field, if the file cannot be read or has a mistake.
     """
     if not options.models:
         return Routes((_route(options, spec_of),))
@@ -166,7 +149,7 @@ def routes_of(options: Options, spec_of: SpecOf) -> Routes:
     try:
         with FileSystems.open(options.models) as file:
             value = yaml.safe_load(file.read())
-    except Exception as error:  # each filesystem has its own, and YAML
+    except Exception as error:  # YAML and each filesystem raise their own errors
         raise UsageError(f"--models={options.models}: cannot be read: {one_line(error)}") from None
     where = f"--models={options.models}"
     _check_fields(where, value, {"attribute", "models", "default", "max_models"})
@@ -225,7 +208,7 @@ def _entry(
         kind = type(getattr(options, name))
         if type(value) is not kind:
             raise UsageError(f"{where}: {name}: must be {kind.__name__}; found {value!r}")
-    if "model" in flags:  # these belong to a model
+    if "model" in flags:  # these flags belong to one model
         options = dataclasses.replace(
             options, state_dict_path="", adapter="auto", vllm_args="", model_updates=""
         )
@@ -245,7 +228,7 @@ def _route(
     spec = spec_of(options)
     folder = options.prompts or ("instruct" if spec.instruct else "base")
     if spec.adapter == "auto" and spec.own_adapter:
-        # Prompts that chatflow's own adapter is good for have constants for it.
+        # Prompts that were fitted with chatflow's own adapter have constants for it.
         fitted = load_folder(folder)["analysis"].settings.get("tone_bias", {})
         if isinstance(fitted, dict) and spec.result_name not in fitted:
             spec = dataclasses.replace(spec, adapter="none")

@@ -1,19 +1,17 @@
-"""Jinja templates: folders of them, their blocks, constants and versions.
+"""Jinja templates: their folders, blocks, constants and versions.
 
-A prompt folder holds `analysis.jinja` and `apology.jinja`. A template sets its
-constants at its top level (`{% set summary_characters = 512 %}`) and asks in blocks:
+A prompt folder has `analysis.jinja` and `apology.jinja`. A template sets constants at its top level
+(`{% set summary_characters = 512 %}`) and asks in blocks:
 
-- `tone` and `summary`, for models that score and continue text. The tone is a choice
-  among the words of `tones`; code builds the JSON.
+- `tone` and `summary`, for models that score and continue text. The tone is one of the words of
+  `tones`; code builds the JSON.
 - `json`, for models that write the JSON object themselves.
 - `draft`, in `apology.jinja`.
 
-A block `summary_start` or `draft_start` at the end of these begins the answer, too:
-`In short, {% block summary_start %}{{ user_id }} wants{% endblock %}`. What stands in
-`summary_end` or `draft_end` is put behind what the model wrote.
-
-A block sees `messages` (those that fit the budget), `chat` (without its messages), `user_id`,
-and, in `apology.jinja`, `analysis`; and the template's own constants.
+A block `summary_start` or `draft_start` at the end of these also begins the answer:
+`In short, {% block summary_start %}{{ user_id }} wants{% endblock %}`. The text of `summary_end` or
+`draft_end` comes after the model's. A block sees `messages` (those within the budget), `chat`
+(without messages), `user_id`, the constants, and, in `apology.jinja`, `analysis`.
 """
 
 from __future__ import annotations
@@ -40,13 +38,12 @@ from chatflow.errors import UsageError, one_line
 class Template:
     """One template of a prompt folder, compiled where it is used.
 
-    Holds the sources and not the files, so that it travels to workers that have none.
+    It holds the sources, because workers may not have the files.
 
     Attributes:
-      name: the file's name, e.g. `analysis.jinja`.
       folder: where it came from, for messages.
       sources: all templates of the folder by name, for `include` and `import`.
-      overrides: constants that are set from outside, in place of the template's own.
+      overrides: constants that replace the template's own.
     """
 
     name: str
@@ -84,7 +81,7 @@ class Template:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The constants that the template sets at its top level, with the overrides."""
+        """Returns the constants that the template sets at its top level, with the overrides."""
         return {**self._compiled[1], **dict(self.overrides)}
 
     @property
@@ -92,17 +89,13 @@ class Template:
         return self._compiled[2]
 
     def render(self, block: str, **values: Any) -> str:
-        """Renders one block; raises jinja2.TemplateError."""
+        """Renders one block; raises `jinja2.TemplateError`."""
         template = self._compiled[0]
         context = template.new_context({**self.settings, **values})
         return "".join(template.blocks[block](context)).strip()
 
     def setting(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """A constant of the template that must be there.
-
-        Raises:
-          UsageError: it is missing or of another type.
-        """
+        """Returns a constant; raises `UsageError` if it is missing or of another type."""
         value = self.settings.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UsageError(
@@ -112,7 +105,7 @@ class Template:
         return value
 
     def version(self, *settings: object) -> str:
-        """A hash of the template, of all that it includes, and of the settings given."""
+        """Returns a hash of the template, all that it includes, the overrides and `settings`."""
         sources = dict(self.sources)
         todo, used = [self.name], {}
         while todo:
@@ -126,7 +119,7 @@ class Template:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def error_at(self, error: Exception) -> str:
-        """`folder/name:line: message` of an error raised while rendering."""
+        """Returns `folder/name:line: message` for an error raised while rendering."""
         where, trace = self.name, error.__traceback__
         while trace is not None:
             template = trace.tb_frame.f_globals.get("__jinja_template__")
@@ -153,14 +146,10 @@ def _blocks(tree: jinja2.nodes.Template) -> frozenset[str]:
 
 
 def load_folder(path: str) -> dict[str, Template]:
-    """The templates of a folder by name without `.jinja`.
+    """Returns the templates of a folder by name without `.jinja`.
 
-    Args:
-      path: a folder of the user's, of any filesystem that Beam knows, or `base` or `instruct`
-        for those of chatflow.
-
-    Raises:
-      UsageError: no such folder, or a template with a mistake.
+    `path` is a folder on any filesystem that Beam knows, or `base` or `instruct` for chatflow's
+    own. Raises `UsageError` if the folder cannot be read or has no analysis or apology template.
     """
     own = path in ("base", "instruct")
     where = os.fspath(default_folder() / path) if own else path.rstrip("/")
@@ -177,11 +166,7 @@ def load_folder(path: str) -> dict[str, Template]:
 
 
 def load_template(path: str | os.PathLike[str]) -> Template:
-    """One template, with those of its folder that it may include.
-
-    Raises:
-      UsageError: no such file, or one that cannot be read.
-    """
+    """Returns a template, with those of its folder; raises `UsageError` if it cannot be read."""
     folder, name = os.path.split(os.fspath(path))
     sources = _sources(folder or ".", f"the template {os.fspath(path)!r}")
     if name not in sources:
@@ -190,18 +175,17 @@ def load_template(path: str | os.PathLike[str]) -> Template:
 
 
 def _sources(folder: str, what: str) -> dict[str, str]:
-    """The templates of a folder of any filesystem that Beam knows, by name."""
     sources = {}
     try:
         files = FileSystems.match([FileSystems.join(folder, "*.jinja")])[0].metadata_list
         for path in sorted(file.path for file in files):
             with FileSystems.open(path) as file:
                 sources[FileSystems.split(path)[1]] = file.read().decode()
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{what} cannot be read: {one_line(error)}") from None
     return sources
 
 
 def default_folder() -> Path:
-    """The folder of chatflow's own prompts."""
+    """Returns the folder of chatflow's own prompts."""
     return Path(str(importlib.resources.files("chatflow.prompts")))

@@ -1,11 +1,11 @@
-"""New weights and new templates, taken up while a pipeline runs.
+"""Finds new weights and templates while a pipeline runs.
 
-A side input says what the newest are, as in Beam's automatic model refresh
-(https://beam.apache.org/documentation/ml/side-input-updates/). Beam's own `WatchFilePattern` is
-not used: it needs a file to begin with, passes over those that were there before a worker
-began and those that replace one of the same name, and two within a second make its singleton
-fail. Nor is the model swapped by `RunInference`, which keeps each old model in memory and fails
-each bundle when a new one cannot be loaded; see `models.refreshing`.
+A side input says which are the newest, as in Beam's automatic model refresh
+(https://beam.apache.org/documentation/ml/side-input-updates/). Beam's `WatchFilePattern` is not
+used: it needs a file at the start, ignores files from before a worker started and files that
+replace one of the same name, and its singleton fails on two files within a second. `RunInference`
+does not swap the model either, because it keeps each old model in memory and fails each bundle when
+a new one cannot be loaded; see `models.refreshing`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Updates:
-    """The newest templates of all routes, and the newest weights of the models that they ask.
+    """The newest templates of all routes and weights of their models.
 
-    Attributes:
-      seen: when they were looked for, in seconds since 1970.
-      by_route: the prompts for analyses and drafts, in the order of the routes.
+    `seen` is the time of the look, in seconds since 1970; `by_route` has the prompts for analyses
+    and drafts, in the order of the routes.
     """
 
     seen: float
@@ -58,19 +57,16 @@ class Updates:
 
 
 def newest(updates: Iterable[Updates], name: str, first: Any) -> Any:
-    """The newest of a side input, by field; the first one where it holds nothing yet."""
+    """Returns a field of the newest update in a side input, or `first` if it is still empty."""
     latest = max(updates, key=lambda update: update.seen, default=None)
     return first if latest is None else getattr(latest, name)
 
 
 def look(routes: Routes, before: Updates | None = None, watch_prompts: bool = True) -> Updates:
-    """What is the newest now.
+    """Returns the newest templates and weights.
 
-    Args:
-      before: what stays where templates have a mistake, or files cannot be listed.
-
-    Raises:
-      UsageError: the same, and there is none before.
+    If templates have a mistake or files cannot be listed, those of `before` stay; without `before`,
+    it raises `UsageError`.
     """
     seen = time.time()
     prompts = []
@@ -90,7 +86,7 @@ Pair = tuple[AnalysisPrompt, DraftPrompt]
 def _prompts(route: Route, known: Pair | None) -> Pair:
     try:
         return route.prompts()
-    except Exception as error:  # also of templates that do what nobody thought of
+    except Exception as error:  # templates may raise any error
         if known is None:
             raise
         _say_once("updates/prompts_refused", f"new templates are refused: {one_line(error)}")
@@ -102,7 +98,7 @@ def _weights(pattern: str, seen: float, known: Pair | None) -> Version:
         return FIRST
     try:
         return newest_version(pattern, seen)
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own errors
         said = f"--model_updates={pattern}: cannot be listed: {one_line(error)}"
         if known is None:
             raise UsageError(said) from None
@@ -114,7 +110,6 @@ _said: set[str] = set()
 
 
 def _say_once(counter: str, text: str) -> None:
-    """Not at each look again."""
     if text not in _said:
         _said.add(text)
         metrics.count(counter)
@@ -123,16 +118,15 @@ def _say_once(counter: str, text: str) -> None:
 
 @dataclasses.dataclass
 class WatchUpdates(beam.PTransform):
-    """Looks for updates at each interval, from the beginning of a pipeline to its end.
+    """Looks for updates at a fixed interval while a pipeline runs.
 
     Attributes:
-      routes: whose templates and weights are watched.
-      first: what the pipeline begins with.
+      first: what the pipeline starts with.
       seconds: between two looks.
-      watch_prompts: whether templates are read again, too.
+      watch_prompts: whether to read the templates again, too.
 
     Outputs:
-      `Updates`, in the global window; the latest pane is what is newest.
+      `Updates`, in the global window; the latest pane is the newest.
     """
 
     routes: Routes

@@ -1,4 +1,4 @@
-"""In: lines of files and messages of Pub/Sub, parsed to chats and events."""
+"""Reads lines of files and Pub/Sub messages and parses them into chats and events."""
 
 import lazy_loader
 

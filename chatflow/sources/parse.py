@@ -1,4 +1,4 @@
-"""ParseArrivals: lines to chats and to single events."""
+"""ParseArrivals: parses lines into chats and single events."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Parsed(NamedTuple):
 @beam.typehints.with_input_types(Arrival)
 @dataclasses.dataclass
 class ParseArrivals(beam.PTransform):
-    """Arrivals to whole chats and to events of chats, told apart by the field `messages`.
+    """Parses arrivals into whole chats, which have the field `messages`, and events of chats.
 
     Attributes:
-      max_line_bytes: a longer line is a dead letter (`line_too_long`).
-      retention: how far before its publication an event can have been; see `event_time`.
+      max_line_bytes: a longer line becomes a dead letter (`line_too_long`).
+      retention: how long before its publication an event can be; see `event_time`.
     """
 
     max_line_bytes: int
@@ -74,10 +74,9 @@ def _is_event(read: Chat | Event, _: int) -> int:
 
 
 def parse_arrival(arrival: Arrival, retention: timedelta) -> Reading | Event:
-    """Reads a chat or an event. Attributes stand in for fields that the line lacks.
+    """Reads a chat or an event; attributes fill in fields that the line does not have.
 
-    Raises:
-      BadInputError: see `load_object`, `validate` and `read_chat`; `unknown_event`.
+    Raises `BadInputError`: `unknown_event`, or that of `load_object`, `validate` or `read_chat`.
     """
     value = _with_attributes(load_object(arrival.line), arrival.attributes)
     if "messages" in value:
@@ -115,12 +114,10 @@ def _with_attributes(value: dict[str, Any], attributes: Mapping[str, str]) -> di
 
 
 def event_time(sent_at: datetime | None, arrival: Arrival, retention: timedelta) -> datetime | None:
-    """When an event was: `sent_at`, as far as it can be.
+    """Returns when an event happened: `sent_at`, or its publication if `sent_at` is wrong or unset.
 
-    Nothing is sent after it was published (by more than a second, for clocks differ), and
-    nothing is published later than `retention` after it was sent: then the clock was
-    wrong, and the time of publication stands in, as it does where there is no time. In
-    files, which know no time of publication, `sent_at` is taken as it is.
+    `sent_at` is wrong if it is more than `retention` before publication, or more than a second
+    after it (clocks differ). Files have no time of publication, so `sent_at` is used unchecked.
     """
     published = arrival.published_at
     if published is None:

@@ -1,8 +1,8 @@
-"""Puller: messages of Pub/Sub in the background, through outages.
+"""Puller: pulls Pub/Sub messages in the background and survives outages.
 
-Google's streaming pull may hang for good when its connection breaks (seen with
-google-cloud-pubsub 2.x when the emulator is restarted: "Re-opening stream from gRPC
-callback" is its last word). Plain pulls, one after the other, have no such state.
+Google's streaming pull may hang forever when its connection breaks (seen with google-cloud-pubsub
+2.x when the emulator restarts; the last thing it logs is "Re-opening stream from gRPC callback").
+Plain pulls, one after the other, have no such state.
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ _PULL_SECONDS = 1.0  # short, so that a pull ends by itself and not by a broken 
 
 
 def open_puller(path: str) -> Puller:
-    """A puller of something that is there; it does not pull yet.
-
-    Raises:
-      UsageError: it is not there, or cannot be reached.
-    """
+    """Returns a puller, not yet started; raises `UsageError` if its path cannot be read."""
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
@@ -49,15 +45,12 @@ def open_puller(path: str) -> Puller:
 class Puller:
     """Pulls a subscription, or a topic from now on, until it is closed.
 
-    Whatever fails is tried again, ever more slowly (up to 10 seconds apart); a topic's
-    subscription is made again if it is gone.
+    It tries again after every failure, with growing pauses of up to 10 seconds, and makes a
+    topic's subscription again if it is gone. `error` is that of the last pull, or None.
 
     Args:
       path: `projects/P/subscriptions/S` or `projects/P/topics/T`.
-      most: messages in one pull, and half of those that wait to be taken.
-
-    Attributes:
-      error: what the last pull failed with; None where it did not.
+      most: messages in one pull; at most twice as many wait to be taken.
     """
 
     def __init__(self, path: str, most: int = 1000):
@@ -77,24 +70,20 @@ class Puller:
         self._thread = threading.Thread(target=self._pull, daemon=True)
 
     def start(self) -> Puller:
-        """Begins to pull; whoever needs to know that it works, calls `check` before."""
+        """Starts to pull; call `check` before to be sure that it works."""
         self._thread.start()
         threading.Thread(target=self._extend, daemon=True).start()
         return self
 
     def check(self) -> None:
-        """Makes sure that there is something to pull.
-
-        Raises:
-          google.api_core.exceptions.GoogleAPIError: there is not, or it cannot be reached.
-        """
+        """Raises `google.api_core.exceptions.GoogleAPIError` if the path cannot be read."""
         if self._topic:
             self._make_subscription()
         else:
             self._client.get_subscription(subscription=self._subscription, timeout=10, retry=None)
 
     def take(self, most: int, wait: float) -> list[Any]:
-        """Up to so many messages (`ReceivedMessage`); waits some seconds for the first."""
+        """Returns up to `most` messages (`ReceivedMessage`); waits `wait` seconds for the first."""
         taken = []
         with contextlib.suppress(queue.Empty):
             taken.append(self._arrived.get(timeout=wait) if wait else self._arrived.get_nowait())
@@ -103,7 +92,7 @@ class Puller:
         return taken
 
     def acknowledge(self, messages: Sequence[Any]) -> None:
-        """Says that messages were handled; where that fails, they come once more."""
+        """Acknowledges messages; if that fails, Pub/Sub sends them again."""
         ids = [message.ack_id for message in messages]
         try:
             for some in _chunks(ids):
@@ -113,10 +102,10 @@ class Puller:
         self._leased.difference_update(ids)
 
     def close(self) -> None:
-        """Ends; messages that were not acknowledged go to others at once.
+        """Stops; unacknowledged messages are free for other subscribers at once.
 
-        It waits for the last pull: what a service has answered to a client that is gone
-        stays leased until its time is over.
+        It waits for the last pull, because messages that Pub/Sub sends to a client that is gone
+        stay leased until the lease ends.
         """
         self._closed.set()
         if self._thread.is_alive():
@@ -171,15 +160,14 @@ class Puller:
             self.error, pause = None, 0.5
 
     def _extend(self) -> None:
-        """Keeps messages that wait, or are being handled, from being sent again."""
-        while not self._closed.wait(5):  # a new subscription gives 10 seconds
+        """Extends the leases of unacknowledged messages, so that they are not sent again."""
+        while not self._closed.wait(5):  # a new subscription leases for 10 seconds
             try:
                 self._lease(_LEASE_SECONDS)
             except Exception as error:
                 _log.debug("%s: no lease: %s", self.path, error)
 
     def _lease(self, seconds: int) -> None:
-        """Has all messages that are here come again only after so many seconds."""
         for ids in _chunks(list(self._leased)):
             self._client.modify_ack_deadline(
                 subscription=self._subscription,
@@ -190,19 +178,17 @@ class Puller:
 
 
 def _chunks(ids: list[str]) -> Iterator[list[str]]:
-    """As many as one request takes."""
+    """Yields the ids in lists of at most 1000, the most for one request."""
     for start in range(0, len(ids), 1000):
         yield ids[start : start + 1000]
 
 
 @contextlib.contextmanager
 def follow(paths: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
-    """A function that gives what has arrived at subscriptions and topics, as `PubsubMessage`s.
+    """Yields a function that returns new `PubsubMessage`s of subscriptions and topics.
 
-    A topic is read from now on, by a subscription that is removed at the end.
-
-    Raises:
-      UsageError: a path cannot be read.
+    A topic is read from now on, through a subscription that is deleted at the end. Raises
+    `UsageError` if a path cannot be read.
     """
     pullers: list[Puller] = []
 

@@ -1,4 +1,4 @@
-"""ReadArrivals and ParseArrivals: files or Pub/Sub to chats and to single events."""
+"""ReadArrivals: reads lines of JSON from files or Pub/Sub."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topic
 
 @dataclasses.dataclass
 class ReadArrivals(beam.PTransform):
-    """Chats and events as they arrive, from files or from Pub/Sub.
+    """Reads chats and events as they arrive, from files or from Pub/Sub.
 
     Attributes:
-      inputs: globs and folders of files (local or `gs://`, compressed ones are known by
-        their endings), or Pub/Sub subscriptions and topics; see `split_inputs`.
-      id_label: attribute by whose value the runner leaves out repeated Pub/Sub
-        messages, where it can (Dataflow does).
+      inputs: globs and folders of files (local or `gs://`; their endings show compression), or
+        Pub/Sub subscriptions and topics; see `split_inputs`.
+      id_label: attribute whose value identifies repeated Pub/Sub messages; the runner leaves them
+        out if it can (Dataflow does).
     """
 
     inputs: Sequence[str]
@@ -48,7 +48,7 @@ class ReadArrivals(beam.PTransform):
 
 @dataclasses.dataclass
 class ReadLines(beam.PTransform):
-    """Lines of files; blank lines are left out."""
+    """Reads lines of files; leaves out blank lines."""
 
     pattern: str
 
@@ -65,7 +65,7 @@ class ReadLines(beam.PTransform):
 
 @dataclasses.dataclass
 class ReadMessages(beam.PTransform):
-    """Messages of a Pub/Sub subscription, or of a topic from now on."""
+    """Reads messages of a Pub/Sub subscription, or of a topic from now on."""
 
     path: str
     id_label: str | None = None
@@ -85,17 +85,13 @@ def to_arrival(message: PubsubMessage, timestamp: Any = beam.DoFn.TimestampParam
         for name, value in (message.attributes or {}).items()
         if not name.startswith("googclient_")
     }
-    # The time, too: the emulator begins anew with its ids when it is restarted.
+    # With the time, because the emulator starts its ids again when it restarts.
     own_id = f"{message.message_id}-{published:%Y%m%dT%H%M%S.%f}" if message.message_id else None
     return Arrival(message.data or b"", attributes, own_id, published)
 
 
 def split_inputs(inputs: str) -> tuple[str, ...]:
-    """The sources of `--input`, which are divided by commas; all of one sort.
-
-    Raises:
-      UsageError: files beside Pub/Sub, or a malformed path of Pub/Sub.
-    """
+    """Splits `--input` at commas; raises `UsageError` for files beside Pub/Sub, or a wrong path."""
     sources = tuple(filter(None, (source.strip() for source in inputs.split(","))))
     pubsub = [bool(PUBSUB_INPUT.fullmatch(source)) for source in sources]
     for source, known in zip(sources, pubsub, strict=True):
@@ -110,12 +106,12 @@ def split_inputs(inputs: str) -> tuple[str, ...]:
 
 
 def is_stream(inputs: str) -> bool:
-    """Whether `--input` never ends."""
+    """Returns whether `--input` never ends, because it is Pub/Sub."""
     return any(map(PUBSUB_INPUT.fullmatch, split_inputs(inputs)))
 
 
 def input_pattern(pattern: str) -> str:
-    """A folder as the pattern of its `*.jsonl` files; a glob as it is."""
+    """Returns the pattern of a folder's `*.jsonl` files; returns a glob unchanged."""
     is_local = "://" not in pattern
     if pattern.endswith("/") or (is_local and os.path.isdir(pattern)):
         return str(FileSystems.join(pattern.rstrip("/") or "/", "*.jsonl*"))
@@ -123,21 +119,13 @@ def input_pattern(pattern: str) -> str:
 
 
 def check_input(inputs: str) -> list[str]:
-    """The files that `--input` names; none where it is Pub/Sub.
-
-    Raises:
-      UsageError: a source has no files, or they cannot be listed.
-    """
+    """Returns the files of `--input`, none for Pub/Sub; raises the errors of `files_of`."""
     sources = [] if is_stream(inputs) else split_inputs(inputs)
     return [path for pattern in sources for path in files_of(pattern, "--input")]
 
 
 def check_messages(inputs: str) -> None:
-    """Makes sure that Pub/Sub can be read from here.
-
-    Raises:
-      UsageError: a subscription or topic does not exist, or is out of reach.
-    """
+    """Raises `UsageError` if a subscription or topic does not exist or cannot be reached."""
     for path in filter(None, map(PUBSUB_INPUT.fullmatch, split_inputs(inputs))):
         try:
             open_puller(path[1]).close()
@@ -146,14 +134,10 @@ def check_messages(inputs: str) -> None:
 
 
 def files_of(pattern: str, flag: str) -> list[str]:
-    """The files that a glob or a folder names.
-
-    Raises:
-      UsageError: there are none, or they cannot be listed; with the flag that names them.
-    """
+    """Returns the files of a glob or folder; raises `UsageError` with the flag if it has none."""
     try:
         matches = FileSystems.match([input_pattern(pattern)])[0].metadata_list
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{flag}: {pattern!r} cannot be listed: {error}") from None
     if not matches:
         hint = " (looked for *.jsonl in the folder)" if input_pattern(pattern) != pattern else ""
