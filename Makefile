@@ -85,7 +85,7 @@ NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-
 $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
-.PHONY: help setup demo demo-remote stream test lint evaluate eval bench bench-model bench-remote \
+.PHONY: help setup demo demo-remote stream test test-fast lint evaluate eval bench bench-model bench-remote \
   console docs screenshots lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
@@ -140,6 +140,9 @@ console: setup ## Serve the staff's page on DATABASE=, sqlite:///out/chatflow.db
 # What is imported is compiled once, not anew by each of the many processes that tests start.
 test: setup ## Run all tests, in three processes
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 3 --dist loadfile
+
+test-fast: setup ## Run the tests that need nothing real: no model, browser, emulator or server
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadfile --fast
 
 lint: setup .venv-lint/.done ## Check style, types, who imports whom, images, scripts and Terraform
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,15 +13,20 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow.errors import UsageError
 from chatflow.options import SinkSettings
 from chatflow.records import DeadLetter, Record
-from chatflow.sinks.bigquery import BigQuery
-from chatflow.sinks.database import Database
 from chatflow.sinks.files import Files
-from chatflow.sinks.pubsub import PubSub
 from chatflow.sinks.sink import Sink
-from chatflow.sinks.webhooks import Webhook
 
-SCHEMES: tuple[Sink, ...] = (PubSub(), BigQuery(), Database(), Webhook(), Files())
-"""All kinds of destinations; the first that takes a URI has it."""
+SCHEMES: tuple[Sink, ...] = tuple(
+    getattr(importlib.import_module(f"chatflow.sinks.{module}"), name)()
+    for module, name in (
+        ("pubsub", "PubSub"),
+        ("bigquery", "BigQuery"),
+        ("database", "Database"),
+        ("webhooks", "Webhook"),
+        ("files", "Files"),
+    )
+)
+"""The kinds of destinations; the first that takes a URI has it."""
 
 
 @beam.typehints.with_input_types(Record)
