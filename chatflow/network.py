@@ -1,4 +1,4 @@
-"""What clients of services share: a thread with an event loop, sessions, trust, pauses."""
+"""Event-loop threads, sessions, TLS and retries for clients of services."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before the second try; then twice as long each time."""
+"""Seconds before the second try, doubled with each further try; and their maximum."""
 
 
 class LoopThread:
@@ -38,11 +38,11 @@ class LoopThread:
         self.loop.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine and returns its result. Other threads call this."""
+        """Runs a coroutine and returns its result; called from other threads."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def close(self, last: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Ends the thread after a last coroutine, and waits up to two seconds for that."""
+        """Ends the thread after a last coroutine; waits up to two seconds for it."""
 
         async def end() -> None:
             try:
@@ -59,12 +59,7 @@ class LoopThread:
 async def session(
     verified: bool = True, cookies: bool = True, **options: Any
 ) -> aiohttp.ClientSession:
-    """Returns a session without limits: callers bound the time and the number of calls.
-
-    Args:
-      verified: certificates are checked, see `trusted`.
-      cookies: cookies are kept and sent back.
-    """
+    """Returns a session without limits: callers bound the time and the number of calls."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=trusted() if verified else False),
         timeout=aiohttp.ClientTimeout(total=None),
@@ -74,20 +69,15 @@ async def session(
 
 
 def pause(tries: int, wait: float = 0.0) -> float:
-    """Returns the seconds before another try: `wait`, and a random share of the pause.
+    """Returns the seconds before another try, with full jitter, after this number of failed tries.
 
-    Args:
-      tries: how many have failed.
-      wait: what the service asked for; see `retry_after`.
+    `wait` is the time that the service asked for (see `retry_after`); the pause comes on top.
     """
     return wait + random.uniform(0, min(FIRST_PAUSE * 2.0 ** (tries - 1), LONGEST_PAUSE))
 
 
 def retry_after(error: Any) -> float:
-    """Returns the seconds that an error or an answer asks to wait.
-
-    It asks by a Retry-After header or by google.rpc.RetryInfo.
-    """
+    """Returns the seconds to wait that an error's Retry-After or google.rpc.RetryInfo asks for."""
     headers = getattr(error, "headers", None)
     if headers is None:
         headers = getattr(getattr(error, "response", None), "headers", None)
@@ -102,7 +92,7 @@ def retry_after(error: Any) -> float:
 
 
 def _details(details: Any) -> Iterator[Any]:
-    """The details of a Google API's error: JSON as it came, or messages of gRPC."""
+    """Yields the details of a Google API's error: parsed JSON or gRPC messages."""
     if isinstance(details, dict):
         details = details.get("error", details)
         details = details.get("details") if isinstance(details, dict) else None
@@ -126,7 +116,7 @@ def _number(text: str) -> float:
 
 
 def trusted() -> ssl.SSLContext:
-    """Whose certificates are taken: as google-genai does it."""
+    """Returns a TLS context that trusts the same certificates as google-genai."""
     import certifi
 
     return ssl.create_default_context(
@@ -141,13 +131,10 @@ def attempts(
     retry: tenacity.retry_base = tenacity.retry_if_exception_type(),
     first: int = logging.WARNING,
 ) -> tenacity.Retrying:
-    """Returns attempts at something: `for attempt in attempts(…): with attempt: …`.
+    """Returns attempts, for `for attempt in attempts(…): with attempt: …`.
 
-    After the last one, when the time is over, the error itself is raised.
-
-    Args:
-      retry: which errors pass; all others are raised at once.
-      first: the level that the first fault is logged with.
+    Errors that do not match `retry` are raised at once; the last one is raised when the time is
+    over. `first` is the log level of the first fault.
     """
 
     def log(state: tenacity.RetryCallState) -> None:

@@ -1,4 +1,4 @@
-"""A console in a process of its own, beside what a command does."""
+"""Runs a console in a separate process beside a command."""
 
 from __future__ import annotations
 
@@ -16,13 +16,9 @@ START_SECONDS = 60.0
 
 @contextlib.contextmanager
 def console_beside(flags: Sequence[str], port: int) -> Iterator[str]:
-    """Runs `chatflow console` meanwhile; yields its address.
+    """Runs `chatflow console` meanwhile, on `port` or a free one if that is taken.
 
-    Args:
-      port: where it is looked for first; another one, where that is taken.
-
-    Raises:
-      UsageError: it did not start; with what it said.
+    Yields its address; raises `UsageError`, with its last line, if it does not start.
     """
     command = [sys.executable, "-m", "chatflow", "console", "--while_stdin_is_open", *flags]
     process, ready, said = started([*command, f"--port={port}"], READY, START_SECONDS)
@@ -41,7 +37,7 @@ def console_beside(flags: Sequence[str], port: int) -> Iterator[str]:
 
 
 def has_screen() -> bool:
-    """Whether a browser would come up in a window, and not in the terminal."""
+    """Returns whether a browser would open in a window, and not in the terminal."""
     return sys.platform in ("darwin", "win32") or any(
         os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
     )

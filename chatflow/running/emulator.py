@@ -1,4 +1,4 @@
-"""The Pub/Sub emulator: Google's own, started and stopped with what needs it."""
+"""Starts and stops Google's Pub/Sub emulator."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ INSTALL = (
 
 
 class Emulator:
-    """A Pub/Sub emulator in a process of its own, on a free port of this machine.
+    """A Pub/Sub emulator in a separate process, by default on a free port.
 
-    Attributes:
-      host: `127.0.0.1:PORT`, what `PUBSUB_EMULATOR_HOST` is set to.
+    Its `host` is `127.0.0.1:PORT`, the value for `PUBSUB_EMULATOR_HOST`.
     """
 
     def __init__(self, port: int = 0):
@@ -33,11 +32,7 @@ class Emulator:
         self._process: Any = None
 
     def start(self, seconds: float = 60) -> None:
-        """Starts it, and waits until it answers.
-
-        Raises:
-          UsageError: it is not installed, or does not start; with what it said.
-        """
+        """Starts the emulator and waits until it is ready; raises `UsageError` if it cannot."""
         gcloud = shutil.which("gcloud")
         if gcloud is None:
             raise UsageError(f"the Pub/Sub emulator is missing: {INSTALL}")
@@ -61,7 +56,7 @@ class Emulator:
 
 @contextlib.contextmanager
 def emulator() -> Iterator[str]:
-    """The emulator that `PUBSUB_EMULATOR_HOST` names, or one of our own meanwhile; its host."""
+    """Yields the host in `PUBSUB_EMULATOR_HOST`, or sets it to a new emulator's host meanwhile."""
     if host := os.environ.get(HOST_VARIABLE):
         yield host
         return
@@ -76,7 +71,7 @@ def emulator() -> Iterator[str]:
 
 
 def make_topics(topics: Iterable[str]) -> None:
-    """Makes topics, each with a subscription of the same name, where they are missing."""
+    """Creates missing topics, and a subscription of the same name for each topic."""
     import google.cloud.pubsub_v1 as pubsub_v1
     from google.api_core.exceptions import AlreadyExists
 

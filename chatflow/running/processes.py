@@ -1,4 +1,4 @@
-"""Processes beside this one, started until they say that they are ready."""
+"""Starts processes and waits until they print that they are ready."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from collections.abc import Sequence
 def started(
     command: Sequence[str], pattern: str, seconds: float
 ) -> tuple[subprocess.Popen[str], re.Match[str] | None, str]:
-    """Starts a process and waits until it prints a line that matches.
+    """Starts a process and waits until it prints a line that matches `pattern`.
 
-    Returns:
-      the process, the match, and the last line before it. The match is None when the process
-      ended or took too long; it is killed then, with its children.
+    Returns the process, the match and the last line printed. The match is None if the process ended
+    or took too long; then it is killed, with its children.
     """
     process = subprocess.Popen(
         command,
@@ -32,7 +31,7 @@ def started(
 
     def listen() -> None:
         assert process.stdout is not None
-        for line in process.stdout:  # to the end, or the process would stand still
+        for line in process.stdout:  # to the end, or the process would block on a full pipe
             if known.is_set():
                 continue
             said[0] = line.strip() or said[0]

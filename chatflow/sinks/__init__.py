@@ -1,4 +1,4 @@
-"""Out: records to files, Pub/Sub, BigQuery, databases and webhooks."""
+"""Writes records to files, Pub/Sub, BigQuery, databases and webhooks."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""WriteRows: records to BigQuery tables, upserted by id through the Storage Write API."""
+"""Writes records to BigQuery tables, upserted by id through the Storage Write API."""
 
 from __future__ import annotations
 
@@ -34,32 +34,27 @@ TABLE = re.compile(r"bigquery://(?P<table>.+\.\w+\.[\w-]+?)(?:\?upsert=(?P<upser
 """`bigquery://PROJECT.DATASET.TABLE`; with `?upsert=false`, rows are only appended."""
 
 HOST_VARIABLE = "BIGQUERY_STORAGE_EMULATOR_HOST"
-"""Names a stand-in for the Storage Write API (HOST:PORT, gRPC without TLS), as for Pub/Sub."""
+"""The variable with the address of a stand-in for the API (HOST:PORT, gRPC without TLS)."""
 
 APPEND_BYTES = 9_000_000
-"""The service takes 10 MB with all that belongs to a request."""
+"""The most bytes of rows in a request; the service accepts requests of 10 MB."""
 
 APPEND_SECONDS = 600.0
-"""How long rows are tried to be appended before their bundle fails, and the runner goes on."""
+"""How long appending rows is retried before their bundle fails, and the runner takes over."""
 
 ANSWER_SECONDS = 60.0
-"""How long one request may take, after which it is sent again."""
+"""How long one request may take before it is sent again."""
 
 
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class WriteRows(beam.PTransform):
-    """Records to rows of a BigQuery table, through its default stream.
+    """Writes records as rows of a BigQuery table (`uri`: see `TABLE`), through its default stream.
 
-    Rows are upserted by the record's id (change data capture), so that a bundle that the
-    runner does again, a replay or a backfill writes each row once. The table has to have
-    that id as its primary key; see `columns` for the others.
+    Rows are upserted by the record's id (change data capture): a repeated bundle, a replay or a
+    backfill writes each row once. The table's primary key must be that id; see `columns`.
 
-    Beam's own Storage Write API sink is Java, so that local runs of it need Docker; this one
-    is Google's Python client, and runs wherever the pipeline does.
-
-    Attributes:
-      uri: see `TABLE`.
+    Beam's own Storage Write API sink is in Java, and needs Docker in local runs.
     """
 
     uri: str
@@ -90,15 +85,11 @@ class _AppendRowsDoFn(beam.DoFn):
             self.append()
 
     def append(self) -> None:
-        """Appends the rows at hand; tries again, on a new connection, while that fails.
-
-        Raises:
-          GoogleAPIError: the service's own, when `APPEND_SECONDS` are over.
-        """
+        """Appends the waiting rows; retries on new connections for `APPEND_SECONDS`."""
         from google.api_core.exceptions import GoogleAPIError
 
         passing = tenacity.retry_if_exception_type(GoogleAPIError)
-        # The first fault is usual: the service closes connections that were idle for a while.
+        # The first fault is normal: the service closes connections that were idle for a while.
         for attempt in attempts(
             f"appending to {self.stream}", APPEND_SECONDS, passing, logging.INFO
         ):
@@ -113,11 +104,9 @@ class _AppendRowsDoFn(beam.DoFn):
 class Connection:
     """A connection that appends rows of one kind to one stream.
 
-    Connections are kept for the next bundle, of any thread: a process has as many of them as
-    it appends at once, for a project may only have so many.
-
-    The client's own `AppendRowsStream` asks now and then whether there is an answer, which
-    costs half a second a bundle (bench/bigquery.py).
+    Connections are reused by the next bundle of any thread, because a project's number of
+    connections is limited. The client's own `AppendRowsStream` polls for answers, which costs
+    half a second a bundle (bench/bigquery.py).
     """
 
     _idle: ClassVar[collections.defaultdict[str, list[Connection]]] = collections.defaultdict(list)
@@ -125,7 +114,7 @@ class Connection:
     @classmethod
     @contextlib.contextmanager
     def lent(cls, stream: str, schema: Any) -> Iterator[Connection]:
-        """Lends an idle connection or a new one; keeps it unless it fails."""
+        """Yields an idle connection or a new one; keeps it for reuse unless it fails."""
         try:
             connection = cls._idle[stream].pop()
         except IndexError:
@@ -152,10 +141,9 @@ class Connection:
         )
 
     def append(self, rows: Sequence[bytes]) -> None:
-        """Sends rows, and waits until they are stored.
+        """Sends rows and waits until they are stored.
 
-        Raises:
-          GoogleAPIError: they are not, or nothing is known of it within `ANSWER_SECONDS`.
+        Raises `GoogleAPIError` if they are not, or there is no answer within `ANSWER_SECONDS`.
         """
         import grpc
         from google.api_core import exceptions
@@ -163,7 +151,7 @@ class Connection:
 
         data = bq.AppendRowsRequest.ProtoData(rows=bq.ProtoRows(serialized_rows=rows))
         request = bq.AppendRowsRequest(proto_rows=data)
-        if opening := self.opening:  # the first request says where to, and what rows are
+        if opening := self.opening:  # only the first request names the stream and the schema
             request.write_stream = opening["write_stream"]
             data.writer_schema = bq.ProtoSchema(proto_descriptor=opening["schema"])
             request.proto_rows = data
@@ -188,7 +176,7 @@ class Connection:
 
 
 def write_client() -> Any:
-    """Google's client, one for this process, of the service or of a stand-in."""
+    """Returns this process's client of the service, or of the stand-in."""
     return _write_client(os.environ.get(HOST_VARIABLE, ""))
 
 
@@ -207,7 +195,7 @@ def _write_client(host: str) -> Any:
 
 
 def stream_of(uri: str) -> str:
-    """The default stream of a table, as the service names it."""
+    """Returns the service's name of a table's default stream."""
     found = TABLE.fullmatch(uri)
     assert found is not None, uri
     project, dataset, table = found["table"].rsplit(".", 2)
@@ -215,7 +203,7 @@ def stream_of(uri: str) -> str:
 
 
 def columns(kind: type[Record]) -> list[dict[str, Any]]:
-    """The columns of a kind's table, as BigQuery's JSON schemas have them.
+    """Returns the columns of a kind's table in the form of BigQuery's JSON schemas.
 
     >>> columns(Draft)[0]
     {'name': 'draft_id', 'type': 'STRING', 'mode': 'REQUIRED'}
@@ -230,7 +218,7 @@ def columns(kind: type[Record]) -> list[dict[str, Any]]:
 
 @functools.cache
 def id_column(kind: type[Record]) -> str:
-    """The primary key of a kind's table, e.g. `dead_letter_id`."""
+    """Returns the primary key of a kind's table, e.g. `dead_letter_id`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower() + "_id"
 
 
@@ -260,10 +248,8 @@ _CHANGE = "_CHANGE_TYPE"  # a pseudo-column of change data capture
 
 @functools.cache
 def descriptor(kind: type[Record], upsert: bool = True) -> Any:
-    """A kind's rows as a protocol buffer.
+    """Returns the descriptor of a kind's rows: times are microseconds since 1970, JSON is text.
 
-    Types are those that the service takes for each type of column: times are microseconds
-    since 1970, JSON is text.
     https://cloud.google.com/bigquery/docs/write-api#data_type_conversions
     """
     from google.protobuf.descriptor_pb2 import DescriptorProto
@@ -299,7 +285,7 @@ def message_class(kind: type[Record]) -> Any:
 
 
 def to_row(record: Record, upsert: bool = True) -> bytes:
-    """A record as a row; a dead letter that is too large for one is shortened."""
+    """Returns a record as a serialized row; shortens a dead letter that is too large."""
     key, made = record_id(record), message_class(type(record))
     row = made(**_values(record, key, upsert)).SerializeToString()
     if len(row) > APPEND_BYTES and isinstance(record, DeadLetter):
@@ -330,7 +316,7 @@ class BigQuery(Sink):
             raise UsageError(f"{uri!r} is no table; it is {self.example}")
 
     def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
-        """Refuses a table that lacks a column, or requires one that records may leave out."""
+        """Refuses a table that lacks a column, or requires one that records may omit."""
         from google.cloud.bigquery_storage_v1 import types as bq
 
         def ask(uri: str) -> None:
@@ -342,7 +328,7 @@ class BigQuery(Sink):
                 remedy = f"infra/terraform/schemas/{name}.json is what it should look like"
                 if lacking := [column for column in wanted if column not in there]:
                     raise UsageError(f"{uri} has no column {', '.join(lacking)}; {remedy}")
-                # An older table, whose rows without a value the service would refuse for good.
+                # An older table: the service would reject each row without a value.
                 required = bq.TableFieldSchema.Mode.REQUIRED
                 if strict := [
                     c for c, mode in wanted.items() if mode != "REQUIRED" and there[c] == required

@@ -1,4 +1,4 @@
-"""UpsertRecords: records to a database, each once; what is newer supersedes."""
+"""Writes each record once to a database; newer records supersede older ones."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from chatflow.records import DeadLetter, Record
 from chatflow.sinks.sink import Sink, Uris
 
 ROWS = 500
-"""The most records of a transaction."""
+"""Records in a transaction."""
 
 UPSERT_SECONDS = 600.0
-"""How long records are tried to be written before their bundle fails, and the runner goes on."""
+"""How long writing is retried before the bundle fails, and the runner takes over."""
 
 
 _log = logging.getLogger(__name__)
@@ -31,14 +31,11 @@ _log = logging.getLogger(__name__)
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class UpsertRecords(beam.PTransform):
-    """Records to rows of the tables in `chatflow.database.tables`, upserted by their ids.
+    """Upserts records by id into `chatflow.database.tables`; outputs a dead letter per refused one.
 
-    So a bundle that the runner does again, a replay or a backfill has each row once, however
-    many workers write at the same time. Of a chat the newest revision is kept. A draft that
-    waits for review is superseded when there is a newer analysis of its customer, or a newer
-    draft; what people did with a draft is never written over.
-
-    Gives dead letters: of records that the database will not take, whatever the try.
+    A repeated bundle, a replay or a backfill writes each row once, also with several workers. The
+    newest revision of a chat is kept. A newer analysis of the customer or a newer draft supersedes
+    a draft that waits for review. People's decisions on a draft are never overwritten.
 
     Attributes:
       uri: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`.
@@ -67,10 +64,9 @@ class _UpsertDoFn(beam.DoFn):
         self.database = opened(self.uri, password_at(self.password))
 
     def process(self, records: Sequence[Record]) -> Iterable[DeadLetter]:
-        """Writes records; those that are refused on their own are dead letters.
+        """Writes records in one transaction; halves a refused batch to find the refused records.
 
-        Raises:
-          DBAPIError: the database cannot be reached, or lets nobody write.
+        Raises `DBAPIError` if the database cannot be reached or written to.
         """
         import sqlalchemy as sa
 
@@ -91,14 +87,14 @@ class _UpsertDoFn(beam.DoFn):
             yield from self.process(records[:half])
             yield from self.process(records[half:])
         elif isinstance(records[0], DeadLetter):
-            raise refused  # there is no other place for it
+            raise refused  # a dead letter has no other place to go
         else:
             said = one_line(Exception(getattr(refused, "orig", refused)))
             yield dead_letter(WRITE, records[0], ElementError("sql_refused", said))
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Tells whether the database or its settings are at fault, and not a record."""
+    """Returns whether the database or its settings, and not a record, cause an error."""
     import sqlalchemy as sa
 
     code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
@@ -124,7 +120,7 @@ class Database(Sink):
         parse_uri(uri)
 
     def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
-        """Makes the tables where they are missing; workers elsewhere make them as they start."""
+        """Creates missing tables; workers elsewhere create them when they start."""
         from chatflow.database import connections
 
         for uri in uris:

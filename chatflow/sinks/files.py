@@ -1,4 +1,4 @@
-"""WriteFiles and AppendFiles: records to files of JSON Lines."""
+"""Writes records to JSON Lines files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _APPENDED = re.compile(r"-\d{8}T\d{6}Z-[0-9a-f]{12}\.jsonl")
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class WriteFiles(beam.PTransform):
-    """Records to `PREFIX-00000-of-00001.jsonl`, as many shards as the runner wants."""
+    """Writes records to `PREFIX-00000-of-00001.jsonl`; the runner chooses the number of shards."""
 
     prefix: str
 
@@ -44,14 +44,10 @@ class WriteFiles(beam.PTransform):
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class AppendFiles(beam.PTransform):
-    """Records of a stream to `PREFIX-TIME-HASH.jsonl`, a new file every so often.
+    """Writes a stream's records to files `PREFIX-TIME-HASH.jsonl`.
 
-    The name comes from what is in the file, so that a file that is written again, as
-    runners do after a fault, takes the place of the first. A file appears whole.
-
-    Attributes:
-      seconds: a file is written so long after its first record,
-      records: or when there are so many for it.
+    The name is derived from the content, so a file that is written again after a fault replaces the
+    first. A file appears complete, `seconds` after its first record or when it has `records` ones.
     """
 
     prefix: str
@@ -75,7 +71,7 @@ class AppendFiles(beam.PTransform):
         newest = max(_MADE_AT.findall(text), default="")
         moment = re.sub(r"[-:]|\.\d+", "", newest)
         name = f"{self.prefix}-{moment}-{hashlib.sha256(content).hexdigest()[:12]}.jsonl"
-        # Written under another name, so that nobody reads half a file.
+        # Written under another name first, so that no reader sees half a file.
         scratch = f"{self.prefix}-{uuid.uuid4().hex}.part"
         with FileSystems.create(scratch) as file:
             file.write(content)
@@ -91,7 +87,7 @@ def to_line(record: Record) -> tuple[str, str]:
 
 
 def result_files(prefix: str) -> list[str]:
-    """The files that a run wrote under a prefix, in order."""
+    """Returns the files that a run wrote under a prefix, sorted; raises `UsageError`."""
     try:
         found = FileSystems.match([f"{prefix}-*.jsonl"])[0].metadata_list
     except Exception as error:  # each filesystem has its own
@@ -107,22 +103,18 @@ def result_files(prefix: str) -> list[str]:
 def prepare_output(
     prefixes: Collection[str], inputs: Sequence[str], streaming: bool, local: bool = True
 ) -> int:
-    """Makes the folders, tries to write to them, and removes an earlier run's files.
+    """Makes the folders, checks that they are writable, and removes an earlier run's files.
 
-    A run with another number of shards would else leave a mixture of both. A stream
-    leaves what is there, and adds to it.
+    Old files would mix with those of a run with another number of shards. A stream removes nothing,
+    because it appends. Returns the number of removed files.
 
     Args:
       inputs: files that are about to be read.
-      local: the pipeline runs here, and now. Elsewhere it may be refused, or an earlier one may
-        still write, so nothing is removed.
-
-    Returns:
-      how many files of an earlier run were removed.
+      local: the pipeline runs here, now. Elsewhere nothing is removed, because the service may
+        refuse the job, or an earlier one may still write.
 
     Raises:
-      UsageError: a folder cannot be written, or holds a file that is an input, or one that
-        would have to be removed.
+      UsageError: a folder is not writable, or an old file is an input or must not be removed.
     """
     for folder in {FileSystems.split(prefix)[0] or "." for prefix in prefixes}:
         check_writable(folder, "--output")
@@ -139,11 +131,7 @@ def prepare_output(
 
 
 def check_writable(folder: str, flag: str) -> None:
-    """Makes a folder where there is none, and writes a file in it, which is removed.
-
-    Raises:
-      UsageError: it cannot; with the flag that names it.
-    """
+    """Makes a folder if it is missing, and tests writing to it; raises `UsageError` with `flag`."""
     try:
         if not FileSystems.exists(folder):
             FileSystems.mkdirs(folder)

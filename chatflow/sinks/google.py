@@ -1,4 +1,4 @@
-"""What Google's services that are written to have in common: the check at launch."""
+"""Checks destinations in Google's services at launch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ _log = logging.getLogger(__name__)
 def check_each(
     destinations: Iterable[str], ask: Callable[[str], None], use: str, local: bool
 ) -> None:
-    """Asks a service at launch about destinations of its kind.
+    """Asks a service about destinations; raises `UsageError` for a missing or unreachable one.
 
     Args:
-      ask: about one of them; raises what Google's clients raise.
-      use: what is done with them, e.g. `published to`.
-      local: the pipeline runs here; else it may reach what is out of reach from here, and
-        only what is not there at all is a mistake.
-
-    Raises:
-      UsageError: a destination does not exist, or is out of reach.
+      ask: asks about one destination; raises the errors of Google's clients.
+      use: what is done with destinations, for messages, e.g. `published to`.
+      local: the pipeline runs here. Elsewhere its workers may reach more than this machine, so
+        only a missing destination is an error.
     """
     from google.api_core.exceptions import GoogleAPIError, NotFound
     from google.auth.exceptions import GoogleAuthError
@@ -34,6 +31,6 @@ def check_each(
             if local or isinstance(error, NotFound):
                 said = f"{destination} cannot be {use}: {one_line(error)}"
                 raise UsageError(said) from None
-            # The others would be waited for in vain, too.
+            # Waiting for the others would be in vain, too.
             _log.warning("not checked: %s: %s", destination, one_line(error))
             return

@@ -1,4 +1,4 @@
-"""PublishRecords: records to Pub/Sub topics."""
+"""Publishes records to Pub/Sub topics."""
 
 from __future__ import annotations
 
@@ -21,26 +21,23 @@ from chatflow.sinks.sink import Sink, Uris
 PUBSUB_TOPIC = re.compile(r"(?:pubsub://)?(projects/[^/]+/topics/[^/]+)")
 
 PUBSUB_BYTES = 9_500_000
-"""Pub/Sub takes 10 MB with all that belongs to a message."""
+"""The most bytes of data in a message; Pub/Sub accepts messages of 10 MB."""
 
 PUBLISH_SECONDS = 600.0
-"""How long a message is tried to be published before its bundle fails, and the runner goes on."""
+"""How long publishing is retried before the bundle fails, and the runner takes over."""
 
 
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class PublishRecords(beam.PTransform):
-    """Records to a Pub/Sub topic, ordered by chat.
+    """Publishes records to a Pub/Sub topic, ordered by chat (the ordering key is the chat's id).
 
-    Delivery is at least once: a bundle that the runner does again is published again. A
-    record has the same id then (attribute `id`), by which a reader can leave it out.
+    Delivery is at least once: a repeated bundle is published again, with the same `id` attributes,
+    so that readers can drop duplicates. A message has those of the attributes `kind`, `id`,
+    `chat_id`, `user_id`, `revision`, `sentiment`, `flag`, `stage` and `reason` that its record has.
 
-    Attributes (of a message): `kind`, `id`, `chat_id`, `user_id`, `revision`,
-    `sentiment`, `stage`, `reason`; those that the record has. The ordering key is the
-    chat's id.
-
-    Beam's own WriteToPubSub has no ordering keys on Dataflow, and gives up at the first
-    error that Google's client does not retry, e.g. a topic that is not there yet.
+    Beam's own WriteToPubSub has no ordering keys on Dataflow, and gives up at the first error that
+    Google's client does not retry, e.g. a topic that does not exist yet.
     """
 
     topic: str
@@ -83,10 +80,9 @@ def publisher() -> Any:
 def wait_published(
     publisher: Any, topic: str, message: dict[str, Any], future: Any, give_up: float
 ) -> None:
-    """Waits until a message is published; tries again while the topic cannot be reached.
+    """Waits until a message is published; retries until `give_up`, a time of `time.monotonic`.
 
-    Raises:
-      Exception: the client's own, when the time (of `time.monotonic`) is over.
+    After that, it raises the client's last error.
     """
     for attempt in attempts(f"publishing to {topic}", give_up - time.monotonic()):
         if attempt.retry_state.attempt_number > 1:
@@ -98,7 +94,7 @@ def wait_published(
 
 
 def to_message(record: Record) -> dict[str, Any]:
-    """The data, ordering key and attributes with which a record is published."""
+    """Returns a record's data, ordering key and attributes; shortens a too large dead letter."""
     data = record.to_json().encode()
     if len(data) > PUBSUB_BYTES and isinstance(record, DeadLetter):
         data = shortened(record, PUBSUB_BYTES).to_json().encode()
@@ -115,7 +111,7 @@ def to_message(record: Record) -> dict[str, Any]:
 
 
 def ordering_key(chat_id: str) -> str:
-    """The chat's id, or a hash of it where Pub/Sub would not take it."""
+    """Returns the chat's id, or its hash if the id is too long for Pub/Sub."""
     return chat_id if len(chat_id.encode()) <= _ATTRIBUTE_BYTES else digest(chat_id)
 
 
@@ -124,14 +120,7 @@ _ATTRIBUTE_BYTES = 1024  # Pub/Sub's limit for a value, and for an ordering key
 
 
 def check_topics(destinations: Iterable[str], local: bool = True) -> None:
-    """Makes sure that there are the topics to publish to.
-
-    Args:
-      local: as of `services.check_each`.
-
-    Raises:
-      UsageError: one does not exist, or is out of reach.
-    """
+    """Checks that the topics exist, as `sinks.google.check_each` does; raises `UsageError`."""
 
     def ask(topic: str) -> None:
         with publisher() as client:

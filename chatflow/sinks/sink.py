@@ -1,4 +1,4 @@
-"""Sink: the face that each kind of destination has; `write.SCHEMES` lists them."""
+"""The base class of destinations; `write.SCHEMES` lists all kinds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Sink(abc.ABC):
     """A kind of destination, recognised by its URIs. Checks raise `UsageError`.
 
     Attributes:
-      example: what its URIs look like, for messages.
-      pattern: how its URIs begin, also those that `check_uri` refuses.
-      reviewed: people decide on the drafts there, so failed drafts are written too.
+      example: the form of its URIs, for messages.
+      pattern: how its URIs begin, including those that `check_uri` refuses.
+      reviewed: people decide on its drafts, so failed drafts are written too.
     """
 
     example: ClassVar[str]
@@ -34,27 +34,26 @@ class Sink(abc.ABC):
         return bool(self.pattern.match(uri))
 
     def check_uri(self, uri: str) -> None:  # noqa: B027
-        """Checks the syntax of a URI, and asks no service."""
+        """Checks the syntax of a URI without asking a service."""
 
     def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:  # noqa: B027
-        """Asks the service, before anything runs, whether records can be written.
+        """Checks with the service, before anything runs, that records can be written.
 
-        Args:
-          local: the pipeline runs here; elsewhere, workers may reach what this machine cannot.
-          share_files: workers see the files of this machine.
+        If not `local`, workers may reach more than this machine. With `share_files`, they see its
+        files.
         """
 
     def prepare(self, uris: Uris, inputs: Sequence[str], streaming: bool, local: bool) -> int:
-        """Removes files of an earlier run, and returns how many; called after all checks.
+        """Removes an earlier run's files and returns how many; called after all checks.
 
-        Where one of them is among the `inputs` of this run, it refuses.
+        Raises `UsageError` if one of them is among the `inputs` of this run.
         """
         return 0
 
     def shown(self, text: str) -> str:
-        """Returns a text without what may be secret in URIs of this kind."""
+        """Returns a text without possible secrets in URIs of this kind."""
         return text
 
     @abc.abstractmethod
     def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
-        """Returns what writes records, and outputs a `DeadLetter` for each refused for good."""
+        """Returns a transform that writes records and outputs a `DeadLetter` per refused one."""

@@ -1,4 +1,4 @@
-"""PostRecords: records to webhooks, signed, one POST each."""
+"""Posts records to webhooks, each in a signed POST."""
 
 from __future__ import annotations
 
@@ -27,29 +27,28 @@ from chatflow.secrets import PLACES_SAID, check_place, read_secret
 from chatflow.sinks.sink import Sink, Uris
 
 SECRET_BYTES = 24
-"""The shortest secret that the Standard Webhooks specification takes."""
+"""The shortest secret that the Standard Webhooks specification allows."""
 
 WEBHOOK_SECONDS = 120.0
-"""How long a record is tried to be posted before it becomes a dead letter."""
+"""How long posting a record is retried before it becomes a dead letter."""
 
 ANSWER_SECONDS = 30.0
-"""How long one POST may take, to the last byte of its answer; the specification says 15 to 30."""
+"""How long one POST may take, with its whole answer; the specification says 15 to 30."""
 
 AWAY_SECONDS = 30.0
-"""Records of so long get no try where one was given up, and none was taken meanwhile."""
+"""How long records fail untried after one was given up, if no other got through meanwhile."""
 
 AT_ONCE = 8
-"""POSTs in flight of one bundle."""
+"""POSTs in flight per bundle."""
 
 BUNDLE_RECORDS = 1000
-"""Records of a bundle that wait to be posted together."""
+"""Records of a bundle that are posted together."""
 
 ANSWER_BYTES = 65_536
-"""What of an answer is read; a longer one is not waited for."""
+"""How much of an answer is read; the rest is not waited for."""
 
 _AGAIN = {408, 409, 425, 429}
-"""Statuses for another try, beside 5xx. 409: the service still works on the try before, as
-drafted by the IETF for `Idempotency-Key`."""
+"""Statuses to retry beside 5xx; 409: the last try is in progress (IETF draft `Idempotency-Key`)."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,21 +56,15 @@ _log = logging.getLogger(__name__)
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class PostRecords(beam.PTransform):
-    """Records to a webhook, each as the JSON body of a POST, in no order.
+    """Posts each record as JSON to a webhook, in no order; outputs a `DeadLetter` per refused one.
 
-    They are signed as https://www.standardwebhooks.com specifies. Delivery is at least once:
-    `webhook-id` (and `Idempotency-Key`) is the record's id, the same with each try, each time a
-    runner does a bundle again, and with each replay.
+    A refused dead letter fails its bundle. POSTs are signed as https://www.standardwebhooks.com
+    specifies. Delivery is at least once: `webhook-id` and `Idempotency-Key` are the record's id,
+    which stays the same in retries, repeated bundles and replays.
 
     Attributes:
       url: see `Webhook.check_uri`.
-      secret: where the secret is; see `secrets.PLACES`. Read when a worker starts.
-
-    Output: a `DeadLetter` for each record that was not taken. One that is a dead letter itself
-    fails its bundle.
-
-    Raises:
-      UsageError: nothing, or something else, is said of where the secret is.
+      secret: where the secret is: `secrets.PLACES`, else `UsageError`. Workers read it at start.
     """
 
     url: str = dataclasses.field(repr=False)  # its query may be secret
@@ -126,16 +119,11 @@ class _PostDoFn(beam.DoFn):
 
 
 class WebhookError(ElementError):
-    """A service did not take a record."""
+    """A service did not accept a record."""
 
 
 class _Fault(NamedTuple):
-    """Why a try failed.
-
-    Attributes:
-      again: another try may help,
-      wait: so many seconds from now at least.
-    """
+    """Why a try failed; if `again`, another may help after at least `wait` seconds."""
 
     reason: str
     error: str
@@ -144,10 +132,9 @@ class _Fault(NamedTuple):
 
 
 class Poster:
-    """Posts records to one address; several at once, by a thread that waits for all of them.
+    """Posts records to one address, several at once, on one thread.
 
-    Args:
-      keys: each makes a signature, so that a service may know the old secret or the new one.
+    Each of the `keys` makes a signature, so that a service may know the old secret or the new one.
     """
 
     def __init__(self, url: str, keys: Sequence[bytes]):
@@ -158,7 +145,7 @@ class Poster:
         self._http = self._thread.run(session(cookies=False, auto_decompress=False))
 
     def post(self, records: Sequence[Record]) -> list[Exception | None]:
-        """Posts records; by each of them None, or why it was not taken."""
+        """Posts records; returns None or an error for each."""
         return self._thread.run(self._post_all(records))
 
     def close(self) -> None:
@@ -171,18 +158,14 @@ class Poster:
             async with free:
                 try:
                     await self._deliver(record_id(record), record.to_json().encode())
-                except Exception as error:  # whatever it is, it concerns this record alone
+                except Exception as error:  # any error concerns this record only
                     return error
                 return None
 
         return await asyncio.gather(*map(post, records))
 
     async def _deliver(self, key: str, body: bytes) -> None:
-        """Posts a record; again, where that may help.
-
-        Raises:
-          WebhookError: it was not taken.
-        """
+        """Posts a record, with retries if they may help; raises `WebhookError` if it fails."""
         started, tries = time.monotonic(), 0
         if self._last and started < self._away_until:
             said = f"not tried, for others failed just before: {self._last.error}"
@@ -204,7 +187,7 @@ class Poster:
         self._answered_at, self._away_until = time.monotonic(), 0.0
 
     async def _try(self, key: str, body: bytes) -> _Fault | None:
-        """One POST; None where the record was taken."""
+        """Sends one POST; returns None if the record was accepted."""
         headers = {
             "Content-Type": "application/json",
             "User-Agent": "chatflow",
@@ -238,7 +221,7 @@ class Poster:
         return _Fault(f"webhook_http_{answer.status}", error, again, retry_after(answer))
 
     def _warn(self, fault: _Fault) -> None:
-        """Says what goes on, but not of each try."""
+        """Logs a fault, as a warning at most every ten seconds."""
         now = time.monotonic()
         level = logging.WARNING if now - self._warned_at > 10 else logging.INFO
         self._warned_at = now if level == logging.WARNING else self._warned_at
@@ -246,7 +229,7 @@ class Poster:
 
 
 async def _start_of(answer: aiohttp.ClientResponse) -> str:
-    """Reads an answer, and gives the start of it."""
+    """Returns the start of an answer: up to 500 characters."""
     said = b""
     async for part in answer.content.iter_any():
         said += part
@@ -256,11 +239,9 @@ async def _start_of(answer: aiohttp.ClientResponse) -> str:
 
 
 def signed(keys: Iterable[bytes], key: str, seconds: int, body: bytes) -> dict[str, str]:
-    """The headers of a webhook as https://www.standardwebhooks.com specifies them.
+    """Returns the headers that https://www.standardwebhooks.com specifies.
 
-    Args:
-      key: the id of what is sent, the same with each try.
-      seconds: when it is sent, since 1970.
+    `key` is the message's id, the same in each try; `seconds` is the time of sending, since 1970.
     """
     content = f"{key}.{seconds}.".encode() + body
     made = (hmac.digest(secret, content, hashlib.sha256) for secret in keys)
@@ -272,13 +253,10 @@ def signed(keys: Iterable[bytes], key: str, seconds: int, body: bytes) -> dict[s
 
 
 def read_keys(place: str) -> tuple[bytes, ...]:
-    """The keys of a secret; several where an old and a new one both hold, divided by blanks.
+    """Returns the keys of the secret at `place` (see `secrets.PLACES`).
 
-    Args:
-      place: see `secrets.PLACES`.
-
-    Raises:
-      UsageError: there is none. What is there instead is not shown.
+    There are several while an old and a new one are both valid. Raises `UsageError` if there is
+    none; the message does not show the text found instead.
     """
     keys = keys_of(read_secret(place, "--webhook_secret"))
     if not keys or min(map(len, keys)) < SECRET_BYTES:
@@ -290,7 +268,7 @@ def read_keys(place: str) -> tuple[bytes, ...]:
 
 
 def keys_of(text: str) -> tuple[bytes, ...]:
-    """The keys in `whsec_…`, divided by blanks; an empty one for what is none."""
+    """Returns the keys in `whsec_…` words, separated by blanks; an invalid word is an empty key."""
     return tuple(map(_key, text.split()))
 
 
@@ -304,7 +282,7 @@ def _key(text: str) -> bytes:
 
 
 def shown(text: str) -> str:
-    """A text with addresses less what may be secret in them: users, passwords, queries."""
+    """Returns a text with addresses, without their users, passwords and queries."""
     return _ADDRESS.sub(lambda found: found[1] + found[2] + ("?…" if found[3] else ""), text)
 
 
@@ -312,7 +290,7 @@ _ADDRESS = re.compile(r"(https?://)(?:[^/?#,\s]*@)?([^?,\s]*)(\?[^,\s]*)?", re.I
 
 
 def _without_query(said: str, url: str) -> str:
-    """What was said of an address, without what may be secret in its query."""
+    """Returns a text about an address without the values of the address's query."""
     query = urllib.parse.urlsplit(url).query
     values = [value for _, value in urllib.parse.parse_qsl(query) if len(value) > 3]
     for secret in filter(None, [query, urllib.parse.unquote(query), *values]):
@@ -325,7 +303,7 @@ class Webhook(Sink):
     pattern = re.compile("https?://", re.IGNORECASE)
 
     def check_uri(self, uri: str) -> None:
-        """Refuses what is neither `https://…` nor `http://` of this machine."""
+        """Refuses addresses other than `https://…` and `http://` of this machine."""
         try:
             parts = urllib.parse.urlsplit(uri)
             host, _ = parts.hostname, parts.port

@@ -1,4 +1,4 @@
-"""WriteRecords: records to files, topics, BigQuery, databases and webhooks, by URI."""
+"""Writes records to files, topics, BigQuery, databases and webhooks, by URI."""
 
 from __future__ import annotations
 
@@ -26,20 +26,16 @@ SCHEMES: tuple[Sink, ...] = tuple(
         ("files", "Files"),
     )
 )
-"""The kinds of destinations; the first that takes a URI has it."""
+"""The kinds of destinations; the first that accepts a URI is used."""
 
 
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class WriteRecords(beam.PTransform):
-    """Records to each of their destinations.
+    """Writes records to all `destinations` (see `split_destinations`).
 
-    Attributes:
-      destinations: file prefixes, Pub/Sub topics, tables, webhooks; see `split_destinations`.
-
-    Output: a `DeadLetter` for each record that a destination refused for good; None where no
-    destination ever does. Dead letters themselves have no other place to go: one that is refused
-    fails its bundle, so that the runner tries again.
+    Outputs a `DeadLetter` per record that a destination refuses permanently; returns None if no
+    destination refuses records. A refused dead letter fails its bundle, so that the runner retries.
     """
 
     destinations: Sequence[str] = dataclasses.field(repr=False)  # there may be secrets in them
@@ -59,14 +55,11 @@ def _are_letters(output: Any) -> bool:
 
 
 def split_destinations(kind: str, own: str, output: str, database: str = "") -> tuple[str, ...]:
-    """Returns where a kind of record goes: what its own flag says, else the folder `--output`.
+    """Returns a kind of record's destinations; raises `UsageError` for none or a wrong one.
 
     Args:
-      own: file prefixes, topics, tables, databases and webhooks, separated by commas.
-      database: where all go besides.
-
-    Raises:
-      UsageError: there is none, or a wrong one, or one of an unknown scheme.
+      own: the kind's own destinations, separated by commas; default: in the folder `output`.
+      database: an additional destination of all kinds.
     """
     destinations = tuple(filter(None, (uri.strip() for uri in own.split(","))))
     if not destinations and output:
@@ -93,11 +86,7 @@ def by_sink(destinations: Mapping[str, Sequence[str]]) -> dict[Sink, dict[str, l
 
 
 def sink_of(uri: str) -> Sink:
-    """Returns the kind of destination that a URI is of.
-
-    Raises:
-      UsageError: there is none; the message names all.
-    """
+    """Returns the kind of destination of a URI; raises `UsageError` for an unknown one."""
     for sink in SCHEMES:
         if sink.takes(uri):
             return sink
@@ -111,7 +100,7 @@ def is_file(uri: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """Returns a text with destinations, without what may be secret in them."""
+    """Returns a text with destinations, without possible secrets in them."""
     for sink in SCHEMES:
         text = sink.shown(text)
     return text

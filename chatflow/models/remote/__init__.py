@@ -1,4 +1,4 @@
-"""Models behind a service: Gemini and endpoints of Vertex AI."""
+"""Remote models: Gemini and endpoints of Vertex AI."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Requests to answers by calls to a service: at once, again where they fail, in a budget."""
+"""Answers requests by concurrent calls to a service, with retries within a budget."""
 
 from __future__ import annotations
 
@@ -37,16 +37,13 @@ ASK_AGAIN = (
 
 
 class RemoteModel(LanguageModel):
-    """Answers each request by calls of its own, at most so many of them at once.
+    """Answers each request by separate calls, at most `settings.max_in_flight` at once.
 
-    All callers in a process share one: see `shared_model`. Calls are made by one thread,
-    which waits for many of them.
-
-    Args:
-      limiter: asked before each call, in a thread, for it may block.
+    All callers in a process share one model (see `shared_model`), whose thread makes all calls.
+    The `limiter` is asked before each call, in another thread, because it may block.
     """
 
-    loads = 0  # the weights are elsewhere
+    loads = 0  # the weights are not in this process
 
     def __init__(
         self,
@@ -61,7 +58,7 @@ class RemoteModel(LanguageModel):
         self._counts: collections.Counter[str] = collections.Counter()
         self._throttled = 0.0
         self._lock = threading.Lock()
-        self._refusing_since: float | None = None  # no call was answered since
+        self._refusing_since: float | None = None  # the start of refusals without an answer
         if limiter is not None:
             self._blocking = concurrent.futures.ThreadPoolExecutor(settings.max_in_flight)
         self._thread = LoopThread(f"calls {name}")
@@ -71,7 +68,7 @@ class RemoteModel(LanguageModel):
         return self._on_loop(self._answers(requests))
 
     def check(self) -> str:
-        """See `Client.check`; within `RemoteSettings.timeout`."""
+        """Returns the result of `Client.check`, within `RemoteSettings.request_timeout`."""
 
         async def check() -> str:
             async with asyncio.timeout(self.settings.request_timeout):
@@ -90,7 +87,7 @@ class RemoteModel(LanguageModel):
         return not self._close.alive
 
     def close(self) -> None:
-        """Ends the thread and all connections; also done when nobody holds the model."""
+        """Ends the thread and all connections; also runs when the model is garbage-collected."""
         self._close()
 
     def counts(self) -> dict[str, int]:
@@ -99,7 +96,7 @@ class RemoteModel(LanguageModel):
         return dict(counts)
 
     def throttled(self) -> float:
-        """Seconds that batches waited for the service, since this was last asked."""
+        """Returns the seconds that batches waited for a busy service since the last call."""
         with self._lock:
             seconds, self._throttled = self._throttled, 0.0
         return seconds
@@ -129,7 +126,7 @@ class RemoteModel(LanguageModel):
                 budget.earlier.append(first)
                 turns += [Turn("model", first.text), Turn("user", complaint)]
                 outcome = await self._ask(turns, part, budget)
-        except Exception as error:  # a bug; it must not take the batch with it
+        except Exception as error:  # a bug; it must not fail the batch
             _log.exception("a request failed: %s", error)
             outcome = classify(error)
         paid = [*budget.earlier, outcome]
@@ -149,7 +146,7 @@ class RemoteModel(LanguageModel):
         )
 
     async def _ask(self, turns: Sequence[Turn], part: Part, budget: _Budget) -> Reply | Fault:
-        """Calls until there is an answer, or none is to be hoped for."""
+        """Calls until there is an answer, a fatal fault, or no budget."""
         calls = malformed = 0
         while True:
             outcome = await self._call(turns, part, budget, again=calls > 0)
@@ -171,7 +168,7 @@ class RemoteModel(LanguageModel):
     async def _call(
         self, turns: Sequence[Turn], part: Part, budget: _Budget, again: bool
     ) -> Reply | Fault:
-        """One call. A failed one, and what one that is made again waits, is off the budget."""
+        """Makes one call; the budget pays for a failed call and for the wait before a retry."""
         started = time.monotonic()
         try:
             await self._client.prepare()
@@ -212,7 +209,7 @@ class RemoteModel(LanguageModel):
             return classify(error)
 
     def _note_refusal(self, fault: Fault) -> None:
-        """Turns away those that wait when all was refused for as long as one may wait."""
+        """Fails all waiting calls once every call was refused for `retry_seconds`."""
         now = time.monotonic()
         if self._refusing_since is None:
             self._refusing_since = now
@@ -222,7 +219,6 @@ class RemoteModel(LanguageModel):
             self._gate.turn_away(ModelError(fault.reason, said))
 
     async def _not_allowed(self) -> Fault | None:
-        """What the rate limiter says against a call; waits in a thread, for it may block."""
         if self._limiter is None:
             return None
         try:
@@ -238,9 +234,9 @@ class _Budget:
     """What one request may still spend, and has spent.
 
     Attributes:
-      left: seconds for calls that fail, and for waiting after them.
-      throttled: seconds waited because the service takes no more.
-      earlier: calls before the last one, which are paid for, too.
+      left: seconds for failing calls and the pauses after them.
+      throttled: seconds waited for a busy service.
+      earlier: calls before the last one, which cost tokens, too.
     """
 
     left: float
@@ -249,7 +245,7 @@ class _Budget:
 
 
 def _complaint(part: Part, outcome: Reply | Fault) -> str:
-    """What is wrong with an answer, to be sent back with it; empty where nothing is."""
+    """Returns what to tell the model about an unusable answer; empty for a usable one."""
     if part.check is None or isinstance(outcome, Fault):
         return ""
     try:

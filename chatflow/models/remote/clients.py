@@ -1,4 +1,4 @@
-"""What a client of a service does: one call; what is said in it, and what comes back."""
+"""The base class of clients: one call, its turns and its reply."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from chatflow.models.requests import Part
 
 
 class Turn(NamedTuple):
-    """What was said: by `user` or `model`."""
+    """A message of a conversation; its role is `user` or `model`."""
 
     role: str
     text: str
 
 
 class Reply(NamedTuple):
-    """A model's answer to one call; fields as of `Answer`."""
+    """A model's answer to one call; the fields are those of `Answer`."""
 
     text: str
     prompt_tokens: int = 0
@@ -31,17 +31,13 @@ class Reply(NamedTuple):
 
 
 def checked(reply: Reply, blocked: str = "") -> Reply | Fault:
-    """The reply, or why it is none.
-
-    Args:
-      blocked: the service's word for why it kept the answer back.
-    """
+    """Returns the reply, or a fault if it is empty or `blocked` (the service's own word)."""
     paid = (reply.prompt_tokens, reply.answer_tokens)
     if blocked:
         said = f"the service blocked it: {blocked}"
         return Fault(Kind.FATAL, "blocked", said, 0.0, reply.text or None, *paid)
     if not reply.text.strip():
-        # At the limit a second call ends the same way.
+        # At the limit, a second call would end in the same way.
         kind = Kind.FATAL if reply.finish_reason == "length" else Kind.MALFORMED
         said = f"the service gave no text; finish reason {reply.finish_reason}"
         return Fault(kind, "no_answer", said, 0.0, None, *paid)
@@ -49,22 +45,18 @@ def checked(reply: Reply, blocked: str = "") -> Reply | Fault:
 
 
 class Client(abc.ABC):
-    """Speaks to one service. All methods are called on one event loop."""
+    """A client of one service. All methods are called on one event loop."""
 
     async def prepare(self) -> None:  # noqa: B027 (not all have something to prepare)
-        """What the first call needs; done before each, at no cost when it was done."""
+        """Prepares the first call; called before each call, at no cost once it is done."""
 
     @abc.abstractmethod
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
-        """One call, never tried again; may raise whatever `faults.classify` knows."""
+        """Makes one call without retries; may raise any error that `faults.classify` knows."""
 
     @abc.abstractmethod
     async def check(self) -> str:
-        """Asks whether the model is there, without paying for an answer; says what was found.
-
-        Raises:
-          UsageError: it is there, but cannot answer.
-        """
+        """Returns a message if the model exists (free); raises `UsageError` if it cannot answer."""
 
     @abc.abstractmethod
     async def close(self) -> None:
@@ -77,12 +69,10 @@ async def post(
     content: Mapping[str, Any],
     headers: Mapping[str, str] | None = None,
 ) -> Any:
-    """Sends JSON, and gives the JSON of the reply.
+    """Sends JSON and returns the JSON of the reply.
 
-    Raises:
-      HttpError: the status is not 200.
-      MalformedReplyError: the reply is no JSON.
-      aiohttp.ClientError: there is no reply.
+    Raises `HttpError` for a status other than 200, `MalformedReplyError` if the reply is not JSON,
+    and `aiohttp.ClientError` if there is none.
     """
     data = json.dumps(content).encode()
     headers = {"Content-Type": "application/json", **(headers or {})}

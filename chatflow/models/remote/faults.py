@@ -1,4 +1,4 @@
-"""What the errors of every client mean: one table for all services and kinds of endpoints."""
+"""Classifies the errors of all clients, services and kinds of endpoints."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ class Kind(enum.Enum):
 
 
 class Fault(NamedTuple):
-    """Why a call gave no answer.
+    """Why a call failed.
 
     Attributes:
       reason: a short code for counting, e.g. `http_429`.
-      wait: seconds that the service asks to wait at least before this call is made again.
-      answer: what the service said all the same.
-      prompt_tokens, answer_tokens: paid for nevertheless.
+      wait: the least seconds before a retry that the service asks for.
+      answer, prompt_tokens, answer_tokens: what the service said and charged nevertheless.
     """
 
     kind: Kind
@@ -45,7 +44,7 @@ class Fault(NamedTuple):
 
 
 class HttpError(Exception):
-    """A service answered with a status that is not 200."""
+    """A service answered with a status other than 200."""
 
     def __init__(self, status: int, body: str, headers: Mapping[str, str]):
         super().__init__(f"{status}: {body[:500]}")
@@ -57,10 +56,10 @@ class HttpError(Exception):
 
 
 class MalformedReplyError(ModelError):
-    """A service's reply is not what its documentation says."""
+    """A service's reply does not match its documentation."""
 
 
-# A status that is not here: of 500 and more, it is passing; else it is fatal.
+# Other statuses are PASSING from 500 on, and FATAL below.
 BY_STATUS: Mapping[int, Kind] = {
     408: Kind.PASSING,  # request timeout
     409: Kind.PASSING,  # gRPC's ABORTED
@@ -72,7 +71,7 @@ BY_STATUS: Mapping[int, Kind] = {
     529: Kind.BUSY,  # overloaded
 }
 
-# The first that fits. Statuses come before.
+# The first match counts. Statuses are checked first.
 BY_TYPE: tuple[tuple[type[Exception], Kind, str], ...] = (
     (MalformedReplyError, Kind.MALFORMED, ""),
     (ElementError, Kind.FATAL, ""),
@@ -85,13 +84,13 @@ BY_TYPE: tuple[tuple[type[Exception], Kind, str], ...] = (
     (google.auth.exceptions.GoogleAuthError, Kind.FATAL, "credentials"),
     (UsageError, Kind.FATAL, "usage"),
     (OSError, Kind.PASSING, "connection"),
-    # Of JSON, of UTF-8, and pydantic's, of what google-genai reads.
+    # Raised for bad JSON and UTF-8, and by pydantic in google-genai.
     (ValueError, Kind.MALFORMED, "malformed"),
 )
 
 
 def classify(error: Exception) -> Fault:
-    """Says what an exception of google-genai, google-auth, aiohttp or a Google API means."""
+    """Returns what an error of google-genai, google-auth, aiohttp or a Google API means."""
     if isinstance(error, grpc.RpcError):
         error = api_core.from_grpc_error(error)
     text = f"{type(error).__name__}: {error}"[:1000]
@@ -110,9 +109,9 @@ def classify(error: Exception) -> Fault:
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status of an error; for gRPC, the one that Google maps its code to."""
+    """Returns the HTTP status of an error; for gRPC, Google's equivalent of its code."""
     if isinstance(error, aiohttp.ClientResponseError):
-        return None  # aiohttp's own, for a reply that is no HTTP
+        return None  # aiohttp's own, for a reply that is not HTTP
     for name in ("status", "code"):
         value = getattr(error, name, None)
         if isinstance(value, int) and value >= 400:

@@ -1,4 +1,4 @@
-"""How many calls to a service are under way at once: fewer while it refuses them."""
+"""Limits concurrent calls to a service; lowers the limit while the service refuses calls."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ import math
 from typing import NamedTuple
 
 ROUND_SECONDS = 1.0
-ROUND_CALLS = 20  # from so many, a share of refused calls is more than chance
+ROUND_CALLS = 20  # the fewest calls for a meaningful share of refusals
 SUSTAINED = 0.2
 TOLERATED = 0.03
 GRANTED_ROUNDS = 30
-FLOOR = 0.6  # of a limit that was good, for mild cuts
-UNLIKELY = 0.5  # a share that is refused whatever our load
-OUTAGE = 0.9  # a share that says nothing about what the service takes when it is well
+FLOOR = 0.6  # of the last good limit, for mild cuts
+UNLIKELY = 0.5  # a share of refusals that our load must have caused
+OUTAGE = 0.9  # a share of refusals that does not show the service's normal capacity
 DEEPEST_CUT = 0.3
 FIRST_GROWTH, MOST_GROWTH = 0.01, 0.5
-UNKNOWN_SECONDS = 1.0  # of an answer, before there was one
+UNKNOWN_SECONDS = 1.0  # how long an answer takes, before the first one
 
 
 class Pass(NamedTuple):
-    """Leave to make one call; see `Gate.enter`."""
+    """Permission to make one call; see `Gate.enter`."""
 
     round: int
     entered: float
 
 
 class Trial(NamedTuple):
-    """A deep cut, and what would show in the next round that it did not help.
+    """A deep cut, which the next round judges.
 
-    Attributes:
-      limit: the one before.
-      refused: a share of refused calls that is greater.
-      answered: fewer calls answered a second.
+    It did not help if the share of refused calls is above `refused`, and fewer than `answered`
+    calls a second are answered. `limit` is the one before the cut.
     """
 
     limit: float
@@ -42,27 +40,21 @@ class Trial(NamedTuple):
 
 
 class Gate:
-    """Lets calls through, at most so many at once. For one event loop.
+    """Admits calls up to an adaptive limit of concurrent calls. For one event loop.
 
-    The limit adapts. While a service refuses no calls it is `most`. After each round (the
-    calls let through in a second, and 20 if some are refused, when they have ended) the share
-    of refused calls is looked at:
+    The limit starts at `most`, its maximum. A round is the calls of a second (at least 20 if some
+    are refused). When a round has ended, its share of refused calls decides:
 
-    - Above 20 %, the limit is cut by that share, which leaves what the service took. If that
-      does not help in the next round, it was not our load that did it: the limit is restored,
-      and such a share is taken for granted for half a minute, so that scattered refusals do
-      not slow us down.
-    - Above 3 %, it is cut by half of the share, but not below 60 % of one that was good.
-    - Without refusals, it grows again, by 1 % at first, and faster in each such round.
+    - Above 20 %, the limit is cut by that share, which leaves what the service accepted. If the
+      next round shows no improvement, our load was not the cause: the limit is restored, and such a
+      share is accepted for half a minute, so that scattered refusals do not slow us down.
+    - Above 3 %, the limit is cut by half of the share, to no less than 60 % of the last good one.
+    - Without refusals, it grows again: by 1 % at first, then faster in each such round.
 
-    A refused call keeps its place for as long as an answer takes, and below `most` calls are
-    spread evenly, one each (seconds of an answer / limit), as TCP paces its packets: quick
-    refusals would otherwise be followed at once by more calls. So the limit holds for quotas
-    a second, even where it is below one, as for a capacity of calls at once.
-
-    Args:
-      most: calls at once, never exceeded.
-      max_per_second: calls a second, never exceeded, evenly spread; 0: any number.
+    A refused call keeps its place for the time of an answer. Below `most`, calls are evenly spaced
+    by (seconds of an answer / limit), as TCP paces packets; otherwise more calls would follow quick
+    refusals at once. So the limit fits quotas per second, even below one, and concurrency limits.
+    Calls are also spaced evenly to stay within `max_per_second` (0: any number).
     """
 
     def __init__(self, most: int, max_per_second: float = 0.0):
@@ -72,13 +64,13 @@ class Gate:
         self._least_gap = 1 / max_per_second if max_per_second else 0.0
         self._waiting: collections.deque[asyncio.Future[Pass]] = collections.deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._next = 0.0  # no call before
+        self._next = 0.0  # the earliest time of the next call
         self._answers = 0
         self._answer_seconds = 0.0  # moving average
         self._round = 0
-        self._good = float(most)  # a limit at which few were refused
+        self._good = float(most)  # a limit with few refusals
         self._granted = 0.0  # share of refusals that does not depend on our load
-        self._granted_rounds = 0  # for which it is not tried again
+        self._granted_rounds = 0  # rounds until `_granted` is dropped
         self._trial: Trial | None = None
         self._growth = FIRST_GROWTH
         self._new_round()
@@ -87,11 +79,7 @@ class Gate:
         return asyncio.get_running_loop().time()
 
     async def enter(self, first: bool = False) -> Pass:
-        """Waits for leave to make a call; `leave` must follow.
-
-        Args:
-          first: before those that wait already; for calls that are made again.
-        """
+        """Waits until a call may be made; `leave` must follow. Retries go `first` in the queue."""
         future = asyncio.get_running_loop().create_future()
         (self._waiting.appendleft if first else self._waiting.append)(future)
         self._admit()
@@ -104,18 +92,18 @@ class Gate:
         return granted
 
     def turn_away(self, error: Exception) -> None:
-        """Raises an error from `enter` for all that wait now."""
+        """Makes `enter` raise an error for all callers that wait now."""
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_exception(error)
 
     def leave(self, granted: Pass, refused: bool = False, answered: bool = False) -> None:
-        """A call is over: it was refused for load, or answered, or failed otherwise."""
+        """Ends a call that was refused for load, was answered, or failed otherwise."""
         now = self._time()
         seconds = now - granted.entered
         if answered:
-            # Slowly, for the pace of calls follows it.
+            # Averaged slowly, because it sets the pace of calls.
             self._answers += 1
             gain = max(0.02, 1 / self._answers)
             self._answer_seconds += gain * (seconds - self._answer_seconds)
@@ -135,7 +123,7 @@ class Gate:
 
     @property
     def gap(self) -> float:
-        """Seconds between two calls."""
+        """The seconds between two calls."""
         paced = self._answer_seconds / self.limit if self.limit < self.most else 0.0
         return max(paced, self._least_gap)
 
@@ -154,7 +142,7 @@ class Gate:
             future = self._waiting.popleft()
             if future.done():  # cancelled
                 continue
-            # A timer that is late does not lower the rate, but nothing is made up for idleness.
+            # A late timer does not lower the rate, but idle time is not made up for.
             gap = self.gap
             self._next = max(self._next, now - min(gap, 0.01)) + gap
             self.in_flight += 1
@@ -172,7 +160,7 @@ class Gate:
         self._was_full = False
 
     def _noted(self, now: float) -> int:
-        """The round that a call belongs to, or 0: none is begun before the last has ended."""
+        """Returns the round of a call; 0 if the round is full but has not ended."""
         if not self._calls:
             self._started = now
         if now - self._started >= ROUND_SECONDS and self._calls >= ROUND_CALLS:
@@ -182,17 +170,17 @@ class Gate:
         return self._round
 
     def _set(self, limit: float) -> None:
-        # At least a call a second or an answer's time, to see when the service is well again.
+        # At least one call a second or per answer's time, to notice when the service recovers.
         least = min(1.0, self._answer_seconds or UNKNOWN_SECONDS)
         self.limit = min(float(self.most), max(least, limit))
 
     def _look_back(self, now: float) -> None:
-        """At the end of a round, adapts the limit to what became of its calls."""
+        """Adapts the limit if the round has ended."""
         mixed = 0 < self._refused < self._ended
         if (
             not self._calls
             or now - self._started < ROUND_SECONDS
-            or self._ended < 0.9 * self._calls  # others may hang
+            or self._ended < 0.9 * self._calls  # the rest may hang
             or (mixed and self._calls < ROUND_CALLS)
         ):
             return
@@ -213,7 +201,7 @@ class Gate:
                 self._set(trial.limit)
             else:
                 kept = max(DEEPEST_CUT, 1 - share)
-                # If the service takes so many and no more, as many fewer are refused next time.
+                # The next share if the service's capacity is what it just accepted.
                 expected = max(0.0, 1 - (1 - share) / kept)
                 self._trial = Trial(self.limit, (share + expected) / 2, answered * (1 + kept) / 2)
                 self._set(self.limit * kept)

@@ -1,4 +1,4 @@
-"""Gemini on Vertex AI, through google-genai."""
+"""Calls Gemini on Vertex AI through google-genai."""
 
 from __future__ import annotations
 
@@ -22,21 +22,16 @@ BLOCKED = frozenset(
 )
 
 LEVELS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192}
-"""Tokens that an answer may be longer for what is thought before it, by thinking level."""
+"""Additional tokens of an answer for the thinking before it, by thinking level."""
 
 
 def thinking_of(model: str, setting: str) -> tuple[dict[str, Any] | None, int]:
-    """What google-genai's `ThinkingConfig` is made of, and how many tokens more it needs.
+    """Returns the arguments of google-genai's `ThinkingConfig`, and the tokens that they add.
 
-    Thinking is paid for as part of the answer, and cut off with it at `max_output_tokens`; a
-    tone and a summary hardly need it.
-
-    Args:
-      setting: a level of Gemini 3 and later (`minimal`, `low`, `medium`, `high`), a budget of
-        tokens for Gemini 2.5, `none` to say nothing, or `auto`: as little as the model takes.
-
-    Raises:
-      UsageError: it is none of these.
+    Thinking is paid for as part of the answer, and counts towards `max_output_tokens`; a tone and a
+    summary hardly need it. The setting is a level of Gemini 3 and later, a number of tokens for
+    Gemini 2.5, `none` for the model's default, or `auto` for as little as the model allows; else
+    `UsageError` is raised.
     """
     if setting == "auto":
         found = re.match(r"gemini-(\d+(?:\.\d+)?)", model)
@@ -60,11 +55,7 @@ def thinking_of(model: str, setting: str) -> tuple[dict[str, Any] | None, int]:
 
 
 class GeminiClient(Client):
-    """generateContent of one model, with a response schema where JSON is asked for.
-
-    Args:
-      name: `gemini-…`.
-    """
+    """Calls generateContent of one model (`gemini-…`), with a schema if the answer is JSON."""
 
     def __init__(self, name: str, settings: RemoteSettings):
         self.name = name
@@ -79,8 +70,7 @@ class GeminiClient(Client):
             location=settings.location,
             http_options=types.HttpOptions(
                 timeout=round(settings.request_timeout * 1000),
-                # Its own retries pay no attention to Retry-After, and there is one that is
-                # hidden, which this turns off, too.
+                # No retries of google-genai's, not even its hidden one: they ignore Retry-After.
                 retry_options=types.HttpRetryOptions(attempts=1),
                 base_url=address or None,
             ),
@@ -100,7 +90,7 @@ class GeminiClient(Client):
     def _config(self, part: Part) -> types.GenerateContentConfig:
         form: dict[str, Any] = {}
         if part.schema:
-            # As an OpenAPI schema an enum is of strings only, so this is JSON Schema.
+            # JSON Schema, because in an OpenAPI schema enums contain only strings.
             form = {"response_mime_type": "application/json", "response_json_schema": part.schema}
         if self._thinking is not None:
             form["thinking_config"] = types.ThinkingConfig(**self._thinking)

@@ -1,4 +1,4 @@
-"""Models behind a service, for Beam: which client, one for a process, and the handler."""
+"""Beam's handler of remote models; one client per process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chatflow.models.spec import Kind, ModelSpec, Say
 from chatflow.options import ONE_BUNDLE, Batching, RemoteSettings
 
 CHECK_SECONDS = 15.0
-"""How long the service is asked at launch."""
+"""The longest call to the service at launch."""
 
 _NOT_OURS_TO_ASK = ("credentials", "http_401", "http_403")
 
@@ -42,7 +42,7 @@ _models_lock = threading.Lock()
 
 
 def shared_model(name: str, settings: RemoteSettings) -> RemoteModel:
-    """The one client of this process, for all its steps and threads."""
+    """Returns the one model that all steps and threads of this process share."""
     with _models_lock:
         model = _models.get((name, settings))
         if model is None or model.closed:
@@ -66,31 +66,27 @@ def _never(error: Exception) -> bool:
 class RemoteLanguageModelHandler(
     RemoteModelHandler[Request, PredictionResult, RemoteModel], LanguageModelHandler[RemoteModel]
 ):
-    """A language model behind a service, for `RunInference`.
+    """A remote language model (`gemini-…` or `projects/P/locations/L/endpoints/E`).
 
-    Each request is a call of its own; a batch is as many at once as may be in flight, over
-    all threads and steps of a worker process. A call that fails is made again as `faults`
-    says, within `RemoteSettings.retry_seconds`, with exponential pauses and full jitter, and
-    not before the service's Retry-After or RetryInfo, which holds for that request alone. An
-    answer that is not what was asked for is sent back once, with the error. Whatever still
-    fails is a `Failure` of that request; nothing fails a batch.
+    Each request is a separate call. All threads and steps of a process share the limit of calls in
+    flight. A failed call is retried as `faults` says, within `RemoteSettings.retry_seconds`, with
+    exponential pauses and full jitter, and not before the service's Retry-After or RetryInfo for
+    that request. An unusable answer is sent back once, with the error. A request that still fails
+    returns a `Failure`; the rest of the batch is unaffected.
 
-    Beam's base retries and throttles whole batches; both stay idle, for `request` does not
-    raise. What it gives is the signal of throttled time to the runner.
-
-    Args:
-      model: `gemini-…` or `projects/P/locations/L/endpoints/E`.
+    Beam's base class would retry and throttle whole batches, but `request` raises no errors. It is
+    used for its signal of throttled time to the runner.
     """
 
     def __init__(
         self, model: str, settings: RemoteSettings, batching: Batching = ONE_BUNDLE
     ) -> None:
-        # A batch ends with its slowest call, so in files it is much wider than what is in
-        # flight. In streams, whose batches come as they come, no answer waits for so many.
+        # A batch ends with its slowest call, so batches of files are much larger than the number
+        # of calls in flight. In streams they are smaller, so that answers do not wait for many.
         times = 2 if batching.max_batch_duration_secs else 16
         wide = dataclasses.replace(batching, max_batch_size=times * settings.max_in_flight)
         LanguageModelHandler.__init__(self, model, wide)
-        # Beam's throttler counts what is under way as failed, and sleeps 5 s at a time.
+        # Beam's throttler counts calls in flight as failed, and sleeps 5 s at a time.
         RemoteModelHandler.__init__(
             self,
             namespace=METRICS,
@@ -126,7 +122,7 @@ class Remote(Kind):
     asked_by_json = True
 
     def check(self, spec: ModelSpec) -> None:
-        """Checks name and settings; calls nothing."""
+        """Checks the name and the settings without a call."""
         name, settings = spec.name, spec.remote
         from chatflow.models.remote.vertex import ENDPOINT
 
@@ -154,10 +150,10 @@ class Remote(Kind):
         return True
 
     def check_service(self, spec: ModelSpec, local: bool, say: Say) -> None:
-        """Asks the service whether the model is there.
+        """Checks with the service that the model exists.
 
-        Where it cannot be reached, or this machine may not ask it for a job that runs
-        elsewhere, only a warning is printed: the workers may well reach it.
+        Prints only a warning if the service cannot be reached, or refuses the credentials of this
+        machine for a job that runs elsewhere: the workers may reach it.
         """
         settings = dataclasses.replace(
             spec.remote, request_timeout=min(spec.remote.request_timeout, CHECK_SECONDS)

@@ -1,4 +1,4 @@
-"""Text models on Vertex AI endpoints of every kind: public, dedicated and private."""
+"""Calls text models on Vertex AI endpoints: public, dedicated and private ones."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 
 
 def schema_fields(schema: Mapping[str, Any] | None, spelling: str) -> dict[str, Any]:
-    """How a chat completion is told the JSON schema of its answer.
+    """Returns the fields of a chat completion that specify the JSON schema of its answer.
 
-    Args:
-      spelling: `response_format` (OpenAI's), `structured_outputs` (vLLM from 0.12 on),
-        `guided_json` (vLLM before), or `none`. Servers are said to ignore one that they do not
-        know, so answers are checked all the same.
+    The spelling is one of `RemoteSettings.response_format`. Servers are said to ignore an unknown
+    one, so answers are checked nevertheless.
     """
     if not schema or spelling == "none":
         return {}
@@ -42,11 +40,11 @@ def schema_fields(schema: Mapping[str, Any] | None, spelling: str) -> dict[str, 
 
 
 def body(turns: Sequence[Turn], part: Part, settings: RemoteSettings) -> dict[str, Any]:
-    """The body of a call, by `RemoteSettings.request_format`.
+    """Returns the body of a call, by `RemoteSettings.request_format`.
 
-    - `chat_completions`: an instance of predict, as Model Garden's vLLM containers take it.
-    - `raw_predict`: OpenAI's body as it is, for containers that serve its route.
-    - `prompt`: an instance with a prompt, for containers that know no chats.
+    - `chat_completions`: an instance of predict, for Model Garden's vLLM containers.
+    - `raw_predict`: OpenAI's body, for containers that serve its route.
+    - `prompt`: an instance with a prompt, for containers without chats.
     """
     limits = {"max_tokens": part.max_tokens, "temperature": 0}
     if settings.request_format == "prompt":
@@ -66,12 +64,10 @@ def body(turns: Sequence[Turn], part: Part, settings: RemoteSettings) -> dict[st
 
 
 class Address(NamedTuple):
-    """Where an endpoint answers.
+    """The URLs of an endpoint, and the number of models deployed on it.
 
     Attributes:
       kind: `public`, `dedicated`, `private service access` or `overridden`.
-      predict, raw_predict: URLs.
-      models: how many are deployed on it.
       verified: whether its certificate is checked.
     """
 
@@ -83,21 +79,17 @@ class Address(NamedTuple):
 
     @classmethod
     def at(cls, base: str, name: str, kind: str, models: int = 1, verified: bool = True) -> Address:
-        """Of an endpoint that the host `base` serves, under the name that Vertex AI has for it."""
+        """Returns the address of an endpoint, by its Vertex AI name, at the host `base`."""
         url = f"{base.rstrip('/')}/v1/{name}"
         return cls(kind, f"{url}:predict", f"{url}:rawPredict", models, verified)
 
 
 class EndpointClient(Client):
-    """predict or rawPredict of one endpoint over HTTP.
+    """Calls predict or rawPredict of one endpoint, `projects/P/locations/L/endpoints/E`.
 
-    The endpoint is looked up once, by its first call, for its kind and its address; see
-    `look_up`. Calls go over HTTP for every kind, and not through aiplatform's classes, which
-    hide the status of what a dedicated endpoint refuses in a text, and know no time-out for a
-    private one.
-
-    Args:
-      name: `projects/P/locations/L/endpoints/E`.
+    The first call looks up the endpoint's kind and address. Calls use plain HTTP, because
+    aiplatform's classes hide a dedicated endpoint's error status in a text, and have no timeout for
+    a private endpoint.
     """
 
     def __init__(self, name: str, settings: RemoteSettings):
@@ -138,7 +130,7 @@ class EndpointClient(Client):
         try:
             return await post(self._http, url, content, headers)
         except HttpError as error:
-            if error.status == 404:  # perhaps it was deployed anew, elsewhere
+            if error.status == 404:  # it may have been deployed again at another address
                 self._address = None
             raise
 
@@ -158,7 +150,7 @@ class EndpointClient(Client):
 
 
 class _Token:
-    """An access token of the machine's own credentials, renewed before it ends."""
+    """An access token from the machine's own credentials, renewed before it expires."""
 
     def __init__(self, none: bool):
         self._credentials: Any = None
@@ -184,11 +176,11 @@ class _Token:
 
 
 def overridden(name: str, address: str) -> Address:
-    """An endpoint at an address that is known; an address without scheme is https's."""
+    """Returns the address of an endpoint at a known host; the default scheme is https."""
     if "://" in address:
         return Address.at(address, name, "overridden")
-    # aiplatform's PrivateEndpoint checks no certificate here, for the address is one of the
-    # user's own network, and the certificate is Google's own.
+    # Not verified, as in aiplatform's PrivateEndpoint: the address is in the user's own network,
+    # and the certificate is Google's own.
     return Address.at(f"https://{address}", name, "overridden", verified=False)
 
 
@@ -197,14 +189,13 @@ def _nothing_deployed(name: str) -> UsageError:
 
 
 def look_up(name: str, settings: RemoteSettings) -> Address:
-    """Asks Vertex AI for an endpoint.
+    """Returns an endpoint's address from Vertex AI.
 
-    Raises:
-      UsageError: a private service connect endpoint without its address.
-      google.api_core.exceptions.GoogleAPICallError: as the service says.
+    Raises `UsageError` for a Private Service Connect endpoint (its address must be given) or a
+    private one without a model, and `google.api_core.exceptions.GoogleAPICallError`.
     """
     found = ENDPOINT.fullmatch(name)
-    assert found is not None  # checked by remote.check_name
+    assert found is not None  # checked by `Remote.check`
     base = settings.api_endpoint or f"https://{found[2]}-aiplatform.googleapis.com"
     if "://" not in base:
         base = f"https://{base}"
@@ -246,7 +237,7 @@ def _endpoint_service(base: str) -> Any:
 
 
 def _prediction(content: Any) -> Any:
-    """The one prediction of a reply. Public examples disagree whether it stands in a list."""
+    """Returns the prediction of a reply. Public examples disagree on whether it is in a list."""
     predictions = content.get("predictions") if isinstance(content, dict) else None
     if not predictions:
         said = "the reply has no predictions"
@@ -255,13 +246,9 @@ def _prediction(content: Any) -> Any:
 
 
 def reply_of(prediction: Any) -> Reply | Fault:
-    """Reads a chat completion, a completion, or the text of a container that knows prompts only.
-
-    Raises:
-      MalformedReplyError: it is neither.
-    """
+    """Reads a chat completion, a completion or a text; raises `MalformedReplyError` for others."""
     if isinstance(prediction, str):
-        # Model Garden's containers say the prompt again.
+        # Model Garden's containers repeat the prompt.
         return checked(Reply(prediction.split("\nOutput:\n", 1)[-1], finish_reason="unknown"))
     try:
         choice, usage = prediction["choices"][0], prediction.get("usage") or {}

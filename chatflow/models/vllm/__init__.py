@@ -1,4 +1,4 @@
-"""vLLM's own server on the workers."""
+"""Models that vLLM's server runs on the workers."""
 
 import lazy_loader
 

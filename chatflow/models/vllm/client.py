@@ -1,4 +1,4 @@
-"""How vLLM's server on this machine is asked: one call, for one part of a request."""
+"""Calls vLLM's server on this machine, once for each part of a request."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ if TYPE_CHECKING:
     from chatflow.models.vllm.server import VllmServer
 
 TOP = 20
-"""Likeliest first tokens among which the choices are looked for; vLLM gives no more by default."""
+"""The number of likeliest first tokens to find the choices in; vLLM's default maximum."""
 
 
 class VllmClient(Client):
-    """Completions of a server on this machine, which is started again when it has ended.
+    """A client of a server on this machine, which it restarts if the server has ended.
 
-    Args:
-      name: of the model, as the server knows it.
-      instruct: chat completions are asked for, else the prompt is continued.
-
-    Where a part has choices, the reply's text is a JSON list of their log-probabilities.
+    With `instruct` it asks for chat completions, else for completions. For a part with choices, the
+    reply's text is a JSON list of their log-probabilities.
     """
 
     def __init__(self, name: str, server: VllmServer, settings: RemoteSettings, instruct: bool):
@@ -41,7 +38,7 @@ class VllmClient(Client):
         self._http: aiohttp.ClientSession | None = None
 
     async def prepare(self) -> None:
-        """Waits for the server. All that wait for one start have its outcome."""
+        """Waits for the server; concurrent callers share one start and its outcome."""
         if self._server.runs and (self._start is None or self._start.done()):
             return
         if self._start is None or self._start.done():
@@ -50,14 +47,14 @@ class VllmClient(Client):
 
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         if self._http is None:
-            self._http = await session(verified=False, trust_env=False)  # it is on this machine
+            self._http = await session(verified=False, trust_env=False)  # on this machine
         path = "chat/completions" if self.instruct else "completions"
         content = self._body(turns, part)
         reply = await post(self._http, f"{self._server.address}/v1/{path}", content)
         return _scores_of(reply, part) if part.choices else reply_of(reply)
 
     def _body(self, turns: Sequence[Turn], part: Part) -> dict[str, Any]:
-        if part.choices:  # nothing is written
+        if part.choices:  # nothing is generated
             part = dataclasses.replace(part, max_tokens=1, stop=(), schema=None)
         if self.instruct:
             raw = dataclasses.replace(self.settings, request_format="raw_predict")
@@ -86,12 +83,9 @@ class VllmClient(Client):
 
 
 def _scores_of(content: Any, part: Part) -> Reply | Fault:
-    """The log-probability of each choice's first token, in place of a text; as JSON.
+    """Returns the log-probability of each choice's first token, as a reply with JSON text.
 
-    A token that begins several choices says nothing of one of them, and is left out.
-
-    Raises:
-      MalformedReplyError: the reply has no log-probabilities.
+    A token that begins several choices does not distinguish them, and is ignored.
     """
     try:
         usage, found = content.get("usage") or {}, content["choices"][0]["logprobs"]
@@ -100,7 +94,7 @@ def _scores_of(content: Any, part: Part) -> Reply | Fault:
             tops = {top["token"]: top["logprob"] for top in found["content"][0]["top_logprobs"]}
         else:
             tops = dict(found["top_logprobs"][0])
-        least = min(tops.values())  # of a choice that is not among them, at most
+        least = min(tops.values())  # an upper bound for a choice that is not among them
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         said = f"no log-probabilities in the reply: {error!r}"
         raise MalformedReplyError("bad_reply", said, json.dumps(content)[:2000]) from None
@@ -117,5 +111,5 @@ def _scores_of(content: Any, part: Part) -> Reply | Fault:
 
 
 def _begins(choice: str, token: str) -> bool:
-    # Tokenizers differ in what they say of a word's leading space.
+    # Tokenizers differ in how they return a word's leading space.
     return bool(token.strip()) and choice.strip().startswith(token.strip())

@@ -1,12 +1,11 @@
-"""Runs a command that ends with the process that started it, however that ends.
+"""Runs a command that ends with the process that started this guard, however that process ends.
 
   python -I guard.py COMMAND …
 
-That process holds the other end of our standard input. When it is closed, or at SIGTERM, the
-command is told to end with all that it has started; what is left after `GRACE` is killed. vLLM's
-engines outlive a server that is killed, and keep the GPU's memory
-(https://github.com/vllm-project/vllm/issues/55510). Where we are killed ourselves, Linux tells the
-command alone, and nobody sees to it that it ends. Imports nothing of chatflow's.
+When the parent closes our standard input, or at SIGTERM, the command and its children get SIGTERM,
+and SIGKILL after `GRACE`. vLLM's engines outlive a killed server, and keep the GPU's memory
+(https://github.com/vllm-project/vllm/issues/55510). If this guard is killed, Linux sends SIGTERM to
+the command only, and nothing enforces its end. This module imports nothing of chatflow.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/pr_set_pdeathsig.2
 
 
 def main() -> None:
-    # Ctrl-C is for our parent, which may still need the command while it drains.
+    # Ctrl-C is for our parent, which may need the command while it drains.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     command: subprocess.Popen[bytes] | None = None
     told = False
@@ -46,7 +45,7 @@ def main() -> None:
         stop()
 
     signal.signal(signal.SIGTERM, stop)
-    # A group of its own, so that its children end with it.
+    # In a separate process group, so that its children end with it.
     command = subprocess.Popen(
         sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_tied()
     )
@@ -59,10 +58,7 @@ def main() -> None:
 
 
 def _tied() -> Callable[[], None] | None:
-    """What the command does before it starts, so that it is told to end when we are killed.
-
-    By SIGTERM, at which vLLM's server ends its engines; None where the system cannot do it.
-    """
+    """Returns what makes the command get SIGTERM when we are killed; None except on Linux."""
     if sys.platform != "linux":
         return None
     prctl, guard = ctypes.CDLL(None).prctl, os.getpid()

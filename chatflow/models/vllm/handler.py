@@ -1,4 +1,4 @@
-"""vLLM on the workers: its own server, which Beam's handlers start, asked as a service is."""
+"""Runs models on the workers in vLLM's own server, and calls it like a remote service."""
 
 from __future__ import annotations
 
@@ -38,11 +38,7 @@ _OURS = ("model", "port", "uds", "served-model-name", "root-path", "api-key", "s
 
 
 def check(name: str, worker: WorkerSettings) -> None:
-    """Checks what can be checked of `vllm:NAME` and its settings; loads nothing.
-
-    Raises:
-      UsageError: it is no name that vLLM could load, or a setting that it does not have.
-    """
+    """Checks `vllm:NAME` and its settings without loading; raises `UsageError`."""
     model = name.removeprefix(VLLM)
     folder = Path(model)
     if model and folder.is_dir() and not (folder / "config.json").is_file():
@@ -78,15 +74,14 @@ def check(name: str, worker: WorkerSettings) -> None:
 
 
 def parse_arguments(text: str) -> dict[str, str | None]:
-    """Flags of vLLM's server by name; None for one without a value.
+    """Returns the flags of vLLM's server by name, None for one without a value.
 
-    A comma is between two flags where the name of one follows it, so that values may be JSON.
+    A comma separates flags only if a name follows it, so values may be JSON.
 
     >>> parse_arguments('tensor-parallel-size=2,enforce_eager,limit-mm-per-prompt={"a":0,"b":0}')
     {'tensor-parallel-size': '2', 'enforce-eager': None, 'limit-mm-per-prompt': '{"a":0,"b":0}'}
 
-    Raises:
-      UsageError: that is no list of flags, or one of them is chatflow's own.
+    Raises `UsageError` for other texts, repeated flags, and flags that chatflow sets.
     """
     arguments: dict[str, str | None] = {}
     for item in re.split(r",(?=[a-z-])", text) if text else ():
@@ -106,11 +101,7 @@ def parse_arguments(text: str) -> dict[str, str | None]:
 
 
 def check_installed(name: str) -> None:
-    """For a model that runs on this machine.
-
-    Raises:
-      UsageError: vLLM, or what Beam's handler needs, is not installed.
-    """
+    """Checks that this machine has vLLM, openai and the model's folder; raises `UsageError`."""
     for package in ("vllm", "openai"):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"--model={name}: {package} is not installed here; {INSTALL}")
@@ -119,14 +110,10 @@ def check_installed(name: str) -> None:
 
 
 def server_arguments(name: str, worker: WorkerSettings, most: int) -> dict[str, str | None]:
-    """The flags that a server is started with, beside the model and the port.
-
-    Args:
-      most: requests at once.
-    """
-    # Only for us: the server asks nobody for a key. It would log each call. Prompts are budgeted by
-    # an estimate, and one that is asked again holds the first answer, too; without a limit, vLLM
-    # does not start where the longest context that the model knows has no room.
+    """Returns a server's flags except the model and the port, for `most` requests at once."""
+    # Only local, because the server asks for no key. Prompts have estimated lengths, and when asked
+    # again also contain the first answer. Without max-model-len, vLLM does not start if the model's
+    # longest context does not fit into memory.
     arguments: dict[str, str | None] = {
         "host": "127.0.0.1",
         "served-model-name": name.removeprefix(VLLM),
@@ -140,12 +127,7 @@ def server_arguments(name: str, worker: WorkerSettings, most: int) -> dict[str, 
 
 
 class VllmModel(LanguageModel):
-    """A server and its client. Each part of a request is a call of its own.
-
-    Args:
-      name: what answers say made them.
-      path: what the server loads.
-    """
+    """A server, which loads `path`, and its client. Each part of a request is a separate call."""
 
     def __init__(
         self,
@@ -173,7 +155,7 @@ class VllmModel(LanguageModel):
         return self._calls.counts()
 
     def close(self) -> None:
-        """Ends the server; also done when nobody holds the model, and when the process ends."""
+        """Ends the server; also runs at garbage collection and when the process ends."""
         self._release()
 
 
@@ -183,7 +165,7 @@ def _release(calls: RemoteModel, server: VllmServer) -> None:
 
 
 def _together(parts: Sequence[Part], found: Sequence[Answer | Failure]) -> Answer | Failure:
-    """One answer from those to a request's parts, or the first failure; all are paid for."""
+    """Returns one answer from the parts' answers, or the first failure, with all tokens used."""
     read = sum(each.prompt_tokens for each in found)
     written = sum(each.answer_tokens for each in found)
     answers: list[Answer] = []
@@ -203,24 +185,23 @@ def _result(part: Part, answer: Answer) -> Result:
     if not part.choices:
         cut = answer.finish_reason == "length"
         return Result(answer.prompt_tokens, text=answer.text, cut=cut)
-    scores = tuple(json.loads(answer.text))  # see VllmClient
+    scores = tuple(json.loads(answer.text))  # see `VllmClient`
     biased = [score - bias for score, bias in zip(scores, part.bias, strict=True)]
     return Result(answer.prompt_tokens, scores, biased.index(max(biased)))
 
 
 class VllmModelHandler(LanguageModelHandler[VllmModel]):
-    """A model of vLLM's on the worker: one server for all its processes and steps.
+    """A model in vLLM on the worker: one server for all its processes and steps.
 
-    Beam's own handlers ask it for a whole batch, which one error fails, without a time-out and
-    without a schema. Here they only start it; it is asked as a remote model is: see
-    `RemoteLanguageModelHandler`. It has its own batches, which calls join and leave as they
-    come, so that `Batching.size` says how many are in flight.
+    In Beam's own handlers one error fails a whole batch, and there are no timeouts and no schemas.
+    So they only start the server; calls are those of `RemoteLanguageModelHandler`. vLLM batches
+    continuously, so `Batching.max_batch_size` is the number of calls in flight.
 
     Args:
-      name: `vllm:` and a name of Hugging Face's, a folder on the worker, or one of Cloud Storage.
-      instruct: chat completions are asked for, else prompts are continued.
-      worker: `dtype`, `max_prompt_tokens` and `vllm_args` are for the server.
-      remote: time-outs and retries, as of a remote model.
+      name: `vllm:` and a Hugging Face name, or a folder on the worker or in Cloud Storage.
+      instruct: asks for chat completions, else for completions.
+      worker: the server gets its `dtype`, `max_prompt_tokens` and `vllm_args`.
+      remote: timeouts and retries.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""vLLM's own server, as Beam's handlers start and watch it. For workers: needs openai."""
+"""Starts vLLM's server through Beam's handlers. Only for workers: needs openai."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ LAST_LINES = 8
 
 
 class VllmServer:
-    """Starts a server, and waits until it answers.
+    """Starts a server and waits until it answers.
 
-    Beam's handler composes its command, looks for a free port, asks until the model is there, and
-    starts it anew up to three times where it ends before. It loses what a server says that does
-    not start, and a worker that is killed leaves it running; so the process itself is started
-    here, under a guard.
+    Beam's handler composes the command, finds a free port, polls until the model is ready, and
+    restarts the server up to three times if it ends before that. But it loses the output of a
+    server that does not start, and a killed worker leaves the server running. So the process
+    itself is started here, under a guard.
 
     Args:
-      model: what `--model` of the server's is given.
-      arguments: its other flags; None for one without a value.
-      instruct: it is asked for chat completions, else for completions.
+      arguments: flags besides `--model`; None for one without a value.
+      instruct: asks for chat completions, else for completions.
 
     Raises:
-      ModelError: `no_server`; with the last lines that it printed.
+      ModelError: `no_server`, with the last lines that it printed.
     """
 
     def __init__(self, model: str, arguments: Mapping[str, str | None], instruct: bool):
@@ -58,7 +57,7 @@ class VllmServer:
 
     @property
     def address(self) -> str:
-        """Raises `ConnectionRefusedError` where the server has ended and has no port as yet."""
+        """The server's URL; raises `ConnectionRefusedError` while a restart has no port yet."""
         port = self._server._server_port
         if port < 0:
             raise ConnectionRefusedError(f"the vLLM server of {self.model} is being started")
@@ -70,11 +69,7 @@ class VllmServer:
         return process is not None and process.poll() is None
 
     def start_again(self) -> None:
-        """Starts a server that has ended; for one caller at a time.
-
-        Raises:
-          ModelError: as when it is made.
-        """
+        """Restarts a server that has ended, for one caller at a time; raises `ModelError`."""
         if not self._stop.alive:
             raise ModelError("no_server", f"{self.model}: its server was stopped")
         _log.warning("the vLLM server of %s has ended, and is started again", self.model)
@@ -85,7 +80,7 @@ class VllmServer:
                 self._server.check_connectivity()
 
     def stop(self) -> None:
-        """Ends the server; also done when nobody holds this, and when the process ends."""
+        """Ends the server; also runs at garbage collection and when the process ends."""
         self._stop()
 
     @contextlib.contextmanager
@@ -93,7 +88,7 @@ class VllmServer:
         try:
             with _started_by(self._start):
                 yield
-        except Exception as error:  # Beam's own is no more than that
+        except Exception as error:  # Beam raises nothing more specific
             if self._listener is not None:
                 self._listener.join(2)
             said = " / ".join(self._lines) or "nothing"
@@ -103,7 +98,7 @@ class VllmServer:
             raise ModelError("no_server", f"{self.model}: {status} It last said: {said}") from None
 
     def _start(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
-        """In place of Beam's function of this use."""
+        """Replaces Beam's `start_process`."""
         (port,) = subprocess_server.pick_port(None)
         command = [word.replace("{{PORT}}", str(port)) for word in command]
         _log.info("starting %s", " ".join(command))
@@ -122,7 +117,7 @@ class VllmServer:
 
 
 def _listen(said: IO[bytes], lines: collections.deque[str]) -> None:
-    """Logs and keeps what a server prints. Holds no server, which ends when nobody does."""
+    """Logs and keeps a server's output; holds no server, so that it can be garbage-collected."""
     with said:
         for raw in said:
             line = raw.decode(errors="backslashreplace").rstrip()
@@ -132,7 +127,7 @@ def _listen(said: IO[bytes], lines: collections.deque[str]) -> None:
 
 
 def _without_proxy() -> None:
-    """Beam's client would ask a proxy for the server, and Beam end it as one that never answers."""
+    """Exempts the server from proxies: Beam would ask one, get no answer, and end the server."""
     for name in ("no_proxy", "NO_PROXY"):
         hosts = os.environ.get(name, "")
         if "localhost" not in hosts:
@@ -144,7 +139,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def _started_by(start: Callable[..., Any]) -> Iterator[None]:
-    """Meanwhile, Beam's module starts processes by our function: it has no other way in."""
+    """Makes Beam's module start processes with `start` meanwhile; it has no hook for that."""
     with _lock:
         own, vllm_inference.start_process = vllm_inference.start_process, start
         try:
