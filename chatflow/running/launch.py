@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
+from apache_beam.options.pipeline_options import StandardOptions
 from apache_beam.pipeline import PipelineVisitor
 from rich.console import Console
 
@@ -159,7 +160,7 @@ def launch(pipeline: beam.Pipeline) -> Any:
 
     Before it runs, checks what chatflow's transforms read and write as `chatflow run` does, raises
     `UsageError` if that fails, and removes result files of an earlier run. The first Ctrl-C drains
-    a stream.
+    a stream. With `--no_wait_until_finish`, returns when the job has started.
     """
     from chatflow.sinks.write import sink_of
     from chatflow.sources.read import check_messages, files_of
@@ -181,7 +182,8 @@ def launch(pipeline: beam.Pipeline) -> Any:
         sink.prepare({uri: ()}, inputs, settings.streaming, local)
     try:
         result = pipeline.run()
-        finish(result, Console(stderr=True))
+        if not pipeline.options.view_as(StandardOptions).no_wait_until_finish:
+            finish(result, Console(stderr=True))
     finally:
         for asked in parts.models:
             asked.model.forget()
