@@ -85,11 +85,27 @@ LONGEST = (
 pytest.register_assert_rewrite("contract")
 
 
+REAL = {"gemma", "chromium", "emulator_host", "postgres_server", "prism", "slow"}
+"""Fixtures and markers of tests that need real weights, services or much time."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what is slow or not scripted")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # xdist's own order is by how many tests there are
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def is_fast(item: pytest.Item) -> bool:
+    needs = {*item.fixturenames, *(mark.name for mark in item.iter_markers())}
+    return not (needs & REAL or "postgresql" in item.name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.fast:
+        config.hook.pytest_deselected(items=[item for item in items if not is_fast(item)])
+        items[:] = filter(is_fast, items)
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
