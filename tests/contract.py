@@ -234,6 +234,7 @@ def test_it_answers_through_beams_own_transform_with_keys(case):
         assert_that(results, one_answer)
 
 
+@pytest.mark.slow
 def test_chats_become_analyses_drafts_and_dead_letters(case):
     chats = [*samples(ANGRY, HAPPY), chat(case.poison, chat_id="bad")]
     model = Model(case.handler)

@@ -109,6 +109,7 @@ def hints_of(cloud, job):
     return hinted
 
 
+@pytest.mark.slow
 def test_make_deploy_submits_the_job(cloud, tmp_path):
     """The whole of it, as a person runs it, with a preset of theirs in the image."""
     preset = tmp_path / "mine"
@@ -135,6 +136,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_job_is_what_was_asked_for(cloud, capsys, case):
     job = deploy(cloud, capsys, **CASES[case])
     environment, options = job["environment"], options_of(job)
@@ -182,6 +184,7 @@ def test_the_job_is_what_was_asked_for(cloud, capsys, case):
     assert set(asking) & hinted.keys() == (set() if remote else set(asking))
 
 
+@pytest.mark.slow
 def test_what_is_staged_is_the_graph_alone(cloud, capsys):
     """The code is in the image; nothing is installed when a worker starts."""
     job = deploy(cloud, capsys)
@@ -239,6 +242,7 @@ def test_a_machine_without_credentials_is_told_at_once(cloud, capsys, monkeypatc
     assert "gcloud auth application-default login" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_that_is_waited_for_ends_with_its_counts(cloud, capsys):
     ((_, *words),) = commands("deploy", cloud, capsys, **FILES)
     words.remove("--no_wait_until_finish")
@@ -260,6 +264,7 @@ def test_arguments_go_before_what_is_computed(cloud, capsys):
     assert "--quiet_seconds=30" in words
 
 
+@pytest.mark.slow
 def test_an_update_is_checked_first(cloud, capsys):
     first = deploy(cloud, capsys)
     check, update = commands("update", cloud, capsys)
@@ -273,6 +278,7 @@ def test_an_update_is_checked_first(cloud, capsys):
     assert first["currentState"] == "JOB_STATE_UPDATED"
 
 
+@pytest.mark.slow
 def test_an_update_that_does_not_fit_leaves_the_job_alone(cloud, capsys):
     first = deploy(cloud, capsys)
     cloud.incompatible = "The new job is missing steps AssembleChats"
@@ -290,6 +296,7 @@ def gcloud():
         required("gcloud", "install the Google Cloud CLI, https://cloud.google.com/sdk")
 
 
+@pytest.mark.slow
 def test_a_job_is_found_by_its_name_and_drained(cloud, capsys, gcloud):
     job = deploy(cloud, capsys)
     make("drain", **PLACE)
@@ -302,6 +309,7 @@ def test_a_job_is_found_by_its_name_and_drained(cloud, capsys, gcloud):
     assert len(cloud.jobs) == 1
 
 
+@pytest.mark.slow
 def test_the_templates_parameters_are_the_same_options(cloud, capsys, gcloud):
     """From make to gcloud to the service to the launcher, and to the job."""
     variables = {"ARGS": "--quiet_seconds=45 --batch_buckets=256,512 --labels=team=support"}
@@ -476,6 +484,7 @@ def test_names_are_those_that_terraform_makes(cloud, capsys):
 # Files of Cloud Storage.
 
 
+@pytest.mark.slow
 def test_a_run_on_this_machine_reads_and_writes_cloud_storage(cloud, script, capsys):
     model = script({"task": "analysis", "answer": {"sentiment": 0, "summary": "It is late."}})
     output = "gs://proj-1-chatflow/out"

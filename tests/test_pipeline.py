@@ -59,6 +59,7 @@ def test_chats_in_analyses_and_drafts_out(tmp_path, lines, script):
     assert spread["min"] <= spread["mean"] <= spread["max"]
 
 
+@pytest.mark.slow
 def test_messages_in_files_are_assembled_to_chats(tmp_path, lines, script):
     """In any order, twice, beside whole chats; as in a stream."""
     talk = [
@@ -79,6 +80,7 @@ def test_messages_in_files_are_assembled_to_chats(tmp_path, lines, script):
     assert counts["reduced"]["duplicate_messages"] == 1
 
 
+@pytest.mark.slow
 def test_30_000_messages_of_one_chat(tmp_path, lines, script):
     source = lines(
         *(b'{"chat_id":"7","user_id":"u","text":"late %d"}' % n for n in range(30_000)),
@@ -92,6 +94,7 @@ def test_30_000_messages_of_one_chat(tmp_path, lines, script):
     assert counts["lost"] == 0
 
 
+@pytest.mark.slow
 def test_the_same_chats_twice_give_the_same_ids(tmp_path, lines, script):
     source, model = lines(chat("late!", chat_id="1")), script(ANGRY, APOLOGY)
     ids = []
@@ -115,6 +118,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.slow
 def test_each_bad_line_is_a_dead_letter_that_holds_it(tmp_path, lines, script):
     source = lines(*BAD_INPUT.values(), b"", b"  ", chat("fine", chat_id="ok"))
     model = script(ANGRY, APOLOGY)
@@ -129,6 +133,7 @@ def test_each_bad_line_is_a_dead_letter_that_holds_it(tmp_path, lines, script):
     assert (counts["lines_read"], counts["analysed"], counts["lost"]) == (len(BAD_INPUT) + 1, 1, 0)
 
 
+@pytest.mark.slow
 def test_a_ten_megabyte_line_and_a_chat_of_5000_messages_are_reduced_not_lost(
     tmp_path, lines, script
 ):
@@ -175,6 +180,7 @@ def test_dead_letters_of_every_stage_are_replayed(tmp_path, lines, script):
     assert by_analysis == {a["analysis_id"] for a in analyses}
 
 
+@pytest.mark.slow
 def test_a_letter_that_cannot_be_opened_is_a_dead_letter_again(tmp_path, lines, script):
     source = lines(b"no letter", {"stage": "draft_model"}, name="dead_letters-x.jsonl")
     options = Options(input=source, output=f"{tmp_path}/out", model=script(ANGRY, APOLOGY))
@@ -237,6 +243,7 @@ def behaving(chat_id, behaviour, whole):
     ),
     st.integers(min_value=1, max_value=9),
 )
+@pytest.mark.slow
 def test_every_line_is_accounted_for_exactly_once(mix, batch):
     with tempfile.TemporaryDirectory() as folder:
         source = [
@@ -391,6 +398,7 @@ def test_a_reshuffle_stands_before_and_after_each_inference(steps, stage):
     assert {"BeforeModel/ReshufflePerKey", "AfterModel/ReshufflePerKey"} <= set(inner)
 
 
+@pytest.mark.slow
 def test_the_models_answers_are_asked_for_once(tmp_path, lines, script):
     """Two sinks and a second stage read the analyses; the model is asked once for each."""
     source = lines(*(chat("late!", chat_id=str(i)) for i in range(20)))
@@ -398,6 +406,7 @@ def test_the_models_answers_are_asked_for_once(tmp_path, lines, script):
     assert len(read(tmp_path / "out", "analyses")) == 20
 
 
+@pytest.mark.slow
 def test_another_runner_gives_the_same_records(tmp_path, lines, script):
     """No stage knows the runner."""
     source = lines(*(chat("late!", chat_id=str(i)) for i in range(5)), b"rubbish")
@@ -422,6 +431,7 @@ def test_another_runner_gives_the_same_records(tmp_path, lines, script):
     assert [len(kind) for kind in ids[0]] == [5, 5, 1]
 
 
+@pytest.mark.slow
 def test_workers_in_other_processes_give_the_same_records(tmp_path, lines, script):
     """Through Beam's job service, where all is pickled and sent; nothing is shared."""
     talk = ({"chat_id": str(n), "user_id": "u", "text": "late!"} for n in range(5))
@@ -457,6 +467,7 @@ class CountedHandler(ScriptedModelHandler):
         return super().load_model()
 
 
+@pytest.mark.slow
 def test_one_copy_of_the_weights_serves_both_steps(tmp_path, analysis_prompt, draft_prompt):
     model = Model(CountedHandler(str(tmp_path / "loads")))
     flags = beam_options(["--direct_num_workers=3", "--direct_running_mode=multi_threading"])
@@ -473,6 +484,7 @@ def test_one_copy_of_the_weights_serves_both_steps(tmp_path, analysis_prompt, dr
 # The command line.
 
 
+@pytest.mark.slow
 def test_run_prints_the_counts_as_the_last_line(tmp_path, lines, script, capsys):
     flags = ["--output", f"{tmp_path}/out", "--model", script(ANGRY, APOLOGY), "--summary=json"]
     assert main(["run", "--input", lines(chat("late!"), "rubbish"), *flags]) == 0
@@ -497,6 +509,7 @@ def test_run_prints_a_table_of_chats_and_counts(tmp_path, lines, script, capsys)
     assert "\x1b" not in printed
 
 
+@pytest.mark.slow
 def test_a_flag_stands_in_the_table_and_the_counts(tmp_path, lines, script, capsys):
     source = lines(chat("late!", chat_id="1"), chat("worse!", chat_id="2"))
     fault = {"chat_id": "2", "task": "apology", "answer": "It is your fault."}

@@ -87,6 +87,7 @@ def analysed(path, output, model, **options):
     return {found["chat_id"]: found for found in read(output, "analyses")}
 
 
+@pytest.mark.slow
 def test_it_learns_what_one_word_says(tuned):
     _, report, _, _ = tuned
     assert report["after"]["accuracy"]["value"] > report["before"]["accuracy"]["value"] + 0.3
@@ -97,6 +98,7 @@ def test_it_learns_what_one_word_says(tuned):
     assert (report["training"], report["validation"], report["left_out"]) == (60, 21, 0)
 
 
+@pytest.mark.slow
 def test_the_pipeline_answers_as_the_tuner_did_and_writes_as_before(tuned, preset, tmp_path):
     adapter, report, _, path = tuned
     plain = analysed(path, tmp_path / "plain", preset)
@@ -112,6 +114,7 @@ def test_the_pipeline_answers_as_the_tuner_did_and_writes_as_before(tuned, prese
         assert plain[key]["model"] == preset
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alone(
     tuned, preset, tmp_path
 ):
@@ -125,6 +128,7 @@ def test_an_adapter_of_the_tone_that_comes_as_an_update_changes_the_scoring_alon
 
 
 @pytest.mark.usefixtures("settled")
+@pytest.mark.slow
 def test_an_adapter_works_on_weights_of_8_bits(tuned, preset):
     from chatflow.models.gemma.engine import Row, load_engine
     from chatflow.models.gemma.grammar import Text
@@ -255,6 +259,7 @@ def made(tmp_path, *flags):
     return path
 
 
+@pytest.mark.slow
 def test_the_written_chats_are_many_and_varied_and_apart_from_those_that_judge(tmp_path):
     training = made(tmp_path, "--variants=1")
     labels = list(read_labels(str(training)).values())

@@ -858,6 +858,7 @@ def test_probes_may_come_by_any_name(console):
     assert Visitor(console, Host="10.0.0.7:8080").get("/healthz").text == "ok\n"
 
 
+@pytest.mark.slow
 def test_a_console_beside_another_process_ends_with_it(sqlite):
     """Also where that process is killed."""
     with console_beside([f"--database={sqlite.uri}"], 0) as address:
@@ -1036,6 +1037,7 @@ def test_a_new_token_is_shown_once_and_kept_as_a_hash(capsys, tmp_path):
     assert known.of_token(token + "x") is None
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_logs_no_secrets(sqlite, users, tmp_path):
     write(sqlite, *angry_chat(1, text="Very private food"))
     command = [

@@ -38,6 +38,7 @@ def load(preset, **settings):
     ).load_model()
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_model_that_is_let_go_are_freed(preset):
     """JAX keeps what it compiled for ever; what the model held must not stay with it."""
     import jax
@@ -80,6 +81,7 @@ TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers
 
 
 @pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.slow
 def test_two_processes_of_a_worker_load_as_many_copies_as_they_are_told(
     lines, tmp_path, script, monkeypatch, setup
 ):
@@ -101,6 +103,7 @@ def test_two_processes_of_a_worker_load_as_many_copies_as_they_are_told(
     assert counts["copies_loaded"] == expected
 
 
+@pytest.mark.slow
 def test_two_copies_of_a_gemma_serve_two_processes(preset, lines, tmp_path, capsys):
     path = lines(*(chat("the parcel is late", chat_id=str(n)) for n in range(8)))
     arguments = [
@@ -113,6 +116,7 @@ def test_two_copies_of_a_gemma_serve_two_processes(preset, lines, tmp_path, caps
     assert (counts["lost"], counts["copies_loaded"]) == (0, 2)
 
 
+@pytest.mark.slow
 def test_models_that_come_and_go_take_no_more_memory_each(preset):
     """What is compiled for a model goes with it."""
 

@@ -117,6 +117,7 @@ def test_entries_that_differ_in_prompts_and_budget_alone_share_a_model(script, m
     assert len(routes(file, model="gemma3-270m").specs) == 1
 
 
+@pytest.mark.slow
 def test_a_default_takes_all_other_chats_with_the_flags_model(tmp_path, lines, script, models):
     shop, _ = script_pair(script, tmp_path)
     file = models(

@@ -368,6 +368,7 @@ def test_a_stream_takes_up_a_gemma_and_refuses_one_of_nans(pubsub, tmp_path, cap
     assert all(letter["stage"] != "model" for letter in inbox.dead_letters)
 
 
+@pytest.mark.slow
 def test_a_batch_begins_with_the_newest_adapter(tmp_path, lines):
     preset = tiny_gemma(tmp_path / "first")
     adapter = str(tmp_path / "adapters" / "tone.lora.h5")

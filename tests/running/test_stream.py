@@ -247,6 +247,7 @@ def failing_model(request):
     return echo(request)
 
 
+@pytest.mark.slow
 def test_the_emulator_restarted_in_the_middle(monkeypatch):
     """It forgets its topics. The pipeline goes on as soon as they are there again."""
     own = start_emulator()

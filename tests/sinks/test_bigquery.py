@@ -67,6 +67,7 @@ def test_each_kind_has_its_table(tables, analyse):
 
 
 @pytest.mark.parametrize("suffix", ["", "?upsert=true"])
+@pytest.mark.slow
 def test_the_same_input_twice_leaves_each_row_once(tables, analyse, suffix):
     analyse(suffix=suffix)
     first = {row["analysis_id"] for row in rows(tables, "analyses")}
@@ -75,6 +76,7 @@ def test_the_same_input_twice_leaves_each_row_once(tables, analyse, suffix):
     assert {row["analysis_id"] for row in rows(tables, "analyses")} == first
 
 
+@pytest.mark.slow
 def test_rows_are_appended_where_a_table_has_no_key(tables, analyse):
     for table in tables.tables.values():
         table.key = ""
@@ -115,6 +117,7 @@ def test_a_service_that_stays_away_fails_the_bundle(tables, analyse, monkeypatch
     assert rows(tables, "analyses") == []
 
 
+@pytest.mark.slow
 def test_workers_in_other_processes_write_too(tables, analyse):
     assert analyse(*JOB_SERVICE).lost == 0
     assert [len(rows(tables, name)) for name in KINDS] == [4, 2, 1]

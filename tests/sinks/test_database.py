@@ -372,6 +372,7 @@ def counts(database):
     return {name: len(rows(database, tables.metadata.tables[name])) for name in COUNTS}
 
 
+@pytest.mark.slow
 def test_a_run_fills_the_database_and_a_second_one_adds_nothing(analyse, new_database, tmp_path):
     summary = analyse(output=str(tmp_path / "results"))
     assert summary.lost == 0
@@ -392,6 +393,7 @@ def test_single_kinds_go_to_a_database_too(analyse, new_database, tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["the answer", "the model"])
+@pytest.mark.slow
 def test_a_person_writes_where_the_model_did_not(fails, analyse, script, new_database, tmp_path):
     task = "apology" if fails == "the answer" else "none"
     rules = (*RULES[:2], {"task": task, "answer": " "})
@@ -412,6 +414,7 @@ def test_a_person_writes_where_the_model_did_not(fails, analyse, script, new_dat
 
 
 @pytest.mark.parametrize("kind", ["drafts", "dead_letters"])
+@pytest.mark.slow
 def test_it_is_where_drafts_are_that_a_person_writes(kind, analyse, new_database, tmp_path):
     rules = (*RULES[:2], {"task": "apology", "answer": " "})
     analyse(**{"database": "", "output": str(tmp_path), kind: new_database}, rules=rules)
@@ -430,6 +433,7 @@ def test_who_has_no_draft_waits_since_it_failed_first(database):
     assert rows(database, tables.drafts, *columns) == [(NOON, "Half a", "waiting")]
 
 
+@pytest.mark.slow
 def test_workers_in_other_processes_write_too(analyse, new_database):
     assert analyse(*JOB_SERVICE).lost == 0
     assert counts(Database(new_database)) == COUNTS

@@ -103,6 +103,7 @@ def test_the_specifications_example():
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
+@pytest.mark.slow
 def test_an_old_and_a_new_secret_both_sign(hook, apologise, monkeypatch):
     new = "whsec_" + base64.b64encode(os.urandom(32)).decode()
     monkeypatch.setenv("HOOK_SECRET", f"{SECRET}\n{new}\n")
@@ -111,6 +112,7 @@ def test_an_old_and_a_new_secret_both_sign(hook, apologise, monkeypatch):
         Webhook(secret).verify(hook.received[0].body, hook.received[0].headers)
 
 
+@pytest.mark.slow
 def test_several_are_sent_at_once_but_not_all(hook, apologise):
     hook.behave = lambda *_: time.sleep(0.03) or Answer()
     apologise(hook.address, count=40)
@@ -140,6 +142,7 @@ def test_a_fault_that_passes_costs_another_try(hook, monkeypatch, fault):
         Webhook(SECRET).verify(request.body, request.headers)
 
 
+@pytest.mark.slow
 def test_a_run_under_faults_delivers_each_draft(hook, apologise):
     faults = ["reset", Answer(503), "rubbish", Answer(429, "", {"Retry-After": "0.1"}), Answer()]
     hook.behave = lambda got, tries: faults[int(got.record["chat_id"]) % 4 :][tries - 1]
@@ -177,6 +180,7 @@ def test_a_refusal_is_for_good(hook, status):
     assert elsewhere.received == []
 
 
+@pytest.mark.slow
 def test_a_refused_draft_is_a_dead_letter_and_replay_writes_it_again(
     hook, apologise, tmp_path, script
 ):
@@ -209,6 +213,7 @@ def test_a_refused_draft_is_a_dead_letter_and_replay_writes_it_again(
     assert read(tmp_path / "again", "analyses") == []
 
 
+@pytest.mark.slow
 def test_refused_analyses_are_written_again_as_such(hook, apologise, tmp_path, script):
     hook.behave = lambda *_: Answer(410)
     apologise(f"{tmp_path}/out/drafts", analyses=hook.address)
@@ -223,6 +228,7 @@ def test_refused_analyses_are_written_again_as_such(hook, apologise, tmp_path, s
 
 
 @pytest.mark.parametrize("payload", ["no json", '{"draft_id": "d"}', "{}"])
+@pytest.mark.slow
 def test_a_letter_of_a_sink_that_holds_no_record_is_a_letter_again(
     tmp_path, lines, script, payload
 ):

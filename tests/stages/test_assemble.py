@@ -242,6 +242,7 @@ SECONDS = st.lists(st.integers(0, 400), min_size=1, max_size=12)
 
 @settings(max_examples=12, deadline=None)
 @given(SECONDS, st.integers(0, 4), st.booleans(), st.randoms(use_true_random=False))
+@pytest.mark.slow
 def test_a_stream_in_order_and_a_shuffled_file_give_the_same_chats(seconds, every, ends, chance):
     """All revisions, not only the last; so that a backfill writes what the stream wrote."""
     rules = Rules(quiet_seconds=60, every_messages=every, retention_hours=300 / 3600)

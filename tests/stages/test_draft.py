@@ -115,6 +115,7 @@ REFUSED = {"refused_phrases": ["your fault", "we will"]}
         (GROUNDED | REFUSED, "We will send golden elephants.", "refused_phrase"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_not_fit_to_be_shown_is_flagged(constants, answer, flag):
     asking = prompt(**constants)
     found = draft(asking, answer, [analysed(), analysed()])
@@ -135,6 +136,7 @@ def test_what_is_not_fit_to_be_shown_is_flagged(constants, answer, flag):
         ("you did not order a parcel", "refused_phrase"),
     ],
 )
+@pytest.mark.slow
 def test_the_words_around_the_models_own_say_nothing_of_it(written, flag):
     """`A colleague will look into it` is in no chat, and in every draft of a base model."""
     asking = prompt("base", ModelSpec())
@@ -154,6 +156,7 @@ def test_the_words_around_the_models_own_say_nothing_of_it(written, flag):
         ("We are sorry that you missed your flight.", None),
     ],
 )
+@pytest.mark.slow
 def test_what_the_customer_says_of_us_is_not_turned_round(answer, flag):
     about = analysed()._replace(chat=chat("You lost my passport and I missed my flight!"))
     for on in (True, False):
@@ -181,6 +184,7 @@ OUTCOMES = {
         max_size=24,
     )
 )
+@pytest.mark.slow
 def test_every_angry_user_has_a_draft_a_flag_or_a_dead_letter(mix):
     def answer(request):
         text = OUTCOMES[mix[int(request.chat_id)][2]]

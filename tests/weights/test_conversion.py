@@ -175,6 +175,7 @@ def test_weights_of_hugging_face_become_a_preset(pieces, tmp_path, capsys):
         ("gemma3", "Q8_0", {"rope_type": "linear", "factor": 8.0}),
     ],
 )
+@pytest.mark.slow
 def test_a_gguf_file_becomes_a_preset(generation, kind, scaling, pieces, tmp_path, capsys):
     model = made(generation, scaling)
     kind = GGMLQuantizationType[kind]
@@ -190,6 +191,7 @@ def encoded(proto, text):
     return sentencepiece.SentencePieceProcessor(model_proto=proto).encode(text)
 
 
+@pytest.mark.slow
 def test_from_the_hub_to_a_bucket_and_the_engine_answers_the_same(
     pieces, tmp_path, capsys, monkeypatch
 ):
@@ -221,6 +223,7 @@ def test_from_the_hub_to_a_bucket_and_the_engine_answers_the_same(
     assert np.std(logits(tmp_path / "g") - theirs(model)) < 0.05 * np.std(theirs(model))
 
 
+@pytest.mark.slow
 def test_of_a_model_that_sees_the_text_is_taken(pieces, tmp_path, capsys):
     model = made("gemma3")
     text = tmp_path / "text"
@@ -239,6 +242,7 @@ def test_of_a_model_that_sees_the_text_is_taken(pieces, tmp_path, capsys):
     np.testing.assert_allclose(logits(tmp_path / "preset"), theirs(model), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_what_says_something_else_is_not_kept(pieces, tmp_path, capsys):
     """A weight that float16 does not hold."""
     model = made("gemma")

@@ -81,6 +81,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
 def test_rows_of_one_batch_continue_as_each_would_alone(engine):
     """Also with a shared prefix, and over more tokens than the sliding window."""
     prefix = "the customer is angry\n"
@@ -91,6 +92,7 @@ def test_rows_of_one_batch_continue_as_each_would_alone(engine):
         assert row.prompt_tokens == 1 + len(engine.encode(prefix)) + len(engine.encode(prompt))
 
 
+@pytest.mark.slow
 def test_an_answer_is_keras_hubs_own_token_for_token(engine):
     """`generate` of the whole prompt, greedy."""
     import keras_hub
@@ -120,6 +122,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 def test_json_is_valid_for_random_weights_and_prompts(preset):
     """960 answers of 40 models that say anything."""
     model = load(preset)
@@ -174,6 +177,7 @@ def test_what_is_compiled_is_bounded(engine):
     assert engine.forward.compilations == compiled
 
 
+@pytest.mark.slow
 def test_a_warm_model_compiles_nothing_for_what_was_expected(preset):
     handler = GemmaModelHandler(
         preset,
@@ -190,6 +194,7 @@ def test_a_warm_model_compiles_nothing_for_what_was_expected(preset):
 
 
 @pytest.mark.usefixtures("settled")
+@pytest.mark.slow
 def test_int8_weights_answer_much_alike(preset, engine):
     light = load(preset, quantization="int8").engine
     sizes = [sum(w.nbytes for w in e.forward.weights) for e in (engine, light)]
@@ -253,6 +258,7 @@ def test_a_prompt_that_is_too_long_fails_alone(preset, monkeypatch):
     assert three.text == model.answer([batch[2]])[0].text
 
 
+@pytest.mark.slow
 def test_bfloat16_answers_too(preset):
     model = load(preset, dtype="bfloat16")
     assert model.engine.forward.model.backbone.compute_dtype == "bfloat16"

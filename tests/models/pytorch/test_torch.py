@@ -356,6 +356,7 @@ def peak_of(function):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measured on Linux")
+@pytest.mark.slow
 def test_weights_are_in_memory_once(t5, tmp_path):
     """Beam's plain way has them twice, and halves as float32."""
     from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
@@ -473,6 +474,7 @@ def test_its_kind_is_by_its_name(name, instruct):
 # Pipelines.
 
 
+@pytest.mark.slow
 def test_chats_of_files_become_analyses(t5, tmp_path, lines):
     chats = [chat("the parcel is late", chat_id=str(n)) for n in range(5)]
     torch.save(weights(t5).half().state_dict(), tmp_path / "half.pt")
@@ -506,6 +508,7 @@ def records(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["torch", "scripted"])
+@pytest.mark.slow
 def test_the_translate_example_runs(t5, tmp_path, script, kind, monkeypatch):
     rule = {"task": "task", "match": "^translate English to German: ", "answer": "Das Paket."}
     model = f"torch:{t5}" if kind == "torch" else script({"match": "poison", "error": "no"}, rule)

@@ -214,6 +214,7 @@ def test_beams_handler_starts_one_server_with_the_flags_of_a_run(place, monkeypa
     assert place.all_gone()
 
 
+@pytest.mark.slow
 def test_a_server_that_crashes_comes_back_and_nothing_is_lost_or_doubled(place):
     place.behave(latency=0.05)
     place.crash("number 33.")
@@ -241,6 +242,7 @@ def test_a_call_that_comes_while_the_server_is_started_again_is_made_again(share
     assert isinstance(ask(server, request())[0], Answer)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_come_back_fails_what_waits_and_is_tried_again(place):
     model = loaded()
     place.crash("bad")
@@ -259,6 +261,7 @@ def test_a_server_that_does_not_come_back_fails_what_waits_and_is_tried_again(pl
     assert len(place.started) == started
 
 
+@pytest.mark.slow
 def test_a_server_that_never_comes_up_ends_the_run_with_its_last_words(place, lines, capsys):
     place.broken("RuntimeError: No CUDA GPUs are available")
     out = str(place.folder / "out")
@@ -278,6 +281,7 @@ def test_without_vllm_in_its_image_a_worker_says_so(place):
 
 
 @pytest.mark.parametrize("name", [NAME, BASE])
+@pytest.mark.slow
 def test_chats_in_files_become_analyses_and_drafts(place, name):
     options = Options(input=str(SAMPLES), output=str(place.folder / "out"), model=name)
     flags = ["--direct_num_workers=3", "--direct_running_mode=multi_threading"]
@@ -309,6 +313,7 @@ signal.pause()
 """
 
 
+@pytest.mark.slow
 def test_processes_of_a_worker_share_a_server_which_ends_with_its_owner(place):
     """As RunInference does it: the first that comes loads, and the others ask that one."""
     where = ("shared", str(place.folder))
