@@ -10,17 +10,19 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from chatflow.errors import BadInputError, UsageError
 from chatflow.evaluation.labels import Label, near_copies, read_labels
 from chatflow.evaluation.measures import CLASSES, compare, intervals
-from chatflow.models.gemma.tuner import Checked, Example
 from chatflow.models.spec import ModelSpec
 from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.records import Sentiment
+
+if TYPE_CHECKING:
+    from chatflow.models.gemma.tuner import Checked, Example
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from chatflow.errors import BadInputError
 from chatflow.models.requests import Failure, Request
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.models.several import SeveralModels, SeveralModelsHandler
+from chatflow.models.spec import ModelSpec
 from chatflow.options import NO_CLOUD, Options
-from chatflow.pipeline import spec_of
 from chatflow.prompts.routes import Routed, routes_of
 from chatflow.prompts.updates import look
 from chatflow.running.launch import execute
@@ -39,7 +39,7 @@ def models(tmp_path):
 
 def routes(path, **flags):
     options = Options(models=path, **flags)
-    return routes_of(options, lambda options: spec_of(options, NO_CLOUD, False))
+    return routes_of(options, lambda options: ModelSpec.of(options, NO_CLOUD, False))
 
 
 def told(sentiment, summary):

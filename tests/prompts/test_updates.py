@@ -23,8 +23,8 @@ from chatflow.models import refreshing
 from chatflow.models.base import LanguageModel
 from chatflow.models.refreshing import RefreshedModel, newest_version
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
+from chatflow.models.spec import ModelSpec
 from chatflow.options import NO_CLOUD, Options
-from chatflow.pipeline import spec_of
 from chatflow.prompts.routes import routes_of
 from chatflow.prompts.templates import default_folder
 from chatflow.prompts.updates import _Look, look
@@ -205,7 +205,7 @@ def test_the_file_that_was_written_last_counts_and_markers_stand_for_their_folde
 
 
 def routes(**flags):
-    return routes_of(Options(**flags), lambda options: spec_of(options, NO_CLOUD, True))
+    return routes_of(Options(**flags), lambda options: ModelSpec.of(options, NO_CLOUD, True))
 
 
 def test_broken_templates_are_refused_and_the_old_go_on(tmp_path, script, caplog):

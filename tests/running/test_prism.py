@@ -10,8 +10,8 @@ import pytest
 from conftest import ANGRY, APOLOGY, SAMPLES, read, required
 
 from chatflow.cli import main
-from chatflow.commands.publish import Replay, chats_of
 from chatflow.records import KINDS
+from chatflow.running.publishing import Replay, chats_of
 
 PACKAGE = "github.com/apache/beam/sdks/v2/go/cmd/prism"
 HAPPY = {"match": "(?i)thank", "answer": {"sentiment": 1, "summary": "The customer says thanks."}}
