@@ -69,10 +69,12 @@ USES = (
     (SERVER, "find a free port", "apache_beam.utils.subprocess_server", "pick_port"),
     ("chatflow/models/spec.py", "close the model that a process holds",
      "apache_beam.utils.multi_process_shared", "_process_level_singleton_manager.entries"),
-    ("chatflow/running/launch.py", "run a batch in this process",
+    ("chatflow/running/runner.py", "run a batch in this process",
      "apache_beam.runners.portability.fn_api_runner", "FnApiRunner"),
-    ("chatflow/running/launch.py", "find unknown flags and show its own on a job's page",
+    ("chatflow/running/runner.py", "find unknown flags and show its own on a job's page",
      "apache_beam.options.pipeline_options", "PipelineOptions._add_argparse_args"),
+    ("chatflow/running/launch.py", "find what a pipeline reads and writes",
+     "apache_beam.pipeline", "PipelineVisitor.enter_composite_transform"),
 )  # fmt: skip
 """Files, what they need parts of Beam for, and the module and names of these parts."""
 

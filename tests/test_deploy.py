@@ -449,8 +449,8 @@ def test_the_image_with_vllm_has_the_runner_that_is_tested():
 
 
 def test_the_image_converts_the_model_with_one_file_of_ours():
-    text = read("chatflow/models/embedded.py")
-    assert "chatflow/models/embedded.py" in read("infra/docker/model.Dockerfile")
+    text = read("chatflow/weights/embedded.py")
+    assert "chatflow/weights/embedded.py" in read("infra/docker/model.Dockerfile")
     assert not re.findall(r"^\s*(?:from|import) chatflow", text, re.MULTILINE)
 
 

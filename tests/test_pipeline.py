@@ -458,7 +458,9 @@ class CountedHandler(ScriptedModelHandler):
     """Notes each load of the model in a file."""
 
     def __init__(self, path: str):
-        LanguageModelHandler.__init__(self, "counted", Batching(max_batch_size=2), ONE_COPY)
+        LanguageModelHandler.__init__(
+            self, "counted", Batching(max_batch_size=2, max_batch_duration_secs=0), ONE_COPY
+        )
         self.function, self.path = answer_any, path
 
     def load_model(self):

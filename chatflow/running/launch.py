@@ -239,6 +239,6 @@ def check_accelerator(planned: Plan, options: Any) -> None:
     for spec in planned.routes.specs:
         if spec.kind.needs_accelerator:
             raise UsageError(
-                f"--model={spec.name}: needs a GPU; give e.g. "
+                f"--model={spec.name}: vLLM needs a GPU; give e.g. "
                 "--accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
             )

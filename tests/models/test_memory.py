@@ -69,7 +69,9 @@ class Sized(ScriptedModelHandler):
     """A model that loads at once, kept as the settings say."""
 
     def __init__(self, settings):
-        LanguageModelHandler.__init__(self, "sized", Batching(max_batch_size=2), settings)
+        LanguageModelHandler.__init__(
+            self, "sized", Batching(max_batch_size=2, max_batch_duration_secs=0), settings
+        )
         self.function = answer_any
 
 

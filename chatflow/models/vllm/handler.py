@@ -103,7 +103,8 @@ def parse_arguments(text: str) -> dict[str, str | None]:
 def check_installed(name: str) -> None:
     """Checks that this machine has vLLM, openai and the model's folder; raises `UsageError`."""
     for package in ("vllm", "openai"):
-        if importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:  # a folder of that name is not a package
             raise UsageError(f"--model={name}: {package} is not installed here; {INSTALL}")
     if (model := Path(name.removeprefix(VLLM))).is_absolute() and not model.is_dir():
         raise UsageError(f"--model={name}: there is no such folder here")
@@ -240,7 +241,10 @@ class Vllm(Kind):
 
     def check(self, spec: ModelSpec) -> None:
         if spec.inference == "remote":
-            raise UsageError(f"--model={spec.name}: runs on the workers, not remotely")
+            raise UsageError(
+                f"--model={spec.name}: runs on the workers; with --inference=remote give gemini-… "
+                "or projects/P/locations/L/endpoints/E"
+            )
         check(spec.name, spec.worker)
 
     def writes_json(self, spec: ModelSpec) -> bool:

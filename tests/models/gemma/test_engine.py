@@ -247,7 +247,7 @@ def request(prompt, chat_id="1"):
 
 
 def test_a_prompt_that_is_too_long_fails_alone(preset, monkeypatch):
-    monkeypatch.setattr("chatflow.models.gemma.handler.engine.TOTALS", (128, 192))
+    monkeypatch.setattr("chatflow.models.gemma.engine.TOTALS", (128, 192))
     handler = GemmaModelHandler(preset)
     model = load(preset)
     batch = [request("sorry"), request("angry " * 400), request("late")]

@@ -197,7 +197,7 @@ def test_beams_handler_starts_one_server_with_the_flags_of_a_run(place, monkeypa
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "metadata.google.internal")
     worker = WorkerSettings(
-        "bfloat16", max_prompt_tokens=500, vllm_args="max-num-seqs=4,enforce_eager"
+        dtype="bfloat16", max_prompt_tokens=500, vllm_args="max-num-seqs=4,enforce_eager"
     )
     model = ModelSpec(NAME, worker=worker).handler().load_model()
     (start,) = place.started
