@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -455,17 +456,23 @@ def _boolean(text: str) -> bool:
 
 
 def number(
-    kind: type[int] | type[float] = float, above: float = 0, most: float = float("inf")
+    kind: type[int] | type[float] = float, most: float = math.inf, zero: bool = False
 ) -> Any:
-    """Returns a flag type: a number greater than `above` and at most `most`."""
+    """Returns a flag type: a number above 0, or also 0, and at most `most`."""
+    bounds = f"{'0 or ' if zero else ''}above 0" + (
+        f", at most {most:g}" if most < math.inf else ""
+    )
 
     def parse(text: str) -> float:
-        value = kind(text)
-        if not above < value <= most:
-            raise ValueError
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value <= most or (zero and value == 0)):
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"must be a {whole}number, {bounds}; found {text!r}")
         return value
 
-    parse.__name__ = "number"  # the name in argparse's messages
     return parse
 
 

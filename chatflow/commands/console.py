@@ -52,7 +52,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--undo_seconds",
-        type=number(above=-1e-9, most=86_400),
+        type=number(most=86_400, zero=True),
         default=10.0,
         help="how long an approval can be undone, and its reply waits (default: %(default)s)",
     )

@@ -205,8 +205,8 @@ def test_tuning_goes_on_from_an_adapter_of_the_same_rank_and_keeps_half_of_it(
     [
         (["--adapter_output=x.h5"], "--adapter_output=x.h5: must end in .lora.h5"),
         (["--adapter_output=gs://b/x.lora.h5"], "must be on this machine"),
-        (["--strength=2"], "--strength: invalid share value"),
-        (["--epochs=0"], "--epochs: invalid natural value"),
+        (["--strength=2"], "--strength: must be a number, above 0, at most 1; found '2'"),
+        (["--epochs=0"], "--epochs: must be a whole number, above 0; found '0'"),
         (["--model=torch:google/t5-small"], "cannot be tuned here"),
         (["--input=x"], "unknown flag --input"),
         (["--apart_from=/none.jsonl"], "cannot be read"),
