@@ -172,7 +172,7 @@ def conserve(fake, model, fault, monkeypatch):
     brain.answer = lambda prompt: json.dumps({"sentiment": 0, "summary": prompt})
     requests = [request(f"prompt {i} ", name=str(i), check=is_json) for i in range(ASKED)]
     handler = RemoteLanguageModelHandler(
-        model, settings_of(fake, model, max_in_flight=64, request_timeout=2.0)
+        model, settings_of(fake, model, max_in_flight=64, request_timeout=5.0)
     )
     loaded = handler.load_model()
     results = handler.run_inference(requests, loaded)
