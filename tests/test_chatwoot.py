@@ -79,6 +79,7 @@ def of(number, **fields):
     return DRAFT.model_copy(update={"chat_id": number, "draft_id": f"d{number}", **fields})
 
 
+@pytest.mark.slow
 def test_drafts_are_private_notes(chatwoot, relay, lines, script, tmp_path):
     """A flagged one says why; one of no conversation is a dead letter; each is noted once."""
     source = lines(*(chat("It is late.", chat_id=c) for c in ("1", "chatwoot-2", "3", "77", "x")))

@@ -204,6 +204,7 @@ def test_what_is_staged_is_the_graph_alone(cloud, capsys):
     assert b"projects/proj-1/subscriptions/chatflow-events" in read.spec.payload
 
 
+@pytest.mark.slow
 def test_results_of_another_run_are_left_alone(cloud, capsys):
     """Dataflow may refuse the job, and another one may still write there."""
     cloud.put("proj-1-chatflow", "old/analyses-00000-of-00001.jsonl", b"{}")
@@ -458,6 +459,7 @@ def read(path):
     return (ROOT / path).read_text()
 
 
+@pytest.mark.slow
 def test_names_are_those_that_terraform_makes(cloud, capsys):
     """What a job is given by name is what the Terraform files name so."""
     made = "".join(path.read_text() for path in sorted((ROOT / "infra/terraform").glob("*.tf")))

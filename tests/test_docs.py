@@ -23,6 +23,7 @@ def test_generated_files_are_those_of_the_code(path):
     assert path.read_text() == generated()[path], "run `make docs`"
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     code = code.replace("beam.Pipeline()", f"beam.Pipeline(runner={LOCAL_RUNNER!r})")
@@ -77,6 +78,7 @@ def test_python_m_chatflow_works():
     assert done.stdout.startswith("chatflow ")
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_in_an_empty_environment_from_another_folder(tmp_path):
     """With the packages of the image for remote models, and nothing of this folder."""
     from hatchling.builders.wheel import WheelBuilder

@@ -36,6 +36,7 @@ def run(path, output, model, **options):
     return summary.to_dict()
 
 
+@pytest.mark.slow
 def test_chats_in_analyses_and_drafts_out(tmp_path, lines, script):
     source = lines(chat("late again!", "sorry", chat_id="1"), chat("thanks", chat_id="2"))
     happy = {"match": "thanks", "answer": {"sentiment": 1, "summary": "The customer says thanks."}}
@@ -148,6 +149,7 @@ def test_a_ten_megabyte_line_and_a_chat_of_5000_messages_are_reduced_not_lost(
     assert counts["lost"] == 0
 
 
+@pytest.mark.slow
 def test_dead_letters_of_every_stage_are_replayed(tmp_path, lines, script):
     """What fails once works when it is sent in again, and nothing is asked for twice."""
     source = lines(
@@ -495,6 +497,7 @@ def test_run_prints_the_counts_as_the_last_line(tmp_path, lines, script, capsys)
     assert counts["files"]["analyses"] == glob.glob(f"{tmp_path}/out/analyses*.jsonl")
 
 
+@pytest.mark.slow
 def test_run_prints_a_table_of_chats_and_counts(tmp_path, lines, script, capsys):
     escape = chat("late! \x1b[31m[bold]red[/bold]", chat_id="x\x1b[1m")
     flags = ["--output", f"{tmp_path}/out", "--model", script(ANGRY, APOLOGY)]
@@ -525,6 +528,7 @@ def test_a_flag_stands_in_the_table_and_the_counts(tmp_path, lines, script, caps
     assert "lost 0" in printed
 
 
+@pytest.mark.slow
 def test_an_empty_file_gives_empty_results(tmp_path, lines, script, capsys):
     flags = ["--output", f"{tmp_path}/out", "--model", script(ANGRY), "--summary=json"]
     assert main(["run", "--input", lines(), *flags]) == 0
@@ -532,6 +536,7 @@ def test_an_empty_file_gives_empty_results(tmp_path, lines, script, capsys):
     assert glob.glob(f"{tmp_path}/out/analyses*.jsonl")
 
 
+@pytest.mark.slow
 def test_results_of_an_earlier_run_are_replaced_and_other_files_stay(tmp_path, lines, script):
     out = tmp_path / "out"
     out.mkdir()
@@ -542,6 +547,7 @@ def test_results_of_an_earlier_run_are_replaced_and_other_files_stay(tmp_path, l
     assert (out / "analyses.jsonl").read_text() == "mine\n"
 
 
+@pytest.mark.slow
 def test_beam_options_are_passed_through(tmp_path, lines, script):
     flags = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
     source = lines(*(chat("late!", chat_id=str(i)) for i in range(9)))
@@ -601,6 +607,7 @@ def test_an_output_that_holds_the_input_is_refused(tmp_path, lines, script, caps
     assert Path(source).exists()
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_fails_says_why_and_exits_with_1(tmp_path, lines, script, capsys):
     model = tmp_path / "preset"
     model.mkdir()
@@ -612,6 +619,7 @@ def test_a_pipeline_that_fails_says_why_and_exits_with_1(tmp_path, lines, script
     assert "the pipeline failed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_run_with_130(tmp_path, lines, script):
     """The signal comes while the model is answering."""
     model = script({"stall_seconds": 60, "answer": "x"})

@@ -105,6 +105,7 @@ RULES = (
 )
 
 
+@pytest.mark.slow
 def test_the_inbox_fills_while_a_pipeline_writes(database, new_database, window, lines, script):
     with served(database) as address:
         page = window(address)
@@ -120,6 +121,7 @@ def test_the_inbox_fills_while_a_pipeline_writes(database, new_database, window,
         assert page.title().startswith("(3) Inbox")
 
 
+@pytest.mark.slow
 def test_approve_edit_dismiss_and_undo(database, window, replies):
     write(database, *angry_chat(1), *angry_chat(2), *angry_chat(3))
     with served(database, replies=replies, undo_seconds=1) as address:
@@ -158,6 +160,7 @@ def wait_for_reply(replies, seconds=15):
         happened.wait(0.05)
 
 
+@pytest.mark.slow
 def test_an_approval_is_undone_before_it_is_sent(database, window, replies):
     write(database, *angry_chat(1))
     with served(database, replies=replies, undo_seconds=60) as address:
@@ -170,6 +173,7 @@ def test_an_approval_is_undone_before_it_is_sent(database, window, replies):
     assert replies.path.read_text() == ""
 
 
+@pytest.mark.slow
 def test_two_browsers_race_for_one_draft(database, window, replies):
     write(database, *angry_chat(1))
     with served(database, replies=replies, undo_seconds=0) as address:
@@ -188,6 +192,7 @@ def test_two_browsers_race_for_one_draft(database, window, replies):
     assert "Mine!" not in replies.path.read_text()
 
 
+@pytest.mark.slow
 def test_what_came_while_a_page_was_hidden_is_there_when_it_is_shown(sqlite, window):
     with served(sqlite) as address:
         page, other = window(address), window(address)
@@ -205,6 +210,7 @@ def test_what_came_while_a_page_was_hidden_is_there_when_it_is_shown(sqlite, win
         expect(page.locator("#draft-d1r0")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_what_was_typed_is_not_left_without_a_question(sqlite, window):
     """Also where another form was sent meanwhile: that of the list of keys, or of an undo."""
     write(sqlite, *angry_chat(1), *angry_chat(2))
@@ -228,6 +234,7 @@ def test_what_was_typed_is_not_left_without_a_question(sqlite, window):
     assert status(sqlite, "d1r0") == "approved"
 
 
+@pytest.mark.slow
 def test_the_focus_stays_where_it_is_when_something_new_comes(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
@@ -244,6 +251,7 @@ EVIL = """<script>document.title='evil'</script><img src=x onerror="document.tit
 "'><b>bold</b>{{ 7 * 7 }}{% raw %}<svg/onload=alert(1)></textarea><script>alert(2)</script>"""
 
 
+@pytest.mark.slow
 def test_a_chat_of_html_and_script_is_text(database, window):
     one, analysis, draft = angry_chat(1, text=EVIL)
     hostile = {"chat_id": "<i>7", "user_id": "<i>8"}
@@ -278,6 +286,7 @@ def test_a_chat_of_html_and_script_is_text(database, window):
         assert all(url.startswith(address) for url in asked)
 
 
+@pytest.mark.slow
 def test_the_keyboard_alone_is_enough(database, window):
     write(database, *angry_chat(1), *angry_chat(2), *angry_chat(3), *angry_chat(4))
     with served(database) as address:
@@ -328,6 +337,7 @@ def test_the_keyboard_alone_is_enough(database, window):
     assert found == ["approved", "waiting", "approved", "waiting"]
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_single_keys_can_be_switched_off(database, window):
     write(database, *angry_chat(1))
@@ -363,6 +373,7 @@ def populated(database):
     return database
 
 
+@pytest.mark.slow
 @on_sqlite
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
@@ -397,6 +408,7 @@ def check(page, path):
     assert serious == [], path
 
 
+@pytest.mark.slow
 def test_ten_thousand_drafts(database, window):
     """The inbox answers in under 100 ms at the median (bench/console.py measures more)."""
     for start in range(0, 10_000, 500):
@@ -434,6 +446,7 @@ def sign_in(page, token):
     page.keyboard.press("Enter")
 
 
+@pytest.mark.slow
 def test_signing_in(sqlite, window, token, tmp_path):
     write(sqlite, *angry_chat(1))
     with served(sqlite, people_of(tmp_path)) as address:
@@ -470,6 +483,7 @@ def typing(sqlite, window, token, tmp_path):
         yield functools.partial(typed, address)
 
 
+@pytest.mark.slow
 def test_what_was_typed_outlives_a_session(typing, token):
     page = typing()
     sign_in(page, token)
@@ -489,6 +503,7 @@ def test_what_was_typed_outlives_a_session(typing, token):
     expect(page.locator("#kept")).to_be_hidden()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["edited", "superseded"])
 def test_what_was_typed_takes_no_place_of_what_came_meanwhile(typing, sqlite, token, change):
     page = typing("Save")
@@ -515,6 +530,7 @@ def save(page, text):
     expect(page.get_by_text("Saved.")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_what_was_typed_after_it_was_saved_is_not_taken_for_that(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
@@ -529,6 +545,7 @@ def test_what_was_typed_after_it_was_saved_is_not_taken_for_that(sqlite, window)
         expect(page.locator("#kept")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_after_a_refusal_what_was_typed_is_not_left_without_a_question(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
@@ -545,6 +562,7 @@ def test_after_a_refusal_what_was_typed_is_not_left_without_a_question(sqlite, w
         expect(page.get_by_label("The reply's text")).to_have_value("My words.")
 
 
+@pytest.mark.slow
 def test_a_refusal_does_not_say_that_nothing_arrived(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
@@ -557,6 +575,7 @@ def test_a_refusal_does_not_say_that_nothing_arrived(sqlite, window):
         expect(page.locator("#kept")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_a_text_that_was_emptied_is_the_models_again(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite) as address:
@@ -566,6 +585,7 @@ def test_a_text_that_was_emptied_is_the_models_again(sqlite, window):
         expect(page.locator("#kept")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_a_key_that_is_pressed_twice_decides_once(sqlite, window):
     write(sqlite, *angry_chat(1), *angry_chat(2))
     with served(sqlite) as address:
@@ -578,6 +598,7 @@ def test_a_key_that_is_pressed_twice_decides_once(sqlite, window):
     assert status(sqlite, "d2r0") == "waiting"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["/changes", "/"])
 def test_a_page_goes_on_after_an_error_of_the_server(sqlite, window, fails):
     failed = []
@@ -597,6 +618,7 @@ def test_a_page_goes_on_after_an_error_of_the_server(sqlite, window, fails):
     assert len(failed) == 1
 
 
+@pytest.mark.slow
 def test_an_open_page_says_that_its_session_has_ended(sqlite, window, token, tmp_path):
     with served(sqlite, people_of(tmp_path)) as address:
         page = window(address)
@@ -613,6 +635,7 @@ def test_an_open_page_says_that_its_session_has_ended(sqlite, window, token, tmp
         expect(page.locator("#draft-d1r0")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_an_open_page_says_when_its_reply_was_sent(sqlite, window, replies):
     write(sqlite, *angry_chat(1))
     with served(sqlite, replies=replies, undo_seconds=1) as address:
@@ -625,6 +648,7 @@ def test_an_open_page_says_when_its_reply_was_sent(sqlite, window, replies):
         expect(page.get_by_role("button", name="Undo")).not_to_be_attached()
 
 
+@pytest.mark.slow
 def test_without_replies_nothing_is_said_to_be_sent(sqlite, window):
     write(sqlite, *angry_chat(1))
     with served(sqlite, undo_seconds=0) as address:
@@ -635,6 +659,7 @@ def test_without_replies_nothing_is_said_to_be_sent(sqlite, window):
         expect(page.get_by_label("The reply's text")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_attributes_with_odd_spaces_are_found(sqlite, window):
     odd = " New  York\n"
     chat_, *rest = angry_chat(1)
@@ -646,6 +671,7 @@ def test_attributes_with_odd_spaces_are_found(sqlite, window):
         expect(page.locator("#draft-d1r0")).to_be_visible()
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_without_scripts_it_works_too(database, window):
     write(database, *angry_chat(1))

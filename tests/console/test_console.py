@@ -314,6 +314,7 @@ def test_a_publisher_that_is_killed_between_commit_and_publish_loses_and_doubles
     assert all(at for (at,) in rows(database, tables.outbox, "published_at"))
 
 
+@pytest.mark.slow
 def test_several_publishers_send_each_reply_once(database, tmp_path):
     approved(database, 20)
     sent = []
@@ -525,6 +526,7 @@ def test_pages_of_the_inbox(sqlite):
         assert listed(address, "?page=1") == ["d50r0"]
 
 
+@pytest.mark.slow
 def test_a_draft_far_down_the_list_has_neighbours(sqlite):
     write(sqlite, *(record for number in range(1100) for record in angry_chat(number)))
     with served(sqlite) as address:

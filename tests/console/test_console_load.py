@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 
+import pytest
 from conftest import ROOT
 
 BENCH = ROOT / "bench" / "console.py"
@@ -15,6 +16,7 @@ def load_bench():
     return made
 
 
+@pytest.mark.slow
 def test_a_short_soak_loses_and_doubles_nothing(new_database, tmp_path):
     bench = load_bench()
     load = bench.Load(

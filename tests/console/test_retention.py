@@ -169,6 +169,7 @@ def test_the_console_deletes_while_it_runs(decided, monkeypatch):
     assert kept_chats(decided) == ["chat-1", "chat-3"]
 
 
+@pytest.mark.slow
 def test_what_comes_meanwhile_is_kept_whole(database):
     """Workers write newer revisions of chats that are about to be deleted."""
     number_of = range(30)

@@ -75,6 +75,7 @@ def tiny_vader(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", module)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_vader")
 def test_evaluate_compares_variants_with_the_labels(judged, tmp_path, capsys):
     path, good, bad = judged
@@ -164,6 +165,7 @@ def assert_one_page(text):
         ElementTree.fromstring(svg)
 
 
+@pytest.mark.slow
 def test_a_fall_since_the_last_time_is_said_below_the_tables(judged, lines, capsys):
     path, good, _ = judged
     before = {"1/c": -1, "2/c": 0, "3/c": 1, "4/c": None}

@@ -80,6 +80,7 @@ def test_being_near_goes_both_ways(one, two):
     assert all(0 <= found.share <= 1 for found in near(first, second))
 
 
+@pytest.mark.slow
 def test_thousands_are_compared_in_seconds():
     choose = random.Random(0)
     words = [f"w{i}" for i in range(2000)]

@@ -99,6 +99,7 @@ def call_from_another_process(tag, number):
     return [answer.text for answer in model.answer(requests)]
 
 
+@pytest.mark.slow
 def test_processes_of_a_worker_share_batches():
     """As Beam shares a model: the process that loaded it serves the others."""
     tag = "chatflow-test-merging"

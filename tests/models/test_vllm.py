@@ -360,6 +360,7 @@ def test_a_guard_that_is_told_to_end_while_the_command_starts_ends_it():
         assert guard.wait(20) == 128 + signal.SIGTERM  # as the command ended
 
 
+@pytest.mark.slow
 def test_a_stream_survives_a_crash(place, pubsub):
     place.crash("late 3")
     options = pubsub.options(model=NAME, quiet_seconds=0.2)
@@ -423,6 +424,7 @@ def test_a_gpu_on_dataflow_can_be_asked_for_in_beams_ways_too(flags, accelerator
         check_accelerator(without, beam_options(DATAFLOW))
 
 
+@pytest.mark.slow
 def test_where_it_is_not_installed_the_extra_is_named(lines, tmp_path, capsys):
     flags = [f"--input={lines()}", f"--output={tmp_path / 'out'}", f"--model={NAME}"]
     said = mistake(["run", *flags], {}, capsys)

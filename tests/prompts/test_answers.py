@@ -76,6 +76,7 @@ def test_a_long_summary_is_cut_at_a_word_and_says_so():
     assert parsed.repairs == ("summary_cut",)
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_answer_is_parsed_or_refused(answer):
     try:

@@ -77,6 +77,7 @@ MALFORMED = (
 )
 
 
+@pytest.mark.slow
 def test_500_chats_shuffled_repeated_late_and_malformed(pubsub):
     """Each chat's last revision holds exactly its messages; what is malformed is a letter."""
     chance = random.Random(4)
@@ -119,6 +120,7 @@ def test_500_chats_shuffled_repeated_late_and_malformed(pubsub):
     assert counts["reduced"]["duplicate_messages"] >= again > 200
 
 
+@pytest.mark.slow
 def test_results_can_be_filtered_and_come_in_order(pubsub):
     with pubsub.inbox() as inbox:
         with pubsub.pipeline(pubsub.options(model="scripted:/dev/null"), scripted(echo)):
@@ -141,6 +143,7 @@ def test_results_can_be_filtered_and_come_in_order(pubsub):
     assert (dead.attributes["stage"], dead.attributes["reason"]) == ("read", "not_json")
 
 
+@pytest.mark.slow
 def test_attributes_and_publish_time_stand_in_for_fields(pubsub):
     days_ahead = (now() + timedelta(days=3)).isoformat()
     options = pubsub.options(model="scripted:/dev/null")
@@ -155,6 +158,7 @@ def test_attributes_and_publish_time_stand_in_for_fields(pubsub):
     assert run.summary.get("clock_skewed_messages") == 1
 
 
+@pytest.mark.slow
 def test_whole_chats_come_over_pubsub_too(pubsub, script):
     with pubsub.inbox() as inbox, pubsub.pipeline(pubsub.options(model=script(ANGRY, APOLOGY))):
         pubsub.send(chat("late!", chat_id="whole"))
@@ -162,6 +166,7 @@ def test_whole_chats_come_over_pubsub_too(pubsub, script):
     assert inbox.analyses[0]["chat_id"] == "whole"
 
 
+@pytest.mark.slow
 def test_a_topic_is_read_from_now_on(pubsub, script):
     options = pubsub.options(input=pubsub.topic("events"), model=script(ANGRY, APOLOGY))
     with pubsub.inbox() as inbox, pubsub.pipeline(options):
@@ -175,6 +180,7 @@ def test_a_topic_is_read_from_now_on(pubsub, script):
         inbox.wait(lambda inbox: len(inbox.drafts) == 1)
 
 
+@pytest.mark.slow
 def test_draining_finishes_chats_that_are_open_and_writes_files(pubsub, script, tmp_path):
     topics_and_files = {
         kind: f"{pubsub.topic(kind)},{tmp_path}/{kind}"
@@ -193,6 +199,7 @@ def test_draining_finishes_chats_that_are_open_and_writes_files(pubsub, script, 
     assert run.summary.to_dict()["lost"] == 0
 
 
+@pytest.mark.slow
 def test_the_model_failing_for_a_while_loses_nothing(pubsub):
     """What fails meanwhile is in the dead-letter topic, and is replayed from there."""
     HEALTHY.clear()
@@ -212,6 +219,7 @@ def test_the_model_failing_for_a_while_loses_nothing(pubsub):
     assert last_revisions(inbox) == {str(n): f"m{n}x1" for n in range(20)}
 
 
+@pytest.mark.slow
 def test_a_webhook_takes_drafts_as_they_come(pubsub, monkeypatch):
     """What it refuses is in the dead-letter topic, and is replayed from there."""
     monkeypatch.setenv("HOOK_SECRET", "whsec_" + "b" * 40)
@@ -276,6 +284,7 @@ def test_the_emulator_restarted_in_the_middle(monkeypatch):
 # Batches, and the local runner.
 
 
+@pytest.mark.slow
 def test_requests_of_small_bundles_are_batched_together(pubsub, script):
     """One chat after the other, each in a bundle of its own: the model is asked in batches."""
     model = script(ANGRY, APOLOGY)
@@ -292,6 +301,7 @@ def test_requests_of_small_bundles_are_batched_together(pubsub, script):
     assert sizes[2.0] > 5
 
 
+@pytest.mark.slow
 def test_requests_of_different_lengths_are_batched_apart(pubsub, script):
     options = pubsub.options(
         model=script(ANGRY, APOLOGY), max_batch_duration_secs=0.5, batch_buckets="300"
@@ -368,6 +378,7 @@ def hold(element):
     return element
 
 
+@pytest.mark.slow
 def test_a_publisher_of_other_processes(pubsub, script, lines):
     """Files in, topics out, on workers of the job service."""
     source = lines(*(chat("late!", chat_id=str(n)) for n in range(5)))
@@ -388,6 +399,7 @@ def command(*arguments, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_run_publish_and_tail_from_the_command_line(pubsub, script, lines, tmp_path, capsys):
     source = lines(chat("late again!", "sorry", chat_id="a<b"), chat("thanks", chat_id="2"), "bad")
     topics = [f"--{kind}={pubsub.topic(kind)}" for kind in ("analyses", "drafts", "dead_letters")]
@@ -413,6 +425,7 @@ def test_run_publish_and_tail_from_the_command_line(pubsub, script, lines, tmp_p
     assert (counts["messages_read"], counts["chats_assembled"], counts["lost"]) == (3, 2, 0)
 
 
+@pytest.mark.slow
 def test_tail_prints_lines_for_people(pubsub, script, capsys):
     with pubsub.pipeline(pubsub.options(model=script(ANGRY, APOLOGY))):
         pubsub.send(chat("late!", chat_id="\x1b[1mx"), b"rubbish")
@@ -472,6 +485,7 @@ def test_publish_sends_lines_as_they_are(pubsub, lines):
     assert found == dict(zip(Path(source).read_bytes().splitlines(), ["c", "", "m"], strict=True))
 
 
+@pytest.mark.slow
 def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
     """With an emulator of its own, as a newcomer runs it; a draft is approved; then Ctrl-C."""
     start_emulator().stop()  # it can be started here

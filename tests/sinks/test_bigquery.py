@@ -53,6 +53,7 @@ def rows(fake, name):
     return fake.tables[f"proj-1.chatflow.{name}"].rows
 
 
+@pytest.mark.slow
 def test_each_kind_has_its_table(tables, analyse):
     summary = analyse()
     assert summary.lost == 0
@@ -88,6 +89,7 @@ def test_rows_are_appended_where_a_table_has_no_key(tables, analyse):
 CODES = grpc.StatusCode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",
     [

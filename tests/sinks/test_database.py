@@ -135,6 +135,7 @@ def test_a_password_is_never_shown():
         )
 
 
+@pytest.mark.slow
 def test_a_password_is_read_from_where_the_flag_says(database, lines, script, monkeypatch, capsys):
     if database.is_sqlite:
         pytest.skip("a file has no password")
@@ -284,6 +285,7 @@ def test_texts_that_databases_do_not_have(database):
     assert DeadLetter(**found).payload_bytes() == b"no\0json"
 
 
+@pytest.mark.slow
 def test_many_writers_lose_nothing_and_double_nothing(database):
     """Eight workers write the same chats' revisions, all mixed up."""
     records = [
@@ -323,6 +325,7 @@ def test_many_writers_lose_nothing_and_double_nothing(database):
     }
 
 
+@pytest.mark.slow
 def test_bundles_of_several_kinds_wait_for_no_bundle_that_waits_for_them(database, caplog):
     """An analysis of one customer beside a draft of another, and the other way round."""
 
@@ -386,6 +389,7 @@ def test_a_run_fills_the_database_and_a_second_one_adds_nothing(analyse, new_dat
     assert statuses(database) == first
 
 
+@pytest.mark.slow
 def test_single_kinds_go_to_a_database_too(analyse, new_database, tmp_path):
     analyse(database="", output=str(tmp_path), drafts=new_database)
     found = counts(Database(new_database))

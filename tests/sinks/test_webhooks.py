@@ -67,6 +67,7 @@ def letters(folder):
 # What is sent.
 
 
+@pytest.mark.slow
 def test_each_draft_is_a_signed_post(hook, apologise, tmp_path):
     counts = apologise(f"{hook.address}/in/tray?token=t0ken,{tmp_path}/out/drafts")
     assert (counts["drafted"], counts["lost"], counts["dead_letters"]) == (3, 0, 0)
@@ -263,6 +264,7 @@ def test_a_service_that_stays_away_is_given_up(hook, monkeypatch, how, reason, s
     assert {request.headers["webhook-id"] for request in hook.received} == {"d1"}
 
 
+@pytest.mark.slow
 def test_a_port_where_nobody_listens(apologise, tmp_path, monkeypatch):
     monkeypatch.setattr(webhooks, "WEBHOOK_SECONDS", 0.2)
     with Loopback() as gone:
@@ -300,6 +302,7 @@ def test_a_record_that_breaks_the_service_fails_no_other(hook, monkeypatch):
     assert [n for n, error in enumerate(errors) if error] == [0]
 
 
+@pytest.mark.slow
 def test_a_dead_letter_that_is_refused_fails_the_bundle(hook, apologise, lines, capsys):
     """It has no other place to go."""
     hook.behave = lambda *_: Answer(404)
@@ -362,6 +365,7 @@ def test_certificates_are_checked(tmp_path):
 # Secrets.
 
 
+@pytest.mark.slow
 def test_no_secret_is_shown_anywhere(hook, apologise, tmp_path, caplog, capfd):
     """Neither the one that signs, nor what the address may hold."""
     caplog.set_level(logging.DEBUG)

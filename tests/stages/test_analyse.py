@@ -48,6 +48,7 @@ def test_an_analysis_says_what_made_it(analysis_prompt):
     assert len(analysis.analysis_id) == 32
 
 
+@pytest.mark.slow
 def test_ids_are_the_same_when_the_same_chat_comes_twice(analysis_prompt):
     found = analyse(scripted({"analysis": ANGRY}), analysis_prompt, [LATE, LATE])["analysed"]
     assert len({one.analysis.analysis_id for one in found}) == 1

@@ -213,6 +213,7 @@ def test_revisions_grow_also_when_a_message_is_late_or_the_chat_was_forgotten():
 # Whom it is about.
 
 
+@pytest.mark.slow
 def test_a_chat_of_agents_alone_waits_for_a_customer_or_is_a_dead_letter():
     hello = said(0, role="agent", user="a")
     assert stream(QUIET, hello, Until(100), said(110), Until(171)) == [[0, 110]]
@@ -277,6 +278,7 @@ def replay(rules, events):
     return revisions
 
 
+@pytest.mark.slow
 def test_batch_and_stream_agree_on_the_real_runners():
     rules = dataclasses.replace(QUIET, every_messages=3)
     events = [said(second) for second in (0, 10, 20, 30, 100, 101, 300)] + [closed(301)]

@@ -157,6 +157,7 @@ def convert(capsys, *arguments):
     return json.loads(said.out), said.err
 
 
+@pytest.mark.slow
 def test_weights_of_hugging_face_become_a_preset(pieces, tmp_path, capsys):
     model = made("gemma2")
     source = saved(model, tmp_path / "source", pieces)

@@ -68,6 +68,7 @@ def edited(folder, to, change):
     return to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("t5.pt", "float16"), ("t5.pth", "float32"), ("t5.safetensors", "bfloat16")],
@@ -182,6 +183,7 @@ def test_a_decoder_alone_and_integers(tmp_path):
     assert torch.equal(found["lm_head.weight"], model.transformer.wte.weight.half())
 
 
+@pytest.mark.slow
 @pytest.mark.gemma
 def test_the_embedded_gemma(tmp_path, capsys):
     summary = save("gemma3-270m", tmp_path / "gemma.pt", capsys=capsys)
@@ -216,6 +218,7 @@ def converting(folder, path, results):
     results.put(memory("VmHWM") - before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says it here")
 def test_a_large_model_is_never_in_memory(t5, tmp_path):
     """A model of Flan-T5-small's size, 308 MB as float32."""

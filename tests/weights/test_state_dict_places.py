@@ -146,6 +146,7 @@ def submit(name, path, *flags):
     return main(["model", "save-state-dict", name, path, *flags])
 
 
+@pytest.mark.slow
 def test_the_job_is_the_same_command(jobs, on_vertex, capsys):
     path = f"{BUCKET}/flan-t5-xxl.pt"
     more = ["--service_account=a@p.iam.gserviceaccount.com", f"--staging_bucket={BUCKET}/staging"]

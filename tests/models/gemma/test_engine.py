@@ -266,6 +266,7 @@ def test_bfloat16_answers_too(preset):
     assert answer.answer_tokens > 0
 
 
+@pytest.mark.slow
 def test_a_remote_folder_is_copied_once(preset, tmp_path, monkeypatch):
     """As for gs://, here through the same interface of Beam with a local address."""
     from chatflow.weights import presets

@@ -72,6 +72,7 @@ def test_its_summaries_are_of_the_chat(analysed):
         assert words & set(analysis.summary.lower().split())
 
 
+@pytest.mark.slow
 def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, analysed):
     prompt = DraftPrompt(load_folder("base")["apology"], ModelSpec())
     question = prompt.question(analysed[0].chat, "c", analysed[0].analysis)
@@ -82,6 +83,7 @@ def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, analysed
     assert ".." not in draft.text
 
 
+@pytest.mark.slow
 def test_the_models_json_is_built_by_code(gemma):
     prompt = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec())
     (answer,) = gemma.answer([prompt.question(CHATS[0], "c").request])
@@ -90,6 +92,7 @@ def test_the_models_json_is_built_by_code(gemma):
     assert 0 < answer.answer_tokens <= 40
 
 
+@pytest.mark.slow
 def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
     """An answer ends with its object, however many tokens there would still be."""
     shots = "".join(
@@ -116,6 +119,7 @@ def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
     assert answer.answer_tokens < 64
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_a_plain_forward_pass(gemma):
     """Of the whole text, without the cache: after each token, the next is the likeliest."""
     from chatflow.models.gemma.engine import Row
@@ -131,6 +135,7 @@ def test_greedy_text_is_that_of_a_plain_forward_pass(gemma):
     assert found.text == engine.tokenizer.detokenize(likeliest.tolist())
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_runs_anywhere():
     """With a tiny shape; on a GPU it measures those of Gemma 3 1B and 4B."""
     script = ROOT / "bench" / "gpu.py"
@@ -141,6 +146,7 @@ def test_the_gpu_bench_runs_anywhere():
     assert all(row["chatflow_chats_per_second"] > 0 for row in shape["batches"])
 
 
+@pytest.mark.slow
 def test_the_conversion_is_done_once_and_a_broken_copy_is_made_again(gemma, tmp_path, monkeypatch):
     """A cut file is noticed by its hash."""
     folder = embedded.ensure()

@@ -57,6 +57,7 @@ def shuffles(seed):
         yield np.argsort(-weights)
 
 
+@pytest.mark.slow
 @settings(max_examples=3000, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 30), st.integers(1, 60))
 def test_a_json_string_is_valid_whatever_the_model_wishes(seed, tokens, characters):
@@ -67,6 +68,7 @@ def test_a_json_string_is_valid_whatever_the_model_wishes(seed, tokens, characte
     assert value.strip()
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 20), st.integers(0, 60))
 def test_a_text_is_valid_utf_8_and_ends_before_its_stop(seed, tokens, characters):

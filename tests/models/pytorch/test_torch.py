@@ -221,6 +221,7 @@ def test_a_prompt_that_is_too_long_fails_alone(model, monkeypatch):
     assert three.text == model.answer([batch[2]])[0].text
 
 
+@pytest.mark.slow
 def test_concurrent_callers_get_what_each_would_alone(model):
     requests = [request(part(prompt)) for prompt in PROMPTS * 3]
     expected = [model.answer([one])[0].text for one in requests]
@@ -239,6 +240,7 @@ def test_scores_that_are_no_numbers_are_failures(t5):
         assert (found.reason, "--dtype" in found.error) == ("not_finite", True)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_dropped_leaves_nothing_behind(t5):
     model = load(t5)
     model.answer([request(part("sorry"))])
@@ -493,6 +495,7 @@ def test_chats_of_files_become_analyses(t5, tmp_path, lines):
     assert all(set(a["tone_scores"]) == {"angry", "neutral", "happy"} for a in found)
 
 
+@pytest.mark.slow
 def test_a_stream_of_messages_becomes_analyses(t5, pubsub):
     options = pubsub.options(model=f"torch:{t5}", quiet_seconds=0.5)
     with pubsub.inbox() as inbox, pubsub.pipeline(options):
@@ -532,6 +535,7 @@ def test_the_translate_example_runs(t5, tmp_path, script, kind, monkeypatch):
         assert {response["model"] for response in answered} <= {model}
 
 
+@pytest.mark.slow
 def test_the_respond_example_runs(t5, pubsub, monkeypatch):
     """On the emulator, until Ctrl-C; what fails goes to the dead letters."""
     events, responses, dead = (pubsub.topic(n) for n in ("events", "analyses", "dead_letters"))

@@ -57,6 +57,7 @@ def fault_of(fake, model, **settings):
     return asyncio.run(call())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("fault", TABLE)
 def test_a_fault_means_the_same_whichever_the_service(vertex, model, fault):

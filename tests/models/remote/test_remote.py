@@ -202,11 +202,13 @@ def conserve(fake, model, fault, monkeypatch):
     assert len(poisoned) == sum(expected.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", EVERY_FAULT)
 def test_under_every_fault_each_request_has_one_result(fake, fault, monkeypatch):
     conserve(fake, ENDPOINTS["public"], fault, monkeypatch)
 
 
+@pytest.mark.slow
 def test_so_it_is_with_gemini(fake, monkeypatch):
     conserve(fake, GEMINI, "everything", monkeypatch)
 
@@ -239,6 +241,7 @@ def test_a_bug_in_one_answer_takes_no_other_with_it(fake):
     assert len(fake.brain.calls) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS[:2])
 def test_where_all_is_refused_for_too_long_all_that_wait_are_turned_away(fake, model):
     brain = misbehave(fake, rates={"429": 1.0})
@@ -268,6 +271,7 @@ def test_a_reply_that_cannot_be_read_is_in_the_failure_as_it_came(fake, request_
     assert "choices" in found.answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS[:2])
 def test_two_steps_and_many_threads_share_one_client_and_its_limit(fake, model):
     brain = misbehave(fake, latency=0.02)
@@ -501,6 +505,7 @@ def letters_of(counts):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS[:3])
 def test_the_whole_pipeline_runs_on_a_remote_model(fake, model, tmp_path, lines, capsys):
     misbehave(fake, script=["429", "ok", "reset"])
@@ -516,6 +521,7 @@ def test_the_whole_pipeline_runs_on_a_remote_model(fake, model, tmp_path, lines,
     assert {json.loads(x)["model"] for x in Path(written).read_text().splitlines()} == {model}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_repaired_is_a_dead_letter_with_all_that_is_known(
     fake, tmp_path, lines, capsys
 ):
@@ -531,6 +537,7 @@ def test_what_cannot_be_repaired_is_a_dead_letter_with_all_that_is_known(
     assert "SAFETY (HARM_CATEGORY_HARASSMENT HIGH)" in by_chat["1"]["error"]
 
 
+@pytest.mark.slow
 def test_a_repaired_answer_says_so_in_its_record(fake, tmp_path, lines, capsys):
     misbehave(fake, script=["nonsense"])
     assert main(flags(fake, lines(chat("late")), tmp_path)) == 0
@@ -538,6 +545,7 @@ def test_a_repaired_answer_says_so_in_its_record(fake, tmp_path, lines, capsys):
     assert counts["repaired"] == {"asked_again": 1}
 
 
+@pytest.mark.slow
 def test_the_cost_is_by_the_users_own_table(fake, tmp_path, lines, capsys):
     prices = tmp_path / "prices.toml"
     prices.write_text('["gemini-*"]\ninput = 1e6\n["gemini-1*"]\ninput = 5\n')
@@ -575,6 +583,7 @@ def test_a_mistake_in_the_table_of_prices_is_told(fake, tmp_path, lines, capsys,
     assert main(flags(fake, lines(chat("late")), tmp_path, "--prices=none.toml")) == 2
 
 
+@pytest.mark.slow
 def test_the_model_is_looked_for_at_launch_and_nothing_is_paid(fake, tmp_path, lines, capsys):
     path = lines(chat("late"))
     empty = ENDPOINTS["empty"]
@@ -592,6 +601,7 @@ def test_the_model_is_looked_for_at_launch_and_nothing_is_paid(fake, tmp_path, l
     assert counts["dead_letters_by_reason"] == {"model/http_404": 1}
 
 
+@pytest.mark.slow
 def test_where_the_service_cannot_be_reached_the_job_is_started_all_the_same(
     fake, tmp_path, lines, capsys
 ):
