@@ -234,8 +234,8 @@ class ModelSpec:
 
 def kind_of(name: str, inference: str) -> Kind:
     """Returns the kind of a model by its name, or else by `--inference`."""
-    prefix = next((prefix for prefix in KINDS if name.startswith(prefix)), inference)
-    return _kind(KINDS[prefix])
+    prefixes = (key for key in KINDS if key.endswith(":") and name.startswith(key))
+    return _kind(KINDS[next(prefixes, inference)])
 
 
 @functools.cache

@@ -156,3 +156,11 @@ def test_a_preset_that_an_image_brings_along_is_taken_by_its_name(tmp_path, monk
     assert local_preset("mine") == str(tmp_path / "mine")
     assert local_preset("gemma3-270m") == str(tmp_path / "gemma3-270m")
     assert local_preset("hf://google/gemma-3-1b-it") == "hf://google/gemma-3-1b-it"
+
+
+def test_a_folder_whose_name_begins_like_a_place_is_of_no_other_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("remote-gemma", "on_worker"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        assert type(ModelSpec(name).kind) is type(ModelSpec().kind)
