@@ -217,6 +217,7 @@ def test_results_of_another_run_are_left_alone(cloud, capsys):
     assert not cloud.jobs
 
 
+@pytest.mark.slow
 def test_what_dataflow_refuses_is_said(cloud, capsys, caplog):
     cloud.refusal = (403, "the caller does not have permission " + "x" * 600)
     ((_, *words),) = commands("deploy", cloud, capsys)

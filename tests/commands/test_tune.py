@@ -143,6 +143,17 @@ def test_an_adapter_works_on_weights_of_8_bits(tuned, preset):
     assert plain[1].text == adapted[1].text
 
 
+def test_one_epoch_measures_before_and_after_and_leaves_an_adapter(preset, lines, tmp_path):
+    adapter = tmp_path / "short.lora.h5"
+    learn, check = lines(*labelled(12)), lines(*labelled(6, 12), name="check.jsonl")
+    report = run_tune(
+        learn, f"--model={preset}", f"--validation={check}", f"--adapter_output={adapter}",
+        "--epochs=1",
+    )  # fmt: skip
+    assert {*report} >= {"before", "after"}
+    assert matrices(str(adapter), "lora_kernel_a").size
+
+
 def test_chatflows_own_adapter_goes_with_prompts_that_have_constants_for_it(tmp_path):
     def adapter(**flags):
         return plan(Options(input="x", output="y", **flags)).routes.specs[0].own_adapter
@@ -159,6 +170,7 @@ def test_chatflows_own_adapter_goes_with_prompts_that_have_constants_for_it(tmp_
         adapter(prompts=f"{tmp_path}/mine")
 
 
+@pytest.mark.slow
 def test_keras_reads_the_adapter(tuned, preset):
     from chatflow.weights.presets import use_jax
 
@@ -182,6 +194,7 @@ def matrices(adapter, name):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_from_an_adapter_of_the_same_rank_and_keeps_half_of_it(
     tuned, preset, tmp_path, capsys
 ):

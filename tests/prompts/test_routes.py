@@ -62,7 +62,14 @@ models:
 
 
 @pytest.mark.parametrize(
-    "processes", [[], ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]]
+    "processes",
+    [
+        [],
+        pytest.param(
+            ["--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_three_keys_share_two_models_and_unknown_keys_are_dead_letters(
     tmp_path, lines, script, models, processes
@@ -274,6 +281,7 @@ def test_a_model_that_is_loaded_holds_up_no_other():
             assert other.result(timeout=30)[0][2].model == "b"
 
 
+@pytest.mark.slow
 def test_what_a_process_used_that_died_is_free_again():
     handler, _ = ready("ab", 1)
     began, may = threading.Event(), threading.Event()

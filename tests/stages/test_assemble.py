@@ -294,6 +294,7 @@ def at(event):
     return int(event.at.timestamp()) - START
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [0, 20])
 def test_a_chat_of_100_000_messages_costs_no_more_for_each(every):
     """In a stream, where each message comes alone and is followed by the next."""

@@ -246,6 +246,7 @@ def test_a_name_that_hides_what_the_model_is(hub, tmp_path, capsys):
         assert f"fetched {tmp_path / name} in " in said
 
 
+@pytest.mark.slow
 def test_a_model_of_kaggles_by_its_librarys_cache(tmp_path, capsys, monkeypatch):
     """What was downloaded before is asked of nobody."""
     kept = tmp_path / "kaggle" / "models" / "org" / "tiny" / "keras" / "tiny_en"
@@ -261,6 +262,7 @@ def test_a_model_of_kaggles_by_its_librarys_cache(tmp_path, capsys, monkeypatch)
     assert "kaggle://tiny: cannot be fetched: ValueError: Invalid model handle" in error
 
 
+@pytest.mark.slow
 def test_by_way_of_a_bucket(hub, google, tmp_path, capsys):
     said = fetch("org/tiny", "gs://models/by/tiny", capsys)
     names = {f"by/tiny/{name}" for name in (*MODEL, SUMS)}

@@ -155,6 +155,7 @@ def test_json_is_valid_for_random_weights_and_prompts(preset):
     assert tones == {-1, 0, 1}
 
 
+@pytest.mark.slow
 def test_a_tone_takes_no_decoding_and_a_skeleton_no_step(engine):
     """Forced stretches are fed with the prompt, not decoded."""
     before = engine.all_counts()
@@ -168,6 +169,7 @@ def test_a_tone_takes_no_decoding_and_a_skeleton_no_step(engine):
     assert len(whole.tokens) <= 5
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_bounded(engine):
     """The same shapes again, and shapes of the same bucket, compile nothing."""
     rows = [write("late " * n, 8, "the agent\n") for n in (1, 9, 14, 3, 7)]

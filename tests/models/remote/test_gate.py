@@ -141,6 +141,7 @@ def load(service, requests, seconds, gate=None):
     return gate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("seconds", [ANSWER, 0.01, 2.0])
 def test_a_quota_of_40_a_second_is_used_and_hardly_overrun(seconds, seed):
@@ -171,6 +172,7 @@ def test_a_capacity_of_16_at_once_is_used(seed):
     assert refused <= 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("share", "least"), [(0.1, 0.9), (0.25, 0.5)])
 def test_scattered_refusals_do_not_slow_the_others_down(share, least, seed):
