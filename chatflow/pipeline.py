@@ -18,6 +18,7 @@ from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis
 from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
+from chatflow.sources.chats import Customs, customs_of
 from chatflow.sources.parse import ParseArrivals
 from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
 from chatflow.stages.analyse import AnalyseChats
@@ -44,6 +45,7 @@ class Plan:
     model: Model
     first: Updates
     rules: Rules
+    customs: Customs
     destinations: Mapping[str, tuple[str, ...]]
     streaming: bool = False
     replay: bool = False
@@ -97,6 +99,7 @@ def plan(
         model_of(routes, first, streaming, options.resource_hints),
         first,
         options.take(Rules),
+        customs_of(options.roles, options.placeholders),
         {
             kind: split_destinations(kind, getattr(options, kind), options.output, options.database)
             for kind in KINDS
@@ -132,7 +135,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters()
         arrivals = opened.arrivals
 
-    read = arrivals | "ParseArrivals" >> ParseArrivals(options.max_line_bytes, rules.retention)
+    read = arrivals | "ParseArrivals" >> ParseArrivals(
+        options.max_line_bytes, rules.retention, plan.customs
+    )
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
     refused = []

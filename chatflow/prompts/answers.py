@@ -146,7 +146,7 @@ def shorten(text: str, limit: int) -> str:
 def copies_template(text: str, prompt: str, chat: Chat) -> bool:
     """Returns whether most of a text copies the prompt's instructions or examples, not the chat."""
     template = prompt
-    for message in chat.messages:
+    for message in chat.said:
         template = template.replace(as_data(message.text), "\n")
     runs, known = word_runs(text), set(word_runs(template))
     return sum(run in known for run in runs) * 2 > len(runs)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import BadInputError, UsageError, one_line
-from chatflow.records import Arrival, Chat, Event, Reading, now
+from chatflow.records import Arrival, Chat, Event, now
 from chatflow.sinks.pubsub import ordering_key, publisher, wait_published
 from chatflow.sources.parse import parse_arrival
 from chatflow.sources.read import files_of
@@ -46,11 +46,10 @@ def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
     """Yields each line as a message, whatever it contains; its chat's id is the key."""
     for line in lines:
         read = _parse(line)
-        chat = read.chat if isinstance(read, Reading) else read
-        yield Line(line, chat.chat_id if chat else "")
+        yield Line(line, read.chat_id if read else "")
 
 
-def _parse(line: bytes) -> Reading | Event | None:
+def _parse(line: bytes) -> Chat | Event | None:
     try:
         return parse_arrival(Arrival(line), timedelta(0))
     except BadInputError:
@@ -110,8 +109,8 @@ def chats_of(lines: Iterable[bytes]) -> tuple[list[Chat], list[bytes]]:
     chats, others = [], []
     for line in lines:
         read = _parse(line)
-        if isinstance(read, Reading):
-            chats.append(read.chat)
+        if isinstance(read, Chat):
+            chats.append(read)
         else:
             others.append(line)
     return chats, others
