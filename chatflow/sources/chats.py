@@ -166,10 +166,10 @@ def message_fields(
 
 def _words(text: str, original: Any, customs: Customs, counts: Counter[str]) -> dict[str, str]:
     """Returns the text as its author wrote it, and as it came if that differs."""
+    if isinstance(original, str) and said(original, customs.placeholders).text == text:
+        return {"text": text, "original": original}  # a chat that was read before
     words, left_out = said(text, customs.placeholders)
     counts.update(f"input/{name}" for name in left_out)
-    if isinstance(original, str) and original.strip():
-        return {"text": words, "original": original}
     return {"text": words, "original": text} if left_out else {"text": text}
 
 

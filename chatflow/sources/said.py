@@ -60,7 +60,7 @@ def said(text: str, placeholders: Collection[str] = PLACEHOLDERS) -> Said:
         before, text = text, step(text)
         if text != before:
             left_out.append(name)
-    if text and len(text) <= _LONGEST_PLACEHOLDER:
+    if text.strip() and len(text) <= _LONGEST_PLACEHOLDER:
         without = "" if _is_placeholder(text, placeholders) else _ADDED.sub("", text)
         if without != text:
             text = without
@@ -90,7 +90,7 @@ _ONLY_JOINERS = re.compile(r"[\s\u200c\u200d\u2800\ufe00-\ufe0f]*")
 
 
 def without_invisible(text: str) -> str:
-    if text.isascii() and text.isprintable():
+    if (text.isascii() and text.isprintable()) or not text.strip():
         return text
     text = _UNSEEN.sub("", text)
     return "" if _ONLY_JOINERS.fullmatch(text) else text
@@ -140,7 +140,7 @@ class _Text(HTMLParser):
         self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in _BREAKS:
+        if tag in _BREAKS and tag not in _VOID:
             self.parts.append("\n")
         if tag in self.open:
             while self.open.pop() != tag:
