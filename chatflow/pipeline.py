@@ -130,7 +130,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     options, model, rules = plan.options, plan.model, plan.rules
 
     inputs = split_inputs(options.input)
-    arrivals = pipeline | "ReadArrivals" >> ReadArrivals(inputs, options.id_label)
+    arrivals = pipeline | "ReadArrivals" >> ReadArrivals(
+        inputs, options.id_label, options.max_line_bytes
+    )
     if plan.replay:
         opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters()
         arrivals = opened.arrivals

@@ -158,13 +158,51 @@ def newest_revision(messages: Sequence[Message]) -> int:
     return max((newest - EPOCH) // timedelta(milliseconds=1), 0) + len(messages)
 
 
+class Range(NamedTuple):
+    """A part of a file: the lines that begin at the bytes from `start` to before `end`."""
+
+    path: str
+    start: int = 0
+    end: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.start}-{'' if self.end is None else self.end}"
+
+    @classmethod
+    def parse(cls, text: str) -> Range:
+        """Reads what `str` writes; raises `ValueError`."""
+        path, _, part = text.rpartition("#")
+        start, _, end = part.partition("-")
+        return cls(path, int(start), int(end) if end else None)
+
+
+class Fault(NamedTuple):
+    """Why a part of a file was not read: a short code, what to tell people, and where it is."""
+
+    reason: str
+    message: str
+    part: Range
+
+
 class Arrival(NamedTuple):
-    """A line of JSON as it arrived; the other fields are the Pub/Sub message's, empty for files."""
+    """A line of JSON as it arrived.
+
+    `attributes`, `message_id` and `published_at` are the Pub/Sub message's, empty for files.
+    `source` says where in which file the line is. With a `fault` there is no line.
+    """
 
     line: bytes
     attributes: Mapping[str, str] = {}
     message_id: str | None = None
     published_at: datetime | None = None
+    source: str = ""
+    fault: Fault | None = None
+
+    def read(self) -> bytes:
+        """Returns the line; raises `BadInputError` if there is a fault instead."""
+        if self.fault is not None:
+            raise BadInputError(self.fault.reason, self.fault.message)
+        return self.line
 
 
 class Event(Record):
@@ -302,7 +340,8 @@ class DeadLetter(Record):
         record); `replay` (of a dead letter).
       reason: a short code, e.g. `not_json`.
       payload: the element as it came; `base64` if it is not UTF-8; `gzip`, compressed and then
-        base64, if it is too large for its sink.
+        base64, if it is too large for its sink; `file`, the part of a file that was not read, as
+        `Range` writes it.
       attributes: the Pub/Sub message's.
       answer: the model's raw answer, if any.
     """
@@ -311,14 +350,14 @@ class DeadLetter(Record):
     reason: str
     error: str
     payload: str
-    payload_encoding: Literal["utf-8", "base64", "gzip"] = "utf-8"
+    payload_encoding: Literal["utf-8", "base64", "gzip", "file"] = "utf-8"
     attributes: dict[str, str] | None = None
     chat_id: str | None = None
     answer: str | None = None
     failed_at: Time
 
     def payload_bytes(self) -> bytes:
-        if self.payload_encoding == "utf-8":
+        if self.payload_encoding in ("utf-8", "file"):
             return self.payload.encode()
         raw = base64.b64decode(self.payload)
         return gzip.decompress(raw) if self.payload_encoding == "gzip" else raw

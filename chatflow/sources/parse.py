@@ -58,7 +58,12 @@ class ParseArrivals(beam.PTransform):
                 f"--max_line_bytes={self.max_line_bytes}",
             )
         counts: Counter[str] = Counter()
-        read = parse_arrival(arrival, self.retention, self.customs, counts)
+        try:
+            read = parse_arrival(arrival, self.retention, self.customs, counts)
+        except BadInputError as error:
+            if arrival.source:
+                raise BadInputError(error.reason, f"{error} ({arrival.source})") from None
+            raise
         if isinstance(read, Chat):
             counts["chats_read"] += 1
         elif read.message is None:
@@ -90,7 +95,7 @@ def parse_arrival(
     Raises `BadInputError`: `unknown_event`, or that of `load_object`, `validate` or `read_chat`.
     """
     counts = Counter() if counts is None else counts
-    value = _with_attributes(load_object(arrival.line), arrival.attributes)
+    value = _with_attributes(load_object(arrival.read()), arrival.attributes)
     if value.get("messages") is not None:
         return read_chat(value, customs, counts)
     kind = value.get("event")
