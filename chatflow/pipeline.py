@@ -24,6 +24,7 @@ from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
 from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.assemble import AssembleChats
 from chatflow.stages.draft import DraftApologies, to_be_written
+from chatflow.stages.identity import TellApart
 from chatflow.stages.replay import OpenDeadLetters
 
 
@@ -142,6 +143,10 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     )
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
+    dead_letters = [read.dead_letters, assembled.dead_letters]
+    if not plan.streaming:
+        chats, shared = chats | "TellApart" >> TellApart()
+        dead_letters.append(shared)
     refused = []
     if options.database:  # the console shows them to reviewers
         refused.append(chats | "WriteChats" >> plan.write_to([options.database]))
@@ -152,7 +157,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         )
         updates = beam.pvalue.AsIter(pipeline | "WatchUpdates" >> watch)
     analysed = chats | "AnalyseChats" >> AnalyseChats(model, plan.first.analysis, updates)
-    dead_letters = [read.dead_letters, assembled.dead_letters, analysed.dead_letters]
+    dead_letters.append(analysed.dead_letters)
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
     if plan.replay:

@@ -335,7 +335,8 @@ class DeadLetter(Record):
     """An element that could not be handled, with everything needed to try it again.
 
     Attributes:
-      stage: where it failed: `read`; `assemble` (messages to a chat); `prompt`, `model` or `answer`
+      stage: where it failed: `read`; `assemble` (messages to a chat); `identity` (chats that share
+        an id); `prompt`, `model` or `answer`
         of an analysis; `draft_prompt`, `draft_model` or `draft_answer`; `write` (a sink refused a
         record); `replay` (of a dead letter).
       reason: a short code, e.g. `not_json`.

@@ -15,11 +15,13 @@ from chatflow.pipeline import Plan
 from chatflow.records import Record, parse_record
 from chatflow.sinks.files import result_files
 from chatflow.sinks.write import is_file, shown
+from chatflow.sources.lines import OF_FILES
 
 TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "green")}
 
 
 _REDUCED = (
+    "duplicate_chats",
     "forgotten_messages",
     "too_late_events",
     "clock_skewed_messages",
@@ -95,15 +97,32 @@ class Summary:
         read = self.get("lines_read") - sum(map(self.get, kinds)) - self.dead_lettered("read")
         gone = ("messages_joined", "duplicate_events", "too_late_events")
         assembled = self.get("messages_read") - sum(map(self.get, gone))
+        apart = self.get("chats_apart") + self.get("duplicate_chats")
+        if apart := apart + self.dead_lettered("identity"):  # in batches
+            apart -= self.get("chats_read") + self.get("chats_assembled")
         analysed = self.get("asked") - self.get("analysed")
         flagged = sum(self.under("drafts_flagged").values())
         drafted = self.get("drafts_asked") - self.get("drafted") - flagged
         return (
             abs(read)
             + abs(assembled)
+            + abs(apart)
             + abs(analysed - self.dead_lettered("prompt", "model", "answer"))
             + abs(drafted - self.dead_lettered("draft_prompt", "draft_model", "draft_answer"))
         )
+
+    @property
+    def problem(self) -> str:
+        """Returns why the input was not read as it should be, or ""."""
+        letters = self.under("dead_letters/read")
+        if self.get("lines_read") and sum(letters.values()) == self.get("lines_read"):
+            reasons = ", ".join(f"{name} {count}" for name, count in letters.items())
+            return f"nothing could be read: every line became a dead letter ({reasons})"
+        unread = {reason: letters[reason] for reason in OF_FILES if reason in letters}
+        if unread:
+            reasons = ", ".join(f"{name} {count}" for name, count in unread.items())
+            return f"not all files were read to their end ({reasons}); see the dead letters"
+        return ""
 
     @property
     def cost(self) -> float | None:
@@ -135,6 +154,7 @@ class Summary:
                 "duplicate_messages": self.get("duplicate_messages") + self.get("duplicate_events"),
                 **{name: self.get(name) for name in _REDUCED},
             },
+            "input": self.under("input"),
             "repaired": self.under("repaired"),
             "prompt_tokens": self.get("prompt_tokens"),
             "answer_tokens": self.get("answer_tokens"),

@@ -97,11 +97,13 @@ class _Reader:
             stream = _decompressed(file, self.compression)
             head = stream.peek(_HEAD)
         encoding = _encoding(head)
+        if not _decoded(head, encoding).lstrip().startswith((b"{", b"[")):
+            encoding = ""
         kind = LINES if plain or self.part.start else kind_of(_decoded(head, encoding))
         if kind in _HINTS:
             yield self.fault(WRONG, f"{path} is {_HINTS[kind]}")
-        elif kind == JSON:
-            yield from self.values(stream.read(self.most + 1), encoding)
+        elif kind == JSON and (found := self.values(stream, encoding)) is not None:
+            yield from found
         else:
             if encoding:
                 stream = io.BufferedReader(_Recoded(stream, encoding), BLOCK)
@@ -134,29 +136,32 @@ class _Reader:
                 yield Arrival(text, source=f"{path}, byte {at}")
             self.lines += 1
 
-    def values(self, raw: bytes, encoding: str) -> Iterator[Arrival]:
-        """Yields the elements of a JSON array, or objects that take several lines, as lines."""
-        path = self.part.path
-        if len(raw) > self.most:
-            yield self.fault(
-                "line_too_long",
-                f"{path} is a JSON array or has objects of several lines, and more bytes than "
-                f"--max_line_bytes={self.most}; write one object a line: jq -c '.[]? // .' FILE",
-            )
-            return
+    def values(self, stream: Any, encoding: str) -> list[Arrival] | None:
+        """Returns the elements of a JSON array, or objects over several lines, as lines.
+
+        Returns None if it is not JSON after all, with the stream at its start.
+        """
+        raw = stream.read(self.most + 1)
         text = raw.decode(encoding or "utf-8-sig", "replace").strip()
+        if len(raw) > self.most and text[1:2] in "\r\n":  # its first line is a bracket
+            message = (
+                f"{self.part.path} is a JSON array or has objects over several lines, and more "
+                f"bytes than --max_line_bytes={self.most}; write one object a line, e.g. with "
+                "jq -c '.[]? // .'"
+            )
+            return [self.fault("line_too_long", message)]
+        items: list[Any] = []
         decoder, at = json.JSONDecoder(), 0
-        while at < len(text):
-            try:
+        try:
+            while at < len(text):
                 value, end = decoder.raw_decode(text, at)
-            except (ValueError, RecursionError) as error:
-                yield self.fault("not_json", f"{path} is not JSON: {error}")
-                return
-            for item in value if isinstance(value, list) else [value]:
-                line = json.dumps(item, ensure_ascii=False).encode("utf-8", "replace")
-                yield Arrival(line, source=path)
-                self.lines += 1
-            at = len(text) - len(text[end:].lstrip(" \t\r\n,"))
+                items += value if isinstance(value, list) else [value]
+                at = len(text) - len(text[end:].lstrip(" \t\r\n,"))
+        except (ValueError, RecursionError):
+            stream.seek(0)
+            return None
+        lines = (json.dumps(item, ensure_ascii=False) for item in items)
+        return [Arrival(line.encode("utf-8", "replace"), source=self.part.path) for line in lines]
 
     def broken(self, error: Exception) -> Arrival:
         path = self.part.path
@@ -190,7 +195,28 @@ def _decompressed(file: Any, compression: str) -> Any:
         return file
     opened: Any = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[compression]
     raw = opened(fileobj=file) if compression == "gzip" else opened(file)
-    return io.BufferedReader(raw, BLOCK)
+    return io.BufferedReader(_Available(raw), BLOCK)
+
+
+class _Available(io.RawIOBase):
+    """Gives what is decompressed before a fault; `read` of these files loses it."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._file.read1(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
 
 
 _MARKS = (
@@ -241,19 +267,15 @@ def kind_of(head: bytes) -> str:
     for magic, name in _BEGINNINGS:
         if head.startswith(magic):
             return name
+    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    if not lines or any(map(_is_object, lines[:100])):
+        return LINES
     if head[:1000].count(0) > 3:
         return "binary"
-    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
-    if not lines:
-        return LINES
     first = lines[0].strip()
     second = lines[1].strip() if len(lines) > 1 else b""
-    if first.startswith(b"["):
-        is_line = second and (_is_json(first) or _is_json(second))
-        return LINES if is_line and first != b"[" else JSON
-    if first.startswith(b"{"):
-        goes_on = first == b"{" or (first.endswith((b"{", b"[", b",")) and not _is_json(first))
-        return JSON if goes_on and second.startswith((b'"', b"}")) else LINES
+    if first.startswith((b"[", b"{")):
+        return JSON if first.startswith(b"[") or not second or second[:1] in b'"}' else LINES
     if re.match(rb"<(!doctype|html|\?xml)", first, re.IGNORECASE):
         return "html"
     for mark in (b",", b";", b"\t"):
@@ -262,12 +284,11 @@ def kind_of(head: bytes) -> str:
     return LINES
 
 
-def _is_json(line: bytes) -> bool:
+def _is_object(line: bytes) -> bool:
     try:
-        json.loads(line)
+        return line.lstrip().startswith(b"{") and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
-    return True
 
 
 def _skip(stream: Any, count: int) -> None:
