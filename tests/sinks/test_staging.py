@@ -9,11 +9,13 @@ import sys
 import uuid
 from pathlib import Path
 
+import apache_beam as beam
 import pytest
 from apache_beam.io.filesystem import BeamIOError, FileMetadata, FileSystem
 from apache_beam.io.filesystems import FileSystems
 from conftest import ANALYSIS, ROOT
 
+from chatflow import WriteRecords, launch, new_pipeline
 from chatflow.errors import UsageError
 from chatflow.sinks import staging
 from chatflow.sinks.files import AppendFiles, result_files
@@ -88,7 +90,7 @@ class MemoryFiles(FileSystem):
 
     def delete(self, paths):
         for path in paths:
-            del self.files[path]
+            self.files.pop(path, None)
 
 
 @pytest.fixture(params=["here", "memory"])
@@ -172,6 +174,18 @@ def test_a_run_that_fails_leaves_everything_as_it_was(root, prefixes, fault):
     with pytest.raises(fault):
         run(*prefixes, x=["new\n"], y=["newer\n"], fault=fault)
     assert files_in(root) == OLD
+
+
+@pytest.mark.parametrize("shards", [3, 1])
+def test_a_pipeline_writes_beside_and_then_replaces(root, shards):
+    for shard in range(shards):
+        put(f"{root}/x-{shard:05}-of-{shards:05}.jsonl", "old\n")
+    pipeline = new_pipeline()
+    pipeline | beam.Create([ANALYSIS]) | WriteRecords([f"{root}/x"])
+    launch(pipeline)
+    found = files_in(root)
+    assert set(found) == {"x" + SHARD, "manifest.json"}
+    assert found["x" + SHARD] == ANALYSIS.to_json() + "\n"
 
 
 class KilledError(BaseException):
