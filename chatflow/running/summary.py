@@ -57,11 +57,7 @@ class Summary:
     def of(cls, result: Any, seconds: float, planned: Plan) -> Summary:
         """Returns the summary of a Beam `PipelineResult` and its plan."""
         found = result.metrics().query()
-        counts: dict[str, int] = {}
-        for metric in found["counters"]:
-            if metric.key.metric.namespace == metrics.NAMESPACE:
-                name = metric.key.metric.name
-                counts[name] = counts.get(name, 0) + int(metric.result)
+        counts = counts_of(found)
         values: dict[str, list[Any]] = {}
         for metric in found["distributions"]:
             if metric.key.metric.namespace == metrics.NAMESPACE and metric.result.count:
@@ -181,12 +177,26 @@ class Summary:
             },
         }
 
+    def counts_only(self) -> dict[str, Any]:
+        """Returns `to_dict()` without the files, which may still be those of an earlier run."""
+        return {name: value for name, value in self.to_dict().items() if name != "files"}
+
     def files(self, kind: str) -> list[str]:
         prefixes = filter(is_file, self.destinations[kind])
         return [path for prefix in prefixes for path in result_files(prefix)]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+def counts_of(found: Mapping[str, Any]) -> dict[str, int]:
+    """Returns chatflow's counters among Beam's metrics, added up by name."""
+    counts: dict[str, int] = {}
+    for metric in found["counters"]:
+        if metric.key.metric.namespace == metrics.NAMESPACE:
+            name = metric.key.metric.name
+            counts[name] = counts.get(name, 0) + int(metric.result)
+    return counts
 
 
 def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 import re
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -15,7 +17,7 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow.errors import UsageError
 from chatflow.options import SinkSettings
 from chatflow.records import Record
-from chatflow.sinks.sink import Sink, Uris
+from chatflow.sinks.sink import Sink
 
 _MADE_AT = re.compile(r'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
 
@@ -24,6 +26,10 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")
 
 
 _APPENDED = re.compile(r"-\d{8}T\d{6}Z-[0-9a-f]{12}\.jsonl")
+
+
+PROBE = ".chatflow-can-write"
+"""How files begin that only test whether a folder can be written."""
 
 
 @beam.typehints.with_input_types(Record)
@@ -88,46 +94,38 @@ def to_line(record: Record) -> tuple[str, str]:
 
 def result_files(prefix: str) -> list[str]:
     """Returns the files that a run wrote under a prefix, sorted; raises `UsageError`."""
-    try:
-        found = FileSystems.match([f"{prefix}-*.jsonl"])[0].metadata_list
-    except Exception as error:  # each filesystem has its own
-        raise UsageError(f"{prefix!r} cannot be listed: {error}") from None
     start = len(prefix)
     return sorted(
-        m.path
-        for m in found
-        if _SHARD.fullmatch(m.path, start) or _APPENDED.fullmatch(m.path, start)
+        path
+        for path in files_under(f"{prefix}-")
+        if _SHARD.fullmatch(path, start) or _APPENDED.fullmatch(path, start)
     )
 
 
-def prepare_output(
-    prefixes: Collection[str], inputs: Sequence[str], streaming: bool, local: bool = True
-) -> int:
-    """Makes the folders, checks that they are writable, and removes an earlier run's files.
+def files_under(prefix: str) -> dict[str, float]:
+    """Returns the files whose paths start with a prefix, and when they changed (Unix time).
 
-    Old files would mix with those of a run with another number of shards. A stream removes nothing,
-    because it appends. Returns the number of removed files.
-
-    Args:
-      inputs: files that are about to be read.
-      local: the pipeline runs here, now. Elsewhere nothing is removed, because the service may
-        refuse the job, or an earlier one may still write.
-
-    Raises:
-      UsageError: a folder is not writable, or an old file is an input or must not be removed.
+    On this machine it does not look into folders below, and takes `*` and `[` as they are.
     """
-    for folder in {FileSystems.split(prefix)[0] or "." for prefix in prefixes}:
-        check_writable(folder, "--output")
-    stale = [] if streaming else [path for prefix in prefixes for path in result_files(prefix)]
-    if read := sorted(set(stale) & set(inputs)):
-        raise UsageError(f"--output: {read[0]} is read, and would be replaced; name another folder")
-    if stale and not local:
-        raise UsageError(
-            f"--output: {stale[0]} is there, of another run; name another folder, or remove it"
-        )
-    if stale:
-        FileSystems.delete(stale)
-    return len(stale)
+    try:
+        if not is_local(prefix):
+            files = FileSystems.match([f"{prefix}*"])[0].metadata_list
+            return {file.path: file.last_updated_in_seconds for file in files}
+        folder, name = os.path.split(prefix)
+        found = {}
+        for other in os.listdir(folder or ".") if os.path.isdir(folder or ".") else ():
+            path = os.path.join(folder, other)
+            if other.startswith(name) and os.path.isfile(path):
+                with contextlib.suppress(FileNotFoundError):  # another process removed it now
+                    found[path] = os.path.getmtime(path)
+        return found
+    except Exception as error:  # each filesystem has its own
+        raise UsageError(f"{prefix!r} cannot be listed: {error}") from None
+
+
+def is_local(path: str) -> bool:
+    """Returns whether a path is in this machine's file system."""
+    return FileSystems.get_filesystem(path).scheme() is None
 
 
 def check_writable(folder: str, flag: str) -> None:
@@ -135,7 +133,8 @@ def check_writable(folder: str, flag: str) -> None:
     try:
         if not FileSystems.exists(folder):
             FileSystems.mkdirs(folder)
-        probe = FileSystems.join(folder, ".chatflow-can-write")
+        # Two runs may test the same folder at once.
+        probe = FileSystems.join(folder, f"{PROBE}-{uuid.uuid4().hex}")
         FileSystems.create(probe).close()
         FileSystems.delete([probe])
     except Exception as error:  # each filesystem has its own
@@ -151,9 +150,6 @@ class Files(Sink):
         except ValueError:
             return False
         return True
-
-    def prepare(self, uris: Uris, inputs: Sequence[str], streaming: bool, local: bool) -> int:
-        return prepare_output(uris, inputs, streaming, local)
 
     def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
         return AppendFiles(uri) if settings.streaming else WriteFiles(uri)

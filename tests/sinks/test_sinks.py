@@ -10,7 +10,7 @@ from conftest import ANALYSIS, DRAFT, read
 
 from chatflow.errors import UsageError
 from chatflow.records import Analysis, DeadLetter, now, parse_record
-from chatflow.sinks.files import AppendFiles, prepare_output, result_files
+from chatflow.sinks.files import AppendFiles, result_files
 from chatflow.sinks.pubsub import to_message
 from chatflow.sinks.write import SCHEMES, by_sink, shown, split_destinations
 
@@ -37,13 +37,6 @@ def test_a_file_that_is_written_again_takes_the_place_of_the_first(tmp_path):
     assert sorted(a["analysis_id"] for a in read(tmp_path, "analyses")) == ["a1", "a2"]
     assert len(os.listdir(tmp_path)) == 1
     assert result_files(f"{tmp_path}/analyses") == [one]
-
-
-def test_a_stream_leaves_the_files_that_are_there(tmp_path):
-    kept = AppendFiles(f"{tmp_path}/analyses").write("", lines(ANALYSIS))
-    assert prepare_output([f"{tmp_path}/analyses"], [], streaming=True) == 0
-    assert result_files(f"{tmp_path}/analyses") == [kept]
-    assert prepare_output([f"{tmp_path}/analyses"], [], streaming=False) == 1
 
 
 # Messages.
