@@ -183,11 +183,14 @@ def _raw(path: str) -> Any:
 
 
 _ENDINGS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz"}
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+_MAGIC = re.compile(
+    rb"(?P<gzip>\x1f\x8b\x08)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
+)
 
 
 def _compression(head: bytes) -> str:
-    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+    found = _MAGIC.match(head)
+    return str(found.lastgroup) if found else ""
 
 
 def _decompressed(file: Any, compression: str) -> Any:

@@ -175,6 +175,10 @@ def files_of(pattern: str, flag: str) -> list[str]:
     except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{flag}: {pattern!r} cannot be listed: {error}") from None
     if not matches:
-        hint = " (looked for *.jsonl, *.jsonl.gz, .bz2 and .xz)" if _is_folder(pattern) else ""
+        hint = (
+            " (looked for *.jsonl in the folder, also .gz, .bz2, .xz)"
+            if _is_folder(pattern)
+            else ""
+        )
         raise UsageError(f"{flag}: no file matches {pattern!r}{hint}")
     return [match.path for match in matches]
