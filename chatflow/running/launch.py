@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -50,7 +51,8 @@ def execute(
 ) -> Summary:
     """Checks everything, runs the pipeline to its end, and returns the counts.
 
-    Files of an earlier run are replaced when this one has ended well; otherwise they stay.
+    Files of an earlier run are replaced when this one has ended well; otherwise they stay, also if
+    no line of the input could be read.
 
     Raises:
       UsageError: before anything runs.
@@ -74,6 +76,8 @@ def execute(
                 result = pipeline.run()
                 finish(result, console)
             summary = Summary.of(result, time.monotonic() - started, planned)
+            if summary.nothing_read and results.earlier:
+                return dataclasses.replace(summary, kept_earlier=True)
             results.commit(lambda: manifest.content(summary.counts_only()))
         return summary
 

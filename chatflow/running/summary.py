@@ -44,7 +44,8 @@ class Summary:
     """The counts and distributions of a run.
 
     `lost` counts what left a stage neither as a result nor as a dead letter, or left it twice. If
-    it is not 0, chatflow has a bug.
+    it is not 0, chatflow has a bug. `kept_earlier`: the files are those of an earlier run, because
+    nothing could be read.
     """
 
     counts: dict[str, int]
@@ -52,6 +53,7 @@ class Summary:
     seconds: float
     destinations: Mapping[str, Sequence[str]]
     price: Price | None = None
+    kept_earlier: bool = False
 
     @classmethod
     def of(cls, result: Any, seconds: float, planned: Plan) -> Summary:
@@ -108,12 +110,18 @@ class Summary:
         )
 
     @property
+    def nothing_read(self) -> bool:
+        """Returns whether there were lines, and each became a dead letter."""
+        return 0 < self.get("lines_read") == self.dead_lettered("read")
+
+    @property
     def problem(self) -> str:
         """Returns why the input was not read as it should be, or ""."""
         letters = self.under("dead_letters/read")
-        if self.get("lines_read") and sum(letters.values()) == self.get("lines_read"):
+        if self.nothing_read:
             reasons = ", ".join(f"{name} {count}" for name, count in letters.items())
-            return f"nothing could be read: every line became a dead letter ({reasons})"
+            kept = "; the results of the earlier run stay" if self.kept_earlier else ""
+            return f"nothing could be read: every line became a dead letter ({reasons}){kept}"
         unread = {reason: letters[reason] for reason in OF_FILES if reason in letters}
         if unread:
             reasons = ", ".join(f"{name} {count}" for name, count in unread.items())
@@ -182,7 +190,7 @@ class Summary:
         return {name: value for name, value in self.to_dict().items() if name != "files"}
 
     def files(self, kind: str) -> list[str]:
-        prefixes = filter(is_file, self.destinations[kind])
+        prefixes = () if self.kept_earlier else filter(is_file, self.destinations[kind])
         return [path for prefix in prefixes for path in result_files(prefix)]
 
     def to_json(self) -> str:
