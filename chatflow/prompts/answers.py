@@ -227,8 +227,9 @@ def _within(value: Any) -> list[dict[str, Any]]:
     if _fields(value):
         return [value]
     below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    items = [part for item in below for part in (item if isinstance(item, list) else [item])]
     found = []
-    for item in below:
+    for item in items:
         if isinstance(item, str) and "{" in item:
             found += [inner for inner in _whole_objects(item) if _fields(inner)]
         elif _fields(item):
