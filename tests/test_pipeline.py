@@ -388,7 +388,7 @@ def test_step_names_of_a_stream_are_stable(script):
     for name in (
         "AssembleChats/Assemble",
         "WriteAnalyses/Write/Publish",
-        "WriteAnalyses/Write1/Gather",
+        "WriteAnalyses/Write1/Append",
         "AnalyseChats/AskModel/RunInference/BatchElements",
     ):
         assert name in steps

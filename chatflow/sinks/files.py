@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import logging
 import os
 import re
+import threading
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +22,7 @@ from chatflow.options import SinkSettings
 from chatflow.records import Record
 from chatflow.sinks.sink import Sink
 
-_MADE_AT = re.compile(r'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
+_MADE_AT = re.compile(rb'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")
@@ -52,8 +55,11 @@ class WriteFiles(beam.PTransform):
 class AppendFiles(beam.PTransform):
     """Writes a stream's records to files `PREFIX-TIME-HASH.jsonl`.
 
-    The name is derived from the content, so a file that is written again after a fault replaces the
-    first. A file appears complete, `seconds` after its first record or when it has `records` ones.
+    A file appears complete, `seconds` after its first record or when it has `records` ones. Until
+    then a runner keeps the records of a bucket's file, and the name is derived from the content, so
+    that a file that is written again after a fault replaces the first. On this machine, where a
+    runner's state ends with the process, they are on the disk before their bundle ends; see
+    `recover`.
     """
 
     prefix: str
@@ -61,6 +67,9 @@ class AppendFiles(beam.PTransform):
     records: int = 10_000
 
     def expand(self, records: beam.PCollection[Record]) -> Any:
+        if is_local(self.prefix):
+            append = _AppendDoFn(self.prefix, self.seconds, self.records)
+            return records | "Append" >> beam.ParDo(append)
         return (
             records
             | "ToLine" >> beam.Map(to_line).with_output_types(tuple[str, str])
@@ -72,11 +81,8 @@ class AppendFiles(beam.PTransform):
         )
 
     def write(self, _: Any, lines: Sequence[str]) -> str:
-        text = "".join(sorted(lines))
-        content = text.encode()
-        newest = max(_MADE_AT.findall(text), default="")
-        moment = re.sub(r"[-:]|\.\d+", "", newest)
-        name = f"{self.prefix}-{moment}-{hashlib.sha256(content).hexdigest()[:12]}.jsonl"
+        content = "".join(sorted(lines)).encode()
+        name = final_name(self.prefix, content)
         # Written under another name first, so that no reader sees half a file.
         scratch = f"{self.prefix}-{uuid.uuid4().hex}.part"
         with FileSystems.create(scratch) as file:
@@ -86,6 +92,93 @@ class AppendFiles(beam.PTransform):
         else:
             FileSystems.rename([scratch], [name])
         return name
+
+
+def final_name(prefix: str, content: bytes) -> str:
+    newest = max(_MADE_AT.findall(content), default=b"").decode()
+    moment = re.sub(r"[-:]|\.\d+", "", newest)
+    return f"{prefix}-{moment}-{hashlib.sha256(content).hexdigest()[:12]}.jsonl"
+
+
+class _AppendDoFn(beam.DoFn):
+    """Appends the lines of each bundle to a file, which gets its final name when it is complete."""
+
+    def __init__(self, prefix: str, seconds: float, records: int):
+        self.prefix, self.seconds, self.records = prefix, seconds, records
+
+    def setup(self) -> None:
+        self.file: Any = None
+        self.changing = threading.Lock()
+
+    def start_bundle(self) -> None:
+        self.lines: list[str] = []
+
+    def process(self, record: Record) -> None:
+        self.lines.append(record.to_json() + "\n")
+
+    def finish_bundle(self) -> None:
+        if not self.lines:
+            return
+        with self.changing:
+            if self.file is None:
+                self.file = open(f"{self.prefix}-{uuid.uuid4().hex}.part", "ab")  # noqa: SIM115
+                hold(self.file)
+                self.written = 0
+                self.timer = threading.Timer(self.seconds, self.complete, [self.file])
+                self.timer.daemon = True
+                self.timer.start()
+            self.file.write("".join(self.lines).encode())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.written += len(self.lines)
+            if self.written >= self.records:
+                self._complete()
+
+    def teardown(self) -> None:
+        self.complete(self.file)
+
+    def complete(self, file: Any) -> None:
+        with self.changing:
+            if file is not None and file is self.file:
+                self._complete()
+
+    def _complete(self) -> None:
+        file, self.file = self.file, None
+        self.timer.cancel()
+        _put_in_place(file.name, self.prefix)
+        file.close()
+
+
+def hold(file: Any) -> bool:
+    """Locks a file until it is closed or the process dies; returns whether nobody else holds it.
+
+    Where the file system has no locks, nobody does.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        logging.getLogger(__name__).debug("%s cannot be locked", file.name, exc_info=True)
+    return True
+
+
+def recover(path: str, prefix: str) -> None:
+    """Puts the whole lines of a killed stream's file in place, if its process has ended."""
+    with open(path, "rb+") as file:
+        if hold(file):
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)  # the bundle of the last line did not end
+            _put_in_place(path, prefix)
+
+
+def _put_in_place(path: str, prefix: str) -> None:
+    with open(path, "rb") as file:
+        content = file.read()
+    if content:
+        os.replace(path, final_name(prefix, content))
+    else:
+        os.remove(path)
 
 
 def to_line(record: Record) -> tuple[str, str]:

@@ -30,6 +30,7 @@ from chatflow.sinks.files import (
     check_writable,
     files_under,
     is_local,
+    recover,
     result_files,
 )
 from chatflow.sinks.locks import FolderLock
@@ -293,15 +294,19 @@ def _stagings(folder: str) -> dict[str, float]:
 
 
 def _clear(folder: str, names: Sequence[str], alone: bool) -> None:
-    """Removes scratch files of killed runs: if others use the folder, only old ones."""
+    """Removes scratch files of killed runs: if others use the folder, only old ones.
+
+    What a killed stream wrote on this machine is put in place instead.
+    """
     scratch = [(str(FileSystems.join(folder, name)), _PART) for name in names]
     scratch.append((str(FileSystems.join(folder, PROBE)), re.compile(r"(-[0-9a-f]{32})?")))
     for prefix, rest in scratch:
-        _delete(
-            path
-            for path, changed in files_under(prefix).items()
-            if rest.fullmatch(path, len(prefix)) and (alone or time.time() - changed > HOUR)
-        )
+        found = {p: at for p, at in files_under(prefix).items() if rest.fullmatch(p, len(prefix))}
+        if rest is _PART and is_local(folder):
+            for path in found:
+                recover(path, prefix)
+        else:
+            _delete(p for p, changed in found.items() if alone or time.time() - changed > HOUR)
     if alone:  # so the folder is on this machine
         of_beam = re.compile(f"beam-temp-({'|'.join(map(re.escape, names))})-[0-9a-f]{{32}}")
         for name in filter(of_beam.fullmatch, os.listdir(folder)):

@@ -437,10 +437,33 @@ def test_a_batch_clears_up_after_killed_runs(tmp_path):
 def test_a_stream_that_is_alone_clears_up_and_beside_another_only_what_is_old(tmp_path):
     with opened(f"{tmp_path}/x", streaming=True):
         left, kept = leave(tmp_path)
-        old = tmp_path / f"x-{'0' * 32}.part"
-        old.write_text("x")
-        os.utime(old, (1, 1))
+        left = {name for name in left if not name.endswith(".part")}
         with opened(f"{tmp_path}/x", streaming=True):
             assert set(files_in(str(tmp_path))) == left | kept
     with opened(f"{tmp_path}/x", streaming=True):
         assert set(files_in(str(tmp_path))) == kept
+
+
+def test_what_a_killed_stream_wrote_is_put_in_place(tmp_path):
+    """A whole line was acknowledged; half a line was not."""
+    program = (
+        "import os, sys, conftest; from chatflow.sinks.files import AppendFiles, _AppendDoFn;"
+        f"do = _AppendDoFn({str(tmp_path / 'x')!r}, 30, 10); do.setup(); do.start_bundle();"
+        "do.process(conftest.ANALYSIS); do.finish_bundle();"
+        "do.file.write(b'{half'); do.file.flush(); print('written', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "tests"},
+        cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"written\n"
+    with opened(f"{tmp_path}/x", streaming=True):
+        assert result_files(f"{tmp_path}/x") == []  # it lives, and goes on writing
+        assert len(list(tmp_path.glob("*.part"))) == 1
+    process.kill()
+    process.wait()
+    with opened(f"{tmp_path}/x", streaming=True):
+        (found,) = result_files(f"{tmp_path}/x")
+    assert Path(found).read_text() == ANALYSIS.to_json() + "\n"
+    assert not list(tmp_path.glob("*.part"))
