@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -57,6 +58,8 @@ from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
 
 from chatflow.sources.puller import Puller
 
+_log = logging.getLogger(__name__)
+
 BUNDLE = 1000
 """Maximum messages per bundle; the next one fills up while one is handled."""
 
@@ -91,15 +94,15 @@ class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
         executor = Executor.__new__(Executor)
         executor._executor = _PatientExecutor(graph.value_to_consumers, registry, context)
         executor.start(graph.root_transforms)
-        return LocalStreamResult(executor, context, readers)
+        return LocalStreamResult(executor, context, readers, registry)
 
 
 class LocalStreamResult(direct_runner.DirectPipelineResult):
     """A running stream; waiting for it returns once it is drained, or raises its failure."""
 
-    def __init__(self, executor: Any, context: Any, readers: _Readers):
+    def __init__(self, executor: Any, context: Any, readers: _Readers, registry: _Registry):
         super().__init__(executor, context)
-        self._readers = readers
+        self._readers, self._registry = readers, registry
 
     def drain(self) -> None:
         """Stops reading, and ends all open chats."""
@@ -112,10 +115,14 @@ class LocalStreamResult(direct_runner.DirectPipelineResult):
             self._state = PipelineState.RUNNING  # the caller may drain it now
             raise
         except BaseException:
-            self._readers.close()
+            self._close()
             raise
-        self._readers.close()
+        self._close()
         return state
+
+    def _close(self) -> None:
+        self._readers.close()
+        self._registry.tear_down()
 
 
 class _Readers:
@@ -296,6 +303,15 @@ class _Registry(TransformEvaluatorRegistry):
                 evaluator = self.get_evaluator(step, nothing, [])
                 if isinstance(evaluator, _StepEvaluator):
                     self.steps[step] = _Step(evaluator)
+
+    def tear_down(self) -> None:
+        """Tears down the DoFns, so that they finish what they hold, e.g. files."""
+        while self.steps:
+            _, step = self.steps.popitem()
+            try:
+                step.runner.teardown()
+            except Exception:
+                _log.warning("a step could not be torn down", exc_info=True)
 
     def should_execute_serially(self, transform: Any) -> bool:
         if transform not in self._serial:
