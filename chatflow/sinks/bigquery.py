@@ -24,7 +24,7 @@ import tenacity
 
 from chatflow.dead_letters import shortened
 from chatflow.errors import UsageError
-from chatflow.network import attempts
+from chatflow.network import NO_LIMITS, attempts
 from chatflow.options import SinkSettings
 from chatflow.records import KINDS, DeadLetter, Record, record_id
 from chatflow.sinks.google import check_each
@@ -188,8 +188,7 @@ def _write_client(host: str) -> Any:
     if host:
         import grpc
 
-        limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-        channel = grpc.insecure_channel(host, options=limits)
+        channel = grpc.insecure_channel(host, options=NO_LIMITS)
         return BigQueryWriteClient(transport=transports.BigQueryWriteGrpcTransport(channel=channel))
     return BigQueryWriteClient()
 
