@@ -151,7 +151,7 @@ def trusted() -> ssl.SSLContext:
 def attempts(
     what: str,
     seconds: float,
-    retry: tenacity.retry_base = tenacity.retry_if_exception_type(),
+    retry: Callable[[tenacity.RetryCallState], bool] = tenacity.retry_if_exception_type(),
     first: int = logging.WARNING,
 ) -> tenacity.Retrying:
     """Returns attempts, for `for attempt in attempts(…): with attempt: …`.

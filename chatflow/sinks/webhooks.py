@@ -18,7 +18,7 @@ import aiohttp
 import apache_beam as beam
 from apache_beam.utils.windowed_value import WindowedValue
 
-from chatflow.dead_letters import WRITE, dead_letter
+from chatflow.dead_letters import refused
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.network import LoopThread, pause, retry_after, session
 from chatflow.options import SinkSettings
@@ -108,11 +108,8 @@ class _PostDoFn(beam.DoFn):
         waiting, self.waiting = self.waiting, []
         errors = self.poster.post([found.value for found in waiting])
         for found, error in zip(waiting, errors, strict=True):
-            if error is None:
-                continue
-            if isinstance(found.value, DeadLetter):
-                raise error
-            yield found.with_value(dead_letter(WRITE, found.value, error))
+            if error is not None:
+                yield found.with_value(refused(found.value, error))
 
     def teardown(self) -> None:
         self.poster.close()

@@ -1,5 +1,6 @@
 """The event-driven pipeline on the real Pub/Sub emulator: events in, records out."""
 
+import base64
 import json
 import os
 import random
@@ -30,9 +31,11 @@ from conftest import (
 from consoles import Visitor
 from fakes.hook import Answer, Hook
 
+from chatflow import dead_letters
 from chatflow.cli import main
+from chatflow.dead_letters import fitted, join
 from chatflow.errors import ModelError
-from chatflow.records import now
+from chatflow.records import Chat, DeadLetter, now
 from chatflow.running.emulator import HOST_VARIABLE
 from chatflow.running.launch import execute
 from chatflow.running.publishing import Line, send
@@ -217,6 +220,57 @@ def test_the_model_failing_for_a_while_loses_nothing(pubsub):
         with pubsub.pipeline(again, scripted(failing_model), replay=True):
             inbox.wait(lambda inbox: len(inbox.drafts) == 20)
     assert last_revisions(inbox) == {str(n): f"m{n}x1" for n in range(20)}
+
+
+@pytest.mark.slow
+def test_a_letter_of_9_mb_is_replayed_whole(pubsub):
+    """It is too large for a message: the topic has its parts, and they wait for each other."""
+    photo = base64.b64encode(random.Random(3).randbytes(7_200_000)).decode()
+    large = chat("m1x1 " + photo, chat_id="photo").to_json()
+    options = pubsub.options(model="scripted:/dev/null")
+    HEALTHY.clear()
+    with pubsub.inbox() as inbox:
+        with pubsub.pipeline(options, scripted(failing_model)):
+            pubsub.send(large)
+            inbox.wait(lambda inbox: len(inbox.dead_letters) == 2)
+        parts = [DeadLetter(**part) for part in inbox.dead_letters]
+        assert join(parts).payload_bytes() == chat_asked(large)
+        HEALTHY.set()
+        again = pubsub.options(
+            input=pubsub.subscription("dead_letters"), model="scripted:/dev/null"
+        )
+        with pubsub.pipeline(again, scripted(echo_start), replay=True):
+            inbox.wait(lambda inbox: len(inbox.analyses) == 1)
+    assert inbox.analyses[0]["chat_id"] == "photo"
+    assert len(inbox.dead_letters) == 2
+
+
+def chat_asked(line):
+    """A chat of one customer, as its dead letter holds it."""
+    return Chat.model_validate_json(line).model_copy(update={"user_id": "c"}).to_json().encode()
+
+
+def echo_start(request):
+    if request.task == "apology":
+        return "We are sorry about all of that."
+    return json.dumps({"sentiment": 0, "summary": "It is a photo."})
+
+
+@pytest.mark.slow
+def test_parts_that_wait_when_a_stream_is_drained_are_dead_letters_again(pubsub, monkeypatch):
+    monkeypatch.setattr(dead_letters, "PART_BYTES", 300)
+    noise = random.Random(1).randbytes(1000).hex()
+    whole = DeadLetter(stage="read", reason="x", error="x", payload=noise, failed_at=now())
+    first, *others = fitted(whole, 1000)
+    with pubsub.inbox() as inbox:
+        options = pubsub.options(model="scripted:/dev/null")
+        with pubsub.pipeline(options, scripted(echo), replay=True):
+            pubsub.send(*(part.to_json() for part in others), "no letter")
+            inbox.wait(lambda inbox: len(inbox.dead_letters) == 1)
+        inbox.wait(lambda inbox: len(inbox.dead_letters) == 1 + len(others))
+    waited = [DeadLetter(**part) for part in inbox.dead_letters[1:]]
+    assert {part.reason for part in waited} == {"part_missing"}
+    assert join([first, *waited]).payload == noise
 
 
 @pytest.mark.slow
