@@ -132,11 +132,14 @@ def check_size(record: Record, size: int, limit: int) -> None:
         raise ElementError("too_large", said)
 
 
-def fitted(letter: DeadLetter, limit: int) -> list[DeadLetter]:
+def fitted(letter: DeadLetter, limit: int, part_bytes: int = 0) -> list[DeadLetter]:
     """Returns a dead letter as letters of at most `limit` bytes of JSON; nothing is cut.
 
     That is the letter itself, or the letter with its payload compressed, or parts to `join`. The
     parts are the same when the letter is made again, which has another `failed_at`.
+
+    Args:
+      part_bytes: how much a part holds, if not `PART_BYTES`; base64 adds a third.
     """
     if len(letter.to_json().encode()) <= limit:
         return [letter]
@@ -146,7 +149,8 @@ def fitted(letter: DeadLetter, limit: int) -> list[DeadLetter]:
         return [compressed]
     content = letter.model_dump_json(exclude={"failed_at"}, exclude_none=True).encode()
     whole = gzip.compress(content, mtime=0)
-    pieces = [whole[at : at + PART_BYTES] for at in range(0, len(whole), PART_BYTES)]
+    size = part_bytes or PART_BYTES
+    pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
     return [
         DeadLetter(
             stage=letter.stage,

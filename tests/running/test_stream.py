@@ -1,6 +1,8 @@
 """The event-driven pipeline on the real Pub/Sub emulator: events in, records out."""
 
 import base64
+import collections
+import contextlib
 import json
 import os
 import random
@@ -30,6 +32,7 @@ from conftest import (
 )
 from consoles import Visitor
 from fakes.hook import Answer, Hook
+from google.api_core.exceptions import DeadlineExceeded
 
 from chatflow import dead_letters
 from chatflow.cli import main
@@ -254,6 +257,59 @@ def echo_start(request):
     if request.task == "apology":
         return "We are sorry about all of that."
     return json.dumps({"sentiment": 0, "summary": "It is a photo."})
+
+
+POISON = (
+    random.Random(5).randbytes(9_900_000),
+    b'{"chat_id": ' + b"[" * 100_000,
+    b'{"chat_id": ' + b"1" * 10_000 + b', "messages": []}',
+    b'{"chat_id": "half", "messages": [{"user_id": "c", "text": "\\ud83d"}]}',
+    b'{"chat_id": "zero", "messages": [{"user_id": "c", "text": "\0"}]}',
+    b'{"chat_id": "same", "chat_id": 1e999, "messages": []}',
+    chat("late!", chat_id="a\0\x1b\u202e").to_json().encode(),
+    json.dumps({"chat_id": "x" * 1_000_000, "user_id": "c", "text": "late!"}).encode(),
+    json.dumps({"chat_id": "7", "user_id": "c", "text": "!", "sent_at": "0001-01-01"}).encode(),
+    json.dumps(message("!", "8", sent_at="9999-12-31T23:59:59-12:00")).encode(),
+)
+
+
+@pytest.mark.slow
+def test_no_message_stops_a_stream(pubsub):
+    """Each is analysed, or a dead letter that holds it whole; all are acknowledged."""
+    options = pubsub.options(model="scripted:/dev/null")
+    with pubsub.inbox() as inbox:
+        with pubsub.pipeline(options, scripted(echo_start)) as run:
+            pubsub.send(*POISON, **{"tenant": "\0\n", "x" * 256: "y" * 1024, "z": ""})
+            pubsub.send(chat("late!", chat_id="good"))
+            inbox.wait(lambda inbox: "good" in {found["chat_id"] for found in inbox.analyses})
+        inbox.wait(lambda inbox: len(inbox.analyses) + len(letters_of(inbox)) == len(POISON) + 1)
+    held = {whole.payload_bytes() for whole in letters_of(inbox)}
+    assert held <= set(POISON)
+    assert set(POISON[:3]) <= held
+    assert run.summary.lost == 0
+    assert unacknowledged(pubsub) == []
+
+
+def unacknowledged(pubsub):
+    with contextlib.suppress(DeadlineExceeded):
+        found = pubsub.subscriber.pull(
+            subscription=pubsub.subscription("events"), max_messages=1, timeout=2, retry=None
+        )
+        return [received.message.data for received in found.received_messages]
+    return []
+
+
+def letters_of(inbox):
+    """The dead letters that are there whole."""
+    letters = [DeadLetter(**letter) for letter in inbox.dead_letters]
+    whole = [letter for letter in letters if letter.part is None]
+    parts = collections.defaultdict(dict)
+    for letter in letters:
+        if letter.part is not None:
+            parts[letter.whole_id, letter.parts][letter.part] = letter
+    return whole + [
+        join(found.values()) for (_, number), found in parts.items() if len(found) == number
+    ]
 
 
 @pytest.mark.slow
