@@ -61,9 +61,10 @@ _log = logging.getLogger(__name__)
 class PostRecords(beam.PTransform):
     """Posts each record as JSON to a webhook, in no order; outputs a `DeadLetter` per refused one.
 
-    A refused dead letter fails its bundle; one that is too large (413) goes in parts. POSTs are signed as https://www.standardwebhooks.com
-    specifies. Delivery is at least once: `webhook-id` and `Idempotency-Key` are the record's id,
-    which stays the same in retries, repeated bundles and replays.
+    A refused dead letter fails its bundle; one that is too large (413) goes in parts. POSTs are
+    signed as https://www.standardwebhooks.com specifies. Delivery is at least once: `webhook-id`
+    and `Idempotency-Key` are the record's id, which stays the same in retries, repeated bundles
+    and replays.
 
     Attributes:
       url: see `Webhook.check_uri`.
