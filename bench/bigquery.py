@@ -68,8 +68,11 @@ def main() -> None:
             seconds = []
             for bundle in range(parsed.bundles + 1):
                 rows = [
-                    bigquery.to_row(analysis.model_copy(update={"analysis_id": f"{bundle}-{i}"}))
+                    row
                     for i in range(parsed.rows)
+                    for row in bigquery.to_rows(
+                        analysis.model_copy(update={"analysis_id": f"{bundle}-{i}"})
+                    )
                 ]
                 began = time.perf_counter()
                 append(rows)

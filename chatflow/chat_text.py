@@ -23,6 +23,11 @@ def as_data(text: str) -> str:
     return CONTROL_TOKEN.sub(lambda m: f"‹{m[1] or m[2]}›", text)
 
 
+def encodable(text: str) -> str:
+    """Returns a text that UTF-8 can encode: a lone surrogate, half an emoji, becomes its escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 _PIECE = re.compile(r"[^\W\d_]{1,5}|\d|[^\w\s]|_")
 
 

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import functools
 import gzip
+import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import apache_beam as beam
 
 from chatflow import metrics
+from chatflow.chat_text import encodable
 from chatflow.errors import BadInputError, ElementError
 from chatflow.records import (
     AnalysedChat,
@@ -26,6 +28,7 @@ from chatflow.records import (
     Response,
     load_object,
     now,
+    validate,
 )
 
 InputT = TypeVar("InputT")
@@ -86,32 +89,107 @@ class _DeadLetteredDoFn(beam.DoFn, Generic[InputT, OutputT]):
 
 
 def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
-    """Returns the dead letter of a failed element and counts it by stage and reason."""
+    """Returns the dead letter of a failed element and counts it by stage and reason.
+
+    It raises nothing, because the element could then stop a stream.
+    """
     if isinstance(error, ElementError):
         reason, answer = error.reason, error.answer
     else:
         reason, answer = f"internal_{type(error).__name__}", None
         _log.exception("%s: unexpected error; the element is dead-lettered", stage, exc_info=error)
     metrics.count(f"dead_letters/{stage}/{reason}")
+    try:
+        payload = payload_of(element)
+    except Exception as problem:  # an unknown type, or text that is not Unicode
+        _log.warning("%s: the dead letter holds the element as Python shows it: %s", stage, problem)
+        payload = {"payload": encodable(repr(element))}
     return DeadLetter(
         stage=stage,
         reason=reason,
-        error=str(error)[:2000] or reason,
-        answer=answer,
+        error=encodable(str(error))[:2000] or reason,
+        answer=None if answer is None else encodable(answer),
         failed_at=now(),
-        **payload_of(element),
+        **payload,
     )
 
 
-def shortened(letter: DeadLetter, limit: int) -> DeadLetter:
-    """Shrinks a dead letter to at most `limit` bytes: compresses its payload or else cuts it."""
+def refused(record: Record, error: Exception) -> DeadLetter:
+    """Returns the dead letter of a record that a sink refuses.
+
+    Raises the error if the record is a dead letter, which has no other place to go.
+    """
+    if isinstance(record, DeadLetter):
+        raise error
+    return dead_letter(WRITE, record, error)
+
+
+def check_size(record: Record, size: int, limit: int) -> None:
+    """Raises `ElementError`: `too_large`, if a record has more bytes than its sink takes."""
+    if size > limit:
+        kind = type(record).__name__
+        said = f"the {kind} has {size:,} bytes, and its destination takes {limit:,} at most"
+        raise ElementError("too_large", said)
+
+
+def fitted(letter: DeadLetter, limit: int, part_bytes: int = 0) -> list[DeadLetter]:
+    """Returns a dead letter as letters of at most `limit` bytes of JSON; nothing is cut.
+
+    That is the letter itself, or the letter with its payload compressed, or parts to `join`. The
+    parts are the same when the letter is made again, which has another `failed_at`.
+
+    Args:
+      part_bytes: how much a part holds, if not `PART_BYTES`; base64 adds a third.
+    """
+    if len(letter.to_json().encode()) <= limit:
+        return [letter]
     packed = base64.b64encode(gzip.compress(letter.payload_bytes(), mtime=0)).decode()
-    if len(packed) > limit - 100_000:
-        metrics.count("cut_dead_letters")
-        start = letter.payload[: limit // 8]
-        note = f"{letter.error} (its payload of {len(letter.payload)} characters was cut)"
-        return letter.model_copy(update={"payload": start, "error": note, "answer": None})
-    return letter.model_copy(update={"payload": packed, "payload_encoding": "gzip"})
+    compressed = letter.model_copy(update={"payload": packed, "payload_encoding": "gzip"})
+    if len(compressed.to_json().encode()) <= limit:
+        return [compressed]
+    content = letter.model_dump_json(exclude={"failed_at"}, exclude_none=True).encode()
+    whole = gzip.compress(content, mtime=0)
+    size = part_bytes or PART_BYTES
+    pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+    return [
+        DeadLetter(
+            stage=letter.stage,
+            reason=letter.reason,
+            error=letter.error[:2000],
+            payload=base64.b64encode(piece).decode(),
+            payload_encoding="base64",
+            chat_id=letter.chat_id if len(letter.chat_id or "") <= ID_CHARACTERS else None,
+            failed_at=letter.failed_at,
+            part=number,
+            parts=len(pieces),
+            whole_id=_hash(whole),
+        )
+        for number, piece in enumerate(pieces, 1)
+    ]
+
+
+PART_BYTES = 6_000_000
+"""The most bytes of a part before base64; with it, a part is small enough for every sink."""
+
+ID_CHARACTERS = 1024
+"""The longest chat id beside a part; the part's letter has any."""
+
+
+def join(parts: Iterable[DeadLetter]) -> DeadLetter:
+    """Returns the letter whose parts these are, in any order; raises `BadInputError`: `bad_parts`.
+
+    The payloads, one after the other, are the letter's JSON without `failed_at`, compressed.
+    """
+    first, *others = sorted(parts, key=lambda letter: letter.part or 0)
+    whole = b"".join(letter.payload_bytes() for letter in (first, *others))
+    if _hash(whole) != first.whole_id:
+        raise BadInputError("bad_parts", "the parts are not those of one letter")
+    content = load_object(gzip.decompress(whole))
+    return validate(DeadLetter, {**content, "failed_at": first.failed_at})
+
+
+def _hash(whole: bytes) -> str:
+    return hashlib.sha256(whole).hexdigest()[:32]
 
 
 @functools.singledispatch
@@ -169,4 +247,7 @@ def _chat_id_in(line: bytes) -> str | None:
 
 @payload_of.register
 def _letter_payload(letter: DeadLetter) -> dict[str, Any]:
+    if letter.part is not None:  # it waits for its other parts
+        kept = ("payload", "payload_encoding", "chat_id", "part", "parts", "whole_id")
+        return {name: getattr(letter, name) for name in kept}
     return {"payload": letter.to_json(), "chat_id": letter.chat_id}

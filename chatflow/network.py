@@ -21,6 +21,12 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+NO_LIMITS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+"""Options of a gRPC channel that takes messages of any size; its default is 4 MB."""
+
+PUBSUB_HOST = "PUBSUB_EMULATOR_HOST"
+"""The variable with the address of a Pub/Sub emulator (HOST:PORT)."""
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the second try, doubled with each further try; and their maximum."""
 
@@ -66,6 +72,23 @@ async def session(
         cookie_jar=None if cookies else aiohttp.DummyCookieJar(),
         **{"trust_env": True, **options},  # proxies
     )
+
+
+def pubsub_client(kind: str, **options: Any) -> Any:
+    """Returns Google's `SubscriberClient` or `PublisherClient`, for messages of any size.
+
+    Google's clients have no limit with the service, but gRPC's own (4 MB) with the emulator, where
+    a larger message would block its subscription.
+    """
+    import google.cloud.pubsub_v1 as pubsub_v1
+
+    made = getattr(pubsub_v1, kind)
+    if host := os.environ.get(PUBSUB_HOST):
+        import grpc
+
+        channel = grpc.insecure_channel(host, options=NO_LIMITS)
+        options["transport"] = made.get_transport_class("grpc")(host=host, channel=channel)
+    return made(**options)
 
 
 def pause(tries: int, wait: float = 0.0) -> float:
@@ -128,7 +151,7 @@ def trusted() -> ssl.SSLContext:
 def attempts(
     what: str,
     seconds: float,
-    retry: tenacity.retry_base = tenacity.retry_if_exception_type(),
+    retry: Callable[[tenacity.RetryCallState], bool] = tenacity.retry_if_exception_type(),
     first: int = logging.WARNING,
 ) -> tenacity.Retrying:
     """Returns attempts, for `for attempt in attempts(…): with attempt: …`.

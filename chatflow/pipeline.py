@@ -135,7 +135,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         inputs, options.id_label, options.max_line_bytes
     )
     if plan.replay:
-        opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters()
+        opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters(options.max_line_bytes)
         arrivals = opened.arrivals
 
     read = arrivals | "ParseArrivals" >> ParseArrivals(

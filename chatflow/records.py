@@ -10,6 +10,7 @@ import base64
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -345,6 +346,9 @@ class DeadLetter(Record):
         `Range` writes it.
       attributes: the Pub/Sub message's.
       answer: the model's raw answer, if any.
+      part: from 1 to `parts`, if the letter is a part of one that is too large even if compressed;
+        the payload is then a part of that letter, see `dead_letters.join`.
+      whole_id: the same in all parts of a letter.
     """
 
     stage: str
@@ -356,12 +360,27 @@ class DeadLetter(Record):
     chat_id: str | None = None
     answer: str | None = None
     failed_at: Time
+    part: int | None = Field(default=None, ge=1, le=LARGEST_INTEGER)
+    parts: int | None = Field(default=None, ge=1, le=LARGEST_INTEGER)
+    whole_id: str | None = None
+
+    @model_validator(mode="after")
+    def _is_whole_or_part(self) -> Self:
+        if len({self.part is None, self.parts is None, self.whole_id is None}) > 1:
+            raise ValueError("part, parts and whole_id belong together")
+        return self
 
     def payload_bytes(self) -> bytes:
+        """Returns the payload as it came; raises `BadInputError`: `bad_payload`."""
         if self.payload_encoding in ("utf-8", "file"):
             return self.payload.encode()
-        raw = base64.b64decode(self.payload)
-        return gzip.decompress(raw) if self.payload_encoding == "gzip" else raw
+        try:
+            raw = base64.b64decode(self.payload, validate=True)
+            return gzip.decompress(raw) if self.payload_encoding == "gzip" else raw
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise BadInputError(
+                "bad_payload", f"the payload is not {self.payload_encoding}: {error}"
+            ) from None
 
 
 KINDS: Mapping[str, type[Record]] = {
@@ -383,7 +402,8 @@ def record_id(record: Record) -> str:
     if isinstance(record, Reply):
         return record.reply_id
     assert isinstance(record, DeadLetter)
-    return digest(record.stage, record.reason, record.payload, record.answer or "")
+    part = (record.whole_id, str(record.part)) if record.whole_id else ()
+    return digest(record.stage, record.reason, record.payload, record.answer or "", *part)
 
 
 def digest(*texts: str) -> str:

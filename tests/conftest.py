@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-import google.cloud.pubsub_v1 as pubsub_v1
 import pytest
 import sqlalchemy as sa
 from apache_beam.testing.test_pipeline import TestPipeline
@@ -39,6 +38,7 @@ from chatflow.errors import UsageError
 from chatflow.models.requests import Request
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.models.spec import Model, ModelSpec
+from chatflow.network import pubsub_client
 from chatflow.options import Options
 from chatflow.pipeline import build
 from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
@@ -351,7 +351,7 @@ class PubSub:
         self.host = host
         self.project = project or f"test-{uuid.uuid4().hex[:12]}"
         self.publisher = publisher()
-        self.subscriber = pubsub_v1.SubscriberClient()
+        self.subscriber = pubsub_client("SubscriberClient")
         make_topics(self.topic(name) for name in ("events", *KINDS))
 
     def topic(self, name: str) -> str:

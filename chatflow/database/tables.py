@@ -145,6 +145,9 @@ dead_letters = sa.Table(
     _optional("chat_id"),
     _optional("answer"),
     _required("failed_at", UtcTime),
+    _optional("part", sa.BigInteger),
+    _optional("parts", sa.BigInteger),
+    _optional("whole_id"),
     sa.Index(None, "failed_at"),
 )
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from chatflow.chat_text import CONTROL_TOKEN, as_data
+from chatflow.chat_text import CONTROL_TOKEN, as_data, encodable
 from chatflow.errors import BadAnswerError
 from chatflow.models.requests import Part
 from chatflow.records import Chat, Sentiment
@@ -172,6 +172,7 @@ def _words(text: str) -> str:
 
 
 def _plain_text(text: str) -> tuple[str, tuple[str, ...]]:
+    text = encodable(text)  # models write half an emoji as an escape, too
     plain = CONTROL_TOKEN.sub(" ", text)
     return plain, ("control_tokens",) if plain != text else ()
 

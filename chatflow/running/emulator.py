@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from chatflow.errors import UsageError
+from chatflow.network import PUBSUB_HOST, pubsub_client
 from chatflow.running.processes import kill, started
 
-HOST_VARIABLE = "PUBSUB_EMULATOR_HOST"
+HOST_VARIABLE = PUBSUB_HOST
 INSTALL = (
     "install the Google Cloud CLI with its component pubsub-emulator and a Java runtime "
     "(https://cloud.google.com/pubsub/docs/emulator), or start one elsewhere and set "
@@ -72,10 +73,10 @@ def emulator() -> Iterator[str]:
 
 def make_topics(topics: Iterable[str]) -> None:
     """Creates missing topics, and a subscription of the same name for each topic."""
-    import google.cloud.pubsub_v1 as pubsub_v1
     from google.api_core.exceptions import AlreadyExists
 
-    with pubsub_v1.PublisherClient() as publisher, pubsub_v1.SubscriberClient() as subscriber:
+    publishing, subscribing = map(pubsub_client, ("PublisherClient", "SubscriberClient"))
+    with publishing as publisher, subscribing as subscriber:
         for topic in topics:
             with contextlib.suppress(AlreadyExists):
                 publisher.create_topic(name=topic)

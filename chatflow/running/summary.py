@@ -93,7 +93,7 @@ class Summary:
     def lost(self) -> int:
         kinds = ("chats_read", "messages_read", "closes_read", "empty_events")
         read = self.get("lines_read") - sum(map(self.get, kinds)) - self.dead_lettered("read")
-        gone = ("messages_joined", "duplicate_events", "too_late_events")
+        gone = ("messages_joined", "duplicate_events", "too_late_events", "unassembled_messages")
         assembled = self.get("messages_read") - sum(map(self.get, gone))
         apart = self.get("chats_apart") + self.get("duplicate_chats")
         if apart := apart + self.dead_lettered("identity"):  # in batches

@@ -13,7 +13,7 @@ import re
 import threading
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -21,10 +21,11 @@ from typing import Any, ClassVar
 import apache_beam as beam
 import pydantic_core
 import tenacity
+from apache_beam.utils.windowed_value import WindowedValue
 
-from chatflow.dead_letters import shortened
-from chatflow.errors import UsageError
-from chatflow.network import attempts
+from chatflow.dead_letters import check_size, fitted, refused
+from chatflow.errors import ElementError, UsageError
+from chatflow.network import NO_LIMITS, attempts
 from chatflow.options import SinkSettings
 from chatflow.records import KINDS, DeadLetter, Record, record_id
 from chatflow.sinks.google import check_each
@@ -53,15 +54,18 @@ class WriteRows(beam.PTransform):
 
     Rows are upserted by the record's id (change data capture): a repeated bundle, a replay or a
     backfill writes each row once. The table's primary key must be that id; see `columns`.
+    A dead letter that is too large for a request is compressed or becomes several rows; another
+    record that is too large, or a row that the service refuses, becomes a dead letter.
 
     Beam's own Storage Write API sink is in Java, and needs Docker in local runs.
     """
 
     uri: str
 
-    def expand(self, records: beam.PCollection[Record]) -> Any:
+    def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
         upsert = not self.uri.endswith("?upsert=false")
-        return records | "AppendRows" >> beam.ParDo(_AppendRowsDoFn(stream_of(self.uri), upsert))
+        append = beam.ParDo(_AppendRowsDoFn(stream_of(self.uri), upsert))
+        return records | "AppendRows" >> append.with_output_types(DeadLetter)
 
 
 class _AppendRowsDoFn(beam.DoFn):
@@ -69,23 +73,50 @@ class _AppendRowsDoFn(beam.DoFn):
         self.stream, self.upsert = stream, upsert
 
     def start_bundle(self) -> None:
-        self.rows: list[bytes] = []
+        self.rows: list[tuple[bytes, WindowedValue]] = []
         self.bytes = 0
 
-    def process(self, record: Record) -> None:
-        row = to_row(record, self.upsert)
-        if self.rows and self.bytes + len(row) > APPEND_BYTES:
-            self.append()
-        self.rows.append(row)
-        self.bytes += len(row)
+    def process(
+        self,
+        record: Record,
+        at: Any = beam.DoFn.TimestampParam,
+        window: Any = beam.DoFn.WindowParam,
+    ) -> Iterator[DeadLetter | WindowedValue]:
+        try:
+            rows = to_rows(record, self.upsert)
+        except Exception as error:  # any error concerns only this record
+            yield refused(record, error)
+            return
         self.schema = descriptor(type(record), self.upsert)
+        for row in rows:
+            if self.bytes + len(row) > APPEND_BYTES:
+                yield from self.finish_bundle()
+            self.rows.append((row, WindowedValue(record, at, [window])))
+            self.bytes += len(row)
 
-    def finish_bundle(self) -> None:
-        if self.rows:
-            self.append()
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Appends the waiting rows; yields a dead letter per row that the service refuses."""
+        letters = []
+        while self.rows:
+            try:
+                self.append([row for row, _ in self.rows])
+            except RowsRefusedError as error:  # none was stored; the others go once more
+                for index, said in error.by_index.items():
+                    found = self.rows[index][1]
+                    fault = ElementError("bigquery_refused", said)
+                    letters.append(found.with_value(refused(found.value, fault)))
+                rows = enumerate(self.rows)
+                self.rows = [row for index, row in rows if index not in error.by_index]
+            else:
+                self.rows = []
+        self.bytes = 0
+        yield from letters
 
-    def append(self) -> None:
-        """Appends the waiting rows; retries on new connections for `APPEND_SECONDS`."""
+    def append(self, rows: Sequence[bytes]) -> None:
+        """Appends rows; retries on new connections for `APPEND_SECONDS`.
+
+        Raises `RowsRefusedError`.
+        """
         from google.api_core.exceptions import GoogleAPIError
 
         passing = tenacity.retry_if_exception_type(GoogleAPIError)
@@ -94,11 +125,18 @@ class _AppendRowsDoFn(beam.DoFn):
             f"appending to {self.stream}", APPEND_SECONDS, passing, logging.INFO
         ):
             with attempt, Connection.lent(self.stream, self.schema) as connection:
-                connection.append(self.rows)
-        self.rows, self.bytes = [], 0
+                connection.append(rows)
 
     def teardown(self) -> None:
         Connection.close_idle(self.stream)
+
+
+class RowsRefusedError(Exception):
+    """The service refuses some rows of a request; `by_index` says why."""
+
+    def __init__(self, by_index: Mapping[int, str]):
+        super().__init__(f"{len(by_index)} rows were refused")
+        self.by_index = by_index
 
 
 class Connection:
@@ -143,7 +181,8 @@ class Connection:
     def append(self, rows: Sequence[bytes]) -> None:
         """Sends rows and waits until they are stored.
 
-        Raises `GoogleAPIError` if they are not, or there is no answer within `ANSWER_SECONDS`.
+        Raises `GoogleAPIError` if they are not, or there is no answer within `ANSWER_SECONDS`; and
+        `RowsRefusedError`.
         """
         import grpc
         from google.api_core import exceptions
@@ -167,6 +206,8 @@ class Connection:
             timer.cancel()
         if answer is None:
             raise exceptions.ServiceUnavailable("the service ended the connection")
+        if answer.row_errors:
+            raise RowsRefusedError({row.index: row.message for row in answer.row_errors})
         if answer.error.code:
             raise exceptions.from_grpc_status(answer.error.code, answer.error.message)
 
@@ -188,8 +229,7 @@ def _write_client(host: str) -> Any:
     if host:
         import grpc
 
-        limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-        channel = grpc.insecure_channel(host, options=limits)
+        channel = grpc.insecure_channel(host, options=NO_LIMITS)
         return BigQueryWriteClient(transport=transports.BigQueryWriteGrpcTransport(channel=channel))
     return BigQueryWriteClient()
 
@@ -284,14 +324,21 @@ def message_class(kind: type[Record]) -> Any:
     return message_factory.GetMessageClass(found)
 
 
-def to_row(record: Record, upsert: bool = True) -> bytes:
-    """Returns a record as a serialized row; shortens a dead letter that is too large."""
-    key, made = record_id(record), message_class(type(record))
-    row = made(**_values(record, key, upsert)).SerializeToString()
-    if len(row) > APPEND_BYTES and isinstance(record, DeadLetter):
-        short = shortened(record, APPEND_BYTES)
-        row = made(**_values(short, key, upsert)).SerializeToString()
-    return bytes(row)
+def to_rows(record: Record, upsert: bool = True) -> list[bytes]:
+    """Returns a record as a serialized row, or a dead letter as several if it is too large for one.
+
+    Raises `ElementError`: `too_large`, for another record.
+    """
+    letters = fitted(record, APPEND_BYTES) if isinstance(record, DeadLetter) else [record]
+    # A compressed letter keeps the id of the letter as it was.
+    keys = [record_id(record)] if len(letters) == 1 else map(record_id, letters)
+    made = message_class(type(record))
+    rows = [
+        bytes(made(**_values(letter, key, upsert)).SerializeToString())
+        for letter, key in zip(letters, keys, strict=True)
+    ]
+    check_size(record, max(map(len, rows)), APPEND_BYTES)
+    return rows
 
 
 def _values(record: Record, key: str, upsert: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import apache_beam as beam
 import tenacity
 
-from chatflow.dead_letters import WRITE, dead_letter
+from chatflow.dead_letters import refused
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.network import attempts
 from chatflow.options import SinkSettings
@@ -68,8 +68,6 @@ class _UpsertDoFn(beam.DoFn):
 
         Raises `DBAPIError` if the database cannot be reached or written to.
         """
-        import sqlalchemy as sa
-
         from chatflow.database.upserts import upsert
 
         passing = tenacity.retry_if_exception(_may_pass)
@@ -78,19 +76,17 @@ class _UpsertDoFn(beam.DoFn):
                 with attempt, self.database.write() as connection:
                     upsert(connection, records)
             return
-        except sa.exc.DBAPIError as error:
+        except Exception as error:  # also of values that no statement can hold
             if _may_pass(error):
                 raise
-            refused = error
+            fault = error
         if len(records) > 1:
             half = len(records) // 2
             yield from self.process(records[:half])
             yield from self.process(records[half:])
-        elif isinstance(records[0], DeadLetter):
-            raise refused  # a dead letter has no other place to go
         else:
-            said = one_line(Exception(getattr(refused, "orig", refused)))
-            yield dead_letter(WRITE, records[0], ElementError("sql_refused", said))
+            said = one_line(Exception(getattr(fault, "orig", fault)))
+            yield refused(records[0], ElementError("sql_refused", said))
 
 
 def _may_pass(error: BaseException) -> bool:

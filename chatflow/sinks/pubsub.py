@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
+import tenacity
+from apache_beam.utils.windowed_value import WindowedValue
 
-from chatflow.dead_letters import shortened
-from chatflow.errors import UsageError
-from chatflow.network import attempts
+from chatflow.dead_letters import check_size, fitted, refused
+from chatflow.errors import ElementError, UsageError, one_line
+from chatflow.network import attempts, pubsub_client
 from chatflow.options import SinkSettings
 from chatflow.records import Analysis, DeadLetter, Record, digest, record_id
 from chatflow.sinks.google import check_each
@@ -36,14 +38,18 @@ class PublishRecords(beam.PTransform):
     so that readers can drop duplicates. A message has those of the attributes `kind`, `id`,
     `chat_id`, `user_id`, `revision`, `sentiment`, `flag`, `stage` and `reason` that its record has.
 
+    A dead letter that is too large for a message is compressed or becomes several; another record
+    that is too large, or that Pub/Sub refuses, becomes a dead letter.
+
     Beam's own WriteToPubSub has no ordering keys on Dataflow, and gives up at the first error that
     Google's client does not retry, e.g. a topic that does not exist yet.
     """
 
     topic: str
 
-    def expand(self, records: beam.PCollection[Record]) -> Any:
-        return records | "Publish" >> beam.ParDo(_PublishDoFn(self.topic))
+    def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
+        publish = beam.ParDo(_PublishDoFn(self.topic))
+        return records | "Publish" >> publish.with_output_types(DeadLetter)
 
 
 class _PublishDoFn(beam.DoFn):
@@ -54,27 +60,43 @@ class _PublishDoFn(beam.DoFn):
         self.publisher = publisher()
 
     def start_bundle(self) -> None:
-        self.waiting: list[tuple[dict[str, Any], Any]] = []
+        self.waiting: list[tuple[WindowedValue, dict[str, Any], Any]] = []
 
-    def process(self, record: Record) -> None:
-        message = to_message(record)
-        self.waiting.append((message, self.publisher.publish(self.topic, **message)))
+    def process(
+        self,
+        record: Record,
+        at: Any = beam.DoFn.TimestampParam,
+        window: Any = beam.DoFn.WindowParam,
+    ) -> Iterator[DeadLetter]:
+        try:
+            messages = to_messages(record)
+        except Exception as error:  # any error concerns only this record
+            yield refused(record, error)
+            return
+        found = WindowedValue(record, at, [window])
+        for message in messages:
+            self.waiting.append((found, message, self.publisher.publish(self.topic, **message)))
 
     def teardown(self) -> None:
         self.publisher.stop()
 
-    def finish_bundle(self) -> None:
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        from google.api_core.exceptions import InvalidArgument
+
         give_up = time.monotonic() + PUBLISH_SECONDS
-        for message, future in self.waiting:
-            wait_published(self.publisher, self.topic, message, future, give_up)
+        for found, message, future in self.waiting:
+            try:
+                wait_published(self.publisher, self.topic, message, future, give_up)
+            except InvalidArgument as error:
+                said = ElementError("pubsub_refused", one_line(error))
+                yield found.with_value(refused(found.value, said))
 
 
 def publisher() -> Any:
     import google.cloud.pubsub_v1 as pubsub_v1
 
-    return pubsub_v1.PublisherClient(
-        publisher_options=pubsub_v1.types.PublisherOptions(enable_message_ordering=True)
-    )
+    ordered = pubsub_v1.types.PublisherOptions(enable_message_ordering=True)
+    return pubsub_client("PublisherClient", publisher_options=ordered)
 
 
 def wait_published(
@@ -82,9 +104,17 @@ def wait_published(
 ) -> None:
     """Waits until a message is published; retries until `give_up`, a time of `time.monotonic`.
 
-    After that, it raises the client's last error.
+    After that, it raises the client's last error. A message that Pub/Sub refuses as such raises
+    `InvalidArgument` at the second try, which it has alone: the first may be another's fault.
     """
-    for attempt in attempts(f"publishing to {topic}", give_up - time.monotonic()):
+    from google.api_core.exceptions import InvalidArgument
+
+    def may_pass(state: tenacity.RetryCallState) -> bool:
+        error = state.outcome and state.outcome.exception()
+        alone = state.attempt_number > 1
+        return error is not None and not (alone and isinstance(error, InvalidArgument))
+
+    for attempt in attempts(f"publishing to {topic}", give_up - time.monotonic(), may_pass):
         if attempt.retry_state.attempt_number > 1:
             if key := message.get("ordering_key"):
                 publisher.resume_publish(topic, key)
@@ -93,11 +123,24 @@ def wait_published(
             future.result(timeout=max(give_up - time.monotonic(), 1))
 
 
+def to_messages(record: Record) -> list[dict[str, Any]]:
+    """Returns a record as a message, or a dead letter as several if it is too large for one.
+
+    Raises `ElementError`: `too_large`, for another record.
+    """
+    if isinstance(record, DeadLetter):
+        letters = fitted(record, PUBSUB_BYTES)
+        if len(letters) == 1:  # maybe compressed; its id stays that of the letter as it was
+            return [{**to_message(letters[0]), "id": record_id(record)}]
+        return list(map(to_message, letters))
+    message = to_message(record)
+    check_size(record, len(message["data"]), PUBSUB_BYTES)
+    return [message]
+
+
 def to_message(record: Record) -> dict[str, Any]:
-    """Returns a record's data, ordering key and attributes; shortens a too large dead letter."""
+    """Returns a record's data, ordering key and attributes."""
     data = record.to_json().encode()
-    if len(data) > PUBSUB_BYTES and isinstance(record, DeadLetter):
-        data = shortened(record, PUBSUB_BYTES).to_json().encode()
     fields = {
         "kind": type(record).__name__,
         "id": record_id(record),

@@ -18,7 +18,7 @@ import aiohttp
 import apache_beam as beam
 from apache_beam.utils.windowed_value import WindowedValue
 
-from chatflow.dead_letters import WRITE, dead_letter
+from chatflow.dead_letters import fitted, refused
 from chatflow.errors import ElementError, UsageError, one_line
 from chatflow.network import LoopThread, pause, retry_after, session
 from chatflow.options import SinkSettings
@@ -37,6 +37,9 @@ ANSWER_SECONDS = 30.0
 
 AWAY_SECONDS = 30.0
 """How long records fail untried after one was given up, if no other got through meanwhile."""
+
+SMALL_BYTES = 900_000
+"""About the most bytes of a POST that services take by default (nginx: 1 MB)."""
 
 AT_ONCE = 8
 """POSTs in flight per bundle."""
@@ -58,9 +61,10 @@ _log = logging.getLogger(__name__)
 class PostRecords(beam.PTransform):
     """Posts each record as JSON to a webhook, in no order; outputs a `DeadLetter` per refused one.
 
-    A refused dead letter fails its bundle. POSTs are signed as https://www.standardwebhooks.com
-    specifies. Delivery is at least once: `webhook-id` and `Idempotency-Key` are the record's id,
-    which stays the same in retries, repeated bundles and replays.
+    A refused dead letter fails its bundle; one that is too large (413) goes in parts. POSTs are
+    signed as https://www.standardwebhooks.com specifies. Delivery is at least once: `webhook-id`
+    and `Idempotency-Key` are the record's id, which stays the same in retries, repeated bundles
+    and replays.
 
     Attributes:
       url: see `Webhook.check_uri`.
@@ -108,11 +112,8 @@ class _PostDoFn(beam.DoFn):
         waiting, self.waiting = self.waiting, []
         errors = self.poster.post([found.value for found in waiting])
         for found, error in zip(waiting, errors, strict=True):
-            if error is None:
-                continue
-            if isinstance(found.value, DeadLetter):
-                raise error
-            yield found.with_value(dead_letter(WRITE, found.value, error))
+            if error is not None:
+                yield found.with_value(refused(found.value, error))
 
     def teardown(self) -> None:
         self.poster.close()
@@ -157,12 +158,22 @@ class Poster:
         async def post(record: Record) -> Exception | None:
             async with free:
                 try:
-                    await self._deliver(record_id(record), record.to_json().encode())
+                    await self._deliver_whole(record)
                 except Exception as error:  # any error concerns this record only
                     return error
                 return None
 
         return await asyncio.gather(*map(post, records))
+
+    async def _deliver_whole(self, record: Record) -> None:
+        """Posts a record; a dead letter that the service finds too large goes in parts."""
+        try:
+            await self._deliver(record_id(record), record.to_json().encode())
+        except WebhookError as error:
+            if error.reason != "webhook_http_413" or not isinstance(record, DeadLetter):
+                raise
+            for part in fitted(record, SMALL_BYTES, SMALL_BYTES // 2):
+                await self._deliver(record_id(part), part.to_json().encode())
 
     async def _deliver(self, key: str, body: bytes) -> None:
         """Posts a record, with retries if they may help; raises `WebhookError` if it fails."""

@@ -18,10 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from chatflow.errors import UsageError, one_line
+from chatflow.network import pubsub_client
 
 _log = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 60
+WAITING_BYTES = 100_000_000
+"""The most bytes of messages that are taken at once, and about the most that wait."""
+
 _PULL_SECONDS = 1.0  # short, so that a pull ends by itself and not by a broken connection
 
 
@@ -54,16 +58,16 @@ class Puller:
     """
 
     def __init__(self, path: str, most: int = 1000):
-        import google.cloud.pubsub_v1 as pubsub_v1
-
         self.path = self._subscription = path
         self._topic = path if "/topics/" in path else None
         if self._topic:
             project = re.sub("/topics/.*", "", path)
             self._subscription = f"{project}/subscriptions/chatflow-{uuid.uuid4().hex}"
-        self._client = pubsub_v1.SubscriberClient()
+        self._client = pubsub_client("SubscriberClient")
         self._most = most
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._waiting_bytes = 0
+        self._counting = threading.Lock()
         self._leased: set[str] = set()
         self._closed = threading.Event()
         self.error: Exception | None = None
@@ -83,12 +87,20 @@ class Puller:
             self._client.get_subscription(subscription=self._subscription, timeout=10, retry=None)
 
     def take(self, most: int, wait: float) -> list[Any]:
-        """Returns up to `most` messages (`ReceivedMessage`); waits `wait` seconds for the first."""
-        taken = []
+        """Returns up to `most` messages (`ReceivedMessage`); waits `wait` seconds for the first.
+
+        Large messages are fewer, so that they fit into memory; see `WAITING_BYTES`.
+        """
+        taken: list[Any] = []
+        size = 0
         with contextlib.suppress(queue.Empty):
-            taken.append(self._arrived.get(timeout=wait) if wait else self._arrived.get_nowait())
-            while len(taken) < most:
-                taken.append(self._arrived.get_nowait())
+            while len(taken) < most and size < WAITING_BYTES:
+                waits = wait and not taken
+                found = self._arrived.get(timeout=wait) if waits else self._arrived.get_nowait()
+                taken.append(found)
+                size += len(found.message.data)
+        with self._counting:
+            self._waiting_bytes -= size
         return taken
 
     def acknowledge(self, messages: Sequence[Any]) -> None:
@@ -129,7 +141,7 @@ class Puller:
         pause = 0.5
         missing = self._topic is not None
         while not self._closed.is_set():
-            if self._arrived.qsize() > self._most:
+            if self._arrived.qsize() > self._most or self._waiting_bytes > WAITING_BYTES:
                 self._closed.wait(0.05)
                 continue
             try:
@@ -154,6 +166,9 @@ class Puller:
                 pause = min(2 * pause, 10)
                 continue
             else:
+                size = sum(len(found.message.data) for found in response.received_messages)
+                with self._counting:
+                    self._waiting_bytes += size
                 for message in response.received_messages:
                     self._leased.add(message.ack_id)
                     self._arrived.put(message)

@@ -10,6 +10,7 @@ import apache_beam as beam
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 
 from chatflow import metrics
+from chatflow.chat_text import encodable
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
 from chatflow.models.requests import Answer, Failure
@@ -71,7 +72,7 @@ def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
     metrics.observe("prompt_tokens_per_answer", inference.prompt_tokens)
     metrics.observe("answer_tokens_per_answer", inference.answer_tokens)
     metrics.observe("latency_ms", round(inference.seconds * 1000))
-    yield Answered(question, inference)
+    yield Answered(question, dataclasses.replace(inference, text=encodable(inference.text)))
 
 
 @payload_of.register

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
@@ -24,6 +27,8 @@ from chatflow.options import Rules
 from chatflow.records import EPOCH, Chat, Event, check_chat
 from chatflow.stages.revisions import NEW, Conversation, Kept, advance, micros
 
+_log = logging.getLogger(__name__)
+
 
 @beam.typehints.with_input_types(Event)
 @dataclasses.dataclass
@@ -37,7 +42,8 @@ class AssembleChats(beam.PTransform):
 
     Outputs:
       `ok`: one `Chat` per revision.
-      `dead_letters`: `no_customer` (no customer wrote), `unknown_chat` (an end without messages).
+      `dead_letters`: `no_customer` (no customer wrote), `unknown_chat` (an end without messages),
+        `cannot_assemble` (an error of chatflow; the chat's other events go on).
     """
 
     rules: Rules
@@ -56,8 +62,20 @@ def by_chat(event: Event) -> tuple[str, Event]:
     return event.chat_id, event
 
 
-def check(revision: Chat | Event) -> Iterable[Chat]:
-    """Yields a revision; raises `BadInputError`: `unknown_chat`, or as `records.check_chat`."""
+class Unassembled(NamedTuple):
+    """An event, or its JSON, which could not be taken into its chat; `error` says why."""
+
+    event: Event | bytes
+    error: str
+
+
+def check(revision: Chat | Event | Unassembled) -> Iterable[Chat]:
+    """Yields a revision.
+
+    Raises `BadInputError`: `unknown_chat`, `cannot_assemble`, or as `records.check_chat`.
+    """
+    if isinstance(revision, Unassembled):
+        raise BadInputError("cannot_assemble", revision.error)
     if isinstance(revision, Event):
         raise BadInputError(
             "unknown_chat", f"chat {revision.chat_id} was closed, but no message of it is known"
@@ -97,10 +115,30 @@ class _Progress:
         return cls(**fields, conversation=Conversation(**known))
 
 
+class _Arrived(NamedTuple):
+    """What an event changes in the state of its chat; times are those to set timers to, if any."""
+
+    kept: bytes
+    progress: bytes
+    wake: Timestamp | None
+    forget: Timestamp | None
+
+
+class _Decided(NamedTuple):
+    """What a decision changes in the state of a chat; no `kept` events means that none is left."""
+
+    revisions: list[Chat | Event]
+    kept: list[bytes]
+    progress: bytes
+    wake: Timestamp | None
+
+
 class _AssembleDoFn(beam.DoFn):
     """Keeps a chat's events, and calls `advance` when a decision may be due.
 
-    An event is stored without reading the others, so that it costs no more in a long chat.
+    An event is stored without reading the others, so that it costs no more in a long chat. What is
+    stored is made first: if that fails, the state is as before, or it is cleared and the events
+    become dead letters. Otherwise one event would fail its bundle again and again.
     """
 
     EVENTS = BagStateSpec("events", BytesCoder())
@@ -118,11 +156,26 @@ class _AssembleDoFn(beam.DoFn):
         progress: Any = beam.DoFn.StateParam(PROGRESS),
         wake: Any = beam.DoFn.TimerParam(WAKE),
         forget: Any = beam.DoFn.TimerParam(FORGET),
-    ) -> None:
-        rules, (_, event) = self.rules, keyed
-        before = _Progress.decode(progress.read())
+    ) -> Iterator[Unassembled]:
+        _, event = keyed
+        known = progress.read()
+        try:
+            arrived = self.arrive(event, known)
+        except Exception as error:  # any error concerns only this event
+            metrics.count("unassembled_messages", int(event.message is not None))
+            yield Unassembled(event, _said(error))
+            return
+        events.add(arrived.kept)
+        if arrived.wake is not None:
+            wake.set(arrived.wake)
+        if arrived.forget is not None:
+            forget.set(arrived.forget)
+        progress.write(arrived.progress)
+
+    def arrive(self, event: Event, known: bytes | None) -> _Arrived:
+        rules, before = self.rules, _Progress.decode(known)
         at = micros(event.at - EPOCH) if event.at else before.newest
-        events.add(Kept(at, before.arrived, event.message).encode())
+        kept = Kept(at, before.arrived, event.message).encode()
         after = dataclasses.replace(
             before,
             arrived=before.arrived + 1,
@@ -134,12 +187,13 @@ class _AssembleDoFn(beam.DoFn):
         due = at
         if event.message and not enough and after.added < rules.max_messages:
             due = at + micros(rules.quiet)
+        wake = forget = None
         if before.wake is None or due < before.wake:
-            wake.set(Timestamp(micros=due))
+            wake = Timestamp(micros=due)
             after = dataclasses.replace(after, wake=due)
         if not before.arrived or after.newest > before.newest:
-            forget.set(Timestamp(micros=after.newest + micros(rules.retention)))
-        progress.write(after.encode())
+            forget = Timestamp(micros=after.newest + micros(rules.retention))
+        return _Arrived(kept, after.encode(), wake, forget)
 
     @on_timer(WAKE)
     @on_timer(FORGET)
@@ -150,28 +204,60 @@ class _AssembleDoFn(beam.DoFn):
         events: Any = beam.DoFn.StateParam(EVENTS),
         progress: Any = beam.DoFn.StateParam(PROGRESS),
         wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> Iterator[Chat | Event]:
-        before = _Progress.decode(progress.read())
-        kept = [Kept.decode(raw) for raw in events.read()]
-        done = advance(chat_id, before.conversation, kept, at.micros, self.rules)
+    ) -> Iterator[Chat | Event | Unassembled]:
+        known, kept = progress.read(), list(events.read())
+        try:
+            done = self.advance(chat_id, known, kept, at.micros)
+        except Exception as error:  # any error concerns only this chat
+            yield from _given_up(chat_id, known, kept, error)
+            done = _Decided([], [], b"", None)
         yield from done.revisions
         events.clear()
-        if not done.events:
-            progress.clear()
-            wake.clear()
-            return
-        for event in done.events:
-            events.add(event.encode())
+        for event in done.kept:
+            events.add(event)
         if done.wake is not None:
-            wake.set(Timestamp(micros=done.wake))
+            wake.set(done.wake)
         else:
             wake.clear()
-        progress.write(
-            dataclasses.replace(
-                before,
-                added=0,
-                pending=done.pending,
-                wake=done.wake,
-                conversation=done.conversation,
-            ).encode()
+        if done.kept:
+            progress.write(done.progress)
+        else:
+            progress.clear()
+
+    def advance(
+        self, chat_id: str, known: bytes | None, kept: Iterable[bytes], upto: int
+    ) -> _Decided:
+        before = _Progress.decode(known)
+        done = advance(chat_id, before.conversation, map(Kept.decode, kept), upto, self.rules)
+        after = dataclasses.replace(
+            before, added=0, pending=done.pending, wake=done.wake, conversation=done.conversation
         )
+        wake = None if done.wake is None or not done.events else Timestamp(micros=done.wake)
+        return _Decided(
+            done.revisions, [event.encode() for event in done.events], after.encode(), wake
+        )
+
+
+def _said(error: Exception) -> str:
+    _log.error("an event or a chat is dead-lettered: unexpected error", exc_info=error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _given_up(
+    chat_id: str, known: bytes | None, kept: Iterable[bytes], error: Exception
+) -> Iterator[Unassembled]:
+    """Yields all events of a chat whose state fails; counts those that no revision counted."""
+    said, messages = _said(error), 0
+    for raw in kept:
+        try:
+            at, _, message = Kept.decode(raw)
+            time = EPOCH + timedelta(microseconds=at) if message is None and at else None
+            yield Unassembled(Event(chat_id=chat_id, message=message, at=time), said)
+            messages += message is not None
+        except Exception:  # this one may be what fails
+            yield Unassembled(raw.split(b" ", 2)[-1], f"{said} (in chat {chat_id})")
+            messages += 1
+    with contextlib.suppress(Exception):
+        conversation = _Progress.decode(known).conversation
+        messages += conversation.dropped - conversation.counted
+    metrics.count("unassembled_messages", max(messages, 0))

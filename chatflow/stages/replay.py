@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import NamedTuple
+import functools
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import apache_beam as beam
+from apache_beam.coders import BytesCoder
+from apache_beam.transforms.userstate import (
+    BagStateSpec,
+    ReadModifyWriteStateSpec,
+    TimerSpec,
+    on_timer,
+)
 
-from chatflow.dead_letters import WRITE, DeadLettered
+from chatflow.dead_letters import WRITE, DeadLettered, Outcome, dead_letter, join
 from chatflow.errors import BadInputError
 from chatflow.records import (
     AnalysedChat,
@@ -17,11 +26,13 @@ from chatflow.records import (
     Chat,
     DeadLetter,
     Draft,
+    Range,
     Record,
     load_object,
     open_record,
     validate,
 )
+from chatflow.sources.lines import MAX_LINE_BYTES, read_lines
 
 
 class Replayed(NamedTuple):
@@ -40,27 +51,129 @@ class Replayed(NamedTuple):
 
 @dataclasses.dataclass
 class OpenDeadLetters(beam.PTransform):
-    """Turns arriving dead letters into their contents."""
+    """Turns arriving dead letters into their contents.
+
+    Attributes:
+      max_line_bytes: a longer line of a file that a letter names is a fault again.
+    """
+
+    max_line_bytes: int = MAX_LINE_BYTES
 
     def expand(self, arrivals: beam.PCollection) -> Replayed:
-        letters, failed = arrivals | "OpenLetter" >> DeadLettered("replay", open_letter)
+        opened, failed = arrivals | "OpenLetter" >> DeadLettered("replay", open_letter)
+        whole, parts = opened | "ByPart" >> beam.Partition(_is_part, 2)
+        joined, unjoined = parts | "JoinParts" >> JoinParts()
+        letters = (whole, joined) | "WithJoined" >> beam.Flatten()
         held, undrafted, unwritten = letters | "ByStage" >> beam.Partition(_by_stage, 3)
         analysed, unread = undrafted | "OpenAnalysis" >> DeadLettered(
             "replay", open_analysis, AnalysedChat
         )
         refused, unknown = unwritten | "OpenRecord" >> DeadLettered("replay", open_refused, Record)
         analyses, drafts = refused | "ByKind" >> beam.Partition(_is_draft, 2)
-        again = held | "Payload" >> beam.Map(held_arrival).with_output_types(Arrival)
-        dead_letters = (failed, unread, unknown) | beam.Flatten()
+        unpack = functools.partial(held_arrivals, self.max_line_bytes)
+        again, unpacked = held | "Payload" >> DeadLettered("replay", unpack, Arrival)
+        dead_letters = (failed, unjoined, unread, unknown, unpacked) | beam.Flatten()
         return Replayed(again, analysed, analyses, drafts, dead_letters)
 
 
+@dataclasses.dataclass
+class JoinParts(beam.PTransform):
+    """Joins the parts of letters, which come in any order, and maybe repeatedly.
+
+    Outputs:
+      `ok`: the letters.
+      `dead_letters`: the parts of letters that have not all their parts when the input ends or the
+        stream is drained (`part_missing`), as they came; with the other parts, they can be replayed
+        again. `bad_parts`: the parts do not make a letter.
+    """
+
+    def expand(self, parts: beam.PCollection[DeadLetter]) -> Outcome:
+        outputs = (
+            parts
+            | "ByLetter" >> beam.Map(_keyed).with_output_types(tuple[str, DeadLetter])
+            | "Join" >> beam.ParDo(_JoinDoFn()).with_outputs(_UNJOINED, main="ok")
+        )
+        outputs["ok"].element_type = outputs[_UNJOINED].element_type = DeadLetter
+        return Outcome(outputs["ok"], outputs[_UNJOINED])
+
+
+_UNJOINED = "unjoined"
+
+
+def _keyed(part: DeadLetter) -> tuple[str, DeadLetter]:
+    return f"{part.whole_id} {part.parts}", part
+
+
+class _JoinDoFn(beam.DoFn):
+    """Keeps the parts of a letter until all are there.
+
+    `JOINED` is the newest `failed_at` of the parts that were joined: an older part is a repeated
+    one, a newer one is of a letter that failed again.
+    """
+
+    PARTS = BagStateSpec("parts", BytesCoder())
+    JOINED = ReadModifyWriteStateSpec("joined", BytesCoder())
+    END = TimerSpec("end", beam.TimeDomain.WATERMARK)
+
+    def process(
+        self,
+        keyed: tuple[str, DeadLetter],
+        window: Any = beam.DoFn.WindowParam,
+        parts: Any = beam.DoFn.StateParam(PARTS),
+        joined: Any = beam.DoFn.StateParam(JOINED),
+        end: Any = beam.DoFn.TimerParam(END),
+    ) -> Iterator[Any]:
+        _, part = keyed
+        before = joined.read()
+        if before is not None and part.failed_at <= datetime.fromisoformat(before.decode()):
+            return
+        known = {**_by_number(parts.read()), part.part: part}
+        if len(known) < (part.parts or 0):
+            parts.add(part.to_json().encode())
+            end.set(window.end)
+            return
+        parts.clear()
+        end.clear()
+        joined.write(max(one.failed_at for one in known.values()).isoformat().encode())
+        try:
+            yield join(known.values())
+        except Exception as error:  # any error concerns only these parts
+            yield from _unjoined(known.values(), error)
+
+    @on_timer(END)
+    def give_up(self, parts: Any = beam.DoFn.StateParam(PARTS)) -> Iterator[Any]:
+        waiting = _by_number(parts.read()).values()
+        parts.clear()
+        for part in waiting:
+            said = f"{len(waiting)} of {part.parts} parts are there; replay it with the others"
+            yield from _unjoined([part], BadInputError("part_missing", said))
+
+
+def _by_number(lines: Iterable[bytes]) -> dict[int | None, DeadLetter]:
+    read = [DeadLetter.model_validate_json(line) for line in lines]
+    return {part.part: part for part in sorted(read, key=lambda part: part.failed_at)}
+
+
+def _unjoined(parts: Iterable[DeadLetter], error: Exception) -> Iterator[Any]:
+    for part in parts:
+        yield beam.pvalue.TaggedOutput(_UNJOINED, dead_letter("replay", part, error))
+
+
 def open_letter(arrival: Arrival) -> Iterable[DeadLetter]:
-    yield validate(DeadLetter, load_object(arrival.line))
+    yield validate(DeadLetter, load_object(arrival.read()))
 
 
-def held_arrival(letter: DeadLetter) -> Arrival:
-    return Arrival(letter.payload_bytes(), letter.attributes or {})
+def held_arrivals(most: int, letter: DeadLetter) -> Iterable[Arrival]:
+    """Yields what a letter holds; if it names a part of a file, the lines in it that fit `most`."""
+    if letter.payload_encoding != "file":
+        yield Arrival(letter.payload_bytes(), letter.attributes or {})
+        return
+    try:
+        part = Range.parse(letter.payload)
+    except ValueError:
+        said = f"the payload is not a part of a file: {letter.payload[:200]!r}"
+        raise BadInputError("bad_payload", said) from None
+    yield from read_lines(part, most)
 
 
 def open_analysis(letter: DeadLetter) -> Iterable[AnalysedChat]:
@@ -73,6 +186,10 @@ def open_refused(letter: DeadLetter) -> Iterable[Record]:
     if not isinstance(record, (Analysis, Draft)):
         raise BadInputError("wrong_shape", "the letter holds neither an analysis nor a draft")
     yield record
+
+
+def _is_part(letter: DeadLetter, _: int) -> int:
+    return int(letter.part is not None)
 
 
 def _by_stage(letter: DeadLetter, _: int) -> int:

@@ -50,16 +50,19 @@ class Table:
                 return f"column {field.name} is of another type"
         return ""
 
-    def add(self, row: dict[str, Any]) -> str:
+    def refuses(self, row: dict[str, Any]) -> str:
         """Why the row is refused, if it is."""
-        upsert = row.pop("_CHANGE_TYPE", None) == "UPSERT"
         for name, column in self.columns.items():
             if column["mode"] == "REQUIRED" and name not in row:
                 return f"field {name} is required"
-        if upsert:
+            if len(str(row.get(name, ""))) > int(column.get("maxLength", 1 << 62)):
+                return f"field {name} is too long"
+        return ""
+
+    def add(self, row: dict[str, Any]) -> None:
+        if row.pop("_CHANGE_TYPE", None) == "UPSERT":
             self.rows = [kept for kept in self.rows if kept[self.key] != row[self.key]]
         self.rows.append(row)
-        return ""
 
 
 class FakeBigQuery:
@@ -142,7 +145,9 @@ class FakeBigQuery:
                     )
                     for row in request.proto_rows.rows.serialized_rows
                 ]
-                errors = [table.add(row) for row in rows]
+                errors = list(map(table.refuses, rows))
+                for row in rows if not any(errors) else []:
+                    table.add(row)
                 self.appends += 1
             if fault == "lost":
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")

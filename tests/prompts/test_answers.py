@@ -99,6 +99,11 @@ def test_answers_that_are_refused_keep_the_raw_answer(answer, reason):
     assert (caught.value.reason, caught.value.answer) == (reason, answer)
 
 
+def test_half_an_emoji_becomes_text_that_can_be_written():
+    answer = '{"sentiment": -1, "summary": "Angry \\ud83d about \\ud83d\\ude21."}'
+    assert parse_analysis(answer, 512).summary == "Angry \\ud83d about 😡."
+
+
 def test_the_templates_own_tone_words_are_taken():
     answer = '{"sentiment": "Wütend", "summary": "x"}'
     assert parse_analysis(answer, 512, {"Wütend": Sentiment.ANGRY}).sentiment is Sentiment.ANGRY

@@ -1,5 +1,8 @@
 """The event-driven pipeline on the real Pub/Sub emulator: events in, records out."""
 
+import base64
+import collections
+import contextlib
 import json
 import os
 import random
@@ -29,10 +32,13 @@ from conftest import (
 )
 from consoles import Visitor
 from fakes.hook import Answer, Hook
+from google.api_core.exceptions import DeadlineExceeded
 
+from chatflow import dead_letters
 from chatflow.cli import main
+from chatflow.dead_letters import fitted, join
 from chatflow.errors import ModelError
-from chatflow.records import now
+from chatflow.records import Chat, DeadLetter, now
 from chatflow.running.emulator import HOST_VARIABLE
 from chatflow.running.launch import execute
 from chatflow.running.publishing import Line, send
@@ -217,6 +223,110 @@ def test_the_model_failing_for_a_while_loses_nothing(pubsub):
         with pubsub.pipeline(again, scripted(failing_model), replay=True):
             inbox.wait(lambda inbox: len(inbox.drafts) == 20)
     assert last_revisions(inbox) == {str(n): f"m{n}x1" for n in range(20)}
+
+
+@pytest.mark.slow
+def test_a_letter_of_9_mb_is_replayed_whole(pubsub):
+    """It is too large for a message: the topic has its parts, and they wait for each other."""
+    photo = base64.b64encode(random.Random(3).randbytes(7_200_000)).decode()
+    large = chat("m1x1 " + photo, chat_id="photo").to_json()
+    options = pubsub.options(model="scripted:/dev/null")
+    HEALTHY.clear()
+    with pubsub.inbox() as inbox:
+        with pubsub.pipeline(options, scripted(failing_model)):
+            pubsub.send(large)
+            inbox.wait(lambda inbox: len(inbox.dead_letters) == 2)
+        parts = [DeadLetter(**part) for part in inbox.dead_letters]
+        assert join(parts).payload_bytes() == chat_asked(large)
+        HEALTHY.set()
+        again = pubsub.options(
+            input=pubsub.subscription("dead_letters"), model="scripted:/dev/null"
+        )
+        with pubsub.pipeline(again, scripted(echo_start), replay=True):
+            inbox.wait(lambda inbox: len(inbox.analyses) == 1)
+    assert inbox.analyses[0]["chat_id"] == "photo"
+    assert len(inbox.dead_letters) == 2
+
+
+def chat_asked(line):
+    """A chat of one customer, as its dead letter holds it."""
+    return Chat.model_validate_json(line).model_copy(update={"user_id": "c"}).to_json().encode()
+
+
+def echo_start(request):
+    if request.task == "apology":
+        return "We are sorry about all of that."
+    return json.dumps({"sentiment": 0, "summary": "It is a photo."})
+
+
+POISON = (
+    random.Random(5).randbytes(9_900_000),
+    b'{"chat_id": ' + b"[" * 100_000,
+    b'{"chat_id": ' + b"1" * 10_000 + b', "messages": []}',
+    b'{"chat_id": "half", "messages": [{"user_id": "c", "text": "\\ud83d"}]}',
+    b'{"chat_id": "zero", "messages": [{"user_id": "c", "text": "\0"}]}',
+    b'{"chat_id": "same", "chat_id": 1e999, "messages": []}',
+    chat("late!", chat_id="a\0\x1b\u202e").to_json().encode(),
+    json.dumps({"chat_id": "x" * 1_000_000, "user_id": "c", "text": "late!"}).encode(),
+    json.dumps({"chat_id": "7", "user_id": "c", "text": "!", "sent_at": "0001-01-01"}).encode(),
+    json.dumps(message("!", "8", sent_at="9999-12-31T23:59:59-12:00")).encode(),
+)
+
+
+@pytest.mark.slow
+def test_no_message_stops_a_stream(pubsub):
+    """Each is analysed, or a dead letter that holds it whole; all are acknowledged."""
+    options = pubsub.options(model="scripted:/dev/null")
+    with pubsub.inbox() as inbox:
+        with pubsub.pipeline(options, scripted(echo_start)) as run:
+            pubsub.send(*POISON, **{"tenant": "\0\n", "x" * 256: "y" * 1024, "z": ""})
+            pubsub.send(chat("late!", chat_id="good"))
+            inbox.wait(lambda inbox: "good" in {found["chat_id"] for found in inbox.analyses})
+        inbox.wait(lambda inbox: len(inbox.analyses) + len(letters_of(inbox)) == len(POISON) + 1)
+    held = {whole.payload_bytes() for whole in letters_of(inbox)}
+    assert held <= set(POISON)
+    assert set(POISON[:3]) <= held
+    assert run.summary.lost == 0
+    assert unacknowledged(pubsub) == []
+
+
+def unacknowledged(pubsub):
+    with contextlib.suppress(DeadlineExceeded):
+        found = pubsub.subscriber.pull(
+            subscription=pubsub.subscription("events"), max_messages=1, timeout=2, retry=None
+        )
+        return [received.message.data for received in found.received_messages]
+    return []
+
+
+def letters_of(inbox):
+    """The dead letters that are there whole."""
+    letters = [DeadLetter(**letter) for letter in inbox.dead_letters]
+    whole = [letter for letter in letters if letter.part is None]
+    parts = collections.defaultdict(dict)
+    for letter in letters:
+        if letter.part is not None:
+            parts[letter.whole_id, letter.parts][letter.part] = letter
+    return whole + [
+        join(found.values()) for (_, number), found in parts.items() if len(found) == number
+    ]
+
+
+@pytest.mark.slow
+def test_parts_that_wait_when_a_stream_is_drained_are_dead_letters_again(pubsub, monkeypatch):
+    monkeypatch.setattr(dead_letters, "PART_BYTES", 300)
+    noise = random.Random(1).randbytes(1000).hex()
+    whole = DeadLetter(stage="read", reason="x", error="x", payload=noise, failed_at=now())
+    first, *others = fitted(whole, 1000)
+    with pubsub.inbox() as inbox:
+        options = pubsub.options(model="scripted:/dev/null")
+        with pubsub.pipeline(options, scripted(echo), replay=True):
+            pubsub.send(*(part.to_json() for part in others), "no letter")
+            inbox.wait(lambda inbox: len(inbox.dead_letters) == 1)
+        inbox.wait(lambda inbox: len(inbox.dead_letters) == 1 + len(others))
+    waited = [DeadLetter(**part) for part in inbox.dead_letters[1:]]
+    assert {part.reason for part in waited} == {"part_missing"}
+    assert join([first, *waited]).payload == noise
 
 
 @pytest.mark.slow

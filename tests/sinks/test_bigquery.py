@@ -1,14 +1,17 @@
 """Records to BigQuery: Google's client against a stand-in for the Storage Write API."""
 
+import base64
 import json
 import random
 
 import grpc
 import pytest
-from conftest import JOB_SERVICE, ROOT, chat, mistake
+from apache_beam.utils.timestamp import Timestamp
+from conftest import ANALYSIS, DRAFT, JOB_SERVICE, ROOT, chat, mistake
 from fakes.bigquery import FakeBigQuery, Table
 
 from chatflow import network
+from chatflow.dead_letters import join
 from chatflow.options import Options
 from chatflow.records import KINDS, Analysis, DeadLetter, Draft, now, record_id
 from chatflow.running.launch import execute
@@ -125,16 +128,16 @@ def test_workers_in_other_processes_write_too(tables, analyse):
     assert [len(rows(tables, name)) for name in KINDS] == [4, 2, 1]
 
 
-def write(fake, records, kind):
-    """Writes records as a runner would, in one bundle."""
+def write(fake, records, kind, refused=None):
+    """Writes records as a runner would, in one bundle; `refused` gets their dead letters."""
     name = next(name for name, known in KINDS.items() if known is kind)
     stream = bigquery.stream_of(f"bigquery://proj-1.chatflow.{name}")
     fn = bigquery._AppendRowsDoFn(stream, upsert=True)
     fn.start_bundle()
-    for record in records:
-        fn.process(record)
-    fn.finish_bundle()
+    letters = [one for record in records for one in fn.process(record, Timestamp(0), "window")]
+    letters += [found.value for found in fn.finish_bundle()]
     fn.teardown()
+    assert letters == [] if refused is None else refused.extend(letters) is None
     return rows(fake, name)
 
 
@@ -196,8 +199,8 @@ def test_threads_that_append_one_after_the_other_share_a_connection(tables):
     for number in range(20):
         thread = threads[number % 5]
         thread.start_bundle()
-        thread.process(letter(f"{number}"))
-        thread.finish_bundle()
+        assert list(thread.process(letter(f"{number}"), Timestamp(0), "window")) == []
+        assert list(thread.finish_bundle()) == []
     assert len(rows(tables, "dead_letters")) == 20
     assert tables.connections == 1
     threads[0].teardown()
@@ -211,6 +214,40 @@ def test_a_dead_letter_that_is_too_large_for_a_row_is_compressed(tables):
     assert row["payload_encoding"] == "gzip"
     assert row["dead_letter_id"] == record_id(large)
     assert DeadLetter(**row | {"failed_at": now()}).payload_bytes() == b"x" * 12_000_000
+
+
+@pytest.mark.slow
+def test_a_dead_letter_that_stays_too_large_is_several_rows(tables):
+    noise = base64.b64encode(random.Random(1).randbytes(12_000_000)).decode()
+    whole = letter(noise).model_copy(update={"answer": "rubbish", "attributes": {"tenant": "a"}})
+    write(tables, [whole], DeadLetter)
+    found = write(tables, [whole.model_copy(update={"failed_at": now()})], DeadLetter)  # again
+    assert len({row["dead_letter_id"] for row in found}) == len(found) == 3
+    parts = [DeadLetter(**row | {"failed_at": whole.failed_at}) for row in found]
+    assert join(parts) == whole
+
+
+def test_a_row_that_is_refused_is_a_dead_letter_and_fails_no_other(tables):
+    tables.tables["proj-1.chatflow.analyses"].columns["chat_id"]["maxLength"] = "10"
+    analyses = [
+        ANALYSIS.model_copy(update={"analysis_id": chat_id, "chat_id": chat_id})
+        for chat_id in ("1", "long" * 10, "2", "longer" * 10, "3")
+    ]
+    refused = []
+    assert len(write(tables, analyses, Analysis, refused)) == 3
+    assert {(one.stage, one.reason) for one in refused} == {("write", "bigquery_refused")}
+    assert [one.error for one in refused] == ["field chat_id is too long"] * 2
+    held = [Analysis.model_validate_json(one.payload) for one in refused]
+    assert held == [analyses[1], analyses[3]]
+
+
+def test_a_record_that_is_too_large_is_a_dead_letter_and_fails_no_other(tables):
+    large = DRAFT.model_copy(update={"draft_id": "large", "text": "x" * 10_000_000})
+    refused = []
+    assert [row["draft_id"] for row in write(tables, [large, DRAFT], Draft, refused)] == ["d1"]
+    (one,) = refused
+    assert (one.stage, one.reason) == ("write", "too_large")
+    assert Draft.model_validate_json(one.payload) == large
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Records to databases: SQLite, and a real PostgreSQL."""
 
 import itertools
+import json
 import random
 import threading
 from datetime import UTC, datetime, timedelta
@@ -11,11 +12,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from conftest import JOB_SERVICE, chat, mistake
 
-from chatflow import network
+from chatflow import dead_letters, network
 from chatflow.cli import main
 from chatflow.database import tables
 from chatflow.database.connections import Database, parse_uri
 from chatflow.database.upserts import upsert
+from chatflow.dead_letters import fitted, join
 from chatflow.errors import UsageError
 from chatflow.options import Options
 from chatflow.records import Analysis, DeadLetter, Draft
@@ -483,6 +485,31 @@ def test_what_the_database_refuses_is_a_dead_letter_and_fails_no_other(database)
     assert (refused.stage, refused.reason) == ("write", "sql_refused")
     assert Analysis.model_validate_json(refused.payload) == records[-1]
     assert len(rows(database, tables.analyses)) == 5
+
+
+def test_what_no_statement_can_hold_is_a_dead_letter_and_fails_no_other(database):
+    """A lone surrogate and a number of 70 bits, which are errors before the database sees them."""
+    broken = [
+        analysis("c5").model_copy(update={"summary": "half an emoji: \ud83d"}),
+        analysis("c6").model_copy(update={"revision": 1 << 70}),
+    ]
+    fn = sql._UpsertDoFn("")
+    fn.database = database
+    found = list(fn.process([*(analysis(f"c{i}") for i in range(5)), *broken]))
+    assert [(one.stage, one.reason) for one in found] == [("write", "sql_refused")] * 2
+    assert "half an emoji: \\ud83d" in found[0].payload
+    assert json.loads(found[1].payload)["revision"] == 1 << 70
+    assert len(rows(database, tables.analyses)) == 5
+
+
+def test_parts_of_a_letter_are_rows_of_their_own(database, monkeypatch):
+    monkeypatch.setattr(dead_letters, "PART_BYTES", 300)
+    whole = letter(random.Random(1).randbytes(1000).hex())
+    parts = fitted(whole, 1000)
+    write(database, *parts, *parts)
+    found = [DeadLetter(**row) for row in rows(database, tables.dead_letters)]
+    assert len(found) == len(parts) > 2
+    assert join(found) == whole
 
 
 @pytest.mark.parametrize(

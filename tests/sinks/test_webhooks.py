@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import random
 import re
 import ssl
 import time
@@ -22,6 +23,7 @@ from fakes.vertex import make_certificate
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from chatflow import network
+from chatflow.dead_letters import join
 from chatflow.errors import UsageError
 from chatflow.options import Options, SinkSettings
 from chatflow.records import Analysis, DeadLetter, Record, Response, now
@@ -179,6 +181,24 @@ def test_a_refusal_is_for_good(hook, status):
     assert str(error).startswith(f"{hook.address} answered {status}: {said}")
     assert len(hook.received) == 1
     assert elsewhere.received == []
+
+
+def test_a_dead_letter_that_is_too_large_for_a_service_goes_in_parts(hook):
+    hook.behave = lambda got, _: Answer(413 if len(got.body) > 1_000_000 else 200)
+    noise = random.Random(1).randbytes(2_000_000).hex()
+    whole = DeadLetter(stage="read", reason="x", error="x", payload=noise, failed_at=now())
+    assert Poster(hook.address, [b"key"]).post([whole]) == [None]
+    refused, *parts = hook.received
+    assert DeadLetter(**refused.record) == whole
+    assert join([DeadLetter(**part.record) for part in parts]) == whole
+    assert len({request.headers["webhook-id"] for request in hook.received}) == len(parts) + 1
+
+
+def test_a_dead_letter_whose_parts_are_too_large_is_an_error(hook):
+    hook.behave = lambda *_: Answer(413)
+    letter = DeadLetter(stage="read", reason="x", error="x", payload="x", failed_at=now())
+    (error,) = Poster(hook.address, [b"key"]).post([letter])
+    assert error.reason == "webhook_http_413"
 
 
 @pytest.mark.slow

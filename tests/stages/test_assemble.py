@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from chatflow.options import Rules
 from chatflow.records import Chat, Event, Message
+from chatflow.stages import assemble
 from chatflow.stages.assemble import AssembleChats
 from chatflow.stages.revisions import Conversation, Kept, advance
 
@@ -313,3 +314,64 @@ def test_a_chat_of_100_000_messages_costs_no_more_for_each(every):
 
 
 MESSAGE = Message(user_id="c", text="again")
+
+
+# What breaks.
+
+
+def pieces(found):
+    return [(letter.stage, letter.reason, letter.payload) for letter in found["dead_letters"]]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        said(1, chat_id="bad").model_copy(update={"at": datetime(2026, 3, 1)}),  # in no time zone
+        closed(1, "bad").model_copy(update={"at": datetime(2026, 3, 1)}),
+        said(1, "half an emoji: \ud83d", chat_id="bad"),
+    ],
+)
+def test_an_event_that_cannot_be_kept_stops_no_other(broken):
+    others = [said(0), said(0, chat_id="bad"), said(2, chat_id="bad")]
+    found = run_stage(AssembleChats(QUIET), [*others[:2], broken, others[2]], OUTPUTS)
+    assert sorted((one.chat_id, texts_of(one)) for one in found["ok"]) == [
+        ("7", ["at 0"]), ("bad", ["at 0", "at 2"]),
+    ]  # fmt: skip
+    ((stage, reason, payload),) = pieces(found)
+    assert (stage, reason) == ("assemble", "cannot_assemble")
+    assert ("half an emoji: \\ud83d" in payload) or payload == broken.to_line()
+
+
+OUTPUTS = ("ok", "dead_letters")
+
+
+def texts_of(one):
+    return [message.text for message in one.messages]
+
+
+def test_a_chat_that_breaks_stops_no_other_and_its_events_are_kept(monkeypatch):
+    def advance_or_fail(chat_id, *others):
+        if chat_id == "bad":
+            raise RecursionError("too deep")
+        return advance(chat_id, *others)
+
+    monkeypatch.setattr(assemble, "advance", advance_or_fail)
+    events = [said(0), said(0, chat_id="bad"), said(1, chat_id="bad"), closed(2, "bad")]
+    found = run_stage(AssembleChats(QUIET), events, OUTPUTS)
+    assert [one.chat_id for one in found["ok"]] == ["7"]
+    expected = [("assemble", "cannot_assemble", event.to_line()) for event in events[1:]]
+    assert sorted(pieces(found)) == sorted(expected)
+
+
+def test_a_message_in_the_state_that_cannot_be_read_is_kept_as_it_is(monkeypatch):
+    """As after an update of a running job, where the old version wrote the state."""
+    encode = Kept.encode
+    monkeypatch.setattr(
+        Kept, "encode", lambda kept: encode(kept).replace(b'"at 1"', b'{"old": "at 1"}')
+    )
+    events = [said(0), said(0, chat_id="bad"), said(1, chat_id="bad")]
+    found = run_stage(AssembleChats(QUIET), events, OUTPUTS)
+    assert [one.chat_id for one in found["ok"]] == ["7"]
+    payloads = sorted(payload for _, _, payload in pieces(found))
+    assert payloads[0] == events[1].to_line()
+    assert '"text":{"old": "at 1"}' in payloads[1]
