@@ -101,10 +101,17 @@ _BREAKS = (
     "hr li main nav ol p pre section table td th tr ul"
 ).split()
 _INLINE = (
-    "a abbr b body center cite code em font html i img label q s small span strike strong sub sup "
+    "a abbr b body center cite code em font html i img label q small span strike strong sub sup "
     "tbody thead u"
 ).split()
+_OTHER = (
+    "area audio big button caption circle col colgroup del details dfn fieldset g head iframe "
+    "input ins kbd legend link map mark meta noscript object o:p option param path picture rect samp "
+    "script select source style summary svg template textarea tfoot time title tt var video wbr"
+).split()
+_KNOWN = frozenset((*_BREAKS, *_INLINE, *_OTHER))
 _TAG = re.compile(rf"<(/?)({'|'.join((*_BREAKS, *_INLINE))})(?:\s[^<>]*)?(/?)>", re.IGNORECASE)
+_BEGIN_TAG = re.compile(rf"<(?:{'|'.join((*_BREAKS, *_INLINE))})[\s>]", re.IGNORECASE)
 _END_TAG = re.compile(rf"</(?:{'|'.join((*_BREAKS, *_INLINE))})\s*>", re.IGNORECASE)
 _LONE_TAG = re.compile(r"<(?:br|hr)\s*/?>|<img\s[^<>]*>|<!doctype html", re.IGNORECASE)
 _HIDDEN = frozenset(("head", "script", "style", "template", "title"))
@@ -123,6 +130,9 @@ class _Text(HTMLParser):
         self.quotes = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in _KNOWN:  # the author's own, such as "<order number>"
+            self.handle_data(self.get_starttag_text() or "")
+            return
         values = {name: value or "" for name, value in attrs}
         if tag in _BREAKS:
             self.parts.append("\n")
@@ -140,6 +150,9 @@ class _Text(HTMLParser):
         self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
+        if tag not in _KNOWN:
+            self.handle_data(f"</{tag}>")
+            return
         if tag in _BREAKS and tag not in _VOID:
             self.parts.append("\n")
         if tag in self.open:
@@ -174,7 +187,9 @@ def _is_unseen(values: dict[str, str]) -> bool:
 
 
 def without_html(text: str) -> str:
-    if "<" in text and (_LONE_TAG.search(text) or (_TAG.search(text) and _END_TAG.search(text))):
+    if "<" in text and (
+        _LONE_TAG.search(text) or (_BEGIN_TAG.search(text) and _END_TAG.search(text))
+    ):
         reader = _Text()
         try:
             if text.count("<!") > 1000:  # comments that do not end take quadratic time

@@ -44,6 +44,9 @@ BASE64 = "iVBORw0KGgoAAAANSUhEUgAA4Bd9" * 40
         ("<blockquote type='cite'>only this</blockquote>", "only this", ("html",)),
         ("<img alt='\U0001f642' src='x'> fine", "\U0001f642 fine", ("html",)),
         ("<![if x]><p>late</p>", "late", ("html",)),
+        ("<p>the <order number> is</p> <start_of_turn>", "the <order number> is\n<start_of_turn>",
+         ("html",)),
+        ("late</s><end_of_turn>", "late</s><end_of_turn>", ()),
         ("&lt;3 &amp; thanks", "<3 & thanks", ("html",)),
         # Inline data.
         (f"data:image/png;base64,{BASE64} It is late", "[image] It is late", ("inline_data",)),
