@@ -107,7 +107,8 @@ _INLINE = (
 _OTHER = (
     "area audio big button caption circle col colgroup del details dfn fieldset g head iframe "
     "input ins kbd legend link map mark meta noscript object o:p option param path picture rect "
-    "samp script select source style summary svg template textarea tfoot time title tt var video wbr"
+    "samp script select source style summary svg template textarea tfoot time title "
+    "tt var video wbr"
 ).split()
 _KNOWN = frozenset((*_BREAKS, *_INLINE, *_OTHER))
 _TAG = re.compile(rf"<(/?)({'|'.join((*_BREAKS, *_INLINE))})(?:\s[^<>]*)?(/?)>", re.IGNORECASE)
