@@ -51,11 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.module is None:
             parsed.print_help(sys.stderr)
             return USAGE
-        logging.raiseExceptions = parsed.debug  # a full disk, not a fault of chatflow
-        logging.basicConfig(
-            level=logging.DEBUG if parsed.debug else logging.INFO,
-            format="%(levelname)s %(name)s: %(message)s",
-        )
+        _start_logging(parsed.debug)
         code: int = parsed.module.run(parsed, rest)
         sys.stdout.flush()
         return code
@@ -70,19 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         _log.debug("the command failed", exc_info=True)
+        if _is_of_credentials(error):
+            _say(
+                f"the credentials of Google Cloud cannot be used: {one_line(error)}; run `gcloud "
+                "auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key"
+            )
+            return USAGE
         _say(f"{explained(error)}; --debug shows the whole traceback")
-        return USAGE if _is_of_credentials(error) else FAILED
+        return FAILED
     finally:
         _drop_unprinted()
 
 
 def explained(error: Exception) -> str:
     """Returns one line for an error that no command expects: of machine, service, or chatflow."""
-    if _is_of_credentials(error):
-        return (
-            f"the credentials of Google Cloud cannot be used: {one_line(error)}; run `gcloud auth "
-            "application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
-        )
     if _is_a(error, "google.api_core.exceptions", "GoogleAPIError"):
         return f"Google Cloud: {one_line(error)}"
     if isinstance(error, OSError):
@@ -94,11 +91,9 @@ def explained(error: Exception) -> str:
 
 
 def _is_of_credentials(error: Exception) -> bool:
-    key_file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    of_file = isinstance(error, OSError) and error.filename is not None
-    return _is_a(error, "google.auth.exceptions", "GoogleAuthError") or (
-        of_file and error.filename == key_file
-    )
+    if isinstance(error, OSError) and error.filename:
+        return bool(error.filename == os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"))
+    return _is_a(error, "google.auth.exceptions", "GoogleAuthError")
 
 
 def _is_a(error: Exception, module: str, name: str) -> bool:
@@ -110,6 +105,23 @@ def _say(text: str) -> None:
     """Prints one line on stderr, whatever the text contains."""
     with contextlib.suppress(OSError):
         print(f"chatflow: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _start_logging(debug: bool) -> None:
+    logging.raiseExceptions = debug  # e.g. where stderr is a file on a full disk
+    handler = logging.StreamHandler()
+    kind = logging.Formatter if debug else ShortFormatter
+    handler.setFormatter(kind("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
+
+
+class ShortFormatter(logging.Formatter):
+    """Writes a record that has a traceback, e.g. of Beam's retries, as its first and last line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return f"{lines[0]} … {lines[-1]}" if "Traceback " in text else text
 
 
 def _print_anything() -> None:

@@ -224,7 +224,8 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError(f"--rate={parsed.rate}: must be more than 0")
     chats, others = publishing.chats_of(publishing.read_lines(parsed.chats, "--chats"))
     if others or not chats:
-        raise UsageError(f"--chats={parsed.chats}: {len(others)} lines are no chats")
+        found = f"{len(others)} lines are not chats" if others else "has no chats"
+        raise UsageError(f"--chats={parsed.chats}: {found}")
     parsed.input = subscription_of(EVENTS)
     for kind, topic in (("analyses", ANALYSES), ("drafts", DRAFTS), ("dead_letters", DEAD_LETTERS)):
         own = getattr(parsed, kind) or (f"{parsed.output}/{kind}" if parsed.output else "")
