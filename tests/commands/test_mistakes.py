@@ -326,3 +326,12 @@ def test_a_log_has_no_tracebacks():
     assert formatter.format(record) == "WARNING beam: Retry: E … File x"
     record = logging.LogRecord("beam", logging.INFO, "f", 1, "two\nlines", (), None)
     assert formatter.format(record) == "INFO beam: two\nlines"
+
+
+def test_an_emulator_that_is_gone_is_named(lines, script, monkeypatch, capsys):
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", "127.0.0.1:1")
+    arguments = ["stream", "--chats", lines(chat("x")), "--model", script(ANGRY)]
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "PUBSUB_EMULATOR_HOST=127.0.0.1:1: no emulator can be used there: " in said.err
+    assert "Traceback" not in said.err + said.out
