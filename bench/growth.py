@@ -27,7 +27,8 @@ from chatflow.models.spec import ModelSpec
 from chatflow.options import Batching
 from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.templates import load_folder
-from chatflow.records import Chat, Message, read_chat
+from chatflow.records import Chat, Message
+from chatflow.sources.chats import read_chat
 
 HERE = Path(__file__).parent
 LENGTHS = (10, 30, 100, 300, 1000)
@@ -54,7 +55,7 @@ def bench() -> None:
     parser.add_argument("--plot", default=str(HERE / "growth.svg"))
     flags = parser.parse_args()
     lines = (HERE.parent / "samples" / "chats.jsonl").read_text().splitlines()
-    texts = [m.text for line in lines for m in read_chat(json.loads(line)).chat.messages]
+    texts = [m.text for line in lines for m in read_chat(json.loads(line)).messages]
     spec = ModelSpec(batching=Batching(max_batch_size=64, max_batch_duration_secs=0))
     model = spec.handler().load_model()
     figures: list[dict[str, Any]] = []

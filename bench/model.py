@@ -35,7 +35,8 @@ from chatflow.models.spec import ModelSpec
 from chatflow.prompts.answers import ANALYSIS_SCHEMA, parse_analysis
 from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.templates import load_folder
-from chatflow.records import Chat, read_chat
+from chatflow.records import Chat
+from chatflow.sources.chats import read_chat
 from chatflow.weights import embedded
 from chatflow.weights.presets import local_preset, use_jax
 
@@ -69,7 +70,7 @@ def chats() -> list[Chat]:
     """31 of the samples, and twelve messages of the longest: a longer one among them would
     take keras_hub's `generate` an hour, because it feeds all but the shortest prompt of a batch
     token by token."""
-    read = [read_chat(json.loads(line)).chat for line in SAMPLES.read_text().splitlines()]
+    read = [read_chat(json.loads(line)) for line in SAMPLES.read_text().splitlines()]
     longest = max(read, key=lambda chat: len(chat.messages))
     return [*read[:31], longest.model_copy(update={"messages": longest.messages[:12]})]
 

@@ -51,18 +51,19 @@ def keep_newest(chat: Chat, user_id: str, budget: int) -> KeptMessages:
     Half of the budget is for the user's own messages, so that a user who wrote long ago is still
     heard. The user's newest message always stays; if it alone exceeds the budget, its end stays.
     """
-    cost = [estimate_tokens(m.text) + estimate_tokens(m.user_id) + 3 for m in chat.messages]
-    newest_first = range(len(chat.messages) - 1, -1, -1)
-    own = [i for i in newest_first if chat.messages[i].user_id == user_id]
+    said = chat.said
+    cost = [estimate_tokens(m.text) + estimate_tokens(m.user_id) + 3 for m in said]
+    newest_first = range(len(said) - 1, -1, -1)
+    own = [i for i in newest_first if said[i].user_id == user_id]
     kept: dict[int, Message] = {}
     left = budget
     for i in own:
         if left - cost[i] < budget // 2:
             break
-        kept[i], left = chat.messages[i], left - cost[i]
+        kept[i], left = said[i], left - cost[i]
     cut = 0
     if own and not kept:
-        message = chat.messages[own[0]]
+        message = said[own[0]]
         if cost[own[0]] <= budget:
             kept[own[0]], left = message, left - cost[own[0]]
         else:
@@ -72,9 +73,9 @@ def keep_newest(chat: Chat, user_id: str, budget: int) -> KeptMessages:
             continue
         if cost[i] > left:
             break
-        kept[i], left = chat.messages[i], left - cost[i]
+        kept[i], left = said[i], left - cost[i]
     messages = tuple(kept[i] for i in sorted(kept))
-    return KeptMessages(messages, len(chat.messages) - len(messages), cut)
+    return KeptMessages(messages, len(said) - len(messages), cut)
 
 
 def _end_of(message: Message, budget: int) -> Message:

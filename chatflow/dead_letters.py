@@ -130,6 +130,8 @@ def _line_payload(line: bytes) -> dict[str, Any]:
 
 @payload_of.register
 def _arrival_payload(arrival: Arrival) -> dict[str, Any]:
+    if arrival.fault is not None:
+        return {"payload": str(arrival.fault.part), "payload_encoding": "file"}
     return {**payload_of(arrival.line), "attributes": dict(arrival.attributes) or None}
 
 

@@ -101,6 +101,14 @@ class Places(Settings):
         "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "
         "(Dataflow does; everywhere, messages are told apart by their message_id).", _DATA,
     )  # fmt: skip
+    roles: str = flag(
+        "", "Roles that your system has and chatflow does not know, as THEIRS=OURS,…; ours are "
+        "customer, agent, bot and system.", _DATA,
+    )  # fmt: skip
+    placeholders: str = flag(
+        "", "File with texts that your system writes in the place of words, such as \"This message "
+        "was deleted\"; a text a line, beside those that are known.", _DATA,
+    )  # fmt: skip
     max_line_bytes: int = flag(
         16_000_000, "A longer input line becomes a dead letter.", _DATA, least=1
     )

@@ -18,11 +18,13 @@ from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis
 from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
+from chatflow.sources.chats import Customs, customs_of
 from chatflow.sources.parse import ParseArrivals
 from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
 from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.assemble import AssembleChats
 from chatflow.stages.draft import DraftApologies, to_be_written
+from chatflow.stages.identity import TellApart
 from chatflow.stages.replay import OpenDeadLetters
 
 
@@ -44,6 +46,7 @@ class Plan:
     model: Model
     first: Updates
     rules: Rules
+    customs: Customs
     destinations: Mapping[str, tuple[str, ...]]
     streaming: bool = False
     replay: bool = False
@@ -97,6 +100,7 @@ def plan(
         model_of(routes, first, streaming, options.resource_hints),
         first,
         options.take(Rules),
+        customs_of(options.roles, options.placeholders),
         {
             kind: split_destinations(kind, getattr(options, kind), options.output, options.database)
             for kind in KINDS
@@ -127,14 +131,22 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     options, model, rules = plan.options, plan.model, plan.rules
 
     inputs = split_inputs(options.input)
-    arrivals = pipeline | "ReadArrivals" >> ReadArrivals(inputs, options.id_label)
+    arrivals = pipeline | "ReadArrivals" >> ReadArrivals(
+        inputs, options.id_label, options.max_line_bytes
+    )
     if plan.replay:
         opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters()
         arrivals = opened.arrivals
 
-    read = arrivals | "ParseArrivals" >> ParseArrivals(options.max_line_bytes, rules.retention)
+    read = arrivals | "ParseArrivals" >> ParseArrivals(
+        options.max_line_bytes, rules.retention, plan.customs
+    )
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
+    dead_letters = [read.dead_letters, assembled.dead_letters]
+    if not plan.streaming:
+        chats, shared = chats | "TellApart" >> TellApart()
+        dead_letters.append(shared)
     refused = []
     if options.database:  # the console shows them to reviewers
         refused.append(chats | "WriteChats" >> plan.write_to([options.database]))
@@ -145,7 +157,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         )
         updates = beam.pvalue.AsIter(pipeline | "WatchUpdates" >> watch)
     analysed = chats | "AnalyseChats" >> AnalyseChats(model, plan.first.analysis, updates)
-    dead_letters = [read.dead_letters, assembled.dead_letters, analysed.dead_letters]
+    dead_letters.append(analysed.dead_letters)
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
     if plan.replay:

@@ -10,8 +10,8 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
@@ -33,6 +33,8 @@ SUMMARY_CHARACTERS = 512
 """The longest summary of an `Analysis`, as the talk's prompt asks for."""
 
 
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 LARGEST_INTEGER = 2**63 - 1
 """The largest signed integer of 64 bits, as databases have them."""
 
@@ -50,20 +52,26 @@ def _id(value: Any) -> Any:
 
 
 def _utc(value: datetime) -> datetime:
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError as error:  # 0001-01-01 in a time zone
+        raise ValueError(str(error)) from None
 
 
 def _rfc3339(value: datetime) -> str:
     return _utc(value).isoformat().replace("+00:00", "Z")
 
 
-Id = Annotated[str, BeforeValidator(_id), Field(min_length=1, max_length=1024)]
+LONGEST_ID = 1024
+Id = Annotated[str, BeforeValidator(_id), Field(min_length=1, max_length=LONGEST_ID)]
 Time = Annotated[
     datetime,
     AfterValidator(_utc),
     PlainSerializer(_rfc3339, return_type=str, when_used="json"),
 ]
-Role = Literal["customer", "agent", "bot"]
+
+SYSTEM = "system"
+"""The role of what nobody said: "Dana joined the chat"."""
 
 
 class Record(BaseModel):
@@ -77,18 +85,35 @@ class Record(BaseModel):
 
 
 class Message(Record):
-    """One message of a chat; a single message in a stream also has the `chat_id`, see `Event`."""
+    """One message of a chat; a single message in a stream also has the `chat_id`, see `Event`.
+
+    Attributes:
+      text: the words of its author; "" if there are none, e.g. for an image.
+      role: `customer`, `agent`, `bot` or `system`, or another system's word.
+      private: a note for staff, which the customer does not see.
+      original: the text as it came, if the words are less; see `sources.said`.
+    """
 
     user_id: Id
     text: str
     message_id: Id | None = None
-    role: Role | None = None
+    role: str | None = None
     sent_at: Time | None = None
     attributes: dict[str, str] = Field(default_factory=dict)
+    private: bool | None = None
+    original: str | None = None
+
+    @property
+    def is_said(self) -> bool:
+        """Returns whether it was said in the chat; prompts hold nothing else."""
+        return bool(self.text) and not self.private and self.role != SYSTEM
 
 
 class Chat(Record):
-    """A whole chat; `user_id`, if given, is the user whose tone is asked for."""
+    """A whole chat; `user_id`, if given, is the user whose tone is asked for.
+
+    Of two revisions, the greater is the newer; see `newest_revision`.
+    """
 
     chat_id: Id
     messages: tuple[Message, ...]
@@ -100,23 +125,84 @@ class Chat(Record):
         """Returns `user_id` if set, else all customers, or without any roles the first author."""
         if self.user_id is not None:
             return (self.user_id,)
-        customers = [m.user_id for m in self.messages if m.role == "customer"]
-        if customers or any(m.role for m in self.messages):
+        said = self.said
+        customers = [m.user_id for m in said if m.role == "customer"]
+        if customers or any(m.role for m in said):
             return tuple(dict.fromkeys(customers))
-        return (self.messages[0].user_id,)
+        return (said[0].user_id,)
+
+    @property
+    def said(self) -> tuple[Message, ...]:
+        """Returns the messages without private notes, system messages, and those without words."""
+        return tuple(message for message in self.messages if message.is_said)
 
     def texts_of(self, user_id: str) -> list[str]:
-        """Returns the texts of a user's messages."""
-        return [m.text for m in self.messages if m.user_id == user_id]
+        """Returns the texts of what a user said."""
+        return [m.text for m in self.messages if m.user_id == user_id and m.is_said]
+
+    def content(self) -> str:
+        """Returns a hash of who said what; it tells apart chats under the same id."""
+        content = [
+            (m.user_id, m.role, bool(m.private), m.original or m.text) for m in self.messages
+        ]
+        return hashlib.sha256(pydantic_core.to_json(content)).hexdigest()[:32]
+
+
+def newest_revision(messages: Sequence[Message]) -> int:
+    """Returns the revision of a chat: when its newest message was sent, plus their number.
+
+    The time is in milliseconds since 1970. So the same messages have the same revision, and one
+    more message has a greater one, even if it is late.
+    """
+    newest = max((m.sent_at for m in messages if m.sent_at), default=EPOCH)
+    return max((newest - EPOCH) // timedelta(milliseconds=1), 0) + len(messages)
+
+
+class Range(NamedTuple):
+    """A part of a file: the lines that begin at the bytes from `start` to before `end`."""
+
+    path: str
+    start: int = 0
+    end: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.start}-{'' if self.end is None else self.end}"
+
+    @classmethod
+    def parse(cls, text: str) -> Range:
+        """Reads what `str` writes; raises `ValueError`."""
+        path, _, part = text.rpartition("#")
+        start, _, end = part.partition("-")
+        return cls(path, int(start), int(end) if end else None)
+
+
+class Fault(NamedTuple):
+    """Why a part of a file was not read: a short code, what to tell people, and where it is."""
+
+    reason: str
+    message: str
+    part: Range
 
 
 class Arrival(NamedTuple):
-    """A line of JSON as it arrived; the other fields are the Pub/Sub message's, empty for files."""
+    """A line of JSON as it arrived.
+
+    `attributes`, `message_id` and `published_at` are the Pub/Sub message's, empty for files.
+    `source` says where in which file the line is. With a `fault` there is no line.
+    """
 
     line: bytes
     attributes: Mapping[str, str] = {}
     message_id: str | None = None
     published_at: datetime | None = None
+    source: str = ""
+    fault: Fault | None = None
+
+    def read(self) -> bytes:
+        """Returns the line; raises `BadInputError` if there is a fault instead."""
+        if self.fault is not None:
+            raise BadInputError(self.fault.reason, self.fault.message)
+        return self.line
 
 
 class Event(Record):
@@ -249,12 +335,14 @@ class DeadLetter(Record):
     """An element that could not be handled, with everything needed to try it again.
 
     Attributes:
-      stage: where it failed: `read`; `assemble` (messages to a chat); `prompt`, `model` or `answer`
+      stage: where it failed: `read`; `assemble` (messages to a chat); `identity` (chats that share
+        an id); `prompt`, `model` or `answer`
         of an analysis; `draft_prompt`, `draft_model` or `draft_answer`; `write` (a sink refused a
         record); `replay` (of a dead letter).
       reason: a short code, e.g. `not_json`.
       payload: the element as it came; `base64` if it is not UTF-8; `gzip`, compressed and then
-        base64, if it is too large for its sink.
+        base64, if it is too large for its sink; `file`, the part of a file that was not read, as
+        `Range` writes it.
       attributes: the Pub/Sub message's.
       answer: the model's raw answer, if any.
     """
@@ -263,14 +351,14 @@ class DeadLetter(Record):
     reason: str
     error: str
     payload: str
-    payload_encoding: Literal["utf-8", "base64", "gzip"] = "utf-8"
+    payload_encoding: Literal["utf-8", "base64", "gzip", "file"] = "utf-8"
     attributes: dict[str, str] | None = None
     chat_id: str | None = None
     answer: str | None = None
     failed_at: Time
 
     def payload_bytes(self) -> bytes:
-        if self.payload_encoding == "utf-8":
+        if self.payload_encoding in ("utf-8", "file"):
             return self.payload.encode()
         raw = base64.b64decode(self.payload)
         return gzip.decompress(raw) if self.payload_encoding == "gzip" else raw
@@ -365,37 +453,14 @@ def open_record(data: bytes) -> Record:
     return validate(kind, value)
 
 
-class Reading(NamedTuple):
-    """A chat as it was read, and how many of its messages were left out."""
-
-    chat: Chat
-    empty_messages: int
-    duplicate_messages: int
-
-
-def read_chat(value: dict[str, Any]) -> Reading:
-    """Reads a chat from its JSON without messages that have no text or a repeated message id.
-
-    Raises:
-      BadInputError: `wrong_shape`, `no_messages`, or an error of `check_chat`.
-    """
-    chat = validate(Chat, value)
-    if not chat.messages:
-        raise BadInputError("no_messages", f"chat {chat.chat_id} has an empty list of messages")
-    with_text = [m for m in chat.messages if m.text.strip()]
-    kept = tuple(_first_of_each_id(with_text))
-    empty = len(chat.messages) - len(with_text)
-    chat = check_chat(chat.model_copy(update={"messages": kept}))
-    return Reading(chat, empty, len(with_text) - len(kept))
-
-
 def check_chat(chat: Chat) -> Chat:
     """Returns the chat or raises `BadInputError`: `no_text`, or `no_customer` to ask about."""
-    if not chat.messages:
-        raise BadInputError("no_text", f"chat {chat.chat_id} has no message with text")
-    users, authors = chat.users(), {m.user_id for m in chat.messages}
+    said = chat.said
+    if not said:
+        raise BadInputError("no_text", f"chat {chat.chat_id} has no message with words")
+    users, authors = chat.users(), {m.user_id for m in said}
     if not users:
-        raise BadInputError("no_customer", f"chat {chat.chat_id} has no message of a customer")
+        raise BadInputError("no_customer", _why_no_customer(chat))
     if not authors.issuperset(users):
         missing = next(user for user in users if user not in authors)
         raise BadInputError(
@@ -404,20 +469,26 @@ def check_chat(chat: Chat) -> Chat:
     return chat
 
 
-def _first_of_each_id(messages: Iterable[Message]) -> Iterable[Message]:
-    seen = set()
-    for message in messages:
-        if message.message_id is None or message.message_id not in seen:
-            seen.add(message.message_id)
-            yield message
+def _why_no_customer(chat: Chat) -> str:
+    if any(m.role == "customer" for m in chat.messages):
+        return f"the customers of chat {chat.chat_id} wrote no words"
+    roles = ", ".join(sorted({m.role for m in chat.messages if m.role})[:10])
+    return (
+        f"chat {chat.chat_id} has no message of a customer; its roles are {roles}; "
+        "--roles=THEIRS=customer says which of them is one"
+    )
 
 
 class Identity(NamedTuple):
-    """What an id is made from; the same input always has the same id."""
+    """What an id is made from; the same input always has the same id, and other content another.
+
+    `content` is that of `Chat.content`.
+    """
 
     chat_id: str
     user_id: str
     revision: int
+    content: str
     prompt_version: str
     model: str
 

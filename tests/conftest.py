@@ -395,19 +395,19 @@ class PubSub:
     def pipeline(self, options: Options, model: Model | None = None, **flags: Any) -> Iterator[Run]:
         """The pipeline, running; drained at the end. Its `summary` is there then."""
         console = Console(file=io.StringIO())
-        planned, pipeline = prepare(options, [], console, **flags)
-        if model is not None:
-            planned = dataclasses.replace(planned, model=model)
-            pipeline = beam.Pipeline(options=beam_options([], streaming=True))
-            build(pipeline, planned)
-        run = Run(pipeline.run())
-        try:
-            yield run
-        finally:
-            run.result.drain()
-            assert run.ended.wait(120), "the pipeline was not drained"
-            assert run.error is None, run.error
-            run.summary = Summary.of(run.result, 1, planned)
+        with prepare(options, [], console, **flags) as (planned, pipeline, *_):
+            if model is not None:
+                planned = dataclasses.replace(planned, model=model)
+                pipeline = beam.Pipeline(options=beam_options([], streaming=True))
+                build(pipeline, planned)
+            run = Run(pipeline.run())
+            try:
+                yield run
+            finally:
+                run.result.drain()
+                assert run.ended.wait(120), "the pipeline was not drained"
+                assert run.error is None, run.error
+                run.summary = Summary.of(run.result, 1, planned)
 
 
 @pytest.fixture(scope="session")

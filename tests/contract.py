@@ -26,8 +26,9 @@ from chatflow.models.spec import Model, ModelSpec
 from chatflow.models.vllm.handler import VllmModelHandler
 from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
 from chatflow.prompts.templates import load_folder
-from chatflow.records import load_object, read_chat
+from chatflow.records import load_object
 from chatflow.running.runner import LOCAL_RUNNER
+from chatflow.sources.chats import read_chat
 from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.draft import DraftApologies
 
@@ -171,7 +172,7 @@ def case(request):
 
 
 def samples(*ids):
-    chats = (read_chat(load_object(line)).chat for line in SAMPLES.read_bytes().splitlines())
+    chats = (read_chat(load_object(line)) for line in SAMPLES.read_bytes().splitlines())
     return [chat for chat in chats if chat.chat_id in ids]
 
 

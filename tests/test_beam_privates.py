@@ -10,11 +10,14 @@ from conftest import ROOT
 
 DIRECT = "apache_beam.runners.direct."
 LOCAL, SERVER = "chatflow/running/local.py", "chatflow/models/vllm/server.py"
+STAGING = "chatflow/sinks/staging.py"
 USES = (
     (LOCAL, "build its runner on Beam's", DIRECT + "direct_runner",
      "BundleBasedDirectRunner.run_pipeline BundleBasedDirectRunner.is_fnapi_compatible "
      "DirectPipelineResult._state _get_transform_overrides"),
     (LOCAL, "replace transforms", "apache_beam.pipeline",
+     "PTransformOverride Pipeline.replace_all"),
+    (STAGING, "write to staging folders", "apache_beam.pipeline",
      "PTransformOverride Pipeline.replace_all"),
     (LOCAL, "find the steps of a pipeline", DIRECT + "consumer_tracking_pipeline_visitor",
      "ConsumerTrackingPipelineVisitor"),
@@ -33,6 +36,11 @@ USES = (
      "EvaluationContext.handle_result EvaluationContext.extract_all_timers "
      "EvaluationContext._transform_keyed_states EvaluationContext._watermark_manager"),
     (LOCAL, "fire timers", DIRECT + "watermark_manager", "_TransformWatermarks._fired_timers"),
+    (LOCAL, "make batches at once", "apache_beam.transforms.util", "BatchElements._max_batch_dur"),
+    (LOCAL, "see whether elements wait", DIRECT + "watermark_manager",
+     "_TransformWatermarks._pending WatermarkManager._transform_to_watermarks"),
+    (LOCAL, "see whether elements wait", DIRECT + "evaluation_context",
+     "EvaluationContext._lock EvaluationContext.is_root_transform"),
     (LOCAL, "return what a bundle made", DIRECT + "util", "TimerFiring TransformResult"),
     (LOCAL, "put its own evaluators in place of Beam's", DIRECT + "transform_evaluator",
      "TransformEvaluatorRegistry._evaluators TransformEvaluatorRegistry._evaluation_context "

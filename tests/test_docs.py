@@ -122,10 +122,11 @@ def test_a_wheel_runs_in_an_empty_environment_from_another_folder(tmp_path):
 
 
 def test_the_samples_are_what_their_readme_says():
-    from chatflow.records import load_object, read_chat
+    from chatflow.records import load_object
+    from chatflow.sources.chats import read_chat
 
     lines = (ROOT / "samples" / "chats.jsonl").read_bytes().splitlines()
-    chats = [read_chat(load_object(line)).chat for line in lines]
+    chats = [read_chat(load_object(line)) for line in lines]
     by_id = {chat.chat_id: chat for chat in chats}
     assert len(by_id) == len(chats) == 52
     assert len({chat.attributes["business"] for chat in chats}) == 13

@@ -1,7 +1,9 @@
 """The whole pipeline: files in, files out, every chat accounted for."""
 
 import collections
+import contextlib
 import glob
+import hashlib
 import json
 import shutil
 import signal
@@ -17,6 +19,7 @@ from conftest import ANGRY, APOLOGY, JOB_SERVICE, SAMPLES, answer_any, as_line, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chatflow import __version__
 from chatflow.cli import main
 from chatflow.models.handlers import LanguageModelHandler
 from chatflow.models.scripted import ScriptedModelHandler
@@ -309,11 +312,12 @@ def steps(tmp_path, lines, script):
     )
 
 
+APART = "TellApart TellApart/ById TellApart/Together TellApart/Compare TellApart/Check"
 STEPS = """
     ReadArrivals {read} ReadArrivals/Flatten
     ParseArrivals ParseArrivals/Parse ParseArrivals/ByKind
     AssembleChats AssembleChats/ByChat AssembleChats/Assemble AssembleChats/CheckChat
-    AllChats
+    AllChats {apart}
     AnalyseChats AnalyseChats/EachUser AnalyseChats/RenderPrompt AnalyseChats/AskModel
     AnalyseChats/ParseAnswer AnalyseChats/Flatten
     TakeAnalysis WriteAnalyses WriteAnalyses/Write
@@ -327,7 +331,7 @@ STEPS = """
 
 def test_step_names_are_stable(steps):
     """A streaming job is updated in place only where its step names stay as they are."""
-    expected = STEPS.format(read="ReadArrivals/ReadLines")
+    expected = STEPS.format(read="ReadArrivals/ReadLines", apart=APART)
     assert [name for name in steps if name.count("/") <= 1] == expected.split()
     assert "WriteAnalyses/Write/WriteFiles" in steps
 
@@ -377,14 +381,14 @@ def test_step_names_of_a_stream_are_stable(script):
         dead_letters="projects/my-project/topics/dead",
         model=script(ANGRY, APOLOGY),
     )
-    expected = STEPS.format(read="ReadArrivals/ReadMessages").replace(
+    expected = STEPS.format(read="ReadArrivals/ReadMessages", apart="").replace(
         "WriteAnalyses/Write", "WriteAnalyses/Write WriteAnalyses/Write1"
     )
     assert [name for name in steps if name.count("/") <= 1] == expected.split()
     for name in (
         "AssembleChats/Assemble",
         "WriteAnalyses/Write/Publish",
-        "WriteAnalyses/Write1/Gather",
+        "WriteAnalyses/Write1/Append",
         "AnalyseChats/AskModel/RunInference/BatchElements",
     ):
         assert name in steps
@@ -612,24 +616,165 @@ def test_a_pipeline_that_fails_says_why_and_exits_with_1(tmp_path, lines, script
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "no_such_model"}')
     flags = ["--output", f"{tmp_path}/out", "--model", str(model)]
-    with pytest.raises(SystemExit) as caught:
+    with earlier_results_stay(tmp_path / "out"), pytest.raises(SystemExit) as caught:
         main(["run", "--input", lines(chat("x")), *flags])
     assert caught.value.code == 1
     assert "the pipeline failed" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_an_interrupt_ends_a_run_with_130(tmp_path, lines, script):
-    """The signal comes while the model is answering."""
-    model = script({"stall_seconds": 60, "answer": "x"})
-    flags = ["--output", f"{tmp_path}/out", "--model", model, "--max_batch_size=1"]
+@contextlib.contextmanager
+def earlier_results_stay(out):
+    """Puts results of an earlier run into a folder; nothing else is there afterwards."""
+    out.mkdir()
+    old = {
+        "analyses-00000-of-00002.jsonl": '{"old": 1}\n',
+        "analyses-00001-of-00002.jsonl": "",
+        "drafts-00000-of-00001.jsonl": '{"old": 2}\n',
+        "manifest.json": '{"versions": {"chatflow": "0"}}',
+    }
+    for name, text in old.items():
+        (out / name).write_text(text)
+    yield
+    assert texts_in(out) == old
+
+
+def texts_in(out):
+    texts = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
+    assert texts.pop(".chatflow-lock")
+    assert not [path for path in out.iterdir() if path.is_dir()]
+    return texts
+
+
+@contextlib.contextmanager
+def stalled(source, model, out):
+    """A run in another process, while its model is answering."""
     code = "import sys; from chatflow.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "run", "--input", lines(chat("x")), *flags]
+    flags = ["--output", str(out), "--model", model, "--max_batch_size=1"]
+    command = [sys.executable, "-c", code, "run", "--input", source, *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
         for line in process.stderr:
             if "analyses 0 of 1" in line:
                 break
-        process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == "chatflow: interrupted\n"
-    assert process.returncode == 130
+        yield process
+
+
+STALLS = {"stall_seconds": 60, "answer": "x"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+def test_an_interrupt_ends_a_run_with_130_and_earlier_results_stay(tmp_path, lines, script, number):
+    out = tmp_path / "out"
+    with earlier_results_stay(out):
+        with stalled(lines(chat("x")), script(STALLS), out) as process:
+            process.send_signal(number)
+            assert process.stderr.read() == "chatflow: interrupted\n"
+        assert process.returncode == 130
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_and_a_killed_run_is_cleared_up(tmp_path, lines, script, capsys):
+    source, out = lines(chat("late!")), tmp_path / "out"
+    with earlier_results_stay(out):
+        with stalled(source, script(STALLS), out) as process:
+            again = ["run", "--input", source, "--output", str(out), "--summary=json", "--model"]
+            assert main([*again, script(ANGRY, APOLOGY)]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert f"is in use by another run (process {process.pid} on " in error
+            process.kill()
+        (staged,) = out.glob(".chatflow-new-*")
+        assert main([*again, "scripted:/none"]) == 2  # found before the folder is looked at
+        assert staged.exists()
+        with pytest.raises(SystemExit):
+            main([*again, failing(tmp_path)])
+    assert main([*again, script(ANGRY, APOLOGY)]) == 0
+    assert set(texts_in(out)) == {
+        "analyses-00000-of-00001.jsonl", "drafts-00000-of-00001.jsonl",
+        "dead_letters-00000-of-00001.jsonl", "manifest.json",
+    }  # fmt: skip
+
+
+def failing(folder):
+    """A model that is found and then cannot be loaded."""
+    (folder / "preset").mkdir()
+    (folder / "preset" / "config.json").write_text('{"model_type": "no_such_model"}')
+    return str(folder / "preset")
+
+
+KILLED_WHILE_MOVING = """
+import os, signal, sys
+from chatflow.cli import main
+from chatflow.sinks import staging
+move, left = staging._move, [int(sys.argv.pop(1))]
+def killed(source, target):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    move(source, target)
+staging._move = killed
+main()
+"""
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3])
+@pytest.mark.slow
+def test_a_run_killed_while_its_files_are_moved_is_finished_by_the_next(
+    tmp_path, lines, script, moved, capsys
+):
+    """The next one fails, and so leaves the results of the killed one."""
+    source, out = lines(chat("late!", chat_id="new")), tmp_path / "out"
+    out.mkdir()
+    (out / "analyses-00000-of-00001.jsonl").write_text('{"chat_id": "old"}\n')
+    (out / "drafts-00001-of-00002.jsonl").write_text('{"chat_id": "old"}\n')
+    flags = ["run", "--input", source, "--output", str(out), "--model"]
+    command = [sys.executable, "-c", KILLED_WHILE_MOVING, str(moved), *flags]
+    killed = subprocess.run([*command, script(ANGRY, APOLOGY)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(SystemExit):
+        main([*flags, failing(tmp_path)])
+    assert "put 4 files of a run" in capsys.readouterr().err
+    assert [found["chat_id"] for found in read(out, "analyses")] == ["new"]
+    assert [found["chat_id"] for found in read(out, "drafts")] == ["new"]
+    assert len(texts_in(out)) == 4
+
+
+@pytest.mark.slow
+def test_a_manifest_says_what_a_run_read_and_wrote(tmp_path, lines, script):
+    source, out = lines(chat("late!"), "rubbish"), tmp_path / "out"
+    drafts = f"{tmp_path}/elsewhere/d"
+    counts = run(source, out, script(ANGRY, APOLOGY), drafts=drafts)
+    manifest = json.loads((out / "manifest.json").read_text())
+    other = json.loads((tmp_path / "elsewhere" / "manifest.json").read_text())
+    assert [(r["path"], r["records"]) for r in manifest["results"]] == [
+        ("analyses-00000-of-00001.jsonl", 1), ("dead_letters-00000-of-00001.jsonl", 1),
+    ]  # fmt: skip
+    assert [(r["path"], r["records"]) for r in other["results"]] == [("d-00000-of-00001.jsonl", 1)]
+    for folder, found in ((out, manifest), (tmp_path / "elsewhere", other)):
+        for result in found.pop("results"):
+            content = (folder / result["path"]).read_bytes()
+            assert result["bytes"] == len(content)
+            assert result["sha256"] == hashlib.sha256(content).hexdigest()
+    assert manifest == other
+    assert manifest["started"] < manifest["finished"]
+    assert counts.pop("files")["drafts"] == [f"{drafts}-00000-of-00001.jsonl"]
+    assert manifest["counts"] == counts
+    assert manifest["versions"] == {"chatflow": __version__, "apache_beam": beam.__version__}
+    (model,) = manifest["models"]
+    (analysis,) = read(out, "analyses")
+    assert model["analysis_prompt"] == analysis["prompt_version"]
+    assert f"--drafts={drafts}" in manifest["flags"]
+    (read_file,) = manifest["inputs"]
+    assert read_file["sha256"] == hashlib.sha256(Path(source).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("where", ["/proc/none", "a file"])
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_fetched(
+    tmp_path, lines, script, monkeypatch, capsys, where
+):
+    monkeypatch.setattr("chatflow.models.spec.Kind.prepare", lambda *_: pytest.fail("was fetched"))
+    (tmp_path / "a file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--output", where, "--model", script(ANGRY)]
+    assert main(["run", "--input", lines(chat("x")), *flags]) == 2
+    assert f"--output: '{Path(where).absolute()}' cannot be written" in capsys.readouterr().err

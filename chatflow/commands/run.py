@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from chatflow.errors import FAILED
 from chatflow.options import Options, Parser, add_flags, from_flags
 
 if TYPE_CHECKING:
@@ -42,8 +43,21 @@ def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -
     if "--no_wait_until_finish" in rest:
         start(options, rest, replay)
     else:
-        show_summary(execute(options, rest, replay=replay), options)
+        summary = execute(options, rest, replay=replay)
+        show_summary(summary, options)
+        if problem := summary.problem:
+            print(f"chatflow: {problem}{_first_error(summary)}", file=sys.stderr)
+            return FAILED
     return 0
+
+
+def _first_error(summary: Summary) -> str:
+    from chatflow.records import DeadLetter
+    from chatflow.running.summary import read_records
+
+    letters = read_records(DeadLetter, summary.files("dead_letters"))
+    first = next((letter for letter in letters if letter.stage == "read"), None)
+    return f"; the first: {first.error}" if first else ""
 
 
 def show_summary(summary: Summary, options: Options) -> None:

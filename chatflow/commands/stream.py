@@ -244,7 +244,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         console.print("starting the Pub/Sub emulator")
         host = stack.enter_context(emulator())
         make_topics(TOPICS)
-        planned, pipeline = prepare(options, rest, console)
+        planned, pipeline, *_ = stack.enter_context(prepare(options, rest, console))
         stack.callback(planned.model.forget)
         results = stack.enter_context(follow(TOPICS[1:]))
         console.print(

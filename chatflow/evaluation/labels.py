@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from chatflow.errors import UsageError
-from chatflow.records import Chat, Sentiment, load_object, read_chat
+from chatflow.records import Chat, Sentiment, load_object
 from chatflow.running.lines import numbered
+from chatflow.sources.chats import read_chat
 
 Key = tuple[str, str]
 """(chat, user): what an analysis, and so a label, is about."""
@@ -52,7 +53,7 @@ def read_labels(path: str) -> dict[Key, Label]:
     for number, line in numbered(path):
         try:
             value = load_object(line)
-            chat = read_chat(value).chat
+            chat = read_chat(value)
             if "sentiment" not in value:
                 continue
             source = str(value.get("source", "")).split("-")[0]
@@ -125,7 +126,7 @@ def _runs_and_messages(
     """Returns a chat's five-word runs; and its messages of at least 8 words, and its whole text."""
     runs: set[tuple[str, ...]] = set()
     messages: set[tuple[str, ...]] = set()
-    said = [words_of(message.text) for message in chat.messages]
+    said = [words_of(message.text) for message in chat.said]
     if any(said):
         messages.add(tuple(itertools.chain.from_iterable(said)))
     for words in said:

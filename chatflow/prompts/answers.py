@@ -73,7 +73,8 @@ def parse_analysis(
 ) -> AnalysisAnswer:
     """Reads sentiment and summary from a model's answer.
 
-    Accepts JSON that is fenced, prefixed, single-quoted, cut off or has trailing commas. Cuts a
+    Accepts JSON that is fenced, prefixed, single-quoted, cut off, one level down or has trailing
+    commas. Leaves out what the model thought before; of several objects, the last counts. Cuts a
     long summary after a word, with an ellipsis. `repairs` names what was repaired. `tones` are the
     template's words for sentiments, accepted beside the usual ones.
 
@@ -82,7 +83,7 @@ def parse_analysis(
     """
     if not answer.strip():
         raise BadAnswerError("empty_answer", "the model's answer is empty", answer)
-    value, repairs = _answer_object(answer)
+    value, repairs = _answer_object(without_thoughts(answer))
     fields = {str(key).strip().lower(): item for key, item in value.items()}
     if "sentiment" not in fields:
         raise BadAnswerError("no_sentiment", "the answer has no field sentiment", answer)
@@ -113,7 +114,7 @@ def parse_draft(answer: str, asked: Part, chat: Chat, limit: int) -> DraftAnswer
 
     Raises `BadAnswerError`: `empty_draft`, `control_tokens`, `repeats_prompt`, `repeats_itself`.
     """
-    text = answer.strip()
+    text = without_thoughts(answer).strip()
     written = text.removesuffix(asked.tail)
     if not re.search(r"\w", written.removeprefix(asked.lead)):
         raise BadAnswerError("empty_draft", "the draft has no words", answer)
@@ -146,7 +147,7 @@ def shorten(text: str, limit: int) -> str:
 def copies_template(text: str, prompt: str, chat: Chat) -> bool:
     """Returns whether most of a text copies the prompt's instructions or examples, not the chat."""
     template = prompt
-    for message in chat.messages:
+    for message in chat.said:
         template = template.replace(as_data(message.text), "\n")
     runs, known = word_runs(text), set(word_runs(template))
     return sum(run in known for run in runs) * 2 > len(runs)
@@ -175,29 +176,72 @@ def _plain_text(text: str) -> tuple[str, tuple[str, ...]]:
     return plain, ("control_tokens",) if plain != text else ()
 
 
-def _answer_object(answer: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the first JSON object with a field that we ask for, and what was repaired."""
-    for value in _whole_objects(answer):
-        if _asked(value):
-            return value, ()
-    import json_repair
+_THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|scratchpad"
+_OPEN = rf"[<\[◁](?:\w+:)?(?:{_THOUGHTS})[>\]▷]"
+_CLOSE = rf"[<\[◁]/(?:\w+:)?(?:{_THOUGHTS})[>\]▷]"
+_THOUGHT = re.compile(
+    # Before a lone end, too, and what was cut off; and gpt-oss' channels before the final one.
+    rf"\A.*{_CLOSE}|{_OPEN}.*?(?:{_CLOSE}|\Z)|\A.*<\|channel\|>final\s*(?:<\|message\|>)?",
+    re.DOTALL | re.IGNORECASE,
+)
 
-    start = answer.find("{")
-    if start >= 0:
+
+def without_thoughts(answer: str) -> str:
+    """Returns an answer without what a model that reasons wrote before it."""
+    return _THOUGHT.sub("", answer) if _MARK.search(answer) else answer
+
+
+_MARK = re.compile(rf"{_OPEN}|{_CLOSE}|<\|channel\|>", re.IGNORECASE)
+
+
+def _answer_object(answer: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the JSON object with the fields that we ask for, and what was repaired.
+
+    Of several it is the last whole one, because models change their minds.
+    """
+    found = [item for value in _whole_objects(answer) for item in _within(value)]
+    if not found and (start := answer.find("{")) >= 0:
+        import json_repair
+
         try:
             value = json_repair.loads(answer[start:])
         except Exception:  # an error inside json_repair means a bad answer, too
             value = None
-        for item in value if isinstance(value, list) else [value]:
-            if _asked(item):
-                return item, ("json",)
-    raise BadAnswerError("not_json", "the answer holds no JSON object with the fields", answer)
+        parts = value if isinstance(value, list) else [value]
+        if found := [item for part in parts for item in _within(part)]:
+            return _last(found), ("json",)
+    if not found:
+        raise BadAnswerError("not_json", "the answer holds no JSON object with the fields", answer)
+    last = _last(found)
+    return last, ("last_of_several",) if any(item != last for item in found) else ()
 
 
-def _asked(value: Any) -> bool:
-    return isinstance(value, dict) and any(
-        str(key).strip().lower() in ("sentiment", "summary") for key in value
-    )
+def _last(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the last object with both fields, or what all of them say together."""
+    whole = [item for item in found if len(_fields(item)) == 2]
+    return whole[-1] if whole else {k: v for item in found for k, v in item.items()}
+
+
+def _within(value: Any) -> list[dict[str, Any]]:
+    """Returns the objects with our fields: a value itself, or those one level below it."""
+    if _fields(value):
+        return [value]
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    items = [part for item in below for part in (item if isinstance(item, list) else [item])]
+    found = []
+    for item in items:
+        if isinstance(item, str) and "{" in item:
+            found += [inner for inner in _whole_objects(item) if _fields(inner)]
+        elif _fields(item):
+            found.append(item)
+    return found
+
+
+def _fields(value: Any) -> set[str]:
+    """Returns which of our fields a value has."""
+    if not isinstance(value, dict):
+        return set()
+    return {str(key).strip().lower() for key in value} & {"sentiment", "summary"}
 
 
 def _whole_objects(text: str) -> Iterator[Any]:

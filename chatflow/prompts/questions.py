@@ -59,8 +59,9 @@ class ChatQuestion(Question):
     def id_of(self, model: str) -> str:
         """Returns the id of an answer by `model`, which may not be the model that was asked."""
         identity = Identity(
-            self.chat.chat_id, self.user_id, self.chat.revision, self.prompt_version, model
-        )
+            self.chat.chat_id, self.user_id, self.chat.revision, self.chat.content(),
+            self.prompt_version, model,
+        )  # fmt: skip
         return identity.digest()
 
 
@@ -167,7 +168,9 @@ class Prompt:
             ]
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
-        identity = Identity(chat.chat_id, user_id, chat.revision, self.version, self.result_name)
+        identity = Identity(
+            chat.chat_id, user_id, chat.revision, chat.content(), self.version, self.result_name
+        )
         request = Request(
             id=identity.digest(),
             task=self.template.name.removesuffix(".jinja"),
@@ -221,7 +224,7 @@ class Prompt:
 def _data_view(value: Any) -> Any:
     """Returns a record as dictionaries for a template, with all its strings made safe."""
     if isinstance(value, (Message, Analysis)):
-        return _data_view(dict(value))
+        return _data_view({k: v for k, v in dict(value).items() if k != "original"})
     if isinstance(value, str):
         return as_data(value)
     if isinstance(value, Mapping):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import StandardOptions
@@ -19,6 +21,7 @@ from rich.console import Console
 
 from chatflow.errors import FAILED, UsageError
 from chatflow.options import Options
+from chatflow.records import now
 from chatflow.running.runner import (
     beam_options,
     check_credentials,
@@ -27,10 +30,20 @@ from chatflow.running.runner import (
     is_local,
     quieten,
 )
+from chatflow.sinks.staging import Results, open_results
 
 if TYPE_CHECKING:
     from chatflow.pipeline import Plan
     from chatflow.running.summary import Summary
+
+
+class Prepared(NamedTuple):
+    """A pipeline that was checked and built, and the files that it will write."""
+
+    plan: Plan
+    pipeline: beam.Pipeline
+    results: Results
+    inputs: list[str]
 
 
 def execute(
@@ -38,29 +51,42 @@ def execute(
 ) -> Summary:
     """Checks everything, runs the pipeline to its end, and returns the counts.
 
+    Files of an earlier run are replaced when this one has ended well; otherwise they stay, also if
+    no line of the input could be read.
+
     Raises:
       UsageError: before anything runs.
       SystemExit: with code 1, if the pipeline fails.
     """
     from chatflow.running import terminal
+    from chatflow.running.manifest import Manifest, models_of, shown_flags
     from chatflow.running.summary import Summary
 
     console = Console(stderr=True)
-    planned, pipeline = prepare(options, flags, console, replay, drafts)
-    started = time.monotonic()
-    # Other runners keep counts in other processes, and show progress themselves.
-    shown = terminal.progress(console) if is_local(pipeline.options) else contextlib.nullcontext()
-    with failures(planned), shown:
-        result = pipeline.run()
-        finish(result, console)
-    return Summary.of(result, time.monotonic() - started, planned)
+    began = now()
+    with prepare(options, flags, console, replay, drafts) as prepared:
+        planned, pipeline, results, inputs = prepared
+        manifest = Manifest(began, inputs, models_of(planned), shown_flags(options))
+        started = time.monotonic()
+        # Other runners keep counts in other processes, and show progress themselves.
+        local = is_local(pipeline.options)
+        progress = terminal.progress(console) if local else contextlib.nullcontext()
+        with failures(planned), sigterm_interrupts():
+            with progress:
+                result = pipeline.run()
+                finish(result, console)
+            summary = Summary.of(result, time.monotonic() - started, planned)
+            if summary.nothing_read and results.earlier:
+                return dataclasses.replace(summary, kept_earlier=True)
+            results.commit(lambda: manifest.content(summary.counts_only()))
+        return summary
 
 
 def start(options: Options, flags: Sequence[str], replay: bool = False) -> None:
     """Starts a pipeline on another runner and prints its job id; raises as `execute` does."""
-    planned, pipeline = prepare(options, flags, Console(stderr=True), replay)
-    with failures(planned):
-        result = pipeline.run()
+    console = Console(stderr=True)
+    with prepare(options, flags, console, replay) as prepared, failures(prepared.plan):
+        result = prepared.pipeline.run()
     # A Flex Template's launcher only writes the job down; there is no job id yet.
     job_id = result.job_id() if getattr(result, "has_job", False) else None
     if options.summary == "json":
@@ -89,16 +115,22 @@ def failures(planned: Plan) -> Iterator[None]:
         planned.model.forget()
 
 
+@contextlib.contextmanager
 def prepare(
     options: Options,
     flags: Sequence[str],
     console: Console,
     replay: bool = False,
     drafts: bool = True,
-) -> tuple[Plan, Any]:
-    """Checks and builds a pipeline; raises `UsageError` for a wrong flag, file or setting."""
+) -> Iterator[Prepared]:
+    """Checks and builds a pipeline, and locks its output folders until the context ends.
+
+    What is cheap and can be wrong is checked before services are asked and a model is fetched.
+    Raises `UsageError` for a wrong flag, file or setting.
+    """
     from chatflow.pipeline import build, plan
-    from chatflow.sinks.write import by_sink, shown
+    from chatflow.running.manifest import shown_flags
+    from chatflow.sinks.write import by_sink, is_file, shown
     from chatflow.sources.read import check_input, check_messages, is_stream
 
     own_flags = [shown(flag) for flag in options.flags()]
@@ -113,22 +145,33 @@ def prepare(
         build(pipeline, planned)
     except ValueError as error:  # Beam's own check of its flags and of names
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
-    if local:
-        check_messages(options.input)
-    else:
-        check_credentials(beam_flags)
-    sinks = by_sink(planned.destinations).items()
-    for sink, uris in sinks:
-        sink.check(uris, planned.sink_settings, local, share_files=not is_dataflow(beam_flags))
+    prefixes = [uri for uris in planned.destinations.values() for uri in uris if is_file(uri)]
+    command = " ".join(["chatflow", *shown_flags(options)])
     say = functools.partial(console.print, highlight=False, markup=False)
-    for spec in planned.routes.specs:
+    with open_results(prefixes, inputs, planned.streaming, local, command) as results:
+        tell(results, say)
         if local:
-            spec.kind.prepare(spec, say)
-        if options.check_endpoint:
-            spec.kind.check_service(spec, local, say)
-    if removed := sum(s.prepare(uris, inputs, planned.streaming, local) for s, uris in sinks):
-        console.print(f"replacing {removed} result files of an earlier run")
-    return planned, pipeline
+            check_messages(options.input)
+        else:
+            check_credentials(beam_flags)
+        share_files = not is_dataflow(beam_flags)
+        for sink, uris in by_sink(planned.destinations).items():
+            sink.check(uris, planned.sink_settings, local, share_files)
+        for spec in planned.routes.specs:
+            if local:
+                spec.kind.prepare(spec, say)
+            if options.check_endpoint:
+                spec.kind.check_service(spec, local, say)
+        results.stage(pipeline)
+        yield Prepared(planned, pipeline, results, inputs)
+
+
+def tell(results: Results, say: Callable[[str], Any]) -> None:
+    """Says what becomes of the files of earlier runs."""
+    if results.finished:
+        say(f"put {results.finished} files of a run that was stopped in its last moment in place")
+    if results.earlier:
+        say(f"{results.earlier} result files of an earlier run stay until this one has ended well")
 
 
 def finish(result: Any, console: Console) -> None:
@@ -158,35 +201,45 @@ def new_pipeline(flags: Sequence[str] = (), streaming: bool = False) -> beam.Pip
 def launch(pipeline: beam.Pipeline) -> Any:
     """Runs a pipeline of your own, and returns Beam's `PipelineResult` when it has ended.
 
-    Before it runs, checks what chatflow's transforms read and write as `chatflow run` does, raises
-    `UsageError` if that fails, and removes result files of an earlier run. The first Ctrl-C drains
-    a stream. With `--no_wait_until_finish`, returns when the job has started.
+    Before it runs, checks what chatflow's transforms read and write as `chatflow run` does, and
+    raises `UsageError` if that fails. Files of an earlier run are replaced when this one has ended
+    well. The first Ctrl-C drains a stream. With `--no_wait_until_finish`, returns when the job has
+    started.
     """
-    from chatflow.sinks.write import sink_of
+    from chatflow.running.manifest import Manifest
+    from chatflow.running.summary import counts_of
+    from chatflow.sinks.write import is_file, sink_of
     from chatflow.sources.read import check_messages, files_of
 
+    began = now()
     parts = _Parts()
     pipeline.visit(parts)
     local = is_local(pipeline.options)
     inputs = [path for read in parts.files for path in files_of(read.pattern, "ReadLines")]
-    if local:
-        for messages in parts.messages:
-            check_messages(messages.path)
-    else:
-        check_credentials(pipeline.options)
-    share_files = not is_dataflow(pipeline.options)
-    written = [(sink_of(uri), uri, to.settings) for to in parts.writes for uri in to.destinations]
-    for sink, uri, settings in written:
-        sink.check({uri: ()}, settings, local, share_files)
-    for sink, uri, settings in written:
-        sink.prepare({uri: ()}, inputs, settings.streaming, local)
-    try:
-        result = pipeline.run()
-        if not pipeline.options.view_as(StandardOptions).no_wait_until_finish:
-            finish(result, Console(stderr=True))
-    finally:
-        for asked in parts.models:
-            asked.model.forget()
+    written = [(uri, to.settings) for to in parts.writes for uri in to.destinations]
+    prefixes = [uri for uri, _ in written if is_file(uri)]
+    streaming = any(settings.streaming for _, settings in written)
+    manifest = Manifest(began, inputs)
+    console = Console(stderr=True)
+    with open_results(prefixes, inputs, streaming, local, "launch()") as results:
+        if local:
+            for messages in parts.messages:
+                check_messages(messages.path)
+        else:
+            check_credentials(pipeline.options)
+        share_files = not is_dataflow(pipeline.options)
+        for uri, settings in written:
+            sink_of(uri).check({uri: ()}, settings, local, share_files)
+        results.stage(pipeline)
+        try:
+            with sigterm_interrupts():
+                result = pipeline.run()
+                if not pipeline.options.view_as(StandardOptions).no_wait_until_finish:
+                    finish(result, console)
+                results.commit(lambda: manifest.content(counts_of(result.metrics().query())))
+        finally:
+            for asked in parts.models:
+                asked.model.forget()
     return result
 
 
@@ -216,7 +269,10 @@ class _Parts(PipelineVisitor):
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM act as Ctrl-C inside the context."""
+    """Makes SIGTERM act as Ctrl-C inside the context, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

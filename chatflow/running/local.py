@@ -9,8 +9,10 @@ crash, run on Dataflow or Flink.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -51,11 +53,14 @@ from apache_beam.transforms.core import Windowing
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from apache_beam.transforms.ptransform import PTransform
 from apache_beam.transforms.userstate import is_stateful_dofn
+from apache_beam.transforms.util import BatchElements
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils import counters
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
 
 from chatflow.sources.puller import Puller
+
+_log = logging.getLogger(__name__)
 
 BUNDLE = 1000
 """Maximum messages per bundle; the next one fills up while one is handled."""
@@ -72,7 +77,9 @@ class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
 
     def run_pipeline(self, pipeline: Any, options: Any) -> LocalStreamResult:
         """Runs as `BundleBasedDirectRunner` does, with the parts below instead of Beam's."""
-        pipeline.replace_all([_TicksOverride(), *direct_runner._get_transform_overrides(options)])
+        pipeline.replace_all(
+            [_TicksOverride(), _BatchesOverride(), *direct_runner._get_transform_overrides(options)]
+        )
         graph = ConsumerTrackingPipelineVisitor()
         pipeline.visit(graph)
         self.consumer_tracking_visitor = graph
@@ -91,15 +98,15 @@ class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
         executor = Executor.__new__(Executor)
         executor._executor = _PatientExecutor(graph.value_to_consumers, registry, context)
         executor.start(graph.root_transforms)
-        return LocalStreamResult(executor, context, readers)
+        return LocalStreamResult(executor, context, readers, registry)
 
 
 class LocalStreamResult(direct_runner.DirectPipelineResult):
     """A running stream; waiting for it returns once it is drained, or raises its failure."""
 
-    def __init__(self, executor: Any, context: Any, readers: _Readers):
+    def __init__(self, executor: Any, context: Any, readers: _Readers, registry: _Registry):
         super().__init__(executor, context)
-        self._readers = readers
+        self._readers, self._registry = readers, registry
 
     def drain(self) -> None:
         """Stops reading, and ends all open chats."""
@@ -112,10 +119,14 @@ class LocalStreamResult(direct_runner.DirectPipelineResult):
             self._state = PipelineState.RUNNING  # the caller may drain it now
             raise
         except BaseException:
-            self._readers.close()
+            self._close(handled=False)
             raise
-        self._readers.close()
+        self._close(handled=True)
         return state
+
+    def _close(self, handled: bool) -> None:
+        self._registry.tear_down()
+        self._readers.close(handled)
 
 
 class _Readers:
@@ -129,9 +140,9 @@ class _Readers:
             self.by_path[path] = _Reader(path)
         return self.by_path[path]
 
-    def close(self) -> None:
+    def close(self, handled: bool) -> None:
         for reader in self.by_path.values():
-            reader.close()
+            reader.close(handled)
 
 
 class _Reader:
@@ -139,18 +150,19 @@ class _Reader:
 
     def __init__(self, path: str):
         self._puller = Puller(path, BUNDLE).start()
-        self._handled: list[Any] = []
+        self._unacknowledged: list[Any] = []
         self.watermark = Timestamp.of(0)
 
-    def read(self, wait: float) -> list[Any]:
+    def read(self, wait: float, handled: bool) -> list[Any]:
         """Returns up to a bundle of messages; waits up to `wait` seconds for the first.
 
-        The runner reads again only after all results of the last bundle have been handled, so that
-        bundle is acknowledged first.
+        With `handled`, it first acknowledges those before, because no step holds any of them.
         """
-        self._acknowledge()
-        self._handled = self._puller.take(BUNDLE, wait)
-        messages = [received.message for received in self._handled]
+        if handled:
+            self._acknowledge()
+        taken = self._puller.take(BUNDLE, wait)
+        self._unacknowledged += taken
+        messages = [received.message for received in taken]
         # More messages as old as these may come. If none come, event time goes on with the clock;
         # it stands still while the service cannot be reached.
         oldest = min((m.publish_time.timestamp() for m in messages), default=time.time())
@@ -159,12 +171,13 @@ class _Reader:
         return messages
 
     def _acknowledge(self) -> None:
-        if self._handled:
-            self._puller.acknowledge(self._handled)
-        self._handled = []
+        if self._unacknowledged:
+            self._puller.acknowledge(self._unacknowledged)
+        self._unacknowledged = []
 
-    def close(self) -> None:
-        self._acknowledge()
+    def close(self, handled: bool) -> None:
+        if handled:
+            self._acknowledge()
         self._puller.close()
 
 
@@ -182,7 +195,8 @@ class _ReadEvaluator(_TransformEvaluator):
     def finish_bundle(self) -> TransformResult:
         # Check before reading: an empty read then means that nothing is left.
         draining = self.readers.draining.is_set()
-        messages = self.reader.read(wait=0.0 if draining else 0.05)
+        handled = self._evaluation_context.is_idle()
+        messages = self.reader.read(0.0 if draining else 0.05, handled)
         if draining and not messages:
             return TransformResult(self, [], [], None, {None: MAX_TIMESTAMP})
         bundle = self._evaluation_context.create_bundle(next(iter(self._outputs)))
@@ -216,6 +230,23 @@ class _TicksOverride(PTransformOverride):
 
     def get_replacement_transform_for_applied_ptransform(self, applied: Any) -> PTransform:
         return _Ticks(applied.transform.interval)
+
+
+class _BatchesOverride(PTransformOverride):
+    """Makes batches of each bundle at once.
+
+    To wait for more, Beam keeps elements in state, which a crash would lose after they were
+    acknowledged. Here, what comes while a bundle is handled is the next one anyway.
+    """
+
+    def matches(self, applied: Any) -> bool:
+        transform = applied.transform
+        return isinstance(transform, BatchElements) and transform._max_batch_dur is not None
+
+    def get_replacement_transform_for_applied_ptransform(self, applied: Any) -> PTransform:
+        at_once = copy.copy(applied.transform)
+        at_once._max_batch_dur = None
+        return at_once
 
 
 class _TicksEvaluator(_TransformEvaluator):
@@ -296,6 +327,15 @@ class _Registry(TransformEvaluatorRegistry):
                 evaluator = self.get_evaluator(step, nothing, [])
                 if isinstance(evaluator, _StepEvaluator):
                     self.steps[step] = _Step(evaluator)
+
+    def tear_down(self) -> None:
+        """Tears down the DoFns, so that they finish what they hold, e.g. files."""
+        while self.steps:
+            _, step = self.steps.popitem()
+            try:
+                step.runner.teardown()
+            except Exception:
+                _log.warning("a step could not be torn down", exc_info=True)
 
     def should_execute_serially(self, transform: Any) -> bool:
         if transform not in self._serial:
@@ -477,6 +517,20 @@ class _Context(EvaluationContext):
             if not (kept or any(state.timers.values()) or state.global_state):
                 del states[key]
         return committed
+
+    def is_idle(self) -> bool:
+        """Returns whether no step has elements to handle, but for the sources.
+
+        The runner reads when no step is executing, but one may have ended whose results are still
+        to be handed on.
+        """
+        with self._lock:
+            watermarks = self._watermark_manager._transform_to_watermarks
+            return not any(
+                marks._pending
+                for step, marks in watermarks.items()
+                if not self.is_root_transform(step)
+            )
 
     def extract_all_timers(self) -> tuple[list[Any], bool]:
         fired, any_real_time = [], False

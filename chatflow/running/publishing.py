@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from chatflow.errors import UsageError, one_line
-from chatflow.records import Arrival, Chat, Event, Reading, now
+from chatflow.records import Arrival, Chat, Event, now
 from chatflow.running.lines import Lines
 from chatflow.sinks.pubsub import ordering_key, publisher, wait_published
 from chatflow.sources.parse import parse_arrival
@@ -43,11 +43,10 @@ def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
     """Yields each line as a message, whatever it contains; its chat's id is the key."""
     for line in lines:
         read = _parse(line)
-        chat = read.chat if isinstance(read, Reading) else read
-        yield Line(line, chat.chat_id if chat else "")
+        yield Line(line, read.chat_id if read else "")
 
 
-def _parse(line: bytes) -> Reading | Event | None:
+def _parse(line: bytes) -> Chat | Event | None:
     try:
         return parse_arrival(Arrival(line), timedelta(0))
     except Exception:  # whatever a line does to the parser, it is sent
@@ -110,12 +109,12 @@ def chats_of(lines: Iterable[bytes]) -> tuple[list[Chat], list[bytes]]:
 
 def chats_in(lines: Iterable[bytes]) -> Iterator[Chat]:
     """Yields the whole chats among lines."""
-    return (read.chat for read in map(_parse, lines) if isinstance(read, Reading))
+    return (read for read in map(_parse, lines) if isinstance(read, Chat))
 
 
 def others_in(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Yields the lines that are not whole chats."""
-    return (line for line in lines if not isinstance(_parse(line), Reading))
+    return (line for line in lines if not isinstance(_parse(line), Chat))
 
 
 def send(

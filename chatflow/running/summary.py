@@ -15,11 +15,13 @@ from chatflow.pipeline import Plan
 from chatflow.records import Record, parse_record
 from chatflow.sinks.files import result_files
 from chatflow.sinks.write import is_file, shown
+from chatflow.sources.lines import OF_FILES
 
 TONE_STYLES = {-1: ("angry", "red"), 0: ("neutral", "yellow"), 1: ("happy", "green")}
 
 
 _REDUCED = (
+    "duplicate_chats",
     "forgotten_messages",
     "too_late_events",
     "clock_skewed_messages",
@@ -42,7 +44,8 @@ class Summary:
     """The counts and distributions of a run.
 
     `lost` counts what left a stage neither as a result nor as a dead letter, or left it twice. If
-    it is not 0, chatflow has a bug.
+    it is not 0, chatflow has a bug. `kept_earlier`: the files are those of an earlier run, because
+    nothing could be read.
     """
 
     counts: dict[str, int]
@@ -50,16 +53,13 @@ class Summary:
     seconds: float
     destinations: Mapping[str, Sequence[str]]
     price: Price | None = None
+    kept_earlier: bool = False
 
     @classmethod
     def of(cls, result: Any, seconds: float, planned: Plan) -> Summary:
         """Returns the summary of a Beam `PipelineResult` and its plan."""
         found = result.metrics().query()
-        counts: dict[str, int] = {}
-        for metric in found["counters"]:
-            if metric.key.metric.namespace == metrics.NAMESPACE:
-                name = metric.key.metric.name
-                counts[name] = counts.get(name, 0) + int(metric.result)
+        counts = counts_of(found)
         values: dict[str, list[Any]] = {}
         for metric in found["distributions"]:
             if metric.key.metric.namespace == metrics.NAMESPACE and metric.result.count:
@@ -95,15 +95,38 @@ class Summary:
         read = self.get("lines_read") - sum(map(self.get, kinds)) - self.dead_lettered("read")
         gone = ("messages_joined", "duplicate_events", "too_late_events")
         assembled = self.get("messages_read") - sum(map(self.get, gone))
+        apart = self.get("chats_apart") + self.get("duplicate_chats")
+        if apart := apart + self.dead_lettered("identity"):  # in batches
+            apart -= self.get("chats_read") + self.get("chats_assembled")
         analysed = self.get("asked") - self.get("analysed")
         flagged = sum(self.under("drafts_flagged").values())
         drafted = self.get("drafts_asked") - self.get("drafted") - flagged
         return (
             abs(read)
             + abs(assembled)
+            + abs(apart)
             + abs(analysed - self.dead_lettered("prompt", "model", "answer"))
             + abs(drafted - self.dead_lettered("draft_prompt", "draft_model", "draft_answer"))
         )
+
+    @property
+    def nothing_read(self) -> bool:
+        """Returns whether there were lines, and each became a dead letter."""
+        return 0 < self.get("lines_read") == self.dead_lettered("read")
+
+    @property
+    def problem(self) -> str:
+        """Returns why the input was not read as it should be, or ""."""
+        letters = self.under("dead_letters/read")
+        if self.nothing_read:
+            reasons = ", ".join(f"{name} {count}" for name, count in letters.items())
+            kept = "; the results of the earlier run stay" if self.kept_earlier else ""
+            return f"nothing could be read: every line became a dead letter ({reasons}){kept}"
+        unread = {reason: letters[reason] for reason in OF_FILES if reason in letters}
+        if unread:
+            reasons = ", ".join(f"{name} {count}" for name, count in unread.items())
+            return f"not all files were read to their end ({reasons}); see the dead letters"
+        return ""
 
     @property
     def cost(self) -> float | None:
@@ -135,6 +158,7 @@ class Summary:
                 "duplicate_messages": self.get("duplicate_messages") + self.get("duplicate_events"),
                 **{name: self.get(name) for name in _REDUCED},
             },
+            "input": self.under("input"),
             "repaired": self.under("repaired"),
             "prompt_tokens": self.get("prompt_tokens"),
             "answer_tokens": self.get("answer_tokens"),
@@ -161,12 +185,26 @@ class Summary:
             },
         }
 
+    def counts_only(self) -> dict[str, Any]:
+        """Returns `to_dict()` without the files, which may still be those of an earlier run."""
+        return {name: value for name, value in self.to_dict().items() if name != "files"}
+
     def files(self, kind: str) -> list[str]:
-        prefixes = filter(is_file, self.destinations[kind])
+        prefixes = () if self.kept_earlier else filter(is_file, self.destinations[kind])
         return [path for prefix in prefixes for path in result_files(prefix)]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+def counts_of(found: Mapping[str, Any]) -> dict[str, int]:
+    """Returns chatflow's counters among Beam's metrics, added up by name."""
+    counts: dict[str, int] = {}
+    for metric in found["counters"]:
+        if metric.key.metric.namespace == metrics.NAMESPACE:
+            name = metric.key.metric.name
+            counts[name] = counts.get(name, 0) + int(metric.result)
+    return counts
 
 
 def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:

@@ -90,6 +90,7 @@ def counts_table(summary: Summary) -> Table:
         + (f"; flagged: {listed(_spaced(flagged))}" if flagged else ""),
         "dead letters": f"{values['dead_letters']:,}" + (f": {listed(letters)}" if letters else ""),
         "left out": listed(_spaced(values["reduced"])),
+        "mended input": listed(_spaced(values["input"])),
         "mended answers": listed(values["repaired"]),
         "tokens": f"{values['prompt_tokens']:,} read, {values['answer_tokens']:,} written",
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",

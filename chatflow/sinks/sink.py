@@ -43,13 +43,6 @@ class Sink(abc.ABC):
         files.
         """
 
-    def prepare(self, uris: Uris, inputs: Sequence[str], streaming: bool, local: bool) -> int:
-        """Removes an earlier run's files and returns how many; called after all checks.
-
-        Raises `UsageError` if one of them is among the `inputs` of this run.
-        """
-        return 0
-
     def shown(self, text: str) -> str:
         """Returns a text without possible secrets in URIs of this kind."""
         return text

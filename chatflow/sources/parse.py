@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import apache_beam as beam
 from chatflow import metrics
 from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadInputError
-from chatflow.records import Arrival, Chat, Event, Reading, load_object, read_chat, validate
+from chatflow.records import Arrival, Chat, Event, load_object, validate
+from chatflow.sources.chats import USUAL, Customs, as_id, message_fields, read_chat, time
 
 _FIELDS = frozenset(("chat_id", "user_id", "message_id", "role", "sent_at", "event"))
 
@@ -34,10 +36,12 @@ class ParseArrivals(beam.PTransform):
     Attributes:
       max_line_bytes: a longer line becomes a dead letter (`line_too_long`).
       retention: how long before its publication an event can be; see `event_time`.
+      customs: the roles and placeholders of the system that the chats come from.
     """
 
     max_line_bytes: int
     retention: timedelta = timedelta(hours=24)
+    customs: Customs = USUAL
 
     def expand(self, arrivals: beam.PCollection[Arrival]) -> Parsed:
         parsed = arrivals | "Parse" >> DeadLettered("read", self.parse)
@@ -53,60 +57,68 @@ class ParseArrivals(beam.PTransform):
                 f"the line has {len(arrival.line)} bytes, more than "
                 f"--max_line_bytes={self.max_line_bytes}",
             )
-        read = parse_arrival(arrival, self.retention)
-        if isinstance(read, Reading):
-            metrics.count("chats_read")
-            metrics.count("empty_messages", read.empty_messages)
-            metrics.count("duplicate_messages", read.duplicate_messages)
-            yield read.chat
+        counts: Counter[str] = Counter()
+        try:
+            read = parse_arrival(arrival, self.retention, self.customs, counts)
+        except BadInputError as error:
+            if arrival.source:
+                raise BadInputError(error.reason, f"{error} ({arrival.source})") from None
+            raise
+        if isinstance(read, Chat):
+            counts["chats_read"] += 1
         elif read.message is None:
-            metrics.count("closes_read")
-            yield read
-        elif read.message.text.strip():
-            metrics.count("messages_read")
-            yield read
+            counts["closes_read"] += 1
+        elif read.message.text.strip() or read.message.original:
+            counts["messages_read"] += 1
         else:
-            metrics.count("empty_events")
+            counts["empty_events"] += 1
+        for name, count in counts.items():
+            metrics.count(name, count)
+        if not counts["empty_events"]:
+            yield read
 
 
 def _is_event(read: Chat | Event, _: int) -> int:
     return int(isinstance(read, Event))
 
 
-def parse_arrival(arrival: Arrival, retention: timedelta) -> Reading | Event:
+def parse_arrival(
+    arrival: Arrival,
+    retention: timedelta,
+    customs: Customs = USUAL,
+    counts: Counter[str] | None = None,
+) -> Chat | Event:
     """Reads a chat or an event; attributes fill in fields that the line does not have.
+
+    `counts` counts what was mended or left out, by name.
 
     Raises `BadInputError`: `unknown_event`, or that of `load_object`, `validate` or `read_chat`.
     """
-    value = _with_attributes(load_object(arrival.line), arrival.attributes)
-    if "messages" in value:
-        return read_chat(value)
-    if "event" in value and value["event"] not in ("message", "closed"):
+    counts = Counter() if counts is None else counts
+    value = _with_attributes(load_object(arrival.read()), arrival.attributes)
+    if value.get("messages") is not None:
+        return read_chat(value, customs, counts)
+    kind = value.get("event")
+    if kind not in (None, "", "message", "closed"):
         raise BadInputError(
-            "unknown_event", f"event {value['event']!r} is not known; known are message and closed"
+            "unknown_event", f"event {str(kind)[:80]!r} is not known; known are message and closed"
         )
-    closed = value.get("event") == "closed"
-    event = validate(
-        Event,
-        {
-            "chat_id": value.get("chat_id"),
-            "message": None if closed else value,
-            "at": value.get("sent_at"),
-        },
-    )
-    at = event_time(event.at, arrival, retention)
-    message = event.message
-    if message is not None:
-        message_id = message.message_id or arrival.message_id
-        message = message.model_copy(update={"sent_at": at, "message_id": message_id})
-    return event.model_copy(update={"at": at, "message": message})
+    fields: dict[str, Any] = {"chat_id": as_id(value.get("chat_id"))}
+    at = event_time(time(value.get("sent_at"), counts), arrival, retention)
+    if kind == "closed":
+        return validate(Event, {**fields, "at": at})
+    if "text" not in value and "user_id" not in value and "role" not in value:
+        raise BadInputError("wrong_shape", "there is neither text nor messages nor an event")
+    message = message_fields({**value, "sent_at": None}, customs, counts)
+    message["message_id"] = message.get("message_id") or arrival.message_id
+    return validate(Event, {**fields, "at": at, "message": {**message, "sent_at": at}})
 
 
 def _with_attributes(value: dict[str, Any], attributes: Mapping[str, str]) -> dict[str, Any]:
     if not attributes:
         return value
     fields = {k: v for k, v in attributes.items() if k in _FIELDS}
-    own = value.get("attributes", {})
+    own = value.get("attributes") or {}
     if isinstance(own, dict):
         others = {k: v for k, v in attributes.items() if k not in _FIELDS}
         value = {**value, "attributes": {**others, **own}}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.coders import BytesCoder
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub
 
 from chatflow.errors import UsageError
-from chatflow.records import Arrival
+from chatflow.records import Arrival, Range
+from chatflow.sources.lines import MAX_LINE_BYTES, fault_of, ranges_of, read_lines
 from chatflow.sources.puller import open_puller
 
 PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topics)/[^/]+)")
@@ -27,12 +28,14 @@ class ReadArrivals(beam.PTransform):
     Attributes:
       inputs: globs and folders of files (local or `gs://`; their endings show compression), or
         Pub/Sub subscriptions and topics; see `split_inputs`.
+      max_line_bytes: a longer line of a file is an `Arrival` with a fault.
       id_label: attribute whose value identifies repeated Pub/Sub messages; the runner leaves them
         out if it can (Dataflow does).
     """
 
     inputs: Sequence[str]
     id_label: str = ""
+    max_line_bytes: int = MAX_LINE_BYTES
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
         read: list[beam.PCollection] = []
@@ -41,26 +44,38 @@ class ReadArrivals(beam.PTransform):
             if pubsub := PUBSUB_INPUT.fullmatch(source):
                 name, reader = "ReadMessages", ReadMessages(pubsub[1], self.id_label or None)
             else:
-                name, reader = "ReadLines", ReadLines(source)
+                name, reader = "ReadLines", ReadLines(source, self.max_line_bytes)
             read.append(begin | f"{name}{number or ''}" >> reader)
         return read | "Flatten" >> beam.Flatten()
 
 
 @dataclasses.dataclass
 class ReadLines(beam.PTransform):
-    """Reads lines of files; leaves out blank lines."""
+    """Reads lines of files that are not blank, of each file as far as it can be read.
+
+    Attributes:
+      plain: the lines are texts, not JSON.
+    """
 
     pattern: str
+    max_line_bytes: int = MAX_LINE_BYTES
+    plain: bool = False
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
-        lines = begin | "ReadLines" >> beam.io.ReadFromText(
-            input_pattern(self.pattern), coder=BytesCoder(), validate=False
-        )
+        read = functools.partial(read_lines, most=self.max_line_bytes, plain=self.plain)
         return (
-            lines
-            | "DropBlank" >> beam.Filter(bytes.strip).with_output_types(bytes)
-            | "ToArrival" >> beam.Map(Arrival).with_output_types(Arrival)
+            begin
+            | "Pattern" >> beam.Create([self.pattern])
+            | "Files" >> beam.FlatMap(parts_of).with_output_types(Range)
+            | "Distribute" >> beam.Reshuffle()
+            | "ReadLines" >> beam.FlatMap(read).with_output_types(Arrival)
         )
+
+
+def parts_of(pattern: str) -> Iterator[Range]:
+    """Yields the parts in which the files of a pattern are read."""
+    for found in _matches(pattern):
+        yield from ranges_of(found.path, found.size_in_bytes)
 
 
 @dataclasses.dataclass
@@ -110,18 +125,38 @@ def is_stream(inputs: str) -> bool:
     return any(map(PUBSUB_INPUT.fullmatch, split_inputs(inputs)))
 
 
-def input_pattern(pattern: str) -> str:
-    """Returns the pattern of a folder's `*.jsonl` files; returns a glob unchanged."""
-    is_local = "://" not in pattern
-    if pattern.endswith("/") or (is_local and os.path.isdir(pattern)):
-        return str(FileSystems.join(pattern.rstrip("/") or "/", "*.jsonl*"))
-    return pattern
+def _is_folder(pattern: str) -> bool:
+    return pattern.endswith("/") or ("://" not in pattern and os.path.isdir(pattern))
+
+
+_IN_FOLDERS = re.compile(r"(?!\.)[^/]*\.jsonl(\.gz|\.bz2|\.xz)?")
+
+
+def _matches(pattern: str) -> list[Any]:
+    """Returns the metadata of the files of a pattern, or of a folder's files with our endings."""
+    if not _is_folder(pattern):
+        return list(FileSystems.match([pattern])[0].metadata_list)
+    folder = pattern.rstrip("/") or "/"
+    found = FileSystems.match([FileSystems.join(folder, "*.jsonl*")])[0].metadata_list
+    return [file for file in found if _IN_FOLDERS.fullmatch(FileSystems.split(file.path)[1])]
 
 
 def check_input(inputs: str) -> list[str]:
-    """Returns the files of `--input`, none for Pub/Sub; raises the errors of `files_of`."""
+    """Returns the files of `--input`, none for Pub/Sub.
+
+    Raises `UsageError` as `files_of` does, and if none of the files can be read.
+    """
     sources = [] if is_stream(inputs) else split_inputs(inputs)
-    return [path for pattern in sources for path in files_of(pattern, "--input")]
+    paths = [path for pattern in sources for path in files_of(pattern, "--input")]
+    first = None
+    for path in paths:
+        if (fault := fault_of(path)) is None:
+            return paths
+        first = first or fault
+    if first is not None:
+        others = f"; none of the {len(paths)} files can be read" if len(paths) > 1 else ""
+        raise UsageError(f"--input: {first.message}{others}")
+    return paths
 
 
 def check_messages(inputs: str) -> None:
@@ -136,10 +171,14 @@ def check_messages(inputs: str) -> None:
 def files_of(pattern: str, flag: str) -> list[str]:
     """Returns the files of a glob or folder; raises `UsageError` with the flag if it has none."""
     try:
-        matches = FileSystems.match([input_pattern(pattern)])[0].metadata_list
+        matches = _matches(pattern)
     except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{flag}: {pattern!r} cannot be listed: {error}") from None
     if not matches:
-        hint = " (looked for *.jsonl in the folder)" if input_pattern(pattern) != pattern else ""
+        hint = (
+            " (looked for *.jsonl in the folder, also .gz, .bz2, .xz)"
+            if _is_folder(pattern)
+            else ""
+        )
         raise UsageError(f"{flag}: no file matches {pattern!r}{hint}")
     return [match.path for match in matches]

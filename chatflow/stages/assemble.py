@@ -21,8 +21,8 @@ from chatflow import metrics
 from chatflow.dead_letters import DeadLettered, Outcome
 from chatflow.errors import BadInputError
 from chatflow.options import Rules
-from chatflow.records import Chat, Event, check_chat
-from chatflow.stages.revisions import EPOCH, NEW, Conversation, Kept, advance, micros
+from chatflow.records import EPOCH, Chat, Event, check_chat
+from chatflow.stages.revisions import NEW, Conversation, Kept, advance, micros
 
 
 @beam.typehints.with_input_types(Event)

@@ -88,7 +88,7 @@ class AskTexts(beam.PTransform):
           BadInputError: `not_utf8`, `no_text`, `template_error` or `prompt_too_long`.
         """
         try:
-            text = as_data(arrival.line.decode())
+            text = as_data(arrival.read().decode())
         except UnicodeDecodeError as error:
             raise BadInputError("not_utf8", f"the text is not UTF-8: {error}") from None
         if not text:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from chatflow import metrics
 from chatflow.options import Rules
-from chatflow.records import Chat, Event, Message
+from chatflow.records import EPOCH, Chat, Event, Message
 
 
 class Kept(NamedTuple):
@@ -232,7 +232,7 @@ def _in_order(events: Iterable[Kept], after: tuple[int, int]) -> list[Kept]:
 
 def _askable(history: list[Kept]) -> bool:
     """Returns whether a customer wrote; without any roles, the first author is the customer."""
-    roles = {event.message.role for event in history if event.message}
+    roles = {kept.message.role for kept in history if kept.message and kept.message.is_said}
     return "customer" in roles or roles == {None}
 
 
@@ -245,9 +245,6 @@ def _chat(chat_id: str, history: list[Kept], messages: int) -> Chat:
 
 def micros(duration: timedelta) -> int:
     return duration // timedelta(microseconds=1)
-
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _time(micros: int) -> datetime:

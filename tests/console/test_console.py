@@ -25,7 +25,7 @@ from chatflow.console.people import People
 from chatflow.database import connections as connect
 from chatflow.database import tables
 from chatflow.errors import UsageError
-from chatflow.records import DeadLetter, Reply, Sentiment
+from chatflow.records import DeadLetter, Message, Reply, Sentiment
 from chatflow.running.console import console_beside
 from chatflow.sinks import pubsub as publishing
 
@@ -899,6 +899,23 @@ def test_roles_may_do_what_they_may(sqlite, users):
         assert agent.get("/labelled.jsonl").status_code == 403
         assert lead.get("/labelled.jsonl").status_code == 200
         assert agent.decide("d1r0", "approve", text="Sorry!").status_code == 303
+
+
+def test_notes_and_what_systems_add_are_told_from_what_was_said(sqlite):
+    chat, analysis, draft = angry_chat(1)
+    note = Message(user_id="kim", role="agent", text="a known fraudster", private=True)
+    joined = Message(user_id="desk", role="system", text="Kim joined the chat")
+    mail = Message(user_id="customer-1", role="customer", text="late", original="<p>late</p>")
+    image = Message(user_id="customer-1", role="customer", text="", original="[image]")
+    messages = (*chat.messages, note, joined, mail, image)
+    write(sqlite, chat.model_copy(update={"messages": messages}), analysis, draft)
+    with served(sqlite) as address:
+        page = Visitor(address).get("/drafts/d1r0").text
+    assert page.count("internal note") == 1
+    assert page.count('class="unsaid"') == 2
+    assert page.count("as it came") == 2
+    assert "&lt;p&gt;late&lt;/p&gt;" in page
+    assert "(no words)" in page
 
 
 def test_a_redacted_role_reads_no_texts_and_finds_none(sqlite, users):

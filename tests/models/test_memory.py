@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import io
 import json
 import os
 import threading
@@ -11,7 +10,6 @@ import weakref
 import apache_beam as beam
 import pytest
 from conftest import ROOT, answer_any, chat
-from rich.console import Console
 from tiny import tiny_gemma
 
 from chatflow.cli import main
@@ -21,8 +19,7 @@ from chatflow.models.requests import Part, Request
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.models.spec import Model
 from chatflow.options import Batching, Options, WorkerSettings
-from chatflow.pipeline import build
-from chatflow.running.launch import prepare
+from chatflow.pipeline import build, plan
 from chatflow.running.runner import beam_options
 from chatflow.running.summary import Summary
 
@@ -93,8 +90,7 @@ def test_two_processes_of_a_worker_load_as_many_copies_as_they_are_told(
     settings, expected = SETUPS[setup]
     path = lines(*(chat("the parcel is late", chat_id=str(n)) for n in range(24)))
     options = Options(input=path, output=f"{tmp_path}/out", model=script({"answer": "unused"}))
-    planned, _ = prepare(options, TWO_PROCESSES, Console(file=io.StringIO()))
-    planned = dataclasses.replace(planned, model=Model(Sized(settings)))
+    planned = dataclasses.replace(plan(options), model=Model(Sized(settings)))
     pipeline = beam.Pipeline(options=beam_options(TWO_PROCESSES))
     build(pipeline, planned)
     result = pipeline.run()

@@ -364,14 +364,14 @@ def test_a_guard_that_is_told_to_end_while_the_command_starts_ends_it():
 def test_a_stream_survives_a_crash(place, pubsub):
     place.crash("late 3")
     options = pubsub.options(model=NAME, quiet_seconds=0.2)
-    planned, pipeline = prepare(options, [], Console(file=io.StringIO()))
-    run = Run(pipeline.run())
-    with pubsub.inbox() as inbox:
-        for i in range(6):
-            pubsub.send(chat(f"My parcel is late {i}", chat_id=str(i)))
-        inbox.wait(lambda got: len(got.analyses) == 6)
-        run.result.drain()
-        assert run.ended.wait(60)
+    with prepare(options, [], Console(file=io.StringIO())) as (planned, pipeline, *_):
+        run = Run(pipeline.run())
+        with pubsub.inbox() as inbox:
+            for i in range(6):
+                pubsub.send(chat(f"My parcel is late {i}", chat_id=str(i)))
+            inbox.wait(lambda got: len(got.analyses) == 6)
+            run.result.drain()
+            assert run.ended.wait(60)
     planned.model.forget()
     assert run.error is None
     assert inbox.dead_letters == []

@@ -36,6 +36,41 @@ def test_answers_that_are_taken(answer, repairs):
     assert parsed == (Sentiment.ANGRY, "221 is annoyed about pizza.", repairs)
 
 
+OTHER = '{"sentiment": 0, "summary": "221 asks about pizza."}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "repairs"),
+    [
+        (f"<think>First: {OTHER} No.</think>\n{GOOD}", ()),
+        (f"<think>a</think><thinking>{OTHER}</thinking>{GOOD}", ()),
+        (f"not {OTHER}\n</think>\n{GOOD}", ()),
+        (f'<THINK>With {{"sentiment": 0}} I would say neutral.</THINK> {GOOD}', ()),
+        (f"[THINK]{OTHER}[/THINK]{GOOD}", ()),
+        (f"◁think▷{OTHER}◁/think▷{GOOD}", ()),
+        (f"<seed:think>{OTHER}</seed:think>{GOOD}", ()),
+        (f"<|channel|>analysis<|message|>{OTHER}<|end|><|channel|>final<|message|>{GOOD}", ()),
+        (f"{OTHER} No, rather {GOOD}", ("last_of_several",)),
+        (f"{GOOD} {GOOD}", ()),
+        (f'{{"result": {GOOD}}}', ()),
+        (f'{{"answers": [{GOOD}]}}', ()),
+        (f"[{GOOD}]", ()),
+        (json.dumps({"output": GOOD}), ()),
+        ('{"sentiment": -1} {"summary": "221 is annoyed about pizza."}', ("last_of_several",)),
+        (f'{GOOD} {{"sentiment": 0}}', ("last_of_several",)),
+    ],
+)  # fmt: skip
+def test_thoughts_are_left_out_and_of_several_answers_the_last_counts(answer, repairs):
+    parsed = parse_analysis(answer, 512)
+    assert parsed == (Sentiment.ANGRY, "221 is annoyed about pizza.", repairs)
+
+
+def test_a_thought_that_was_cut_off_is_no_answer():
+    with pytest.raises(BadAnswerError) as caught:
+        parse_analysis(f"<think>Perhaps {GOOD}, but", 512)
+    assert caught.value.reason == "not_json"
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -151,6 +186,15 @@ def test_drafts_that_are_refused(answer, reason):
     with pytest.raises(BadAnswerError) as caught:
         parse_draft(answer, ASKED, CHAT, 600)
     assert (caught.value.reason, caught.value.answer) == (reason, answer)
+
+
+def test_a_draft_holds_no_thoughts():
+    asked = Part(field=None, prompt="Write.", max_tokens=10)
+    thought = "<think>The customer is rude.</think>\nWe are sorry that your pizza is late."
+    parsed = parse_draft(thought, asked, chat("late"), 600)
+    assert parsed.text == "We are sorry that your pizza is late."
+    with pytest.raises(BadAnswerError, match="no words"):
+        parse_draft("<think>The customer is rude", asked, chat("late"), 600)
 
 
 @pytest.mark.parametrize(

@@ -352,10 +352,12 @@ def see(element):
 
 
 def test_messages_are_acknowledged_after_they_were_handled(pubsub):
-    """What a pipeline had read when it was killed comes again."""
+    """What a pipeline had read when it was killed comes again, also from a batch that waits."""
     HOLD.clear()
     pipeline = beam.Pipeline(options=beam_options([], streaming=True))
-    _ = pipeline | ReadMessages(pubsub.subscription("events")) | beam.Map(hold)
+    arrivals = pipeline | ReadMessages(pubsub.subscription("events"))
+    batches = arrivals | beam.BatchElements(2, 2, max_batch_duration_secs=30)
+    _ = batches | beam.Map(hold)
     result = pipeline.run()
     pubsub.send(b"precious")
     assert HOLDING.wait(30)

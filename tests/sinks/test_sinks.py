@@ -10,7 +10,7 @@ from conftest import ANALYSIS, DRAFT, read
 
 from chatflow.errors import UsageError
 from chatflow.records import Analysis, DeadLetter, now, parse_record
-from chatflow.sinks.files import AppendFiles, prepare_output, result_files
+from chatflow.sinks.files import AppendFiles, _AppendDoFn, result_files
 from chatflow.sinks.pubsub import to_message
 from chatflow.sinks.write import SCHEMES, by_sink, shown, split_destinations
 
@@ -39,11 +39,28 @@ def test_a_file_that_is_written_again_takes_the_place_of_the_first(tmp_path):
     assert result_files(f"{tmp_path}/analyses") == [one]
 
 
-def test_a_stream_leaves_the_files_that_are_there(tmp_path):
-    kept = AppendFiles(f"{tmp_path}/analyses").write("", lines(ANALYSIS))
-    assert prepare_output([f"{tmp_path}/analyses"], [], streaming=True) == 0
-    assert result_files(f"{tmp_path}/analyses") == [kept]
-    assert prepare_output([f"{tmp_path}/analyses"], [], streaming=False) == 1
+def appended(do, *records):
+    do.start_bundle()
+    for record in records:
+        do.process(record)
+    do.finish_bundle()
+
+
+def test_a_file_gets_its_name_when_it_is_full_old_or_at_the_end(tmp_path):
+    do = _AppendDoFn(f"{tmp_path}/analyses", seconds=600, records=2)
+    do.setup()
+    appended(do, ANALYSIS)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+    appended(do)
+    appended(do, ANALYSIS)  # full
+    assert len(result_files(f"{tmp_path}/analyses")) == 1
+    assert [a["analysis_id"] for a in read(tmp_path, "analyses")] == ["a1", "a1"]
+    appended(do, ANALYSIS)
+    do.complete(do.file)  # as the timer does
+    appended(do, ANALYSIS.model_copy(update={"analysis_id": "a2"}))
+    do.teardown()
+    assert len(result_files(f"{tmp_path}/analyses")) == 3 == len(os.listdir(tmp_path))
+    do.teardown()
 
 
 # Messages.

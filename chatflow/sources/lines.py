@@ -1,0 +1,330 @@
+"""Reads the lines of files, each file for itself, within a limit of memory.
+
+Compression and encoding are found by what a file begins with, not by its name. What cannot be read
+is an `Arrival` with a fault, which says where it is; the lines before it are read.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from chatflow.errors import one_line
+from chatflow.records import Arrival, Fault, Range
+
+MAX_LINE_BYTES = 16_000_000
+BLOCK = 1 << 20
+RANGE = 64 << 20
+"""Bytes of a file that is not compressed that are read at a time, at several places at once."""
+
+_HEAD = 64 << 10
+
+
+def ranges_of(path: str, size: int) -> list[Range]:
+    """Returns the parts in which a file is read: one, if it is compressed or not read by lines."""
+    if size > RANGE:
+        try:
+            with _raw(path) as file:
+                head = file.read(_HEAD)
+        except Exception:  # the reader says what is wrong
+            return [Range(path)]
+        if not _compression(head) and not _encoding(head) and kind_of(head) == LINES:
+            starts = range(0, size, RANGE)
+            return [Range(path, start, min(start + RANGE, size)) for start in starts]
+    return [Range(path)]
+
+
+def read_lines(part: Range, most: int, plain: bool = False) -> Iterator[Arrival]:
+    """Yields the lines of a part of a file that are not blank, and the faults.
+
+    Args:
+      most: a line of more bytes is left out, as a fault.
+      plain: the lines are texts, not JSON.
+    """
+    read = _Reader(part, most)
+    try:
+        with _raw(part.path) as file:
+            yield from read.arrivals(file, plain)
+    except Exception as error:  # each filesystem and each compression has its own
+        yield read.broken(error)
+
+
+def fault_of(path: str) -> Fault | None:
+    """Returns what is wrong with a file as a whole, by its beginning; None if it can be read."""
+    first = next(read_lines(Range(path), most=_HEAD), None)
+    fault = first.fault if first else None
+    return fault if fault and fault.reason in OF_FILES else None
+
+
+UNREADABLE, TRUNCATED, CORRUPT, WRONG = OF_FILES = (
+    "unreadable_file", "truncated_file", "corrupt_file", "wrong_format",
+)  # fmt: skip
+"""Reasons for which a file was not read, or not to its end."""
+
+_DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+class _Reader:
+    """Reads a part of a file; `offset` is how far, in bytes without compression, and `lines`."""
+
+    def __init__(self, part: Range, most: int):
+        self.part, self.most = part, most
+        self.offset, self.lines = 0, 0
+        self.compression = ""
+
+    def arrivals(self, file: Any, plain: bool) -> Iterator[Arrival]:
+        path = self.part.path
+        head = file.read(_HEAD)
+        file.seek(0)
+        self.compression = _compression(head)
+        ending = _ENDINGS.get(path.rpartition(".")[2].lower())
+        if ending and not self.compression and head and not head.lstrip().startswith(b"{"):
+            yield self.fault(CORRUPT, f"{path} is not {ending}, although its name says so")
+            return
+        stream = file
+        if self.compression:
+            stream = _decompressed(file, self.compression)
+            head = stream.peek(_HEAD)
+        encoding = _encoding(head)
+        if not _decoded(head, encoding).lstrip().startswith((b"{", b"[")):
+            encoding = ""
+        kind = LINES if plain or self.part.start else kind_of(_decoded(head, encoding))
+        if kind in _HINTS:
+            yield self.fault(WRONG, f"{path} is {_HINTS[kind]}")
+        elif kind == JSON and (found := self.values(stream, encoding)) is not None:
+            yield from found
+        else:
+            if encoding:
+                stream = io.BufferedReader(_Recoded(stream, encoding), BLOCK)
+            yield from self.of_lines(stream, seekable=not (encoding or self.compression))
+
+    def of_lines(self, stream: Any, seekable: bool) -> Iterator[Arrival]:
+        """Yields lines; of one that is too long, a block at a time is kept in memory."""
+        path, start, end = self.part
+        if start:
+            before = start - 1
+            if seekable:
+                stream.seek(before)
+            else:
+                _skip(stream, before)
+            self.offset = before + _to_line_end(stream)
+        while end is None or self.offset < end:
+            line = stream.readline(self.most + 2)
+            if not line:
+                return
+            at, length = self.offset, len(line)
+            if length > self.most + 1 and not line.endswith(b"\n"):
+                length += _to_line_end(stream)
+            self.offset += length
+            text = line.rstrip(b"\r\n")
+            if len(text) > self.most:
+                whole = Range(path, at, at + length)
+                message = f"the line has {length} bytes, more than --max_line_bytes={self.most}"
+                yield Arrival(b"", fault=Fault("line_too_long", message, whole))
+            elif text.strip():
+                yield Arrival(text, source=f"{path}, byte {at}")
+            self.lines += 1
+
+    def values(self, stream: Any, encoding: str) -> list[Arrival] | None:
+        """Returns the elements of a JSON array, or objects over several lines, as lines.
+
+        Returns None if it is not JSON after all, with the stream at its start.
+        """
+        raw = stream.read(self.most + 1)
+        text = raw.decode(encoding or "utf-8-sig", "replace").strip()
+        if len(raw) > self.most and text[1:2] in "\r\n":  # its first line is a bracket
+            message = (
+                f"{self.part.path} is a JSON array or has objects over several lines, and more "
+                f"bytes than --max_line_bytes={self.most}; write one object a line, e.g. with "
+                "jq -c '.[]? // .'"
+            )
+            return [self.fault("line_too_long", message)]
+        items: list[Any] = []
+        decoder, at = json.JSONDecoder(), 0
+        try:
+            while at < len(text):
+                value, end = decoder.raw_decode(text, at)
+                items += value if isinstance(value, list) else [value]
+                at = len(text) - len(text[end:].lstrip(" \t\r\n,"))
+        except (ValueError, RecursionError):
+            stream.seek(0)
+            return None
+        lines = (json.dumps(item, ensure_ascii=False) for item in items)
+        return [Arrival(line.encode("utf-8", "replace"), source=self.part.path) for line in lines]
+
+    def broken(self, error: Exception) -> Arrival:
+        path = self.part.path
+        if isinstance(error, EOFError):
+            return self.fault(TRUNCATED, f"{path} ends too early, as after a broken download")
+        if isinstance(error, _DAMAGE) or (self.compression and isinstance(error, OSError)):
+            return self.fault(CORRUPT, f"{path} is damaged: {one_line(error)}")
+        return self.fault(UNREADABLE, f"{path} cannot be read: {one_line(error)}")
+
+    def fault(self, reason: str, message: str) -> Arrival:
+        if self.lines:
+            message += f"; {self.lines} lines of it were read"
+        rest = Range(self.part.path, max(self.offset, self.part.start), self.part.end)
+        return Arrival(b"", fault=Fault(reason, message, rest))
+
+
+def _raw(path: str) -> Any:
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+_ENDINGS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz"}
+_MAGIC = re.compile(
+    rb"(?P<gzip>\x1f\x8b\x08)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
+)
+
+
+def _compression(head: bytes) -> str:
+    found = _MAGIC.match(head)
+    return str(found.lastgroup) if found else ""
+
+
+def _decompressed(file: Any, compression: str) -> Any:
+    if not compression:
+        return file
+    opened: Any = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[compression]
+    raw = opened(fileobj=file) if compression == "gzip" else opened(file)
+    return io.BufferedReader(_Available(raw), BLOCK)
+
+
+class _Available(io.RawIOBase):
+    """Gives what is decompressed before a fault; `read` of these files loses it."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._file.read1(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def _encoding(head: bytes) -> str:
+    """Returns the encoding of UTF-16 and UTF-32: by their mark, or the zeros beside ASCII."""
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    start = head[:200]
+    if len(start) >= 8 and start[0::2].isascii() and not any(start[1::2]):
+        return "utf-16-le"
+    if len(start) >= 8 and start[1::2].isascii() and not any(start[0::2]):
+        return "utf-16-be"
+    return ""
+
+
+def _decoded(head: bytes, encoding: str) -> bytes:
+    return head.decode(encoding, "ignore").encode() if encoding else head
+
+
+LINES, JSON = "lines", "json"
+_HINTS = {
+    "zip": "a zip archive; unpack it",
+    "zstd": "compressed with zstd; unpack it with `zstd -d`",
+    "7z": "a 7z archive; unpack it",
+    "parquet": "a Parquet table; write its rows as JSON, one a line",
+    "sqlite": "a SQLite database; write its rows as JSON, one a line",
+    "pdf": "a PDF",
+    "html": "a page in HTML or XML; JSON is needed, one object a line",
+    "csv": "a CSV table; JSON is needed, one chat or message a line",
+    "binary": "not text; JSON is needed, one object a line",
+}
+_BEGINNINGS = (
+    (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"7z\xbc\xaf", "7z"),
+    (b"PAR1", "parquet"), (b"SQLite format 3", "sqlite"), (b"%PDF", "pdf"),
+)  # fmt: skip
+
+
+def kind_of(head: bytes) -> str:
+    """Returns `LINES`, `JSON` (an array, or objects over several lines), or a key of `_HINTS`."""
+    for magic, name in _BEGINNINGS:
+        if head.startswith(magic):
+            return name
+    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    if not lines or any(map(_is_object, lines[:100])):
+        return LINES
+    if head[:1000].count(0) > 3:
+        return "binary"
+    first = lines[0].strip()
+    second = lines[1].strip() if len(lines) > 1 else b""
+    if first.startswith((b"[", b"{")):
+        return JSON if first.startswith(b"[") or not second or second[:1] in b'"}' else LINES
+    if re.match(rb"<(!doctype|html|\?xml)", first, re.IGNORECASE):
+        return "html"
+    for mark in (b",", b";", b"\t"):
+        if 2 <= first.count(mark) <= second.count(mark) and not second.startswith((b"{", b"[")):
+            return "csv"
+    return LINES
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return line.lstrip().startswith(b"{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _skip(stream: Any, count: int) -> None:
+    while count and (block := stream.read(min(count, BLOCK))):
+        count -= len(block)
+
+
+def _to_line_end(stream: Any) -> int:
+    """Skips the rest of a line, and returns its bytes."""
+    skipped = 0
+    while block := stream.readline(BLOCK):
+        skipped += len(block)
+        if block.endswith(b"\n"):
+            break
+    return skipped
+
+
+class _Recoded(io.RawIOBase):
+    """A stream of another encoding, as UTF-8; what cannot be decoded is replaced."""
+
+    def __init__(self, stream: IO[bytes], encoding: str):
+        self._stream, self._left = stream, b""
+        self._decoder = codecs.getincrementaldecoder(encoding)("replace")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            block = self._stream.read(_HEAD)
+            self._left = self._decoder.decode(block, not block).encode("utf-8", "replace")
+            if not block:
+                break
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
