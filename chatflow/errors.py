@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes of all commands
 
 
@@ -11,7 +14,24 @@ class UsageError(Exception):
 
 def one_line(error: Exception) -> str:
     """Returns the text of an error as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+    text = str(error)
+    if len(error.args) > 1 and text == str(error.args):  # Google's, which holds another error
+        text = ": ".join(str(part).rstrip(".") for part in error.args)
+    return " ".join(text.split())[:300]
+
+
+def of_machine(error: OSError) -> str:
+    """Returns what this machine refuses, as one line: the file, the reason and the remedy."""
+    if error.filename is None or error.strerror is None:  # e.g. of a connection
+        return f"{type(error).__name__}: {one_line(error)}"
+    remedy = REMEDIES.get(error.errno or 0, "")
+    return f"{os.fsdecode(error.filename)}: {error.strerror}{remedy}"
+
+
+REMEDIES = {
+    errno.ENOSPC: "; make room there",
+    errno.EMFILE: "; `ulimit -n 4096` lets a process open more",
+}
 
 
 class ElementError(Exception):

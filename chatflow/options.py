@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -56,7 +57,7 @@ class Settings:
                 continue
             if choices and value not in choices:
                 raise UsageError(f"--{name}={value}: must be one of {', '.join(choices)}")
-            if isinstance(value, (int, float)) and value < known["least"]:
+            if isinstance(value, (int, float)) and not known["least"] <= value < math.inf:
                 raise UsageError(f"--{name}={value}: must be at least {known['least']}")
 
     def take(self, kind: type[SettingsT]) -> SettingsT:
@@ -129,6 +130,10 @@ class SinkSettings(Settings):
     streaming: bool = False
 
 
+MOST_HOURS = 876_000
+"""A hundred years; times before and after it must be times, too."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules(Settings):
     """When to analyse a chat that arrives as single messages, and how much of it to keep."""
@@ -153,6 +158,9 @@ class Rules(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("quiet_seconds", "retention_hours"):
+            if (value := getattr(self, name)) > MOST_HOURS:
+                raise UsageError(f"--{name}={value}: must be at most {MOST_HOURS}")
         if self.quiet >= self.retention:
             raise UsageError(
                 f"--quiet_seconds={self.quiet_seconds}: must be less than "
@@ -424,12 +432,28 @@ def as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def unknown(flag: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns what to say of an unknown flag: which known one is meant, or `otherwise`."""
+    close = difflib.get_close_matches(flag.split("=")[0], known, n=1)
+    return f"unknown flag {flag}; " + (f"did you mean {close[0]}?" if close else otherwise)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that raises `UsageError` for wrong flags and accepts booleans in every spelling."""
+    """A parser that raises `UsageError` for wrong flags and accepts booleans in every spelling.
+
+    Attributes:
+      commands: names of which the first argument must be one; empty if there are none.
+    """
+
+    commands: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._switches: set[str] = set()
         super().__init__(*args, **kwargs)
+
+    def flags(self) -> list[str]:
+        """Returns all flags as written on a command line."""
+        return [*self._option_string_actions, *(f"--no{name}" for name in self._switches)]
 
     def add_switch(self, name: str, default: bool = False, help: str = "", to: Any = None) -> None:
         """Adds a boolean flag to the group `to`: `--name`, `--name true`, `--noname`, and so on."""
@@ -440,6 +464,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = list(sys.argv[1:] if args is None else args)
+        self._check_command(*arguments[:1])
         for number, argument in enumerate(arguments):
             name = argument.removeprefix("--")
             if name == argument:
@@ -450,8 +475,18 @@ class Parser(argparse.ArgumentParser):
                 arguments[number] = f"--{name.removeprefix('no')}=false"
         return super().parse_known_args(arguments, namespace)
 
+    def _check_command(self, name: str = "") -> None:
+        if not name or not self.commands or name in (*self.commands, *self.flags()):
+            return
+        see = f"see {self.prog} --help"
+        if name.startswith("-"):
+            raise UsageError(unknown(name, self.flags(), f"flags follow the command; {see}"))
+        close = difflib.get_close_matches(name, self.commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else see
+        raise UsageError(f"unknown command {name!r}; {hint}")
+
     def error(self, message: str) -> Any:
-        raise UsageError(message)
+        raise UsageError(message.removeprefix("argument "))
 
 
 _VALUES = ["true"], ["false"]

@@ -189,7 +189,8 @@ class Arrival(NamedTuple):
     """A line of JSON as it arrived.
 
     `attributes`, `message_id` and `published_at` are the Pub/Sub message's, empty for files.
-    `source` says where in which file the line is. With a `fault` there is no line.
+    `source` says where in which file the line is, and `number` is the line's, from 1, or 0 if it is
+    not known. With a `fault` there is no line.
     """
 
     line: bytes
@@ -197,6 +198,7 @@ class Arrival(NamedTuple):
     message_id: str | None = None
     published_at: datetime | None = None
     source: str = ""
+    number: int = 0
     fault: Fault | None = None
 
     def read(self) -> bytes:

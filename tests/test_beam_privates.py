@@ -81,6 +81,8 @@ USES = (
      "apache_beam.runners.portability.fn_api_runner", "FnApiRunner"),
     ("chatflow/running/runner.py", "find unknown flags and show its own on a job's page",
      "apache_beam.options.pipeline_options", "PipelineOptions._add_argparse_args"),
+    ("chatflow/options.py", "name the flag that was meant, of its own and Beam's",
+     "argparse", "ArgumentParser._option_string_actions"),
     ("chatflow/running/launch.py", "find what a pipeline reads and writes",
      "apache_beam.pipeline", "PipelineVisitor.enter_composite_transform"),
 )  # fmt: skip

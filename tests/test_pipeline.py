@@ -567,7 +567,6 @@ def test_beam_options_are_passed_through(tmp_path, lines, script):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "COMMAND"),
         (["walk"], "walk"),
         (["run"], "--input is missing"),
         (["run", "--input=IN", "--model=SCRIPT"], "--output is missing"),

@@ -64,7 +64,10 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=8080, help="0: a free one (default: %(default)s)"
+        "--port",
+        type=number(int, most=65_535, zero=True),
+        default=8080,
+        help="0: a free one (default: %(default)s)",
     )
     parser.add_argument(
         "--users", default="", metavar="FILE.toml", help="who may sign in, by tokens, and roles"
@@ -192,8 +195,8 @@ def check_place(host: str, names: Sequence[str], known: People) -> None:
     """
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise UsageError(f"--host={host}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # of names that no host can have
+        raise UsageError(f"--host={host}: {getattr(error, 'strerror', error)}") from None
     local = all(ipaddress.ip_address(str(address)).is_loopback for address in found)
     if not local and not known.sign_in:
         raise UsageError(

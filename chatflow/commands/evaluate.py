@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chatflow.errors import FAILED, UsageError
-from chatflow.options import Parser, add_flags
+from chatflow.options import Parser, add_flags, number
 
 DESCRIPTION = """
 Runs the pipeline on labelled chats and compares. A label is the field `sentiment`
@@ -52,7 +53,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(zero=True),
         default=0.03,
         help="by how much it may fall (default: %(default)s)",
     )
@@ -88,8 +89,13 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     if parsed.fit_bias and parsed.inference == "remote":
         raise UsageError("--fit_bias: remote models give no scores to fit it to")
     for name in ("report", "history"):
-        if (path := getattr(parsed, name)) and not Path(path).absolute().parent.is_dir():
+        if not (path := getattr(parsed, name)):
+            continue
+        file, folder = Path(path), Path(path).absolute().parent
+        if not folder.is_dir():
             raise UsageError(f"--{name}={path}: there is no such folder")
+        if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+            raise UsageError(f"--{name}={path}: cannot be written; name another file")
     history = read_history(parsed.history) if parsed.history else []
     with tempfile.TemporaryDirectory(prefix="chatflow-evaluate-") as scratch:
         variants = variants_of(parsed, rest, scratch, LEFT_OUT)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from chatflow.errors import UsageError
 from chatflow.options import Parser
@@ -22,7 +23,11 @@ PASSES_FLAGS_ON = False
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("file", metavar="FILE", help="JSON Lines: chats, messages, anything")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="JSON Lines: chats, messages, anything; one file, a folder or a 'glob'",
+    )
     parser.add_argument("--topic", required=True, help="projects/PROJECT/topics/NAME")
     parser.add_argument(
         "--rate", type=float, default=0.0, help="messages a second (default: as fast as it goes)"
@@ -38,20 +43,27 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from chatflow.running.publishing import Line, Replay, as_they_are, chats_of, read_lines, send
+    from chatflow.running.publishing import (
+        Replay,
+        as_they_are,
+        chats_in,
+        others_in,
+        read_lines,
+        send,
+    )
     from chatflow.sinks.pubsub import PUBSUB_TOPIC
 
     if not (topic := PUBSUB_TOPIC.fullmatch(parsed.topic)):
         raise UsageError(f"--topic={parsed.topic}: must be projects/PROJECT/topics/NAME")
-    if parsed.rate < 0:
+    if not 0 <= parsed.rate < math.inf:
         raise UsageError(f"--rate={parsed.rate}: must be at least 0")
     raw = read_lines(parsed.file)
-    lines: Iterable[Line] = as_they_are(raw)
-    total = len(raw)
+    lines = as_they_are(raw)
+    total = sum(1 for _ in raw)  # before anything is sent, all must be there to be read
     if parsed.as_messages:
-        chats, others = chats_of(raw)
-        lines = itertools.chain(as_they_are(others), Replay(chats))
-        total = len(others) + sum(len(chat.messages) + 1 for chat in chats)
+        lines = itertools.chain(as_they_are(others_in(raw)), Replay(chats_in(raw)))
+        # A chat is its messages and its end.
+        total += sum(len(chat.messages) for chat in chats_in(raw))
     console = Console(stderr=True)
     started = time.monotonic()
     columns = (TextColumn("published"), BarColumn(), MofNCompleteColumn())

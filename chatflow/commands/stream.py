@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import math
 import sys
 import tempfile
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from chatflow.errors import BadInputError, UsageError
-from chatflow.options import Parser, add_flags
+from chatflow.options import Parser, add_flags, number
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -49,7 +50,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_switch("stop_when_done", help="end when all chats were replayed")
     parser.add_switch("console", True, "serve the staff's page, too (default: true)")
     parser.add_argument(
-        "--console_port", type=int, default=8080, help="of that page (default: %(default)s)"
+        "--console_port",
+        type=number(int, most=65_535, zero=True),
+        default=8080,
+        help="of that page (default: %(default)s)",
     )
     add_flags(parser, leave_out=("input", "id_label"))
 
@@ -212,15 +216,16 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.running import publishing
     from chatflow.running.console import console_beside, has_screen
     from chatflow.running.emulator import emulator, make_topics, subscription_of
-    from chatflow.running.launch import prepare, sigterm_interrupts
+    from chatflow.running.launch import failures, prepare, sigterm_interrupts
     from chatflow.running.summary import Summary
     from chatflow.sources.puller import follow
 
-    if parsed.rate <= 0:
+    if not 0 < parsed.rate < math.inf:
         raise UsageError(f"--rate={parsed.rate}: must be more than 0")
     chats, others = publishing.chats_of(publishing.read_lines(parsed.chats, "--chats"))
     if others or not chats:
-        raise UsageError(f"--chats={parsed.chats}: {len(others)} lines are no chats")
+        found = f"{len(others)} lines are not chats" if others else "has no chats"
+        raise UsageError(f"--chats={parsed.chats}: {found}")
     parsed.input = subscription_of(EVENTS)
     for kind, topic in (("analyses", ANALYSES), ("drafts", DRAFTS), ("dead_letters", DEAD_LETTERS)):
         own = getattr(parsed, kind) or (f"{parsed.output}/{kind}" if parsed.output else "")
@@ -287,7 +292,8 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
                 while not board.all_arrived() and time.monotonic() < give_up:
                     board.take(results())
         if run.error is not None:
-            raise SystemExit(f"chatflow: the pipeline failed: {run.error}")
+            with failures(planned):
+                raise run.error
         board.note = ""
         if console.is_terminal:
             console.print(board.render())

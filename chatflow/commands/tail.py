@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from chatflow.errors import UsageError
-from chatflow.options import Parser
+from chatflow.options import Parser, number
 
 DESCRIPTION = """
 Prints the analyses, drafts and dead letters of topics (from now on) or subscriptions.
@@ -20,7 +20,9 @@ PASSES_FLAGS_ON = False
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="topics or subscriptions")
     parser.add_switch("json", help="print records as lines of JSON")
-    parser.add_argument("--count", type=int, default=0, help="end after so many records")
+    parser.add_argument(
+        "--count", type=number(int, zero=True), default=0, help="end after so many records"
+    )
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -45,7 +47,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         while not parsed.count or shown < parsed.count:
             for message in arrived():
                 if parsed.json:
-                    print(message.data.decode(), flush=True)
+                    print(message.data.decode(errors="backslashreplace"), flush=True)
                 else:
                     console.print(said(message.data))
                 shown += 1

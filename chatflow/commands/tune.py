@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 from chatflow.options import Parser, add_flags, number
 
 if TYPE_CHECKING:
@@ -106,13 +106,14 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.models.gemma.tuner import Schedule, Tuner
 
     names = {field.name for field in dataclasses.fields(Schedule)}
-    tuner = Tuner(
-        local_preset(spec.name, console.print),
-        Schedule(**{name: value for name, value in vars(parsed).items() if name in names}),
-        spec.instruct,
-        options.dtype,
-        local_adapter(spec.own_adapter, console.print) if spec.own_adapter else "",
-    )
+    preset = local_preset(spec.name, console.print)
+    adapter = local_adapter(spec.own_adapter, console.print) if spec.own_adapter else ""
+    schedule = Schedule(**{name: value for name, value in vars(parsed).items() if name in names})
+    try:
+        tuner = Tuner(preset, schedule, spec.instruct, options.dtype, adapter)
+    except (OSError, ValueError) as error:  # keras_hub's, for files that are not a model
+        said = f"--model={spec.name}: cannot be loaded: {one_line(error)}"
+        raise UsageError(said) from error
     checks: list[Checked] = []
     with bar(console, checks) as progress:
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import BadInputError, UsageError
+from chatflow.errors import UsageError
 from chatflow.records import Chat, Sentiment, load_object
 from chatflow.sources.chats import read_chat
+from chatflow.sources.lines import numbered
 
 Key = tuple[str, str]
 """(chat, user): what an analysis, and so a label, is about."""
@@ -48,16 +48,9 @@ def read_labels(path: str) -> dict[Key, Label]:
     Raises:
       UsageError: the file cannot be read or has no label, or a line's is unusable; names the line.
     """
-    try:
-        with FileSystems.open(path) as file:
-            lines = file.read().splitlines()
-    except Exception as error:  # each filesystem raises its own
-        raise UsageError(f"{path!r} cannot be read: {error}") from None
     labels: dict[Key, Label] = {}
     lines_of: dict[Key, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered(path):
         try:
             value = load_object(line)
             chat = read_chat(value)
@@ -65,7 +58,7 @@ def read_labels(path: str) -> dict[Key, Label]:
                 continue
             source = str(value.get("source", "")).split("-")[0]
             label = Label(Sentiment(value["sentiment"]), source, chat)
-        except (BadInputError, ValueError) as error:
+        except Exception as error:  # whatever a line does to the parser, it is named
             raise UsageError(f"{path}:{number}: {error}") from None
         if len(chat.users()) != 1:
             raise UsageError(f"{path}:{number}: has a label and several customers; give user_id")

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 from chatflow.network import PUBSUB_HOST, pubsub_client
 from chatflow.running.processes import kill, started
 
@@ -72,20 +72,29 @@ def emulator() -> Iterator[str]:
 
 
 def make_topics(topics: Iterable[str]) -> None:
-    """Creates missing topics, and a subscription of the same name for each topic."""
-    from google.api_core.exceptions import AlreadyExists
+    """Creates missing topics, and a subscription of the same name for each topic.
 
-    publishing, subscribing = map(pubsub_client, ("PublisherClient", "SubscriberClient"))
-    with publishing as publisher, subscribing as subscriber:
-        for topic in topics:
-            with contextlib.suppress(AlreadyExists):
-                publisher.create_topic(name=topic)
-            with contextlib.suppress(AlreadyExists):
-                subscriber.create_subscription(
-                    name=subscription_of(topic),
-                    topic=topic,
-                    ack_deadline_seconds=60,
-                )
+    Raises `UsageError` if nothing answers at `PUBSUB_EMULATOR_HOST`.
+    """
+    from google.api_core.exceptions import AlreadyExists, GoogleAPIError
+
+    once: Any = {"timeout": 30, "retry": None}
+    try:
+        publishing, subscribing = map(pubsub_client, ("PublisherClient", "SubscriberClient"))
+        with publishing as publisher, subscribing as subscriber:
+            for topic in topics:
+                with contextlib.suppress(AlreadyExists):
+                    publisher.create_topic(name=topic, **once)
+                with contextlib.suppress(AlreadyExists):
+                    subscriber.create_subscription(
+                        name=subscription_of(topic), topic=topic, ack_deadline_seconds=60, **once
+                    )
+    except GoogleAPIError as error:
+        host = os.environ.get(HOST_VARIABLE, "")
+        raise UsageError(
+            f"{HOST_VARIABLE}={host}: no emulator can be used there: {one_line(error)}; "
+            "start it, or unset the variable"
+        ) from None
 
 
 def subscription_of(topic: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import random
 import threading
 import time
@@ -10,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from apache_beam.io.filesystems import FileSystems
-
-from chatflow.errors import BadInputError, UsageError, one_line
+from chatflow.errors import UsageError, one_line
 from chatflow.records import Arrival, Chat, Event, now
 from chatflow.sinks.pubsub import ordering_key, publisher, wait_published
+from chatflow.sources.lines import numbered
 from chatflow.sources.parse import parse_arrival
 from chatflow.sources.read import files_of
 
@@ -28,18 +29,27 @@ class Line(NamedTuple):
     chat_id: str
 
 
-def read_lines(pattern: str, flag: str = "FILE") -> list[bytes]:
-    """Returns the non-blank lines of files; raises `UsageError` if there are none to read."""
-    paths = files_of(pattern, flag)
-    try:
-        return [
-            line
-            for path in paths
-            for line in FileSystems.open(path).read().splitlines()
-            if line.strip()
-        ]
-    except Exception as error:  # each filesystem has its own
-        raise UsageError(f"{flag}: {pattern!r} cannot be read: {error}") from None
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """The non-blank lines of files, read again by each iteration; raises as `numbered` does."""
+
+    paths: Sequence[str]
+    flag: str
+
+    def __iter__(self) -> Iterator[bytes]:
+        for path in self.paths:
+            for _, line in numbered(path, self.flag):
+                yield line
+
+
+def read_lines(pattern: str, flag: str = "FILE") -> Iterable[bytes]:
+    """Returns the non-blank lines of files, which each iteration reads again; of pipes, a list.
+
+    Raises `UsageError` if there is no file; iterating it, if one cannot be read to its end.
+    """
+    lines = Lines(files_of(pattern, flag), flag)
+    pipes = [path for path in lines.paths if "://" not in path and not os.path.isfile(path)]
+    return list(lines) if pipes else lines
 
 
 def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
@@ -52,7 +62,7 @@ def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
 def _parse(line: bytes) -> Chat | Event | None:
     try:
         return parse_arrival(Arrival(line), timedelta(0))
-    except BadInputError:
+    except Exception:  # whatever a line does to the parser, it is sent
         return None
 
 
@@ -64,18 +74,19 @@ class Replay:
     (seconds since 1970) of each message; `AssembleChats` computes the same revision.
     """
 
-    chats: Sequence[Chat]
+    chats: Iterable[Chat]
     at_once: int = 8
     seed: int = 0
     sent: Callable[[str, int, float], None] = lambda chat_id, revision, at: None
 
     def __iter__(self) -> Iterator[Line]:
         chance = random.Random(self.seed)
-        waiting = list(reversed(self.chats))
+        waiting = map(self._messages, self.chats)
         talking: list[Iterator[Line]] = []
-        while waiting or talking:
-            while waiting and len(talking) < self.at_once:
-                talking.append(self._messages(waiting.pop()))
+        while True:
+            talking += itertools.islice(waiting, self.at_once - len(talking))
+            if not talking:
+                return
             speaker = chance.choice(talking)
             line = next(speaker, None)
             if line is None:
@@ -105,15 +116,18 @@ def _line(event: Event) -> bytes:
 
 
 def chats_of(lines: Iterable[bytes]) -> tuple[list[Chat], list[bytes]]:
-    """Returns the whole chats among lines, and the other lines."""
-    chats, others = [], []
-    for line in lines:
-        read = _parse(line)
-        if isinstance(read, Chat):
-            chats.append(read)
-        else:
-            others.append(line)
-    return chats, others
+    """Returns the whole chats among lines, and the other lines; reads them twice."""
+    return [*chats_in(lines)], [*others_in(lines)]
+
+
+def chats_in(lines: Iterable[bytes]) -> Iterator[Chat]:
+    """Yields the whole chats among lines."""
+    return (read for read in map(_parse, lines) if isinstance(read, Chat))
+
+
+def others_in(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yields the lines that are not whole chats."""
+    return (line for line in lines if not isinstance(_parse(line), Chat))
 
 
 def send(
@@ -131,9 +145,12 @@ def send(
       stopped: waits for a number of seconds; true ends the sending.
 
     Raises:
-      UsageError: the topic could not be reached for a minute.
+      UsageError: the topic could not be reached for a minute, or there are no credentials.
     """
-    client = publisher()
+    try:
+        client = publisher()
+    except Exception as error:  # Google's errors, and those of a key file
+        raise UsageError(f"--topic: {topic} cannot be published to: {one_line(error)}") from None
     waiting: list[tuple[dict[str, Any], Any]] = []
     started, count = time.monotonic(), 0
 
@@ -157,6 +174,8 @@ def send(
             count += 1
             published(count)
         settle()
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"--topic: {topic} cannot be published to: {one_line(error)}") from None
     finally:

