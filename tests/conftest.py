@@ -210,6 +210,7 @@ def lines(tmp_path: Path) -> Callable[..., str]:
 
     def write(*values: Any, name: str = "chats.jsonl") -> str:
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"".join(as_line(value) + b"\n" for value in values))
         return str(path)
 

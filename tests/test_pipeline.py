@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import glob
+import gzip
 import hashlib
 import json
 import shutil
@@ -283,6 +284,82 @@ def test_every_line_is_accounted_for_exactly_once(mix, batch):
     flagged = sum(d.get("flag") == "refused_phrase" for d in drafts)
     assert flagged == sum(counts["drafts_flagged"].values())
     assert counts["drafted"] == len(drafts) - flagged
+
+
+# Files that are not read as they should be.
+
+
+def chatflow_run(source, output, model, *flags):
+    """The exit code of `chatflow run`."""
+    return main(["run", f"--input={source}", f"--output={output}", f"--model={model}", *flags])
+
+
+@pytest.mark.slow
+def test_what_can_be_read_is_and_the_exit_code_says_the_rest(tmp_path, lines, script, capsys):
+    good = lines(chat("late", chat_id="1"), name="in/good.jsonl")
+    whole = gzip.compress(b"".join(as_line(chat("late", chat_id=str(n))) + b"\n" for n in range(9)))
+    Path(good).with_name("cut.jsonl.gz").write_bytes(whole[:-8])
+    Path(good).with_name("page.jsonl").write_text("<html>404</html>")
+    code = chatflow_run(Path(good).parent, tmp_path / "out", script(ANGRY, APOLOGY))
+    said = capsys.readouterr().err
+    assert code == 1
+    assert "not all files were read to their end (truncated_file 1, wrong_format 1)" in said
+    letters = read(tmp_path / "out", "dead_letters")
+    assert {letter["payload_encoding"] for letter in letters} == {"file"}
+    assert {letter["payload"].rpartition("/")[2].partition("#")[0] for letter in letters} == {
+        "cut.jsonl.gz", "page.jsonl",
+    }  # fmt: skip
+    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
+    # Chat 1 is in both files, with the same content.
+    assert len({a["chat_id"] for a in read(tmp_path / "out", "analyses")}) == counts["analysed"]
+    assert counts["reduced"]["duplicate_chats"] == counts["chats_read"] - counts["analysed"]
+    assert counts["lost"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_nothing_leaves_the_results_of_the_one_before(
+    tmp_path, lines, script, capsys
+):
+    model, output = script(ANGRY, APOLOGY), tmp_path / "out"
+    assert chatflow_run(lines(chat("late")), output, model) == 0
+    before = {path.name: path.read_bytes() for path in output.glob("*.json*")}
+    assert chatflow_run(lines(b"no json", b"at all"), output, model, "--summary=json") == 1
+    said = capsys.readouterr().err
+    assert "every line became a dead letter (not_json 2); the results of the earlier" in said
+    assert {path.name: path.read_bytes() for path in output.glob("*.json*")} == before
+    assert chatflow_run(lines(b"no json"), tmp_path / "new", model) == 1
+    assert "the first: the line is not JSON" in capsys.readouterr().err
+    assert len(read(tmp_path / "new", "dead_letters")) == 1
+
+
+@pytest.mark.slow
+def test_a_line_that_was_too_long_is_replayed_from_its_file(tmp_path, lines, script):
+    source = lines(chat("late", chat_id="short"), chat("late " * 100, chat_id="long"))
+    counts = run(source, tmp_path / "out", script(ANGRY, APOLOGY), max_line_bytes=300)
+    assert counts["dead_letters_by_reason"] == {"read/line_too_long": 1}
+    letters = tmp_path / "out" / "dead_letters*.jsonl"
+    again = execute(
+        Options(input=str(letters), output=str(tmp_path / "again"), model=script(ANGRY, APOLOGY)),
+        [], replay=True,
+    )  # fmt: skip
+    assert again.lost == 0
+    assert [a["chat_id"] for a in read(tmp_path / "again", "analyses")] == ["long"]
+
+
+@pytest.mark.slow
+def test_chats_of_one_id_are_told_apart_or_refused(tmp_path, lines, script):
+    """Never a draft for an angry customer beside an analysis of another chat."""
+    same = {"chat_id": "77", "messages": [{"user_id": "c", "text": "late"}]}
+    grown = {**same, "messages": same["messages"] * 2}
+    other = {**grown, "messages": [*same["messages"], {"user_id": "c", "text": "fine"}]}
+    source = lines(same, same, grown, other)
+    counts = run(
+        source, tmp_path / "out", script(ANGRY, APOLOGY), database=f"sqlite:///{tmp_path}/c.db"
+    )
+    analyses, letters = (read(tmp_path / "out", kind) for kind in ("analyses", "dead_letters"))
+    assert [a["revision"] for a in analyses] == [1]
+    assert [letter["reason"] for letter in letters] == ["shared_id"] * 2
+    assert (counts["chats_read"], counts["reduced"]["duplicate_chats"], counts["lost"]) == (4, 1, 0)
 
 
 # The graph.
