@@ -130,7 +130,7 @@ class Chat(Record):
         customers = [m.user_id for m in said if m.role == "customer"]
         if customers or any(m.role for m in said):
             return tuple(dict.fromkeys(customers))
-        return (said[0].user_id,)
+        return (said[0].user_id,) if said else ()
 
     @property
     def said(self) -> tuple[Message, ...]:

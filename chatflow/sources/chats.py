@@ -6,6 +6,7 @@ A field beside these that is null, empty or of another type is mended or left ou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -174,9 +175,10 @@ def _words(text: str, original: Any, customs: Customs, counts: Counter[str]) -> 
 
 
 def _role(value: Mapping[str, Any], customs: Customs, counts: Counter[str]) -> str | None:
-    kinds = {_name(value.get(name)) for name in ("type", "message_type", "event_type", "subtype")}
-    if kinds & _SYSTEM_KINDS or value.get("message_type") == 2:
-        return SYSTEM
+    if not _KIND_FIELDS.isdisjoint(value):
+        kinds = {_name(value.get(name)) for name in _KIND_FIELDS}
+        if kinds & _SYSTEM_KINDS or value.get("message_type") == 2:
+            return SYSTEM
     found = value.get("role")
     if found is None or found == "" or isinstance(found, (list, dict, bool)):
         if found not in (None, ""):
@@ -192,16 +194,30 @@ def _role(value: Mapping[str, Any], customs: Customs, counts: Counter[str]) -> s
 
 
 def _name(value: Any) -> str:
-    return re.sub(r"[\s-]+", "_", value.strip().casefold()) if isinstance(value, str) else ""
+    return _named(value) if isinstance(value, str) and len(value) < 100 else ""
 
+
+@functools.lru_cache(maxsize=1000)
+def _named(text: str) -> str:
+    return re.sub(r"[\s-]+", "_", text.strip().casefold())
+
+
+_KIND_FIELDS = frozenset(("type", "message_type", "event_type", "subtype"))
 
 _SYSTEM_KINDS = frozenset(("activity", "system", "event", "service", "notification"))
 _PRIVATE_KINDS = frozenset(
-    ("note", "private", "private_note", "internal", "internal_note", "internal_comment", "whisper")
+    "note private private_note internal internal_note internal_comment internal_only whisper "
+    "agent_only agents_only staff_only admin_note".split()
 )
-_PRIVATE = frozenset(("private", "isprivate", "internal", "isinternal", "internalnote", "isnote"))
-_PUBLIC = frozenset(("public", "ispublic", "ispublished", "visibletocustomer"))
-_KINDS = frozenset(("type", "parttype", "messagetype", "kind", "visibility", "privacy", "role"))
+_PRIVATE = frozenset(
+    "private isprivate privatenote isprivatenote internal isinternal internalnote isinternalnote "
+    "internalonly isnote staffonly agentonly agentsonly".split()
+)
+_PUBLIC = frozenset("public ispublic published ispublished visibletocustomer".split())
+_KINDS = frozenset(
+    "type parttype messagetype notetype commenttype kind visibility privacy scope audience "
+    "role".split()
+)
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -212,18 +228,28 @@ def is_private(value: Mapping[str, Any]) -> bool:
     Intercom's `part_type` "note", and others like them; on the message or among its attributes.
     """
     beside = value.get("attributes")
-    fields = [*value.items(), *(beside.items() if isinstance(beside, dict) else ())]
-    for key, found in fields:
-        if found is None or not isinstance(key, str):
-            continue
-        name = key.casefold().replace("_", "").replace("-", "")
-        if name in _PRIVATE and str(found).strip().casefold() in _TRUE:
-            return True
-        if name in _PUBLIC and str(found).strip().casefold() in _FALSE:
-            return True
-        if name in _KINDS and _name(found) in _PRIVATE_KINDS:
-            return True
+    for fields in (value, beside if isinstance(beside, dict) else {}):
+        for key, found in fields.items():
+            means = _meaning(key) if isinstance(key, str) and len(key) < 100 else ""
+            if not means or found is None:
+                continue
+            if means == "kind":
+                if _name(found) in _PRIVATE_KINDS:
+                    return True
+            elif str(found)[:10].strip().casefold() in (_TRUE if means == "private" else _FALSE):
+                return True
     return False
+
+
+@functools.lru_cache(maxsize=1000)
+def _meaning(key: str) -> str:
+    """Returns what a field's name says about privacy: `private`, `public`, `kind` or nothing."""
+    name = key.casefold().replace("_", "").replace("-", "")
+    if name in _PRIVATE:
+        return "private"
+    if name in _PUBLIC:
+        return "public"
+    return "kind" if name in _KINDS else ""
 
 
 def as_id(value: Any) -> Any:

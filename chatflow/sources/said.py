@@ -6,9 +6,9 @@ as base64, "This message was deleted", invisible characters. Models take all of 
 
 from __future__ import annotations
 
+import functools
 import html
 import re
-from collections.abc import Collection
 from html.parser import HTMLParser
 from importlib import resources
 from typing import NamedTuple
@@ -33,9 +33,12 @@ def placeholder(text: str) -> str:
 
     A word that people use, too, such as "image", is a placeholder in brackets alone.
     """
-    words = " ".join(re.sub(r"[\W_]+", " ", text.casefold()).split())
-    in_brackets = re.fullmatch(r"\s*[\[<({].*[\])>}]\s*", text, re.DOTALL)
-    return f"[{words}]" if in_brackets else words
+    words = " ".join(_NO_WORD.sub(" ", text.casefold()).split())
+    return f"[{words}]" if _IN_BRACKETS.fullmatch(text) else words
+
+
+_NO_WORD = re.compile(r"[\W_]+")
+_IN_BRACKETS = re.compile(r"\s*[\[<({].*[\])>}]\s*", re.DOTALL)
 
 
 PLACEHOLDERS: frozenset[str] = frozenset(
@@ -49,32 +52,49 @@ _LONGEST_PLACEHOLDER = 200
 _LONGEST_MAIL = 200_000  # characters; a longer text is no mail that a person wrote
 
 
-def said(text: str, placeholders: Collection[str] = PLACEHOLDERS) -> Said:
+def said(text: str, placeholders: frozenset[str] = PLACEHOLDERS) -> Said:
     """Returns what the author of a message wrote.
 
     Emoji, the order of lines and the author's own wording stay. A text that would lose all its
     words by leaving out a quotation or a signature keeps them.
     """
     left_out = []
-    for name, step in _STEPS:
-        before, text = text, step(text)
-        if text != before:
-            left_out.append(name)
+    if not _PLAIN.fullmatch(text) or "data:" in text:
+        for name, step in _STEPS:
+            before, text = text, step(text)
+            if text != before:
+                left_out.append(name)
     if text.strip() and len(text) <= _LONGEST_PLACEHOLDER:
-        without = "" if _is_placeholder(text, placeholders) else _ADDED.sub("", text)
+        without = "" if _is_placeholder(text, placeholders) else text
+        if without and ("(" in text or "<" in text):
+            without = _ADDED.sub("", text)
         if without != text:
             text = without
             left_out.append(PLACEHOLDER)
     return Said(text.strip(), tuple(left_out))
 
 
+# Most messages are one such line, in which no step below finds anything.
+_PLAIN = re.compile(r"[ -%'-;=?-~¡-¬®-˿]{0,199}")
 _LEFT = re.compile(r"\[(?:image|file|data)\]")  # what this module leaves in the place of data
 
 
-def _is_placeholder(text: str, placeholders: Collection[str]) -> bool:
+def _is_placeholder(text: str, placeholders: frozenset[str]) -> bool:
+    first = _FIRST_WORD.search(text)
+    if first and first[0].casefold() not in _first_words(placeholders):
+        return False
     form = placeholder(text)
     is_known = form in placeholders or form.strip("[]") in placeholders
     return is_known or not _LEFT.sub("", text).strip()
+
+
+_FIRST_WORD = re.compile(r"[^\W_]+")
+
+
+@functools.lru_cache(maxsize=8)
+def _first_words(placeholders: frozenset[str]) -> frozenset[str]:
+    ours = ("image", "file", "data")
+    return frozenset((*ours, *(form.strip("[]").split(" ")[0] for form in placeholders)))
 
 
 # Zero width, marks of direction, fillers, soft hyphens, and control characters but tabs and ends of
