@@ -86,6 +86,7 @@ UNREADABLE, TRUNCATED, CORRUPT, WRONG = OF_FILES = (
 )  # fmt: skip
 """Reasons for which a file was not read, or not to its end."""
 
+_BETWEEN = re.compile(r"[\s,]*")
 _DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
@@ -172,7 +173,7 @@ class _Reader:
             while at < len(text):
                 value, end = decoder.raw_decode(text, at)
                 items += value if isinstance(value, list) else [value]
-                at = len(text) - len(text[end:].lstrip(" \t\r\n,"))
+                at = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]
         except (ValueError, RecursionError):
             stream.seek(0)
             return None
