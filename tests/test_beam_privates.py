@@ -36,7 +36,6 @@ USES = (
      "EvaluationContext.handle_result EvaluationContext.extract_all_timers "
      "EvaluationContext._transform_keyed_states EvaluationContext._watermark_manager"),
     (LOCAL, "fire timers", DIRECT + "watermark_manager", "_TransformWatermarks._fired_timers"),
-    (LOCAL, "make batches at once", "apache_beam.transforms.util", "BatchElements._max_batch_dur"),
     (LOCAL, "see whether elements wait", DIRECT + "watermark_manager",
      "_TransformWatermarks._pending WatermarkManager._transform_to_watermarks"),
     (LOCAL, "see whether elements wait", DIRECT + "evaluation_context",

@@ -28,7 +28,7 @@ from chatflow.models.spec import Model
 from chatflow.options import ONE_COPY, Batching, Options
 from chatflow.pipeline import build, plan
 from chatflow.prompts.templates import default_folder
-from chatflow.records import KINDS
+from chatflow.records import KINDS, Range
 from chatflow.running.launch import execute
 from chatflow.running.runner import beam_options
 from chatflow.stages.analyse import AnalyseChats
@@ -118,7 +118,8 @@ BAD_INPUT = {
     "not_an_object": b"[1]",
     "no_messages": b'{"chat_id": "x", "messages": []}',
     "no_text": b'{"chat_id": "x", "messages": [{"user_id": "1", "text": ""}]}',
-    "wrong_shape": b'{"chat_id": "x", "messages": [{"user_id": "1", "text": "x", "role": "boss"}]}',
+    "wrong_shape": b'{"chat_id": "x", "messages": [{"user_id": "1", "text": ["x"]}]}',
+    "no_customer": b'{"chat_id": "x", "messages": [{"user_id": "1", "text": "x", "role": "bot"}]}',
     "line_too_long": as_line(chat("word " * 2_000_000)),
 }
 
@@ -133,7 +134,11 @@ def test_each_bad_line_is_a_dead_letter_that_holds_it(tmp_path, lines, script):
     assert {letter["stage"] for letter in letters.values()} == {"read"}
     assert letters["not_json"]["payload"] == "hello"
     assert letters["not_utf8"]["payload_encoding"] == "base64"
-    assert letters["line_too_long"]["payload"].encode() == BAD_INPUT["line_too_long"]
+    assert letters["line_too_long"]["payload_encoding"] == "file"
+    part = Range.parse(letters["line_too_long"]["payload"])
+    assert (
+        Path(part.path).read_bytes()[part.start : part.end].rstrip() == BAD_INPUT["line_too_long"]
+    )
     assert letters["no_text"]["chat_id"] == "x"
     assert (counts["lines_read"], counts["analysed"], counts["lost"]) == (len(BAD_INPUT) + 1, 1, 0)
 

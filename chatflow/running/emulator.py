@@ -77,8 +77,10 @@ def make_topics(topics: Iterable[str]) -> None:
     Raises `UsageError` if nothing answers at `PUBSUB_EMULATOR_HOST`.
     """
     from google.api_core.exceptions import AlreadyExists, GoogleAPIError
+    from google.api_core.retry import Retry
 
-    once: Any = {"timeout": 30, "retry": None}
+    # One that has just started again may refuse at first.
+    once: Any = {"timeout": 30, "retry": Retry(timeout=10)}
     try:
         publishing, subscribing = map(pubsub_client, ("PublisherClient", "SubscriberClient"))
         with publishing as publisher, subscribing as subscriber:

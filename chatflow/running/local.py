@@ -9,10 +9,10 @@ crash, run on Dataflow or Flink.
 
 from __future__ import annotations
 
-import copy
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable
@@ -53,7 +53,6 @@ from apache_beam.transforms.core import Windowing
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from apache_beam.transforms.ptransform import PTransform
 from apache_beam.transforms.userstate import is_stateful_dofn
-from apache_beam.transforms.util import BatchElements
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils import counters
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Timestamp
@@ -77,9 +76,7 @@ class LocalStreamRunner(direct_runner.BundleBasedDirectRunner):
 
     def run_pipeline(self, pipeline: Any, options: Any) -> LocalStreamResult:
         """Runs as `BundleBasedDirectRunner` does, with the parts below instead of Beam's."""
-        pipeline.replace_all(
-            [_TicksOverride(), _BatchesOverride(), *direct_runner._get_transform_overrides(options)]
-        )
+        pipeline.replace_all([_TicksOverride(), *direct_runner._get_transform_overrides(options)])
         graph = ConsumerTrackingPipelineVisitor()
         pipeline.visit(graph)
         self.consumer_tracking_visitor = graph
@@ -150,18 +147,18 @@ class _Reader:
 
     def __init__(self, path: str):
         self._puller = Puller(path, BUNDLE).start()
-        self._unacknowledged: list[Any] = []
+        self._unacknowledged: list[tuple[int, Any]] = []
         self.watermark = Timestamp.of(0)
 
-    def read(self, wait: float, handled: bool) -> list[Any]:
+    def read(self, wait: float, moves: int, enough: int) -> list[Any]:
         """Returns up to a bundle of messages; waits up to `wait` seconds for the first.
 
-        With `handled`, it first acknowledges those before, because no step holds any of them.
+        It first acknowledges those before of which no step holds anything: they were taken `enough`
+        moves ago, see `_Context.moves`.
         """
-        if handled:
-            self._acknowledge()
+        self._acknowledge(moves - enough)
         taken = self._puller.take(BUNDLE, wait)
-        self._unacknowledged += taken
+        self._unacknowledged += [(moves, received) for received in taken]
         messages = [received.message for received in taken]
         # More messages as old as these may come. If none come, event time goes on with the clock;
         # it stands still while the service cannot be reached.
@@ -170,14 +167,15 @@ class _Reader:
             self.watermark = max(self.watermark, Timestamp.of(oldest - _LAG))
         return messages
 
-    def _acknowledge(self) -> None:
-        if self._unacknowledged:
-            self._puller.acknowledge(self._unacknowledged)
-        self._unacknowledged = []
+    def _acknowledge(self, upto: float) -> None:
+        handled = [received for moves, received in self._unacknowledged if moves <= upto]
+        if handled:
+            self._puller.acknowledge(handled)
+            self._unacknowledged = self._unacknowledged[len(handled) :]
 
     def close(self, handled: bool) -> None:
         if handled:
-            self._acknowledge()
+            self._acknowledge(math.inf)
         self._puller.close()
 
 
@@ -195,8 +193,8 @@ class _ReadEvaluator(_TransformEvaluator):
     def finish_bundle(self) -> TransformResult:
         # Check before reading: an empty read then means that nothing is left.
         draining = self.readers.draining.is_set()
-        handled = self._evaluation_context.is_idle()
-        messages = self.reader.read(0.0 if draining else 0.05, handled)
+        moves, enough = self._evaluation_context.moves()
+        messages = self.reader.read(0.0 if draining else 0.05, moves, enough)
         if draining and not messages:
             return TransformResult(self, [], [], None, {None: MAX_TIMESTAMP})
         bundle = self._evaluation_context.create_bundle(next(iter(self._outputs)))
@@ -230,23 +228,6 @@ class _TicksOverride(PTransformOverride):
 
     def get_replacement_transform_for_applied_ptransform(self, applied: Any) -> PTransform:
         return _Ticks(applied.transform.interval)
-
-
-class _BatchesOverride(PTransformOverride):
-    """Makes batches of each bundle at once.
-
-    To wait for more, Beam keeps elements in state, which a crash would lose after they were
-    acknowledged. Here, what comes while a bundle is handled is the next one anyway.
-    """
-
-    def matches(self, applied: Any) -> bool:
-        transform = applied.transform
-        return isinstance(transform, BatchElements) and transform._max_batch_dur is not None
-
-    def get_replacement_transform_for_applied_ptransform(self, applied: Any) -> PTransform:
-        at_once = copy.copy(applied.transform)
-        at_once._max_batch_dur = None
-        return at_once
 
 
 class _TicksEvaluator(_TransformEvaluator):
@@ -478,6 +459,12 @@ class _Timers:
             self._drop_next(domain)
         return None
 
+    def of_real_time(self) -> list[_Timer]:
+        """Returns the timers of real time that wait or fire now, with some that were cleared."""
+        waiting = [timer for _, _, timer in self._waiting[TimeDomain.REAL_TIME]]
+        firing = [timer for timer in self.firing if timer.time_domain == TimeDomain.REAL_TIME]
+        return waiting + firing
+
     def _drop_next(self, domain: str) -> None:
         self._known.discard(heapq.heappop(self._waiting[domain])[2])
 
@@ -500,6 +487,8 @@ class _Context(EvaluationContext):
         super().__init__(*args)
         self._side_inputs_container = _SideInputs(self.views)
         self._timers: dict[Any, _Timers] = {}
+        self._moves = 0
+        self._awaited: set[Any] = set()
 
     def handle_result(self, completed_bundle: Any, completed_timers: Any, result: Any) -> Any:
         states = self._transform_keyed_states[result.transform]
@@ -518,19 +507,35 @@ class _Context(EvaluationContext):
                 del states[key]
         return committed
 
-    def is_idle(self) -> bool:
-        """Returns whether no step has elements to handle, but for the sources.
+    def moves(self) -> tuple[int, int]:
+        """Returns how often all that was read moved on, and how many moves end in a sink.
 
         The runner reads when no step is executing, but one may have ended whose results are still
-        to be handed on.
+        to be handed on, and steps that wait for more to make a batch hold elements in state until a
+        timer of real time fires. When no step has anything to handle, each element is in a sink or
+        waits for such a timer; when these timers are gone, and again no step has anything to
+        handle, it has passed one more step that waits.
         """
         with self._lock:
             watermarks = self._watermark_manager._transform_to_watermarks
-            return not any(
+            is_idle = not any(
                 marks._pending
                 for step, marks in watermarks.items()
                 if not self.is_root_transform(step)
             )
+            steps = len(self._timers) + 1
+            if is_idle:
+                waiting = {
+                    (step, timer)
+                    for step, timers in self._timers.items()
+                    for timer in timers.of_real_time()
+                }
+                if not waiting:
+                    self._moves += steps
+                elif self._awaited.isdisjoint(waiting):
+                    self._moves += 1
+                    self._awaited = waiting
+            return self._moves, steps
 
     def extract_all_timers(self) -> tuple[list[Any], bool]:
         fired, any_real_time = [], False
