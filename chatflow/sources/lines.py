@@ -147,7 +147,7 @@ class _Reader:
                 whole = Range(path, at, at + length)
                 message = f"the line has {length} bytes, more than --max_line_bytes={self.most}"
                 yield Arrival(b"", fault=Fault("line_too_long", message, whole))
-            elif text.strip():
+            elif text.removeprefix(codecs.BOM_UTF8).strip():
                 number = 0 if start else self.lines + 1
                 source = f"{path}, line {number}" if number else f"{path}, byte {at}"
                 yield Arrival(text, source=source, number=number)

@@ -155,6 +155,11 @@ def test_a_bad_line_at_the_start_costs_no_other(file, first):
     assert all(arrival.fault is None for arrival in found)
 
 
+def test_an_empty_file_has_no_lines(file):
+    for content in (b"", b"\n\r\n \t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n", gzip.compress(b"")):
+        assert read(file(content)) == ([], [])
+
+
 def test_a_line_that_is_too_long_is_left_out_where_it_is(file):
     path = file(LINES[0].encode() + b"\n" + b"x" * 5000 + b"\n" + TEXT)
     values, (fault,) = read(path, most=100)
