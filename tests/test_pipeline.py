@@ -332,6 +332,10 @@ def test_a_run_that_reads_nothing_leaves_the_results_of_the_one_before(
     said = capsys.readouterr().err
     assert "every line became a dead letter (not_json 2); the results of the earlier" in said
     assert {path.name: path.read_bytes() for path in output.glob("*.json*")} == before
+    assert chatflow_run(lines(), output, model) == 1
+    assert "the input has no lines; the results of the earlier run" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in output.glob("*.json*")} == before
+    assert chatflow_run(lines(), tmp_path / "empty", model) == 0
     assert chatflow_run(lines(b"no json"), tmp_path / "new", model) == 1
     assert "the first: the line is not JSON" in capsys.readouterr().err
     assert len(read(tmp_path / "new", "dead_letters")) == 1

@@ -111,16 +111,18 @@ class Summary:
 
     @property
     def nothing_read(self) -> bool:
-        """Returns whether there were lines, and each became a dead letter."""
-        return 0 < self.get("lines_read") == self.dead_lettered("read")
+        """Returns whether there were no lines, or each became a dead letter."""
+        return self.get("lines_read") == self.dead_lettered("read")
 
     @property
     def problem(self) -> str:
         """Returns why the input was not read as it should be, or ""."""
         letters = self.under("dead_letters/read")
+        kept = "; the results of the earlier run stay" if self.kept_earlier else ""
+        if self.nothing_read and not letters:
+            return f"the input has no lines{kept}" if kept else ""
         if self.nothing_read:
             reasons = ", ".join(f"{name} {count}" for name, count in letters.items())
-            kept = "; the results of the earlier run stay" if self.kept_earlier else ""
             return f"nothing could be read: every line became a dead letter ({reasons}){kept}"
         unread = {reason: letters[reason] for reason in OF_FILES if reason in letters}
         if unread:
