@@ -56,7 +56,7 @@ def value(chance: random.Random, depth: int = 0) -> Any:
 def line(chance: random.Random, number: int) -> bytes:
     said = {"user_id": "c", "role": "customer", "text": " ".join(chance.choices(WORDS, k=6))}
     whole: dict[str, Any] = {"chat_id": str(number)}
-    whole |= chance.choice(({"messages": [dict(said) for _ in range(3)]}, said))
+    whole |= said if chance.random() < 0.1 else {"messages": [dict(said) for _ in range(3)]}
     for _ in range(chance.choice((0, 0, 1, 1, 2, 5))):
         place = whole
         if isinstance(whole.get("messages"), list) and whole["messages"] and chance.random() < 0.6:
@@ -140,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "script.jsonl").write_text("".join(json.dumps(rule) + "\n" for rule in SCRIPT))
-        for numbers in parts(parsed.lines, 50_000):
+        for numbers in parts(parsed.lines, 20_000):
             source = folder / "lines.jsonl"
             with source.open("wb") as lines:
                 lines.writelines(line(chance, number) + b"\n" for number in numbers)
