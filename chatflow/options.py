@@ -46,6 +46,9 @@ def flag(
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
+MAX_LINE_BYTES = 16_000_000
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """The base of settings; raises `UsageError` for a flag with a wrong choice or a low number."""
@@ -110,7 +113,7 @@ class Places(Settings):
         "was deleted\"; a text a line, beside those that are known.", _DATA,
     )  # fmt: skip
     max_line_bytes: int = flag(
-        16_000_000, "A longer input line becomes a dead letter.", _DATA, least=1
+        MAX_LINE_BYTES, "A longer input line becomes a dead letter.", _DATA, least=1
     )
 
 

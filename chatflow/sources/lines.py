@@ -24,7 +24,6 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow.errors import UsageError, one_line
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 
-MAX_LINE_BYTES = 16_000_000
 BLOCK = 1 << 20
 RANGE = 64 << 20
 """Bytes of a file that is not compressed that are read at a time, at several places at once."""

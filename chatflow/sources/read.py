@@ -14,8 +14,9 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub
 
 from chatflow.errors import UsageError
+from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import Arrival, Range
-from chatflow.sources.lines import MAX_LINE_BYTES, fault_of, ranges_of, read_lines
+from chatflow.sources.lines import fault_of, ranges_of, read_lines
 from chatflow.sources.puller import open_puller
 
 PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topics)/[^/]+)")

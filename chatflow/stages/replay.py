@@ -19,6 +19,7 @@ from apache_beam.transforms.userstate import (
 
 from chatflow.dead_letters import WRITE, DeadLettered, Outcome, dead_letter, join
 from chatflow.errors import BadInputError
+from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import (
     AnalysedChat,
     Analysis,
@@ -32,7 +33,7 @@ from chatflow.records import (
     open_record,
     validate,
 )
-from chatflow.sources.lines import MAX_LINE_BYTES, read_lines
+from chatflow.sources.lines import read_lines
 
 
 class Replayed(NamedTuple):
