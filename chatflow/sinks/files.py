@@ -20,6 +20,7 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow.errors import UsageError
 from chatflow.options import SinkSettings
 from chatflow.records import Record
+from chatflow.sinks.locks import take
 from chatflow.sinks.sink import Sink
 
 _MADE_AT = re.compile(rb'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
@@ -145,7 +146,8 @@ class _AppendDoFn(beam.DoFn):
     def _complete(self) -> None:
         file, self.file = self.file, None
         self.timer.cancel()
-        _put_in_place(file.name, self.prefix)
+        with open(file.name, "rb") as whole:
+            _put_in_place(file.name, self.prefix, whole.read())
         file.close()
 
 
@@ -155,12 +157,10 @@ def hold(file: Any) -> bool:
     Where the file system has no locks, nobody does.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return take(file, fcntl.LOCK_EX)
     except OSError:
         logging.getLogger(__name__).debug("%s cannot be locked", file.name, exc_info=True)
-    return True
+        return True
 
 
 def recover(path: str, prefix: str) -> None:
@@ -168,13 +168,12 @@ def recover(path: str, prefix: str) -> None:
     with open(path, "rb+") as file:
         if hold(file):
             content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)  # the bundle of the last line did not end
-            _put_in_place(path, prefix)
+            content = content[: content.rfind(b"\n") + 1]  # the bundle of the last did not end
+            file.truncate(len(content))
+            _put_in_place(path, prefix, content)
 
 
-def _put_in_place(path: str, prefix: str) -> None:
-    with open(path, "rb") as file:
-        content = file.read()
+def _put_in_place(path: str, prefix: str, content: bytes) -> None:
     if content:
         os.replace(path, final_name(prefix, content))
     else:

@@ -19,6 +19,15 @@ LOCK = ".chatflow-lock"
 _UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
+def take(file: Any, how: int) -> bool:
+    """Locks a file if nobody holds it, and returns whether; raises `OSError` without locks."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class FolderLock:
     """A lock on a folder, held until `close` or until the process dies.
 
@@ -36,8 +45,8 @@ class FolderLock:
         self._file: Any = open(os.path.join(folder, LOCK), "a+")  # noqa: SIM115 (held for the run)
         try:
             # A stream first tries to be alone, so that it can clear up after killed runs.
-            self.alone = self._take(fcntl.LOCK_EX)
-            if not self.alone and not (shared and self._take(fcntl.LOCK_SH)):
+            self.alone = take(self._file, fcntl.LOCK_EX)
+            if not self.alone and not (shared and take(self._file, fcntl.LOCK_SH)):
                 raise self._in_use()
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
@@ -57,13 +66,6 @@ class FolderLock:
         self._file.write(json.dumps({**holder, "command": command}) + "\n")
         self._file.flush()
 
-    def _take(self, how: int) -> bool:
-        try:
-            fcntl.flock(self._file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
     def _in_use(self) -> UsageError:
         holder = ""  # it has just started, or the file cannot be read
         self._file.seek(0)
@@ -79,7 +81,7 @@ class FolderLock:
         """Lets streams into the folder; raises `UsageError` if a batch was faster."""
         if self.alone:
             self.alone = False
-            if not self._take(fcntl.LOCK_SH):
+            if not take(self._file, fcntl.LOCK_SH):
                 raise self._in_use()
 
     def close(self) -> None:
