@@ -156,7 +156,12 @@ def newest_revision(messages: Sequence[Message]) -> int:
     more message has a greater one, even if it is late.
     """
     newest = max((m.sent_at for m in messages if m.sent_at), default=EPOCH)
-    return max((newest - EPOCH) // timedelta(milliseconds=1), 0) + len(messages)
+    return revision_of((newest - EPOCH) // timedelta(microseconds=1), len(messages))
+
+
+def revision_of(newest: int, messages: int) -> int:
+    """Returns the revision of so many messages, the newest of them at so many microseconds."""
+    return max(newest // 1000, 0) + messages
 
 
 class Range(NamedTuple):
@@ -513,6 +518,10 @@ class Identity(NamedTuple):
     content: str
     prompt_version: str
     model: str
+
+    @classmethod
+    def of(cls, chat: Chat, user_id: str, prompt_version: str, model: str) -> Self:
+        return cls(chat.chat_id, user_id, chat.revision, chat.content(), prompt_version, model)
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:32]

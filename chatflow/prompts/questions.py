@@ -58,10 +58,7 @@ class ChatQuestion(Question):
 
     def id_of(self, model: str) -> str:
         """Returns the id of an answer by `model`, which may not be the model that was asked."""
-        identity = Identity(
-            self.chat.chat_id, self.user_id, self.chat.revision, self.chat.content(),
-            self.prompt_version, model,
-        )  # fmt: skip
+        identity = Identity.of(self.chat, self.user_id, self.prompt_version, model)
         return identity.digest()
 
 
@@ -168,9 +165,7 @@ class Prompt:
             ]
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
-        identity = Identity(
-            chat.chat_id, user_id, chat.revision, chat.content(), self.version, self.result_name
-        )
+        identity = Identity.of(chat, user_id, self.version, self.result_name)
         request = Request(
             id=identity.digest(),
             task=self.template.name.removesuffix(".jinja"),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from chatflow import metrics
 from chatflow.options import Rules
-from chatflow.records import EPOCH, Chat, Event, Message
+from chatflow.records import EPOCH, Chat, Event, Message, revision_of
 
 
 class Kept(NamedTuple):
@@ -239,7 +239,7 @@ def _askable(history: list[Kept]) -> bool:
 def _chat(chat_id: str, history: list[Kept], messages: int) -> Chat:
     texts = tuple(event.message for event in history if event.message)
     attributes = {name: value for m in texts for name, value in m.attributes.items()}
-    revision = max(history[-1].at // 1000, 0) + messages
+    revision = revision_of(history[-1].at, messages)
     return Chat(chat_id=chat_id, messages=texts, attributes=attributes, revision=revision)
 
 
