@@ -261,6 +261,8 @@ def test_every_line_is_accounted_for_exactly_once(mix, batch):
             item if isinstance(item, bytes) else as_line(behaving(str(number), *item))
             for number, item in enumerate(mix)
         ]
+        # The first line says that the file is text: one that is not is refused before the run.
+        source.insert(0, as_line(behaving("first", "happy", whole=True)))
         Path(folder, "in.jsonl").write_bytes(b"".join(line + b"\n" for line in source))
         Path(folder, "script.jsonl").write_text("\n".join(map(json.dumps, SCRIPT)))
         counts = run(
@@ -276,11 +278,12 @@ def test_every_line_is_accounted_for_exactly_once(mix, batch):
     unanalysed = [letter for letter in letters if not letter["stage"].startswith("draft")]
     undrafted = [letter for letter in letters if letter["stage"].startswith("draft")]
     assert counts["lost"] == 0
-    assert counts["lines_read"] == len(mix) == len(analyses) + len(unanalysed)
+    assert counts["lines_read"] == len(source) == len(analyses) + len(unanalysed)
 
     ids = collections.Counter(item["chat_id"] for item in analyses)
     ids.update(letter["chat_id"] for letter in unanalysed if letter.get("chat_id"))
     expected = {str(n): 1 for n, item in enumerate(mix) if not isinstance(item, bytes)}
+    expected["first"] = 1
     assert ids == expected
 
     angry = collections.Counter(a["chat_id"] for a in analyses if a["sentiment"] == -1)
