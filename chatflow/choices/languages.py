@@ -1,0 +1,42 @@
+"""Finds the language in which people write."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+SURE, LETTERS = 0.9, 25
+"""How probable a language has to be, and of how many characters, to be believed at once."""
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid import langid
+
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+
+
+def language_of(
+    texts: Sequence[str], declared: str = "", around: Sequence[str] = (), usual: Sequence[str] = ()
+) -> str:
+    """Returns the ISO 639-1 code of a language, "" if there are too few words to tell.
+
+    Args:
+      texts: what somebody wrote.
+      declared: what the chat's attributes say; believed where the words are few.
+      around: what others wrote in the same chat, for where the words are few.
+      usual: languages among which one is guessed, if nothing is sure.
+    """
+    declared, likeliest, text = declared.lower()[:2], "", ""
+    for some in (texts, [*texts, *around]):
+        text = " ".join(" ".join(some).split())[:2000]
+        if any(map(str.isalpha, text)):
+            ranks = _identifier().rank(text)
+            found, probability = ranks[0]
+            if probability >= SURE and len(text) >= LETTERS:
+                return str(found)
+            if declared:
+                return declared
+            likeliest = next((str(code) for code, _ in ranks if code in usual), "")
+    return declared or likeliest
