@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from chatflow.choices.heads import Chosen
 from chatflow.errors import ElementError
 from chatflow.models.base import LanguageModel
 from chatflow.models.handlers import ask
@@ -25,6 +26,7 @@ class Result:
       scores: log-probability of each choice, in nats.
       choice: index of the likeliest choice, after its bias is subtracted; -1 without choices.
       cut: the text reached a limit before it ended by itself.
+      chosen: what heads chose, for a prompt that was only read.
       tokens: the generated tokens, with the one that ended the text.
     """
 
@@ -34,6 +36,7 @@ class Result:
     text: str = ""
     cut: bool = False
     tokens: tuple[int, ...] = ()
+    chosen: Chosen | None = None
 
 
 def put_together(
@@ -42,12 +45,16 @@ def put_together(
     """Returns one answer from a request's parts, or a failure; code writes the JSON."""
     fields: dict[str, Any] = {}
     text, finish_reason, scores = "", "stop", {}
+    chosen: Chosen | None = None
     prompt_tokens = answer_tokens = 0
     for part, result in results:
         if isinstance(result, ElementError):
             return Failure(result.reason, str(result))
         prompt_tokens += result.prompt_tokens
         answer_tokens += len(result.tokens)
+        if result.chosen is not None:
+            chosen = result.chosen
+            continue
         said = result.text
         if result.cut:
             finish_reason = "length"
@@ -77,6 +84,7 @@ def put_together(
         seconds=seconds,
         finish_reason=finish_reason,
         tone_scores=tuple(scores.items()),
+        chosen=chosen,
     )
 
 
@@ -106,9 +114,10 @@ class EngineModel(LanguageModel):
             self._counted = now
         return dict(new)
 
-    def prompt(self, part: Part) -> Any:
-        """Returns the engine's input for a part."""
-        return part
+    def run(self, parts: Sequence[Part]) -> list[Result | ElementError]:
+        """Returns one result or error per part, in order."""
+        results: list[Result | ElementError] = self.engine.run(parts)
+        return results
 
     def _ask(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return ask(self._run, requests)
@@ -116,7 +125,7 @@ class EngineModel(LanguageModel):
     def _run(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         """Runs all parts of all requests in one call of the engine."""
         started = time.monotonic()
-        results = iter(self.engine.run([self.prompt(part) for r in requests for part in r.parts]))
+        results = iter(self.run([part for r in requests for part in r.parts]))
         by_request = [[(part, next(results)) for part in r.parts] for r in requests]
         seconds = time.monotonic() - started
         return [put_together(result, self.name, seconds) for result in by_request]

@@ -119,5 +119,8 @@ def check(result: Answer | Failure) -> None:
     """Raises `ValueError` if a trial was not answered or its scores are not finite."""
     if isinstance(result, Failure):
         raise ValueError(f"a trial failed: {result.reason}: {result.error}")
-    if not all(math.isfinite(score) for _, score in result.tone_scores):
+    scores = [score for _, score in result.tone_scores]
+    if result.chosen is not None:
+        scores += [p for values in result.chosen.chat.values() for p in values.values()]
+    if not all(map(math.isfinite, scores)):
         raise ValueError("a trial's scores are no numbers, so the weights are broken")

@@ -6,6 +6,23 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from chatflow.choices.heads import Chosen
+from chatflow.choices.reading import Layout
+
+
+class Suffix(NamedTuple):
+    """A choice without a head, asked for behind a text that was read.
+
+    Attributes:
+      text: what stands behind the text.
+      options: what may follow, one for each value; their first tokens must differ.
+    """
+
+    choice: str
+    text: str
+    values: tuple[str, ...]
+    options: tuple[str, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -24,6 +41,8 @@ class Part:
       values: what each choice stands for in the JSON answer.
       bias: subtracted from the choices' log-probabilities, in nats.
       temperature: divides these differences before they become probabilities.
+      layout: how the prompt divides, if it is only read: the answer is what the heads choose.
+      suffixes: what else is asked behind a prompt that is read.
       check: raises `BadAnswerError`; a remote model is then asked once more, with the error.
     """
 
@@ -40,6 +59,8 @@ class Part:
     values: tuple[int, ...] = ()
     bias: tuple[float, ...] = ()
     temperature: float = 1.0
+    layout: Layout | None = dataclasses.field(default=None, hash=False)
+    suffixes: tuple[Suffix, ...] = ()
     check: Callable[[str], object] | None = dataclasses.field(default=None, compare=False)
 
 
@@ -102,6 +123,7 @@ class Answer:
       tone_scores: log-probability by tone word, if the tone was a scored choice.
       seconds: from request to answer; of the whole batch, if there was one.
       finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
+      chosen: what heads chose, for a prompt that is only read; the text is then empty.
       repairs: `asked_again`, if a first answer was unusable.
     """
 
@@ -113,6 +135,7 @@ class Answer:
     finish_reason: str = "stop"
     tone_scores: tuple[tuple[str, float], ...] = ()
     repairs: tuple[str, ...] = ()
+    chosen: Chosen | None = None
 
     @property
     def circumstances(self) -> str:

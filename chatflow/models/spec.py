@@ -27,6 +27,7 @@ from chatflow.options import (
 )
 from chatflow.weights import embedded
 from chatflow.weights.adapters import check_adapter
+from chatflow.weights.heads import check_heads
 from chatflow.weights.presets import is_instruct
 
 KINDS = {
@@ -100,8 +101,8 @@ class Kind(abc.ABC):
         """Returns whether the model writes the JSON answer itself."""
         return self.asked_by_json
 
-    def adapter(self, spec: ModelSpec) -> str:
-        """Returns the adapter that the model begins with, or an empty text."""
+    def heads(self, spec: ModelSpec) -> str:
+        """Returns the heads that choose from the model's states, or an empty text."""
         return ""
 
     def base_name(self, spec: ModelSpec) -> str:
@@ -134,7 +135,8 @@ class ModelSpec:
       worker: how the weights are kept; unused remotely.
       remote: the service and how it is called; on the worker, only for vLLM.
       state_dict_path: weights of a `torch:` model, instead of its folder's own.
-      adapter: LoRA for a Gemma on the worker: `auto`, `none` or a file; see `weights.adapters`.
+      adapter: a file of LoRA for a Gemma on the worker; see `weights.adapters`.
+      heads: for a Gemma on the worker: `auto`, `none` or a file; see `choices.heads`.
       updates: see `handlers.LanguageModelHandler`.
     """
 
@@ -145,7 +147,8 @@ class ModelSpec:
     worker: WorkerSettings = ONE_COPY
     remote: RemoteSettings = dataclasses.field(default_factory=RemoteSettings)
     state_dict_path: str = ""
-    adapter: str = "auto"
+    adapter: str = ""
+    heads: str = "auto"
     updates: str = ""
 
     @classmethod
@@ -169,6 +172,7 @@ class ModelSpec:
             remote=dataclasses.replace(options.take(RemoteSettings), **cloud._asdict()),
             state_dict_path=options.state_dict_path,
             adapter=options.adapter,
+            heads=options.heads,
             updates=options.model_updates,
         )
 
@@ -185,10 +189,14 @@ class ModelSpec:
             raise UsageError(
                 f"--state_dict_path: only with --model=torch:NAME, not with --model={name}"
             )
-        if self.adapter not in ("auto", "none"):
-            if not kind.adaptable:
-                raise UsageError(f"--adapter: only for Gemma on the workers, not for {name}")
-            check_adapter(self.adapter)
+        for flag, given, check in (
+            ("adapter", self.adapter, check_adapter),
+            ("heads", "" if self.heads in ("auto", "none") else self.heads, check_heads),
+        ):
+            if given and not kind.adaptable:
+                raise UsageError(f"--{flag}: only for Gemma on the workers, not for {name}")
+            if given:
+                check(given)
         kind.check(self)
 
     @property
@@ -198,8 +206,8 @@ class ModelSpec:
     @property
     def result_name(self) -> str:
         """The model's name in results, with its weights."""
-        own = self.state_dict_path or self.own_adapter
-        return f"{self.name}@{own}" if own else self.base_name
+        own = [self.state_dict_path or self.adapter, self.own_heads]
+        return "@".join([self.name, *filter(None, own)]) if any(own) else self.base_name
 
     @property
     def base_name(self) -> str:
@@ -207,9 +215,9 @@ class ModelSpec:
         return self.kind.base_name(self)
 
     @property
-    def own_adapter(self) -> str:
-        """The adapter that the model begins with, or an empty text."""
-        return self.kind.adapter(self)
+    def own_heads(self) -> str:
+        """The heads that choose from the model's states, or an empty text."""
+        return self.kind.heads(self)
 
     @functools.cached_property
     def key(self) -> str:

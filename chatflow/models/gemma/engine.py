@@ -12,6 +12,7 @@ the whole prompt each time. Here
 from __future__ import annotations
 
 import collections
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,9 +23,17 @@ import numpy as np
 import sentencepiece
 
 from chatflow.chat_text import CONTROL_TOKEN
+from chatflow.choices.reading import States
 from chatflow.models.gemma.forward import Cache, Forward, Rules, Writing
 from chatflow.models.gemma.grammar import DONE, ENDLESS, Text, Vocabulary, compile_texts
-from chatflow.models.gemma.shapes import STEPS, TOTALS, PromptTooLongError, Shape, bucket
+from chatflow.models.gemma.shapes import (
+    READ_TOTALS,
+    STEPS,
+    TOTALS,
+    PromptTooLongError,
+    Shape,
+    bucket,
+)
 from chatflow.models.parts import Result
 from chatflow.weights.keras_loading import is_of_scoring, load_backbone
 
@@ -52,6 +61,23 @@ class Row(NamedTuple):
     text: Text | None = None
     max_tokens: int = 0
     max_characters: int = ENDLESS
+
+
+class Reading(NamedTuple):
+    """A text to read, of which the states are asked for.
+
+    Attributes:
+      prefix, suffix: the text; all texts of a template share the prefix.
+      ends: where the pieces of the suffix end, in characters, rising; what follows the last is
+        read, too. No token spans an end.
+      behind: texts that are asked behind it, each with its options; the same for all texts of a
+        batch.
+    """
+
+    prefix: str
+    suffix: str
+    ends: tuple[int, ...]
+    behind: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 class _Prompt(NamedTuple):
@@ -274,6 +300,90 @@ class Engine:
             raise ValueError(f"the choices {list(choices)} do not differ in their first token")
         return first
 
+    # Reading.
+
+    def read(
+        self, readings: Sequence[Reading], layers: tuple[int, ...]
+    ) -> list[States | PromptTooLongError]:
+        """Returns the states after these layers (from 1) of each piece of each text, in order.
+
+        Raises `ValueError` if two options begin alike.
+        """
+        behind = readings[0].behind if readings else ()
+        if behind:  # what is asked behind a text needs all layers
+            return [
+                states if isinstance(states, Exception) else _without_last_layer(states)
+                for states in self._states(readings, (*layers, self.forward.layers), behind)
+            ]
+        return self._states(readings, layers, ())
+
+    def _states(
+        self,
+        readings: Sequence[Reading],
+        layers: tuple[int, ...],
+        behind: tuple[tuple[str, tuple[str, ...]], ...],
+    ) -> list[States | PromptTooLongError]:
+        results: dict[int, States | PromptTooLongError] = {}
+        waiting = []
+        asked = [(self.encode(text), self.first_tokens(options)) for text, options in behind]
+        longest = max((len(ids) for ids, _ in asked), default=0)
+        for number, reading in enumerate(readings):
+            start = self.prefix(reading.prefix)[1]
+            cuts = [0, *reading.ends, len(reading.suffix)]
+            pieces = [self.encode(reading.suffix[a:b]) for a, b in itertools.pairwise(cuts)]
+            ids = [token for piece in pieces for token in piece]
+            size = max(self.shape.fed(len(ids)), len(ids) + self.shape.fed(longest))
+            try:
+                total = bucket(start + size, READ_TOTALS)
+            except PromptTooLongError as error:
+                results[number] = error
+            else:
+                waiting.append((reading.prefix, total, number, ids, [len(p) for p in pieces]))
+        waiting.sort(key=lambda row: (row[0], len(row[3])))
+        while waiting:
+            prefix, total = waiting[-1][:2]
+            fit = self.shape.cache_bytes // (total * self.forward.cache_bytes)
+            most = max([n for n in self.shape.blocks if n <= fit], default=self.shape.blocks[0])
+            block = [row for row in waiting[-most:] if row[0] == prefix]
+            del waiting[-len(block) :]
+            self._read_block(block, prefix, total, layers, asked, results)
+        return [results[number] for number in range(len(readings))]
+
+    def _read_block(
+        self,
+        block: list[Any],
+        prefix: str,
+        total: int,
+        layers: tuple[int, ...],
+        asked: Sequence[tuple[list[int], np.ndarray]],
+        results: dict[int, Any],
+    ) -> None:
+        size = bucket(len(block), self.shape.blocks)
+        known, start = self.prefix(prefix)
+        cache = self.forward.cache(known, rows=size, total=total)
+        padded, lengths = np.zeros((size, total), np.int32), np.ones(size, np.int32)
+        for at, (*_, ids, _pieces) in enumerate(block):
+            padded[at, : len(ids)] = ids
+            lengths[at] = max(len(ids), 1)
+        self.counts["prefill_tokens"] += sum(len(row[3]) for row in block)
+        states, cache = self.forward.read(
+            self.forward.weights, cache, padded, np.full(size, start, np.int32), lengths,
+            chunk=self.shape.chunks[size], layers=layers,
+        )  # fmt: skip
+        options = []
+        ends = [start + len(row[3]) for row in block]
+        for ids, first in asked:
+            # Each stands where the one before it stood, so that none sees another.
+            hidden, cache = self._prefill(
+                self.forward.weights, cache, [ids] * len(block), ends, size, total
+            )
+            scores = np.asarray(self.forward.scores(self.forward.weights, hidden, first))
+            options.append(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+        for at, (_, _, number, ids, pieces) in enumerate(block):
+            row = np.asarray(states[at][: len(ids)]).astype(np.float32)
+            found = _pooled(row, np.array(pieces))
+            results[number] = found._replace(options=tuple(scores[at] for scores in options))
+
     # Decode.
 
     def _write(self, batch: list[_Prompt], total: int, results: dict[int, Any]) -> None:
@@ -358,6 +468,22 @@ class Engine:
             automaton = compile_texts(list(known), self.vocabulary)
             self._starts = dict(zip(known, automaton.starts, strict=True))
             self._rules = self.forward.rules(automaton)
+
+
+def _without_last_layer(states: States) -> States:
+    return states._replace(mean=states.mean[:, :-1], last=states.last[:, :-1])
+
+
+def _pooled(states: np.ndarray, pieces: np.ndarray) -> States:
+    """Returns the states of pieces of so many tokens each."""
+    sums = np.concatenate(
+        [np.zeros((1, *states.shape[1:])), np.cumsum(states, axis=0, dtype=float)]
+    )
+    ends = np.cumsum(pieces)
+    last = states[np.maximum(ends - 1, 0)]
+    mean = (sums[ends] - sums[ends - pieces]) / np.maximum(pieces, 1)[:, None, None]
+    mean = np.where((pieces > 0)[:, None, None], mean, last)
+    return States(mean.astype(np.float32), last, pieces)
 
 
 def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:

@@ -11,6 +11,7 @@ are buckets, and loops on the device feed and decode any number of tokens.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -124,9 +125,26 @@ class Forward:
             for path, turned, own in zip(self._paths, self._turned, self.weights, strict=True)
         ]
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Returns a hash that tells models apart: of the scales of their norms.
+
+        Neither adapters nor quantisation change these.
+        """
+        scales = [
+            np.asarray(value.astype(jnp.bfloat16)).tobytes()
+            for path, value in zip(self._paths, self.weights, strict=True)
+            if path.endswith("/scale")
+        ]
+        return hashlib.sha256(b"".join(scales)).hexdigest()[:16]
+
     def positions(self, cache: Cache) -> int:
         """Returns the number of positions in a cache."""
         return int(jax.tree.leaves(cache)[0].shape[self._position_axis])
+
+    @property
+    def layers(self) -> int:
+        return int(self.model.backbone.num_layers)
 
     @property
     def cache_bytes(self) -> int:
@@ -211,6 +229,40 @@ class Forward:
         chunks = (jnp.max(lengths) + chunk - 1) // chunk
         hidden, cache = jax.lax.fori_loop(0, chunks, feed, (last, cache))
         return hidden, cache
+
+    @_compiled(static_argnames=("chunk", "layers"), donate_argnames="cache")
+    def read(
+        self,
+        weights: Any,
+        cache: Cache,
+        tokens: Any,
+        starts: Any,
+        lengths: Any,
+        *,
+        chunk: int,
+        layers: tuple[int, ...],
+    ) -> tuple[jax.Array, Cache]:
+        """Feeds tokens as `prefill` does; returns what stands after some layers, and the cache.
+
+        The states are `[rows, total, layers, hidden]`, those behind a row's end without meaning.
+        Nothing above the highest layer is computed, so the cache is only filled up to it.
+        """
+        self.compilations += 1
+        run = jax.vmap(functools.partial(self.states, layers=layers), in_axes=(None, 0, 0, 0))
+        backbone = self.model.backbone
+
+        def feed(number: Any, state: Any) -> Any:
+            found, cache = state
+            begin = number * chunk
+            part = jax.lax.dynamic_slice_in_dim(tokens, begin, chunk, axis=1)
+            states, cache = run(weights, part, cache, starts + begin)
+            return jax.lax.dynamic_update_slice_in_dim(found, states, begin, axis=1), cache
+
+        shape = (*tokens.shape, len(layers), backbone.hidden_dim)
+        found = jnp.zeros(shape, backbone.compute_dtype)
+        chunks = (jnp.max(lengths) + chunk - 1) // chunk
+        found, cache = jax.lax.fori_loop(0, chunks, feed, (found, cache))
+        return found, cache
 
     @_compiled()
     def scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
@@ -321,6 +373,42 @@ class Forward:
             one = jax.tree.map(lambda x: x[None], cache)
             _, hidden, filled = self.model.call_with_cache(tokens[None], one, start)
         return hidden[0], jax.tree.map(lambda x: x[0], filled)
+
+    def states(
+        self,
+        weights: Any,
+        tokens: jax.Array,
+        cache: Cache,
+        start: Any,
+        *,
+        layers: tuple[int, ...],
+    ) -> tuple[Any, Cache]:
+        """Runs one row: tokens [n] at cache position `start` -> [n, layers, hidden], cache.
+
+        Each state is divided by its root mean square, as some are a thousand times larger.
+        Does what keras_hub's `call_with_cache` does up to the highest of the `layers`.
+        """
+        backbone = self.model.backbone
+        caches = [cache[number] for number in range(max(layers))]
+        found = []
+        with self._using(weights):
+            x = backbone.token_embedding(tokens[None])
+            x = x * jnp.sqrt(backbone.hidden_dim).astype(x.dtype)
+            for number, known in enumerate(caches):
+                one = jax.tree.map(lambda values: values[None], known)
+                x, filled = backbone.transformer_layers[number](
+                    x, cache=one, cache_update_index=start
+                )
+                caches[number] = jax.tree.map(lambda values: values[0], filled)
+                found += [x[0]] * (number + 1 in layers)
+        states = jnp.stack(found, axis=1).astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(states**2, axis=-1, keepdims=True) + 1e-6)
+        return (states * scale).astype(x.dtype), self._with_layers(cache, caches)
+
+    def _with_layers(self, cache: Cache, layers: list[Cache]) -> Cache:
+        if self._position_axis == 1:
+            return (*layers, *cache[len(layers) :])
+        return jnp.concatenate([jnp.stack(layers), cache[len(layers) :]])
 
     def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
         """Returns logits [rows, vocabulary] of hidden states [rows, hidden]."""

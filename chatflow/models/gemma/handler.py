@@ -7,15 +7,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from chatflow.errors import UsageError
+import numpy as np
+
+from chatflow.choices.heads import Heads
+from chatflow.errors import ElementError, UsageError
 from chatflow.models.gemma.grammar import ENDLESS, Text
 from chatflow.models.handlers import LanguageModelHandler
-from chatflow.models.parts import EngineModel, json_answer
+from chatflow.models.parts import EngineModel, Result, json_answer
 from chatflow.models.requests import FIRST, Part, Request, Version
 from chatflow.models.spec import Kind, ModelSpec, Say
 from chatflow.options import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
 from chatflow.weights import embedded
-from chatflow.weights.adapters import ENDS, chosen, local_adapter
+from chatflow.weights.adapters import ENDS, local_adapter
+from chatflow.weights.heads import chosen_heads, local_heads
 from chatflow.weights.presets import (
     MARKERS,
     check_preset,
@@ -32,7 +36,11 @@ _log = logging.getLogger(__name__)
 
 
 class GemmaModel(EngineModel):
-    """A loaded Gemma that answers part by part; `adapter` is a local file of LoRA weights."""
+    """A loaded Gemma that answers part by part.
+
+    `adapter` and `heads` are local files. Raises `UsageError` if the heads were fitted on the
+    states of another model.
+    """
 
     def __init__(
         self,
@@ -42,6 +50,7 @@ class GemmaModel(EngineModel):
         instruct: bool,
         most: int,
         adapter: str = "",
+        heads: str = "",
     ):
         started = time.monotonic()
         use_jax(alone=settings.large_model and settings.model_copies == 1)
@@ -49,22 +58,70 @@ class GemmaModel(EngineModel):
 
         engine = load_engine(preset, settings.dtype, instruct, settings.quantization, adapter)
         super().__init__(name, engine, most, settings.merge_seconds)
+        self.heads = Heads.load(heads) if heads else None
+        if self.heads and self.heads.weights != engine.forward.fingerprint:
+            raise UsageError(
+                f"--heads={heads}: fitted on {self.heads.model}, not on {name}; fit others with "
+                "`chatflow tune`, or give --heads=none"
+            )
         _log.info("loaded %s in %.1f s", preset, time.monotonic() - started)
 
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Compiles what answers to such requests need, alone and in a full batch."""
         started = time.monotonic()
-        rows = [row_of(part) for request in requests for part in request.parts]
+        parts = [part for request in requests for part in request.parts]
+        rows = [row_of(part) for part in parts if not part.layout]
+        read = [part for part in parts if part.layout]
         if rows:
             self.engine.warm_up(rows, self.most)
+        if read:
+            self._read(read)
+            self._read(read * self.most)
+        if parts:
             _log.info(
                 "warmed up in %.1f s: %d compilations",
                 time.monotonic() - started,
                 self.engine.forward.compilations,
             )
 
-    def prompt(self, part: Part) -> Row:
-        return row_of(part)
+    def run(self, parts: Sequence[Part]) -> list[Result | ElementError]:
+        """Reads the parts that have a layout, and runs the others."""
+        read = [part for part in parts if part.layout]
+        found = iter(self._read(read)) if read else iter(())
+        said = iter(self.engine.run([row_of(part) for part in parts if not part.layout]))
+        return [next(found) if part.layout else next(said) for part in parts]
+
+    def _read(self, parts: Sequence[Part]) -> list[Result | ElementError]:
+        found: dict[int, Result | ElementError] = {}
+        for suffixes in dict.fromkeys(part.suffixes for part in parts):
+            places = [at for at, part in enumerate(parts) if part.suffixes == suffixes]
+            some = self._read_alike([parts[at] for at in places])
+            found.update(zip(places, some, strict=True))
+        return [found[at] for at in range(len(parts))]
+
+    def _read_alike(self, parts: Sequence[Part]) -> list[Result | ElementError]:
+        """Reads parts behind which the same is asked, and has heads choose."""
+        from chatflow.models.gemma.engine import Reading
+
+        assert self.heads is not None  # a prompt is only read if its model has heads
+        behind = tuple((suffix.text, suffix.options) for suffix in parts[0].suffixes)
+        layouts = [part.layout for part in parts if part.layout is not None]
+        readings = [
+            Reading(p.prompt[: p.shared], p.prompt[p.shared :], layout.ends, behind)
+            for p, layout in zip(parts, layouts, strict=True)
+        ]
+        results: list[Result | ElementError] = []
+        all_states = self.engine.read(readings, self.heads.layers)
+        for part, layout, states in zip(parts, layouts, all_states, strict=True):
+            if isinstance(states, ElementError):
+                results.append(states)
+                continue
+            chosen = self.heads.choose(states, layout)
+            for suffix, scores in zip(part.suffixes, states.options, strict=True):
+                sure = tuple(round(float(p), 4) for p in np.exp(scores))
+                chosen = chosen.with_choice(suffix.choice, suffix.values, sure)
+            results.append(Result(int(states.tokens.sum()), chosen=chosen))
+        return results
 
 
 def row_of(part: Part) -> Row:
@@ -95,6 +152,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
       instruct: wrap prompts in turns of Gemma's chat template; None: as the preset's name says.
       settings, expected, updates: see `LanguageModelHandler`.
       adapter: LoRA weights for the preset, see `weights.adapters`; empty: none.
+      heads: what chooses from its states, see `choices.heads`; empty: none.
       name: the model's name in results; empty: the preset.
     """
 
@@ -107,11 +165,12 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         expected: tuple[Request, ...] = (),
         updates: str = "",
         adapter: str = "",
+        heads: str = "",
         name: str = "",
     ):
         super().__init__(name or preset, batching, settings, expected, updates)
         self.preset = preset
-        self.adapter = adapter
+        self.adapter, self.heads = adapter, heads
         self.settings = settings
         self.most = batching.max_batch_size
         self.instruct = is_instruct(preset) if instruct is None else instruct
@@ -130,6 +189,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
             self.instruct,
             self.most,
             local_adapter(adapter, _log.info) if adapter else "",
+            local_heads(self.heads, _log.info) if self.heads else "",
         )
 
 
@@ -147,8 +207,8 @@ class Gemma(Kind):
             )
         check_preset(spec.name)
 
-    def adapter(self, spec: ModelSpec) -> str:
-        return chosen(spec.adapter, spec.name, spec.instruct)
+    def heads(self, spec: ModelSpec) -> str:
+        return chosen_heads(spec.heads, spec.name, spec.instruct)
 
     def prepare(self, spec: ModelSpec, say: Say) -> None:
         """Makes the embedded model, with progress, if it is missing; checks the cache of others."""
@@ -166,6 +226,7 @@ class Gemma(Kind):
             batching=spec.batching,
             expected=expected,
             updates=spec.updates,
-            adapter=spec.own_adapter,
+            adapter=spec.adapter,
+            heads=spec.own_heads,
             name=spec.result_name,
         )

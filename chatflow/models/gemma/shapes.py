@@ -12,6 +12,8 @@ from chatflow.errors import ModelError
 TOTALS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
           16384, 24576, 32768)  # fmt: skip
 """Positions of a cache: prompt and answer."""
+READ_TOTALS = tuple(2**power for power in range(8, 16))
+"""Positions of a cache for a text that is only read; few, because nothing waits behind it."""
 STEPS = (64, 256, 1024, 4096)
 """Tokens of an answer that one call decodes."""
 
