@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from chatflow.records import Chat, Message
 
@@ -43,44 +44,53 @@ def estimate_tokens(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class KeptMessages:
-    """The messages that fit a prompt, oldest first; how many were dropped and how many cut."""
+    """The messages that fit a prompt, oldest first; how many were dropped and how many cut.
+
+    `places` are their places among all messages of the chat.
+    """
 
     messages: tuple[Message, ...]
+    places: tuple[int, ...]
     dropped: int
     cut: int
 
 
-def keep_newest(chat: Chat, user_id: str, budget: int) -> KeptMessages:
-    """Keeps the newest messages of a chat within `budget` estimated tokens.
+def keep(chat: Chat, user_id: str, budget: int) -> KeptMessages:
+    """Keeps what tells most of a chat within `budget` estimated tokens.
 
-    Half of the budget is for the user's own messages, so that a user who wrote long ago is still
-    heard. The user's newest message always stays; if it alone exceeds the budget, its end stays.
+    First the user's newest message, of which only the end stays if it alone exceeds the budget.
+    Then the user's first message of some words, for it says the matter; the end of the chat, up to
+    two thirds of the budget, and its beginning; and of the middle, what the user says, and what
+    has numbers.
     """
-    said = chat.said
-    cost = [estimate_tokens(m.text) + estimate_tokens(m.user_id) + 3 for m in said]
-    newest_first = range(len(said) - 1, -1, -1)
-    own = [i for i in newest_first if said[i].user_id == user_id]
+    said = {at: message for at, message in enumerate(chat.messages) if message.is_said}
+    cost = {at: estimate_tokens(m.text) + estimate_tokens(m.user_id) + 3 for at, m in said.items()}
+    own = [at for at in said if said[at].user_id == user_id]
     kept: dict[int, Message] = {}
-    left = budget
-    for i in own:
-        if left - cost[i] < budget // 2:
-            break
-        kept[i], left = said[i], left - cost[i]
-    cut = 0
-    if own and not kept:
-        message = said[own[0]]
-        if cost[own[0]] <= budget:
-            kept[own[0]], left = message, left - cost[own[0]]
-        else:
-            kept[own[0]], left, cut = _end_of(message, budget), 0, 1
-    for i in newest_first:
-        if i in kept:
-            continue
-        if cost[i] > left:
-            break
-        kept[i], left = said[i], left - cost[i]
-    messages = tuple(kept[i] for i in sorted(kept))
-    return KeptMessages(messages, len(said) - len(messages), cut)
+    left, cut = budget, 0
+
+    def take(places: Iterable[int], least: int = 0) -> None:
+        nonlocal left
+        for at in places:
+            if at not in kept and left - cost[at] < least:
+                return
+            if at not in kept:
+                kept[at], left = said[at], left - cost[at]
+
+    if own and cost[own[-1]] > budget:
+        kept[own[-1]], left, cut = _end_of(said[own[-1]], budget), 0, 1
+    take(own[-1:])
+    take([at for at in own if cost[at] >= 8][:1])
+    take(reversed(said), budget // 3)
+    take(said, budget // 6)
+    middle = sorted(
+        said,
+        key=lambda at: (at not in own, not any(map(str.isdigit, said[at].text)), -cost[at]),
+    )
+    for at in middle:
+        take([at])
+    order = sorted(kept)
+    return KeptMessages(tuple(kept[at] for at in order), tuple(order), len(said) - len(kept), cut)
 
 
 def _end_of(message: Message, budget: int) -> Message:

@@ -33,8 +33,6 @@ _EMPTY_WORDS = frozenset(
 )
 
 
-_NO_WORD = re.compile(r"\S*[@/\d]\S*")
-
 TONE_WORDS: Mapping[str, Sentiment] = {
     "angry": Sentiment.ANGRY,
     "unhappy": Sentiment.ANGRY,
@@ -69,14 +67,18 @@ class DraftAnswer(NamedTuple):
 
 
 def parse_analysis(
-    answer: str, summary_characters: int, tones: Mapping[str, Sentiment] = TONE_WORDS
+    answer: str,
+    summary_characters: int,
+    tones: Mapping[str, Sentiment] = TONE_WORDS,
+    asked_for_summary: bool = True,
 ) -> AnalysisAnswer:
     """Reads sentiment and summary from a model's answer.
 
     Accepts JSON that is fenced, prefixed, single-quoted, cut off, one level down or has trailing
     commas. Leaves out what the model thought before; of several objects, the last counts. Cuts a
     long summary after a word, with an ellipsis. `repairs` names what was repaired. `tones` are the
-    template's words for sentiments, accepted beside the usual ones.
+    template's words for sentiments, accepted beside the usual ones. Without `asked_for_summary` it
+    is "".
 
     Raises `BadAnswerError`: `empty_answer`, `not_json`, `no_sentiment`, `bad_sentiment`,
     `no_summary`, `empty_summary`.
@@ -92,6 +94,8 @@ def parse_analysis(
     if sentiment is None:
         shown = json.dumps(fields["sentiment"], default=str)[:80]
         raise BadAnswerError("bad_sentiment", f"sentiment is {shown}, not -1, 0 or 1", answer)
+    if not asked_for_summary:
+        return AnalysisAnswer(sentiment, "", repairs)
     if "summary" not in fields:
         raise BadAnswerError("no_summary", "the answer has no field summary", answer)
     if not isinstance(fields["summary"], str):
@@ -296,21 +300,6 @@ def without_users(text: str, chat: Chat) -> str:
     for name in {m.user_id for m in chat.messages}:
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
     return text
-
-
-def extract(chat: Chat, user_id: str, limit: int) -> str:
-    """Returns the user's first message that says something, whole or shortened, in quotes.
-
-    That is a message with at least three content words, because people mostly begin with their
-    concern; else the message with the most. Numbers, addresses and links do not count.
-    """
-
-    def says(text: str) -> int:
-        return len(set(content_words(_NO_WORD.sub(" ", text))))
-
-    own = [" ".join(text.split()) for text in chat.texts_of(user_id)]
-    telling = next((text for text in own if says(text) >= 3), None) or max(own, key=says)
-    return f"“{shorten(telling, limit - 2)}”"
 
 
 def accuses(text: str, chat: Chat, user_id: str) -> bool:

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jinja2
 
-from chatflow.chat_text import as_data, estimate_tokens, keep_newest
-from chatflow.errors import BadInputError, UsageError
-from chatflow.models.requests import FIRST, Part, Request, Version
+from chatflow.chat_text import KeptMessages, as_data, estimate_tokens, keep
+from chatflow.choices.declared import HEAD, SUFFIX, Choice, choices_of
+from chatflow.choices.heads import Heads, Read
+from chatflow.choices.languages import language_of
+from chatflow.choices.reading import layout_of
+from chatflow.choices.sentences import Sentence, sentences_of, speaker_of
+from chatflow.choices.words import Words, words_of
+from chatflow.errors import BadAnswerError, BadInputError, UsageError
+from chatflow.models.requests import FIRST, Part, Request, Suffix, Version
 from chatflow.models.spec import ModelSpec
 from chatflow.prompts.answers import ANALYSIS_SCHEMA, AnalysisAnswer, parse_analysis
-from chatflow.prompts.templates import Template
+from chatflow.prompts.templates import Template, default_sources
+from chatflow.prompts.truth import draft_faults, said_of, summary_faults
 from chatflow.records import (
     SUMMARY_CHARACTERS,
     Analysis,
     Chat,
+    Draft,
     Identity,
     Message,
     Sentiment,
     now,
 )
+from chatflow.weights.heads import local_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +56,26 @@ class ChatQuestion(Question):
 
     Attributes:
       user_id: the user whose tone is asked for, or to whom the draft speaks.
+      language: that of what the user writes, "" if it is not known.
+      speakers, openings: the fixed texts of a summary in it; see `choices.words`.
       dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
+      sentences: those in the prompt, if it is read.
       analysis: that of the draft's chat; None in a question for an analysis.
+      read: what the analysis was made of, if its prompt was read.
+      instead: the draft in the place of one that the model writes and that is unfit.
     """
 
     chat: Chat
     user_id: str
+    language: str
+    speakers: Mapping[str, str]
+    openings: Mapping[str, str]
     dropped_messages: int
     cut_messages: int
+    sentences: tuple[Sentence, ...] = ()
     analysis: Analysis | None = None
+    read: Read | None = None
+    instead: Draft | None = None
 
     def id_of(self, model: str) -> str:
         """Returns the id of an answer by `model`, which may not be the model that was asked."""
@@ -113,6 +134,16 @@ class Prompt:
         """Returns the prompt of a block as a part of a request."""
         raise NotImplementedError
 
+    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
+        """Returns a part whose answer is held against the chat, if the model writes freely."""
+        return part
+
+    @functools.cached_property
+    def words(self) -> Mapping[str, Words]:
+        """Returns the fixed texts by language: chatflow's own, and the folder's in their place."""
+        sources = {**default_sources(), **dict(self.template.sources)}
+        return words_of(sources, self.template.folder)
+
     @property
     def result_name(self) -> str:
         """Returns the name of the model in results."""
@@ -125,7 +156,8 @@ class Prompt:
 
     @functools.cached_property
     def version(self) -> str:
-        return self.template.version(*self.block_names, self.max_prompt_tokens)
+        tables = [source for source in self.template.sources if source[0].endswith(".toml")]
+        return self.template.version(*self.block_names, self.max_prompt_tokens, *tables)
 
     @functools.cached_property
     def shared(self) -> Mapping[str, str]:
@@ -141,18 +173,22 @@ class Prompt:
         return common[: common.rfind("\n") + 1]  # whole lines, so that no token spans the end
 
     def _shared_length(self, block: str, text: str) -> int:
+        if block not in self.shared:
+            return 0
         return len(self.shared[block]) if text.startswith(self.shared[block]) else 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def question(self, chat: Chat, user_id: str, analysis: Analysis | None = None) -> ChatQuestion:
+    def question(
+        self, chat: Chat, user_id: str, analysis: Analysis | None = None, read: Read | None = None
+    ) -> ChatQuestion:
         """Renders all blocks for one user of a chat.
 
         Raises `BadInputError` (`template_error`) if the template fails on this chat.
         """
-        budget = self.max_prompt_tokens - self._overhead
-        kept = keep_newest(chat, user_id, max(budget, 64))
+        kept = keep(chat, user_id, self._own_budget)
+        sentences: tuple[Sentence, ...] = ()
         try:
             parts = [
                 self.part(
@@ -163,8 +199,18 @@ class Prompt:
                 )
                 for block in self.block_names
             ]
+            parts = [self.checked(part, chat, user_id) for part in parts]
+            if READING in self.block_names:
+                parts[0], sentences = laid_out(parts[0], chat, kept, user_id)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
+        language = language_of(
+            chat.texts_of(user_id),
+            chat.attributes.get("language", ""),
+            around=[message.text for message in chat.said if message.user_id != user_id],
+            usual=tuple(self.words),
+        )
+        words = self.words.get(language, self.words["en"])
         identity = Identity.of(chat, user_id, self.version, self.result_name)
         request = Request(
             id=identity.digest(),
@@ -177,7 +223,8 @@ class Prompt:
         )
         return ChatQuestion(
             request, self.version, self.template.settings,
-            chat, user_id, kept.dropped, kept.cut, analysis,
+            chat, user_id, language, words.speakers, words.openings,
+            kept.dropped, kept.cut, sentences, analysis, read,
         )  # fmt: skip
 
     @property
@@ -188,14 +235,21 @@ class Prompt:
     def _beside(self, block: str, *values: Any) -> str:
         return self._render(block, *values) if block in self.template.blocks else ""
 
-    @functools.cached_property
-    def _overhead(self) -> int:
-        """Returns the estimated tokens of the longest block for a chat of two short messages."""
+    def _budget(self, blocks: Sequence[str]) -> int:
+        """Returns what the longest of some blocks leaves for a chat, in estimated tokens."""
         chat, user_id, analysis = _PROBES[0]
-        return max(
-            estimate_tokens(self._render(block, chat, chat.messages, user_id, analysis))
-            for block in self.block_names
+        longest = max(
+            (
+                estimate_tokens(self._render(block, chat, chat.messages, user_id, analysis))
+                for block in blocks
+            ),
+            default=0,
         )
+        return max(self.max_prompt_tokens - longest, 64)
+
+    @functools.cached_property
+    def _own_budget(self) -> int:
+        return self._budget(self.block_names)
 
     def _render(
         self,
@@ -205,10 +259,14 @@ class Prompt:
         user_id: str,
         analysis: Analysis | None,
     ) -> str:
+        has_roles = any(message.role for message in chat.messages)
         view: dict[str, Any] = {
             # Without its messages, because they may not fit the budget.
             "chat": {k: _data_view(v) for k, v in dict(chat).items() if k != "messages"},
-            "messages": [_data_view(message) for message in messages],
+            "messages": [
+                {**_data_view(message), "speaker": speaker_of(message, user_id, has_roles)}
+                for message in messages
+            ],
             "user_id": as_data(user_id),
         }
         if analysis is not None:
@@ -229,31 +287,106 @@ def _data_view(value: Any) -> Any:
     return value
 
 
+READING = "reading"
+"""The block of a prompt that is only read."""
+
+
+def check_summary(
+    read: Callable[[str], AnalysisAnswer], chat: Chat, user_id: str, answer: str
+) -> None:
+    """Raises `BadAnswerError` as `read` does, or if the summary says what the chat does not."""
+    if faults := summary_faults(read(answer).summary, chat, user_id):
+        raise BadAnswerError("untrue", said_of(faults), answer)
+
+
+def check_draft(chat: Chat, user_id: str, answer: str) -> None:
+    """Raises `BadAnswerError` if a draft says what the chat does not, promises or admits."""
+    if faults := draft_faults(answer, chat, user_id):
+        raise BadAnswerError("untrue", said_of(faults), answer)
+
+
+def laid_out(
+    part: Part, chat: Chat, kept: KeptMessages, user_id: str
+) -> tuple[Part, tuple[Sentence, ...]]:
+    """Returns a part with its layout, and the chat's sentences in it.
+
+    Raises `TypeError` if the template does not show all of them.
+    """
+    seen = chat.model_copy(update={"messages": kept.messages})
+    sentences = tuple(sentences_of(seen, user_id))
+    layout = layout_of(part.prompt, part.shared, seen, sentences)
+    if layout is None:
+        raise TypeError("block reading must show each message's text, as it is")
+    placed = tuple(s._replace(message=kept.places[s.message]) for s in sentences)
+    return dataclasses.replace(part, layout=layout), placed
+
+
+@functools.lru_cache(maxsize=8)
+def _known_heads(path: str, written: float) -> Heads:
+    return Heads.load(path)
+
+
 def tones_of(settings: Mapping[str, Any]) -> dict[str, Sentiment]:
     return {word: Sentiment(value) for word, value in settings["tones"].items()}
 
 
-def reader(settings: Mapping[str, Any]) -> Callable[[str], AnalysisAnswer]:
+def reader(
+    settings: Mapping[str, Any], asked_for_summary: bool = True
+) -> Callable[[str], AnalysisAnswer]:
     """Returns `answers.parse_analysis` for answers to a template with these settings."""
     return functools.partial(
         parse_analysis,
         summary_characters=settings["summary_characters"],
         tones=tones_of(settings),
+        asked_for_summary=asked_for_summary,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisPrompt(Prompt):
-    """Asks for tone and summary."""
+    """Asks for tone and summary.
+
+    `heads` are those of the model, if it has some and the template a block to be read.
+    """
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        """Returns `json` if the model writes JSON or the template has no other way to ask."""
+        """Returns `reading` if the model has heads, `json` if it writes JSON or has no other way.
+
+        A template without a block `summary` has summaries composed.
+        """
         blocks = self.template.blocks
-        asks_in_parts = {"tone", "summary"} <= blocks
-        if "json" in blocks and (self.model.writes_json or not asks_in_parts):
+        if READING in blocks and self.model.own_heads:
+            return (READING,)
+        if "json" in blocks and (self.model.writes_json or "tone" not in blocks):
             return ("json",)
-        return ("tone", "summary")
+        return ("tone", "summary") if "summary" in blocks else ("tone",)
+
+    @functools.cached_property
+    def suffixes(self) -> tuple[Suffix, ...]:
+        """Returns what is asked behind a chat that is read: the choices without heads."""
+        return tuple(
+            Suffix(
+                choice.name,
+                f"\n{choice.ask}",
+                tuple(choice.values),
+                tuple(f" {value.replace('_', ' ')}" for value in choice.values),
+            )
+            for choice in self.choices
+            if choice.by == SUFFIX
+        )
+
+    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
+        if part.check is None:
+            return part
+        read = reader(self.template.settings)
+        check = functools.partial(check_summary, read, chat, user_id)
+        return dataclasses.replace(part, check=check)
+
+    @functools.cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """Returns what is chosen of a chat that is read."""
+        return choices_of(dict(self.template.sources), self.template.folder)
 
     def check_settings(self) -> None:
         where = self.template.where
@@ -286,11 +419,49 @@ class AnalysisPrompt(Prompt):
                     f"{where}: tone_bias of {model!r} must have a number for each of {list(tones)}"
                 )
 
+        languages = self.template.settings.get("proven_languages", [])
+        if not isinstance(languages, (list, tuple)) or not all(
+            isinstance(language, str) for language in languages
+        ):
+            raise UsageError(f"{where}: proven_languages must list codes; found {languages!r}")
+        _ = self.words
+        if READING in self.block_names:
+            self._check_heads()
         temperatures = self.template.settings.get("tone_temperature", {})
         if not isinstance(temperatures, dict) or not all(
             isinstance(value, (int, float)) and value > 0 for value in temperatures.values()
         ):
             raise UsageError(f"{where}: tone_temperature must map models to numbers above 0")
+
+    def _check_heads(self) -> None:
+        """Raises `UsageError` if the heads were fitted for other choices or another template."""
+        heads = self.model.own_heads
+        path = local_heads(heads)
+        known = _known_heads(path, os.path.getmtime(path) if os.path.exists(path) else 0)
+        made = {head.name: (head.over, head.kind, head.values) for head in known.heads}
+        where = f"--heads={heads}: "
+        if known.template != self.reading_hash:
+            raise UsageError(
+                f"{where}fitted on chats as another template shows them than "
+                f"{self.template.where}, block reading; fit others with `chatflow tune`, or give "
+                "--heads=none"
+            )
+        for choice in self.choices:
+            found = made.get(choice.name)
+            if choice.by == HEAD and found != (choice.over, choice.kind, tuple(choice.values)):
+                raise UsageError(
+                    f"{where}has no head for {choice.name} as {self.template.folder}/choices.toml "
+                    "declares it; fit one with `chatflow tune`"
+                )
+        if (tone := made.get("tone")) is None or set(tone[2]) != set(self.tones):
+            raise UsageError(f"{where}has no head for the tone, of {', '.join(self.tones)}")
+
+    @functools.cached_property
+    def reading_hash(self) -> str:
+        """Returns a hash of how a chat is shown to be read, whatever comments a template has."""
+        chat, user_id, _ = _PROBES[0]
+        shown = self._render(READING, chat, chat.messages, user_id, None)
+        return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
     @property
     def tones(self) -> dict[str, Sentiment]:
@@ -311,6 +482,19 @@ class AnalysisPrompt(Prompt):
                 return table[known]
         return None
 
+    def reading(self, chat: Chat, user_id: str) -> tuple[Part, tuple[Sentence, ...]]:
+        """Returns the part that is read of a chat, and its sentences, whatever the model has.
+
+        Raises `BadInputError` (`template_error`) if the template fails on this chat.
+        """
+        kept = keep(chat, user_id, self._budget([READING]))
+        try:
+            text = self._render(READING, chat, kept.messages, user_id, None)
+            part = self.part(READING, text, "", "")
+            return laid_out(part, chat, kept, user_id)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise BadInputError("template_error", self.template.error_at(error)) from None
+
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         settings = self.template.settings
         if block == "tone":
@@ -323,6 +507,13 @@ class AnalysisPrompt(Prompt):
                 values=tuple(int(value) for value in self.tones.values()),
                 bias=tuple(bias[word] for word in self.tones),
                 temperature=float(self._fitted("tone_temperature") or 1.0),
+            )
+        if block == READING:
+            return Part(
+                field=None,
+                prompt=text,
+                shared=self._shared_length(block, text),
+                suffixes=self.suffixes,
             )
         common: dict[str, Any] = {
             "prompt": text,
@@ -350,17 +541,19 @@ class AnalysisPrompt(Prompt):
 
 @dataclasses.dataclass(frozen=True)
 class DraftPrompt(Prompt):
-    """Asks for an apology to an angry user."""
+    """Asks for an apology to an angry user; without a block `draft` it is composed."""
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        return ("draft",)
+        return ("draft",) if "draft" in self.template.blocks else ()
+
+    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
+        return dataclasses.replace(part, check=functools.partial(check_draft, chat, user_id))
 
     def check_settings(self) -> None:
         where = self.template.where
-        if "draft" not in self.template.blocks:
-            raise UsageError(f"{where}: has no block draft")
-        for name in ("draft_characters", "answer_tokens"):
+        _ = self.words
+        for name in ("draft_characters", "answer_tokens") if self.block_names else ():
             if self.template.setting(name, int) < 1:
                 raise UsageError(f"{where}: {name} must be at least 1")
         for name in ("draft_confidence", "draft_grounding"):

@@ -29,7 +29,7 @@ from apache_beam.io.filesystems import FileSystems
 from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.models.spec import ModelSpec
 from chatflow.options import Options
-from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt, Prompt
+from chatflow.prompts.questions import READING, AnalysisPrompt, DraftPrompt, Prompt
 from chatflow.prompts.templates import load_folder
 from chatflow.records import Chat
 
@@ -38,7 +38,7 @@ PromptT = TypeVar("PromptT", bound=Prompt)
 _log = logging.getLogger(__name__)
 
 FIELDS = (
-    "inference", "model", "model_kind", "state_dict_path", "adapter", "prompts",
+    "inference", "model", "model_kind", "state_dict_path", "adapter", "heads", "prompts",
     "max_prompt_tokens", "dtype", "quantization", "vllm_args", "model_updates",
 )  # fmt: skip
 """The flags that an entry may set."""
@@ -210,7 +210,7 @@ def _entry(
             raise UsageError(f"{where}: {name}: must be {kind.__name__}; found {value!r}")
     if "model" in flags:  # these flags belong to one model
         options = dataclasses.replace(
-            options, state_dict_path="", adapter="auto", vllm_args="", model_updates=""
+            options, state_dict_path="", adapter="", heads="auto", vllm_args="", model_updates=""
         )
     try:
         own = dataclasses.replace(options, **flags)
@@ -227,9 +227,10 @@ def _route(
 ) -> Route:
     spec = spec_of(options)
     folder = options.prompts or ("instruct" if spec.instruct else "base")
-    if spec.adapter == "auto" and spec.own_adapter:
-        # Prompts that were fitted with chatflow's own adapter have constants for it.
-        fitted = load_folder(folder)["analysis"].settings.get("tone_bias", {})
-        if isinstance(fitted, dict) and spec.result_name not in fitted:
-            spec = dataclasses.replace(spec, adapter="none")
+    if spec.heads == "auto" and spec.own_heads and not _has_reading(folder):
+        spec = dataclasses.replace(spec, heads="none")
     return Route(spec, folder, options.max_prompt_tokens, keys, overrides)
+
+
+def _has_reading(folder: str) -> bool:
+    return READING in load_folder(folder)["analysis"].blocks

@@ -64,7 +64,8 @@ class Template:
             tree = environment.parse(dict(self.sources)[self.name], self.name)
             constants = _constants(tree)
             for name, source in self.sources:
-                environment.parse(source, name)
+                if name.endswith(".jinja"):
+                    environment.parse(source, name)
             return environment.get_template(self.name), constants, _blocks(tree)
         except jinja2.TemplateSyntaxError as error:
             where = f"{self.folder}/{error.name or self.name}:{error.lineno}"
@@ -162,6 +163,7 @@ def load_folder(path: str) -> dict[str, Template]:
     return {
         name.removesuffix(".jinja"): Template(name, where, tuple(sources.items()))
         for name in sources
+        if name.endswith(".jinja")
     }
 
 
@@ -176,14 +178,22 @@ def load_template(path: str | os.PathLike[str]) -> Template:
 
 def _sources(folder: str, what: str) -> dict[str, str]:
     sources = {}
+    patterns = [FileSystems.join(folder, ending) for ending in ("*.jinja", "*.toml")]
     try:
-        files = FileSystems.match([FileSystems.join(folder, "*.jinja")])[0].metadata_list
+        files = [file for found in FileSystems.match(patterns) for file in found.metadata_list]
         for path in sorted(file.path for file in files):
             with FileSystems.open(path) as file:
                 sources[FileSystems.split(path)[1]] = file.read().decode()
     except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{what} cannot be read: {one_line(error)}") from None
     return sources
+
+
+@functools.cache
+def default_sources() -> dict[str, str]:
+    """Returns chatflow's own fixed texts by file."""
+    folder = default_folder() / "base"
+    return {path.name: path.read_text() for path in sorted(folder.glob("words.*.toml"))}
 
 
 def default_folder() -> Path:
