@@ -225,9 +225,14 @@ class ModelSettings(Settings):
         "(torch.save) or a file of safetensors, local or gs://.", _WORKER,
     )  # fmt: skip
     adapter: str = flag(
-        "auto", "LoRA weights of a Gemma on the worker, as `chatflow tune` makes them, "
-        "*.lora.h5, local or gs://; auto: chatflow's own, where the prompts have tone_bias for it; "
-        "none.",
+        "", "LoRA weights of a Gemma on the worker, as `chatflow tune` makes them, "
+        "*.lora.h5, local or gs://.",
+        _WORKER,
+    )  # fmt: skip
+    heads: str = flag(
+        "auto", "What chooses tone, fields and sentences from the states of a Gemma on the worker, "
+        "as `chatflow tune` makes it, *.heads.npz, local or gs://; auto: chatflow's own, if the "
+        "model has some; none: the tone is scored behind examples.",
         _WORKER,
     )  # fmt: skip
 

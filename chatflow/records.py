@@ -233,11 +233,30 @@ class Event(Record):
         return pydantic_core.to_json(wire).decode()
 
 
+class FieldValue(Record):
+    """What was chosen for a chat: one value, or all that apply, and how probable that is."""
+
+    value: str | tuple[str, ...]
+    confidence: float | None = None
+
+
+class Quotation(Record):
+    """Words of a message that a text quotes; `message` is its place in the chat, from 0."""
+
+    message: int
+    text: str
+    message_id: Id | None = None
+
+
 class Analysis(Record):
     """How one user of one chat feels, and what the chat is about.
 
     Attributes:
-      summary_source: `model`, or `extract`: the user's words instead of an ungrounded summary.
+      summary_source: `model`, or `quotations`: composed of what the chat says.
+      quotations: what a composed summary quotes.
+      fields: what else was chosen, by name: `topic`, `resolved`, …; see `choices.toml`.
+      language: that of the user's words, in ISO 639-1, if it is known.
+      unproven_language: true if nothing is known of how good the model is in this language.
       tone_scores: log-probability of each tone word, before `tone_bias`; for models that score it.
       confidence: probability of the sentiment from (scores - bias) / `tone_temperature`.
       dropped_messages: oldest messages left out of the prompt to keep its token budget.
@@ -251,7 +270,11 @@ class Analysis(Record):
     revision: int
     sentiment: Sentiment
     summary: str = Field(min_length=1, max_length=SUMMARY_CHARACTERS)
-    summary_source: Literal["model", "extract"] = "model"
+    summary_source: Literal["model", "quotations"] = "model"
+    quotations: tuple[Quotation, ...] = ()
+    fields: dict[str, FieldValue] = Field(default_factory=dict)
+    language: str | None = None
+    unproven_language: bool | None = None
     tone_scores: dict[str, float] | None = None
     confidence: float | None = None
     dropped_messages: int = 0
@@ -262,7 +285,10 @@ class Analysis(Record):
     analysed_at: Time
 
 
-Flag = Literal["low_confidence", "ungrounded", "refused_phrase", "accuses_customer", "failed"]
+Flag = Literal[
+    "low_confidence", "third_party", "no_evidence", "unproven_language", "ungrounded",
+    "refused_phrase", "accuses_customer", "failed",
+]  # fmt: skip
 
 FAILED: Flag = "failed"
 
@@ -274,9 +300,14 @@ class Draft(Record):
 
     Attributes:
       flag: why a customer who seems angry has no text. `low_confidence`: the model is not sure
-        enough of the anger. `ungrounded`: it wrote of what the customer did not. `refused_phrase`:
-        it wrote what no draft may say. `accuses_customer`: it says of the customer what the
-        customer says of us. `failed`: in databases only; a dead letter says what went wrong.
+        enough of the anger. `third_party`: it is at somebody else. `no_evidence`: nothing that the
+        customer wrote can be quoted for it. `unproven_language`: see `Analysis`. `ungrounded`: it
+        wrote of what the customer did not. `refused_phrase`: it wrote what no draft may say.
+        `accuses_customer`: it says of the customer what the customer says of us. `failed`: in
+        databases only; a dead letter says what went wrong.
+      grievances: what went wrong for the customer, the main one first, if that was chosen.
+      evidence: the customer's words that a composed text quotes.
+      confidence: how probable it is that the customer is angry, and at the company.
       model: the one that wrote the text, or would have written it.
     """
 
@@ -287,6 +318,9 @@ class Draft(Record):
     revision: int
     text: str | None = Field(default=None, min_length=1)
     flag: Flag | None = None
+    grievances: tuple[str, ...] = ()
+    evidence: tuple[Quotation, ...] = ()
+    confidence: float | None = None
     repairs: tuple[str, ...] = ()
     model: str
     prompt_version: str
@@ -418,10 +452,11 @@ def digest(*texts: str) -> str:
 
 
 class AnalysedChat(NamedTuple):
-    """A chat with its analysis."""
+    """A chat with its analysis; `read` is what it was made of, if a model has read the chat."""
 
     chat: Chat
     analysis: Analysis
+    read: Any = None  # a `choices.heads.Read`, which stands above records
 
     def to_json(self) -> str:
         return f'{{"chat":{self.chat.to_json()},"analysis":{self.analysis.to_json()}}}'

@@ -227,7 +227,7 @@ def _clean(value: Any) -> Any:
         return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
     if isinstance(value, dict):
         return {_clean(key): _clean(part) for key, part in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_clean(part) for part in value]
     if isinstance(value, IntEnum):
         return int(value)

@@ -66,7 +66,7 @@ def _spaced(parts: dict[str, int]) -> dict[str, int]:
     return {name.replace("_", " "): value for name, value in parts.items() if value}
 
 
-_SOURCES = {"model": "by the model", "extract": "the user's own words"}
+_SOURCES = {"model": "by the model", "quotations": "composed of quotations"}
 
 
 def counts_table(summary: Summary) -> Table:
@@ -164,7 +164,9 @@ def _state() -> list[tuple[str, int, int]]:
     counts = metrics.local_counts()
     letters = sum(v for k, v in counts.items() if k.startswith("dead_letters/"))
     read = counts.get("lines_read", 0)
-    drafts = counts.get("answered/apology", 0) + counts.get("drafts_flagged/low_confidence", 0)
+    drafts = counts.get("drafted", 0) + sum(
+        count for name, count in counts.items() if name.startswith("drafts_flagged/")
+    )
     return [
         ("lines read", read, read),
         ("analyses", counts.get("answered/analysis", 0), counts.get("asked", 0)),

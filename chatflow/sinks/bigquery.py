@@ -270,6 +270,8 @@ def _column(annotation: Any, required: bool) -> dict[str, str]:
     if origin is typing.Annotated:
         return _column(arguments[0], required)
     mode = "REQUIRED" if required else "NULLABLE"
+    if origin is tuple and issubclass(arguments[0], Record):
+        return {"type": "JSON", "mode": "NULLABLE"}
     if origin is tuple:
         return {"type": _TYPES[arguments[0]], "mode": "REPEATED"}
     if origin is dict:
@@ -281,7 +283,9 @@ def _column(annotation: Any, required: bool) -> dict[str, str]:
     return {"type": _TYPES[annotation], "mode": mode}
 
 
-_TYPES = {str: "STRING", int: "INTEGER", float: "FLOAT", datetime: "TIMESTAMP"}
+_TYPES = {
+    str: "STRING", int: "INTEGER", float: "FLOAT", bool: "BOOLEAN", datetime: "TIMESTAMP"
+}  # fmt: skip
 
 _CHANGE = "_CHANGE_TYPE"  # a pseudo-column of change data capture
 
@@ -296,7 +300,8 @@ def descriptor(kind: type[Record], upsert: bool = True) -> Any:
     from google.protobuf.descriptor_pb2 import FieldDescriptorProto as Field
 
     numbers = {
-        "INTEGER": Field.TYPE_INT64, "TIMESTAMP": Field.TYPE_INT64, "FLOAT": Field.TYPE_DOUBLE
+        "INTEGER": Field.TYPE_INT64, "TIMESTAMP": Field.TYPE_INT64, "FLOAT": Field.TYPE_DOUBLE,
+        "BOOLEAN": Field.TYPE_BOOL,
     }  # fmt: skip
     made = DescriptorProto(name=kind.__name__)
     change = {"name": _CHANGE, "type": "STRING", "mode": "NULLABLE"}
@@ -343,11 +348,12 @@ def to_rows(record: Record, upsert: bool = True) -> list[bytes]:
 
 def _values(record: Record, key: str, upsert: bool) -> dict[str, Any]:
     values: dict[str, Any] = {id_column(type(record)): key}
+    as_json = {c["name"] for c in columns(type(record)) if c["type"] == "JSON"}
     for name in type(record).model_fields:
         value = getattr(record, name)
         if isinstance(value, datetime):
             value = round(value.timestamp() * 1_000_000)
-        elif isinstance(value, dict):
+        elif name in as_json and value is not None:
             value = pydantic_core.to_json(value, inf_nan_mode="null").decode()
         if value is not None:
             values[name] = value

@@ -5,21 +5,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.pvalue import AsIter
 
 from chatflow import metrics
+from chatflow.choices.heads import Chosen, Read
+from chatflow.choices.plain import plainly_read
+from chatflow.choices.sentences import Sentence
+from chatflow.choices.summaries import composed
 from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadAnswerError
 from chatflow.models.spec import Model
-from chatflow.prompts.answers import copies_template, extract, grounding, repeats_itself
-from chatflow.prompts.questions import AnalysisPrompt, ChatQuestion, reader
+from chatflow.prompts.answers import copies_template, grounding, repeats_itself
+from chatflow.prompts.questions import AnalysisPrompt, ChatQuestion, reader, tones_of
 from chatflow.prompts.routes import Routed
+from chatflow.prompts.truth import summary_faults
 from chatflow.prompts.updates import Updates, newest
-from chatflow.records import AnalysedChat, Analysis, Chat, Sentiment, now
+from chatflow.records import (
+    AnalysedChat,
+    Analysis,
+    Chat,
+    FieldValue,
+    Quotation,
+    Sentiment,
+    now,
+)
 from chatflow.stages.ask import Answered, AskModel
 
 
@@ -82,47 +96,141 @@ def analysed(answered: Answered[ChatQuestion]) -> Iterable[AnalysedChat]:
     metrics.count(f"summaries/{analysis.summary_source}")
     for repair in analysis.repairs:
         metrics.count(f"repaired/{repair}")
-    yield AnalysedChat(answered.question.chat, analysis)
+    yield AnalysedChat(answered.question.chat, analysis, read_of(answered))
+
+
+def read_of(answered: Answered[ChatQuestion]) -> Read | None:
+    """Returns what was read and chosen for an answer, or None if its prompt was not read."""
+    question, answer = answered
+    return Read(question.sentences, answer.chosen) if answer.chosen is not None else None
 
 
 def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
-    """Parses the answer; replaces a summary that is not about this chat.
+    """Makes the record of an answer.
+
+    A summary that the model did not write, or wrote of something else, is composed of the chat's
+    own sentences.
 
     Raises:
       BadAnswerError: see `prompts.answers.parse_analysis`; adds the model's finish reason.
     """
     question, answer = answered
-    settings, chat = question.settings, question.chat
-    try:
-        parsed = reader(settings)(answer.text)
-    except BadAnswerError as error:
-        raise error.explained(answer.circumstances) from None
-    summary, source = parsed.summary, "model"
-    needed = settings["summary_grounding"]
-    if (
-        (needed and grounding(summary, chat, question.user_id) < needed)
-        or repeats_itself(summary)
-        or any(copies_template(summary, part.prompt, chat) for part in question.request.parts)
-    ):
-        summary, source = extract(chat, question.user_id, settings["summary_characters"]), "extract"
+    settings, chat, user_id = question.settings, question.chat, question.user_id
+    language = question.language
+    proven = settings.get("proven_languages")
+    unproven = bool(language) and proven is not None and language not in proven
+    made: dict[str, Any] = {}
+    repairs = answer.repairs
+    if answer.chosen is not None:
+        tone, sure = tone_of(answer.chosen, settings)
+        made = {"sentiment": tone, "confidence": sure, "fields": fields_of(answer.chosen)}
+    else:
+        try:
+            of_summary = any(part.field != "sentiment" for part in question.request.parts)
+            parsed = reader(settings, of_summary)(answer.text)
+        except BadAnswerError as error:
+            raise error.explained(answer.circumstances) from None
+        repairs += parsed.repairs
+        made = {
+            "sentiment": parsed.sentiment,
+            "confidence": confidence(answered, parsed.sentiment),
+        }
+        if parsed.summary and is_beside_the_point(parsed.summary, question):
+            repairs += ("composed",)
+        elif parsed.summary:
+            made["summary"] = parsed.summary
+    if "summary" not in made:
+        made |= summary_of(question, read_of(answered), not unproven)
     return Analysis.model_validate(
         {
             "analysis_id": question.id_of(answer.model),
             "chat_id": chat.chat_id,
-            "user_id": question.user_id,
+            "user_id": user_id,
             "revision": chat.revision,
-            "sentiment": parsed.sentiment,
-            "summary": summary,
-            "summary_source": source,
+            "language": language or None,
+            "unproven_language": unproven or None,
             "tone_scores": dict(answer.tone_scores) or None,
-            "confidence": confidence(answered, parsed.sentiment),
             "dropped_messages": question.dropped_messages,
             "cut_messages": question.cut_messages,
-            "repairs": (*answer.repairs, *parsed.repairs),
+            "repairs": repairs,
             "model": answer.model,
             "prompt_version": question.prompt_version,
             "analysed_at": now(),
+            **made,
         }
+    )
+
+
+def tone_of(chosen: Chosen, settings: Mapping[str, Any]) -> tuple[Sentiment, float]:
+    """Returns the likeliest tone, and how probable it is."""
+    tones = tones_of(settings)
+    name, sure = max(chosen.chat["tone"].items(), key=lambda pair: pair[1])
+    return tones[name], sure
+
+
+LEAST_GRIEVANCE = 0.5
+"""How probable one of all that apply has to be."""
+
+
+def fields_of(chosen: Chosen) -> dict[str, FieldValue]:
+    """Returns what was chosen for the chat, beside the tone."""
+    found: dict[str, FieldValue] = {}
+    for name, values in chosen.chat.items():
+        likeliest, sure = max(values.items(), key=lambda pair: pair[1])
+        if name in chosen.sets:
+            apply = {value: p for value, p in values.items() if p >= LEAST_GRIEVANCE}
+            some = tuple(sorted(apply, key=lambda value: -apply[value]))
+            found[name] = FieldValue(value=some, confidence=sure if some else round(1 - sure, 4))
+        elif name != "tone":
+            found[name] = FieldValue(value=likeliest, confidence=sure)
+    return found
+
+
+def is_beside_the_point(summary: str, question: ChatQuestion) -> bool:
+    """Returns whether a summary says what its chat does not, or repeats itself or its prompt."""
+    needed = question.settings["summary_grounding"]
+    chat, user_id = question.chat, question.user_id
+    return (
+        bool(needed and grounding(summary, chat, user_id) < needed)
+        or repeats_itself(summary)
+        or bool(summary_faults(summary, chat, user_id))
+        or any(copies_template(summary, part.prompt, chat) for part in question.request.parts)
+    )
+
+
+def summary_of(question: ChatQuestion, read: Read | None, proven: bool) -> dict[str, Any]:
+    """Returns a summary of quotations, as fields of an analysis.
+
+    Only where the model is proven, an opening says how a chat stands.
+    """
+    chat, settings = question.chat, question.settings
+    opening = ""
+    if read is not None and proven and "resolved" in read.chosen.chat:
+        state, sure = max(read.chosen.chat["resolved"].items(), key=lambda pair: pair[1])
+        if sure >= settings.get("opening_confidence", 2.0):
+            opening = question.openings["resolved" if state == "yes" else "unresolved"]
+    read = read or plainly_read(chat, question.user_id)
+    parts = np.array(read.chosen.parts["part"], np.float32).reshape(-1, 4)
+    limit = settings["summary_characters"]
+    text, quoted = composed(read.sentences, parts, limit, opening, question.speakers)
+    return {
+        "summary": text,
+        "summary_source": "quotations",
+        "quotations": quotations(chat, read.sentences, [at for q in quoted for at in q.sentences]),
+    }
+
+
+def quotations(
+    chat: Chat, sentences: Sequence[Sentence], quoted: Iterable[int]
+) -> tuple[Quotation, ...]:
+    """Returns quoted sentences as they are in a record."""
+    return tuple(
+        Quotation(
+            message=sentences[at].message,
+            text=sentences[at].text,
+            message_id=chat.messages[sentences[at].message].message_id,
+        )
+        for at in quoted
     )
 
 

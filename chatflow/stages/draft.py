@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.pvalue import AsIter
 
 from chatflow import metrics
+from chatflow.choices.drafts import apology
+from chatflow.choices.heads import Read
+from chatflow.choices.plain import plainly_read
+from chatflow.choices.words import Words
 from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadAnswerError, BadInputError
 from chatflow.models.spec import Model
@@ -23,10 +27,12 @@ from chatflow.prompts.answers import (
 )
 from chatflow.prompts.questions import ChatQuestion, DraftPrompt
 from chatflow.prompts.routes import Routed
+from chatflow.prompts.truth import draft_faults
 from chatflow.prompts.updates import Updates, newest
 from chatflow.records import (
     FAILED,
     AnalysedChat,
+    Analysis,
     DeadLetter,
     Draft,
     Flag,
@@ -34,6 +40,7 @@ from chatflow.records import (
     digest,
     now,
 )
+from chatflow.stages.analyse import quotations
 from chatflow.stages.ask import Answered, AskModel
 from chatflow.stages.replay import open_analysis
 
@@ -84,16 +91,66 @@ def ask_for_draft(
     analysed: AnalysedChat,
     updates: Iterable[Updates] = (),
 ) -> Iterable[ChatQuestion | Draft]:
-    """Yields a question for the model, or a flagged draft if the analysis is too unsure."""
-    chat, analysis = analysed
+    """Yields a question for the model, or a draft where none is needed.
+
+    That is a flag if the analysis is too unsure or the anger is at somebody else, and a composed
+    text if the prompt folder has no block `draft`.
+    """
+    chat, analysis, read = analysed
     metrics.count("drafts_asked")
     asking = newest(updates, "draft", prompt).of(chat)
-    question = asking.question(chat, analysis.user_id, analysis)
-    least = question.settings.get("draft_confidence", 0)
-    if analysis.confidence is not None and analysis.confidence < least:
-        yield counted(draft_of(question, asking.result_name, flag="low_confidence"))
+    question = asking.question(chat, analysis.user_id, analysis, read)
+    sure = confidence(analysis, read)
+    if sure is not None and sure < question.settings.get("draft_confidence", 0):
+        toward = read.chosen.chat.get("toward", {}) if read is not None else {}
+        by_others = toward.get("third_party", 0.0) > toward.get("company", 0.0)
+        flag: Flag = "third_party" if by_others else "low_confidence"
+        yield counted(draft_of(question, asking.result_name, flag=flag))
+        return
+    made = composed(question, asking.result_name, asking.words)
+    if asking.block_names:
+        yield dataclasses.replace(question, instead=made)
     else:
-        yield question
+        yield counted(made)
+
+
+def confidence(analysis: Analysis, read: Read | None) -> float | None:
+    """Returns how probable it is that the customer is angry, and at the company; None: unknown."""
+    toward = read.chosen.chat.get("toward") if read is not None else None
+    if toward is None or analysis.confidence is None:
+        return analysis.confidence
+    company, third_party = toward.get("company", 1.0), toward.get("third_party", 0.0)
+    return round(analysis.confidence * company / max(company + third_party, 1e-6), 4)
+
+
+def composed(question: ChatQuestion, model: str, texts: Mapping[str, Words]) -> Draft:
+    """Returns an apology of approved clauses and the customer's words, or a flag.
+
+    `texts` are the fixed texts by language.
+    """
+    chat, analysis = question.chat, question.analysis
+    assert analysis is not None  # set by ask_for_draft
+    words = texts.get(analysis.language or "en")
+    if words is None or analysis.unproven_language:
+        return draft_of(question, model, flag="unproven_language")
+    read = question.read or plainly_read(chat, question.user_id)
+    made = apology(
+        read.sentences,
+        words,
+        read.chosen.chat.get("grievances", {}),
+        read.chosen.column("evidence", "yes"),
+        read.chosen.column("impact", "yes"),
+        read.chosen.chat.get("resolved", {}).get("yes", 0.0),
+    )
+    return draft_of(
+        question,
+        model,
+        text=made.text,
+        flag=made.flag,
+        grievances=made.grievances,
+        evidence=quotations(chat, read.sentences, made.quoted),
+        confidence=confidence(analysis, question.read),
+    )
 
 
 def _is_flagged(asked: ChatQuestion | Draft, _: int) -> int:
@@ -126,12 +183,25 @@ def to_draft(answered: Answered[ChatQuestion]) -> Draft:
     chat, user_id = question.chat, question.user_id
     if settings.get("flag_accusations", False) and accuses(answer.text, chat, user_id):
         return draft_of(question, answer.model, flag="accuses_customer")
+    if draft_faults(parsed.text, chat, user_id):
+        assert question.instead is not None  # set by ask_for_draft
+        repairs = (*answer.repairs, *parsed.repairs)
+        if question.instead.text is not None:
+            repairs += ("composed",)
+        kept = {"repairs": repairs, "model": answer.model, "draft_id": question.id_of(answer.model)}
+        return question.instead.model_copy(update=kept)
     needed = settings.get("draft_grounding", 0)
     # Only the model's words count, without the template's around them.
     written = answer.text.strip().removesuffix(asked.tail).removeprefix(asked.lead)
     if needed and draft_grounding(written, chat, user_id) < needed:
         return draft_of(question, answer.model, flag="ungrounded")
-    return draft_of(question, answer.model, text=parsed.text, repairs=parsed.repairs)
+    return draft_of(
+        question,
+        answer.model,
+        text=parsed.text,
+        repairs=(*answer.repairs, *parsed.repairs),
+        confidence=question.analysis.confidence if question.analysis else None,
+    )
 
 
 def draft_of(
@@ -140,6 +210,7 @@ def draft_of(
     text: str | None = None,
     flag: Flag | None = None,
     repairs: tuple[str, ...] = (),
+    **others: Any,
 ) -> Draft:
     assert question.analysis is not None  # set by ask_for_draft
     return Draft(
@@ -154,13 +225,14 @@ def draft_of(
         model=model,
         prompt_version=question.prompt_version,
         drafted_at=now(),
+        **others,
     )
 
 
 def to_be_written(letter: DeadLetter) -> Iterable[Draft]:
     """Yields a flagged draft for a failed one, so that its customer waits for review, too."""
     with contextlib.suppress(BadInputError):  # the dead letter exists anyway
-        for _, analysis in open_analysis(letter):
+        for _, analysis, _ in open_analysis(letter):
             yield Draft(
                 draft_id=digest(FAILED, analysis.analysis_id),
                 flag=FAILED,
