@@ -14,37 +14,11 @@ from typing import Any
 from chatflow.evaluation.labels import words_of
 from chatflow.models.requests import Part
 from chatflow.prompts.answers import content_words, copies_template, without_users
+from chatflow.prompts.truth import unsaid_names, unsaid_numbers
 from chatflow.records import Chat
 
 APOLOGY = re.compile(r"\b(?:sorry|apolog\w+)", re.IGNORECASE)
 
-PROMISE = re.compile(
-    r"""
-    \b(?: (?:we|i|they|our\ \w+|a\ colleague) (?:['’]ll | \ will | \ can | \ shall
-            | \ would\ like\ to | \ (?:are|am)\ (?:happy|glad)\ to)
-        | (?:we|i) (?:['’]re | ['’]m | \ are | \ am) \ (?= \w+ing\b )
-        | (?:we|i) (?:['’]ve | \ have) \ (?:issued | arranged)
-        | you (?:['’]ll | \ will | \ can) \ (?:get | have | receive | be)
-        | please\ accept
-        | (?= (?:refund | replacement | voucher | discount | compensation)\ will\ be )
-    )
-    # What is only to be looked into, or refused, is not promised.
-    (?: (?! \b(?: (?:look | check | ask | find | investigat | review)\w* | not | cannot )\b )
-        [^.!?\n] )*?
-    \b(?: refund\w* | reimburs\w+ | compensat\w+ | vouchers? | discounts? | replac\w+
-        | free\ of\ charge | money\ back
-        | within\ (?:the\ next\ )?[\w-]+\ (?:minutes? | hours? | (?:\w+\ )?days? | weeks?)
-        | by\ (?:tomorrow | tonight | (?:mon|tues|wednes|thurs|fri|satur|sun)day | the\ end\ of)
-    )\b
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
-"""Promises of money, goods or a deadline, which nobody has agreed to: "we will refund you", but not
-"we are sorry that you wait for your refund", which is what the customer wrote about."""
-
-_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
-_SENTENCE_END = re.compile(r"(?:^|[.!?:…\n])[\s\"'“”‘’(\[*_-]*$")
-_WORD = re.compile(r"(?<!\w)(?:[^\W\d_]{2,}(?:['’-][^\W\d_]+)*|[^\W\d_]['’][^\W\d_]{3,})(?!\w)")
 _POSSESSIVE = re.compile(r"['’]s\b")
 
 
@@ -95,8 +69,8 @@ def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
         copied=longest_copy(words, messages),
         content=len(content),
         ungrounded=tuple(word for word in content if word not in known_content),
-        names=tuple(name for name in _names(written) if not known_words.issuperset(words_of(name))),
-        numbers=tuple(_missing(_NUMBER.findall(written), _NUMBER.findall(known))),
+        names=tuple(unsaid_names(written, known_words)),
+        numbers=tuple(unsaid_numbers(written, known)),
         copies_prompt=any(copies_template(written, part.prompt, chat) for part in asked),
     )
 
@@ -112,22 +86,6 @@ def longest_copy(words: Sequence[str], messages: Iterable[str]) -> int:
                 break
             longest += 1
     return longest
-
-
-def _names(text: str) -> Iterable[str]:
-    for match in _WORD.finditer(text):
-        if match[0][0].isupper() and not _SENTENCE_END.search(text[: match.start()]):
-            yield match[0]
-
-
-def _missing(found: Iterable[str], known: Iterable[str]) -> Iterable[str]:
-    there = set(known)
-    return dict.fromkeys(item for item in found if item not in there)
-
-
-def promises(text: str) -> list[str]:
-    """Returns the promises of a text, each from who makes it to what is promised."""
-    return [match[0] for match in PROMISE.finditer(text)]
 
 
 def apologises(text: str) -> bool:

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from chatflow.evaluation.checks import Checked, apologises, check_text, promises, totals
+from chatflow.evaluation.checks import Checked, apologises, check_text, totals
 from chatflow.evaluation.labels import Label, words_of
 from chatflow.evaluation.measures import (
     Confusion,
@@ -15,8 +15,10 @@ from chatflow.evaluation.measures import (
     intervals,
     name_of,
 )
+from chatflow.evaluation.points import told, totals_of
 from chatflow.evaluation.variants import Judged, Ran
 from chatflow.models.requests import Part
+from chatflow.prompts.truth import promises
 from chatflow.records import Sentiment
 
 LENGTHS = {"up to 20 words": 20, "21 to 60 words": 60, "more than 60 words": 10**9}
@@ -48,6 +50,7 @@ def figures(ran: Ran, first: Ran | None = None) -> dict[str, Any]:
         "answers": _answers(all_judged),
         "summaries": _summaries(ran) if planned else None,
         "drafts": _drafts(ran) if planned else None,
+        "told": _told(ran) if planned else None,
         "run": {name: ran.counts.get(name) for name in _RUN},
         "sources": _groups(all_judged, lambda label: label.source or "(no source)"),
         "lengths": _groups(all_judged, length_of, list(LENGTHS)),
@@ -141,7 +144,7 @@ def _summaries(ran: Ran) -> dict[str, Any]:
     for judged in ran.judged.values():
         if (analysis := judged.analysis) is None:
             continue
-        # An extract is the customer's own text and does not answer a question.
+        # A composed summary is the chat's own text and does not answer a question.
         by_model = analysis.summary_source == "model"
         asked = _asked(ran, judged, False) if by_model else ()
         checked = check_text(analysis.summary, judged.label.chat, asked)
@@ -152,11 +155,28 @@ def _summaries(ran: Ran) -> dict[str, Any]:
             offenders.append({**identity(judged), **problems, "text": analysis.summary})
     return {
         "by_model": len(own),
-        "extracts": len(everything) - len(own),
+        "composed": len(everything) - len(own),
         "all": totals(everything),
         "models_own": totals(own),
         "offenders": offenders,
     }
+
+
+def _told(ran: Ran) -> dict[str, Any] | None:
+    """Returns what the texts tell of what the labels say they should, if they say so."""
+    assert ran.variant.planned is not None
+    found = []
+    for judged in ran.judged.values():
+        prompt = ran.variant.planned.first.analysis.of(judged.label.chat)
+        openings = {
+            text: {"resolved": "yes", "unresolved": "no"}[state]
+            for words in prompt.words.values()
+            for state, text in words.openings.items()
+        }
+        draft = judged.draft.text or "" if judged.draft else ""
+        label = judged.label
+        found.append(told(label.labels, label.chat, judged.analysis, draft, openings))
+    return totals_of(found)
 
 
 def _drafts(ran: Ran) -> dict[str, Any]:

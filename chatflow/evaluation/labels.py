@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from chatflow.errors import UsageError
 from chatflow.records import Chat, Sentiment, load_object
 from chatflow.sources.chats import read_chat
 from chatflow.sources.lines import numbered
+
+TONES = {"angry": -1, "neutral": 0, "happy": 1}
+"""What the words of `labels.tone` stand for, as in chatflow's own prompts."""
 
 Key = tuple[str, str]
 """(chat, user): what an analysis, and so a label, is about."""
@@ -26,11 +29,13 @@ class Label:
 
     Attributes:
       source: where the chat comes from, e.g. `tweets`; empty if the file does not say.
+      labels: what else the file says of the chat; see `evaluation.choosing` and `.points`.
     """
 
     sentiment: Sentiment
     source: str
     chat: Chat
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def user_id(self) -> str:
@@ -54,10 +59,12 @@ def read_labels(path: str) -> dict[Key, Label]:
         try:
             value = load_object(line)
             chat = read_chat(value)
-            if "sentiment" not in value:
+            gold = {**value.get("gold", {}), **value.get("labels", {})}
+            tone = value.get("sentiment", gold.get("sentiment", TONES.get(str(gold.get("tone")))))
+            if tone is None:
                 continue
             source = str(value.get("source", "")).split("-")[0]
-            label = Label(Sentiment(value["sentiment"]), source, chat)
+            label = Label(Sentiment(tone), source, chat, gold)
         except Exception as error:  # whatever a line does to the parser, it is named
             raise UsageError(f"{path}:{number}: {error}") from None
         if len(chat.users()) != 1:
@@ -67,7 +74,9 @@ def read_labels(path: str) -> dict[Key, Label]:
             raise UsageError(f"{path}:{number}: the same chat and user as in line {earlier}")
         labels[key] = label
     if not labels:
-        raise UsageError(f"{path!r} has no chat with a label; a label is the field sentiment")
+        raise UsageError(
+            f"{path!r} has no chat with a label; a label is the field sentiment, or tone in labels"
+        )
     return labels
 
 

@@ -76,7 +76,7 @@ def _texts(ran: Ran, found: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 **identity(judged),
                 "summary": judged.analysis.summary,
-                "extract": judged.analysis.summary_source == "extract",
+                "quotations": judged.analysis.summary_source == "quotations",
                 "draft": judged.draft.text if judged.draft else "",
                 "undrafted": judged.undrafted,
                 "of_summary": of_summary,

@@ -58,6 +58,8 @@ def rows(variant: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _summary_rows(summaries)
     if (drafts := variant["drafts"]) is not None:
         yield from _draft_rows(drafts)
+    if (told := variant.get("told")) is not None:
+        yield from _told_rows(told)
     run = variant["run"]
     yield "time", f"{run['seconds']:,.1f} s, {run['chats_per_second']:,.2f} chats/s"
     if run.get("prompt_tokens"):
@@ -80,7 +82,7 @@ INTERVALS = {
 
 def _summary_rows(summaries: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     every, own = summaries["all"], summaries["models_own"]
-    yield "summaries: model's own, extracts", f"{summaries['by_model']}, {summaries['extracts']}"
+    yield "summaries: model's own, composed", f"{summaries['by_model']}, {summaries['composed']}"
     yield "  words not in chat: of all, own", f"{every['ungrounded']:.1%}, {own['ungrounded']:.1%}"
     yield (
         "  own: longest copy, nothing else",
@@ -98,6 +100,16 @@ def _draft_rows(drafts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  words not in their chat", f"{drafts['ungrounded']:.1%}"
         yield "  with strange names, numbers", f"{drafts['with_names']}, {drafts['with_numbers']}"
         yield "  characters of a draft", _length(drafts)
+
+
+def _told_rows(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if told["key_points"]:
+        yield "key points told", f"{told['key_points_told']:.0%} of {told['key_points']}"
+    parts = {name: share for name, share in told["parts_told"].items() if share is not None}
+    if parts:
+        yield "parts told", ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+    yield "openings, false ones", f"{told['openings']}, {told['false_openings']}"
+    yield "drafts that promise", str(told["promising"])
 
 
 def _length(of: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
@@ -23,6 +23,10 @@ from chatflow.records import Sentiment
 
 if TYPE_CHECKING:
     from chatflow.models.gemma.tuner import Checked, Example
+
+
+LabelledT = TypeVar("LabelledT", bound=Any)
+"""A labelled chat, with the field `chat`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,16 @@ def parts_of(parsed: argparse.Namespace) -> Parts:
                 f"{' or '.join(missing)}; label more"
             )
     return Parts(kept, validation, len(training) - len(kept))
+
+
+def apart(examples: Sequence[LabelledT], path: str) -> tuple[list[LabelledT], int]:
+    """Returns the labelled chats that share no text with those of a file, and how many do."""
+    if not path:
+        return list(examples), 0
+    others = [label.chat for label in read_labels(path).values()]
+    near = {copy.chat_id for copy in near_copies([one.chat for one in examples], others)}
+    kept = [one for one in examples if one.chat.chat_id not in near]
+    return kept, len(examples) - len(kept)
 
 
 def divided(labels: Sequence[Label], share: float, seed: int) -> tuple[list[Label], list[Label]]:
@@ -196,8 +210,8 @@ def show(report: Mapping[str, Any], parsed: argparse.Namespace) -> None:
     path = report["adapter"]
     console.print(
         f"{path}: {report['bytes']:,} bytes, of step {report['best_step']}. Use it with "
-        f"--adapter={path}; compare all answers with\n"
-        f"  chatflow evaluate LABELLED.jsonl --model={parsed.model} --adapter={path} "
-        "--compare adapter=none",
+        f"--adapter={path} --heads=none; compare all answers with\n"
+        f"  chatflow evaluate LABELLED.jsonl --model={parsed.model} --adapter={path} --heads=none "
+        "--compare adapter=",
         soft_wrap=True,
     )
