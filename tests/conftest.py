@@ -53,6 +53,8 @@ from chatflow.sources.puller import follow
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "samples" / "chats.jsonl"
+FEW_SHOT = str(ROOT / "bench" / "few_shot")
+"""Prompts for a base model that writes: with blocks `tone`, `summary` and `draft`."""
 
 ANGRY = {"task": "analysis", "answer": {"sentiment": -1, "summary": "The parcel is late."}}
 APOLOGY = {"task": "apology", "answer": "We are sorry that your parcel is late."}

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from chatflow.choices.declared import HEAD
+from chatflow.choices.heads import CHAT, Head, Heads
+from chatflow.choices.sentences import FEATURES
+from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.weights.presets import use_jax
 
 CORPUS = "the parcel is late and the customer is angry about it but the agent said sorry . " * 4
@@ -69,6 +74,38 @@ def tiny_gemma(
     backbone.save_to_preset(os.fspath(folder))
     tokenizer.save_to_preset(os.fspath(folder))
     return os.fspath(folder)
+
+
+def tiny_heads(
+    path: str | os.PathLike[str],
+    prompt: AnalysisPrompt,
+    weights: str = "",
+    layers: tuple[int, ...] = (1, 2),
+    without: Collection[str] = (),
+    others: Mapping[str, Any] | None = None,
+    seed: int = 7,
+) -> str:
+    """A file of random heads for a tiny Gemma and all that a prompt's folder chooses.
+
+    Args:
+      prompt: of a model without heads.
+      weights: the fingerprint of the model.
+      without: choices that have no head.
+      others: fields of `Heads` in place of those that fit.
+    """
+    rng, seen = np.random.default_rng(seed), len(layers) * 16
+    heads = []
+    declared = {c.name: (c.over, c.kind, tuple(c.values)) for c in prompt.choices if c.by == HEAD}
+    declared.setdefault("tone", (CHAT, "one", tuple(prompt.tones)))
+    for name, (over, kind, values) in declared.items():
+        size = 4 * seen + 6 * FEATURES + 1 if over == CHAT else FEATURES + 2 * seen
+        if name not in without:
+            layer = rng.normal(0, 0.3, (size, len(values))), np.zeros(len(values))
+            heads.append(Head(name, over, kind, values, (layer,)))
+    about = {"model": "tiny", "weights": weights, "template": prompt.reading_hash}
+    made = Heads(**{**about, **(others or {})}, layers=layers, heads=tuple(heads))
+    made.save(os.fspath(path))
+    return os.fspath(path)
 
 
 def tiny_t5(folder: str | os.PathLike[str], seed: int = 7, tied: bool = False) -> str:

@@ -67,7 +67,6 @@ def test_what_was_mistyped_is_said_first(command, says, capsys):
         ("run ONE --output o", "unexpected argument 'ONE'; did you mean --input 'ONE'?"),
         ("run --input ONE --output my folder", "'folder'; --output takes one value"),
         ("evaluate ONE TWO", "unexpected argument 'TWO'; LABELLED.jsonl takes one value"),
-        ("tune ONE TWO", "unexpected argument 'TWO'; LABELLED.jsonl takes one value"),
         ("console ONE", "unexpected argument 'ONE'; see chatflow console --help"),
         ("run --input ONE --runner=DirectRunner TWO --output o", "unexpected argument 'TWO'"),
     ],

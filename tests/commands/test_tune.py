@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, chat, read
+from conftest import FEW_SHOT, ROOT, chat, read
 from tiny import tiny_gemma
 
 from chatflow.cli import main
@@ -24,9 +23,7 @@ from chatflow.evaluation.labels import Label, near_copies, read_labels
 from chatflow.evaluation.tuning import divided
 from chatflow.models.spec import ModelSpec
 from chatflow.options import Options
-from chatflow.pipeline import plan
 from chatflow.running.launch import execute
-from chatflow.weights.adapters import chosen
 
 TINY = ("--batch=20", "--dtype=float32", "--max_prompt_tokens=400")
 GEMMA = {"dtype": "float32", "max_prompt_tokens": 400}
@@ -74,7 +71,7 @@ def tuned(preset, tmp_path_factory):
     train, check = f"{folder}/train.jsonl", f"{folder}/check.jsonl"
     adapter = str(folder / "made" / "tone.lora.h5")
     report = run_tune(
-        train, f"--model={preset}", f"--validation={check}", f"--adapter_output={adapter}",
+        train, f"--model={preset}", f"--validation={check}", f"--output={adapter}",
         "--epochs=14", "--patience=50", "--learning_rate=0.05",
     )  # fmt: skip
     return adapter, report, train, check
@@ -147,27 +144,11 @@ def test_one_epoch_measures_before_and_after_and_leaves_an_adapter(preset, lines
     adapter = tmp_path / "short.lora.h5"
     learn, check = lines(*labelled(12)), lines(*labelled(6, 12), name="check.jsonl")
     report = run_tune(
-        learn, f"--model={preset}", f"--validation={check}", f"--adapter_output={adapter}",
+        learn, f"--model={preset}", f"--validation={check}", f"--output={adapter}",
         "--epochs=1",
     )  # fmt: skip
     assert {*report} >= {"before", "after"}
     assert matrices(str(adapter), "lora_kernel_a").size
-
-
-def test_chatflows_own_adapter_goes_with_prompts_that_have_constants_for_it(tmp_path):
-    def adapter(**flags):
-        return plan(Options(input="x", output="y", **flags)).routes.specs[0].own_adapter
-
-    assert (adapter(), adapter(adapter="none")) == ("tone-1", "")
-    shutil.copytree(ROOT / "prompts" / "base", tmp_path / "mine")
-    assert adapter(prompts=f"{tmp_path}/mine") == "tone-1"
-    analysis = tmp_path / "mine" / "analysis.jinja"
-    analysis.write_text(analysis.read_text().replace("gemma3-270m@tone-1", "gemma3-270m@other"))
-    assert adapter(prompts=f"{tmp_path}/mine") == ""
-    assert adapter(prompts=f"{tmp_path}/mine", adapter="tone-1") == "tone-1"
-    analysis.write_text("{% set tone_bias = 5 %}")
-    with pytest.raises(UsageError, match=r"analysis\.jinja"):
-        adapter(prompts=f"{tmp_path}/mine")
 
 
 @pytest.mark.slow
@@ -201,7 +182,7 @@ def test_tuning_goes_on_from_an_adapter_of_the_same_rank_and_keeps_half_of_it(
     adapter, first, train, check = tuned
     flags = [
         train, f"--model={preset}", f"--validation={check}", f"--adapter={adapter}",
-        f"--adapter_output={tmp_path}/more.lora.h5", "--epochs=1", "--learning_rate=0.00001",
+        f"--output={tmp_path}/more.lora.h5", "--epochs=1", "--learning_rate=0.00001",
         "--strength=0.5",
     ]  # fmt: skip
     report = run_tune(*flags)
@@ -213,30 +194,44 @@ def test_tuning_goes_on_from_an_adapter_of_the_same_rank_and_keeps_half_of_it(
     assert f"--adapter={adapter}" in capsys.readouterr().err
 
 
+HEADS = ("--output=x.heads.npz", "--heads=none")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--adapter_output=x.h5"], "--adapter_output=x.h5: must end in .lora.h5"),
-        (["--adapter_output=gs://b/x.lora.h5"], "must be on this machine"),
+        (["--output=x.h5"], "--output=x.h5: must end in .heads.npz or .lora.h5"),
+        (["--output=gs://b/x.lora.h5"], "must be on this machine"),
         (["--strength=2"], "--strength: must be a number, above 0, at most 1; found '2'"),
         (["--epochs=0"], "--epochs: must be a whole number, above 0; found '0'"),
         (["--model=torch:google/t5-small"], "cannot be tuned here"),
         (["--input=x"], "unknown flag --input"),
         (["--apart_from=/none.jsonl"], "cannot be read"),
         (["--adapter=/none.lora.h5"], "--adapter=/none.lora.h5: there is no such file"),
-        (["--adapter=x.pt"], "must be auto, none, or a file"),
+        (["--adapter=x.pt"], "--adapter=x.pt: must be a file whose name ends in .lora.h5"),
+        ([*HEADS, "--output=gs://b/x.heads.npz"], "must be on this machine"),
+        ([*HEADS, "--choices=topic,mood"], "--choices: 'mood' is none of tone, toward, "),
+        ([*HEADS, "--layers=9,last"], "--layers=9,last: must be numbers"),
+        ([*HEADS, f"--prompts={FEW_SHOT}"], "analysis.jinja: has no block reading"),
+        ([*HEADS, "--heads=/none.heads.npz"], "--heads=/none.heads.npz: there is no such file"),
     ],
 )
 def test_a_mistake_is_one_clear_line(flags, said, lines, capsys):
     path = lines(*labelled(6))
-    assert main(["tune", path, *flags]) == 2
+    assert main(["tune", path, "--output=x.lora.h5", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_adapter_is_trained_on_one_file(lines, capsys):
+    path = lines(*labelled(6))
+    assert main(["tune", path, path, "--output=x.lora.h5"]) == 2
+    assert "LABELLED.jsonl: LoRA is trained on one file" in capsys.readouterr().err
 
 
 def test_chats_that_share_text_with_others_are_not_learned_from(lines, capsys):
     text = "nobody at all has called me back about the leaking washing machine"
     path = lines(*({**chat_of(text, i), "sentiment": i % 3 - 1} for i in range(12)))
-    assert main(["tune", path, "--model=gemma3-270m"]) == 2
+    assert main(["tune", path, "--model=gemma3-270m", "--output=x.lora.h5"]) == 2
     assert "0 chats to learn from, and none that is angry or neutral or happy" in (
         capsys.readouterr().err
     )
@@ -245,11 +240,16 @@ def test_chats_that_share_text_with_others_are_not_learned_from(lines, capsys):
 def test_adapters_are_for_gemma_alone():
     with pytest.raises(UsageError, match="only for Gemma"):
         ModelSpec("gemini-2.5-flash", "remote", adapter="x.lora.h5")
-    assert chosen("auto", "gemma3-270m", False) == "tone-1"
-    assert chosen("none", "gemma3-270m", False) == chosen("auto", "gemma3_1b", False) == ""
-    assert ModelSpec("gemma3-270m", adapter="none").result_name == "gemma3-270m"
-    assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@tone-1"
+    assert ModelSpec("gemma3-270m", heads="none").result_name == "gemma3-270m"
+    assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@support-1"
     assert ModelSpec("gemma3-270m", model_kind="instruct").result_name == "gemma3-270m"
+
+
+def test_an_adapter_is_in_the_name_of_a_result(preset, tmp_path):
+    adapter = str(tmp_path / "x.lora.h5")
+    Path(adapter).write_bytes(b"\x89HDF\r\n\x1a\n")
+    assert ModelSpec(preset, adapter=adapter).result_name == f"{preset}@{adapter}"
+    assert ModelSpec(adapter=adapter).result_name == f"gemma3-270m@{adapter}@support-1"
 
 
 def test_both_parts_have_each_sentiment():

@@ -3,8 +3,9 @@ from conftest import chat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatflow.evaluation.checks import apologises, check_text, longest_copy, promises, totals
+from chatflow.evaluation.checks import apologises, check_text, longest_copy, totals
 from chatflow.models.requests import Part
+from chatflow.prompts.truth import promises
 
 LATE = chat("My order 4711 from Lisbon is late!", "Oh. Let me see.", "Thanks, it was 19.99 euros")
 

@@ -264,7 +264,7 @@ def judgement(chat_id, label, answer, confidence, text="Hello"):
     talk = chat(text, "Hi", chat_id=chat_id)
     analysis = Analysis(
         analysis_id=chat_id, chat_id=chat_id, user_id="c", revision=0, sentiment=answer,
-        summary=text, summary_source="extract", confidence=confidence, model="m",
+        summary=text, summary_source="quotations", confidence=confidence, model="m",
         prompt_version="1", analysed_at=now(),
     )  # fmt: skip
     return Judged(Label(label, "", talk), answer, analysis)
@@ -294,7 +294,7 @@ def test_the_page_never_turns_escaping_off():
     assert "|safe" not in source.read_text().replace(" ", "")
 
 
-def test_the_history_was_measured_with_the_prompts_and_the_adapter_of_today():
+def test_the_history_was_measured_with_the_prompts_and_the_heads_of_today():
     root = ROOT / "tuning"
     newest = read_history(str(root / "history.jsonl"))[-1]
     planned = plan(Options(input="chats.jsonl", output="results"))

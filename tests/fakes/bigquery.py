@@ -22,6 +22,7 @@ FIELD = descriptor_pb2.FieldDescriptorProto
 WIRE = {
     "STRING": FIELD.TYPE_STRING, "JSON": FIELD.TYPE_STRING,
     "INTEGER": FIELD.TYPE_INT64, "TIMESTAMP": FIELD.TYPE_INT64, "FLOAT": FIELD.TYPE_DOUBLE,
+    "BOOLEAN": FIELD.TYPE_BOOL,
 }  # fmt: skip
 TYPES = {
     "STRING": "STRING",
@@ -29,6 +30,7 @@ TYPES = {
     "TIMESTAMP": "TIMESTAMP",
     "JSON": "JSON",
     "FLOAT": "DOUBLE",
+    "BOOLEAN": "BOOL",
 }
 
 

@@ -17,7 +17,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.ml.inference import vllm_inference
 from apache_beam.utils.multi_process_shared import MultiProcessShared
-from conftest import SAMPLES, chat, mistake, read
+from conftest import FEW_SHOT, SAMPLES, chat, mistake, read
 from fakes import environment
 from fakes.vllm import Place
 from rich.console import Console
@@ -170,7 +170,10 @@ def loaded(name=NAME, **remote):
 def test_a_base_models_answer_is_put_together_by_code(place):
     spec = ModelSpec(BASE)
     assert (spec.instruct, spec.writes_json) == (False, False)
-    planned = plan(Options(input=str(SAMPLES), output=str(place.folder / "out"), model=BASE))
+    options = Options(
+        input=str(SAMPLES), output=str(place.folder / "out"), model=BASE, prompts=str(FEW_SHOT)
+    )
+    planned = plan(options)
     model = planned.routes.specs[0].handler().load_model()
     late = chat("My parcel is broken and nobody answers", chat_id="1")
     question = planned.first.analysis.question(late, "c")

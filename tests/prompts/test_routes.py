@@ -11,8 +11,8 @@ import uuid
 import pytest
 from apache_beam.io.components.adaptive_throttler import ThrottlingSignaler
 from apache_beam.utils.multi_process_shared import MultiProcessShared
-from conftest import ANGRY, APOLOGY, chat, mistake, read
-from tiny import tiny_gemma
+from conftest import ANGRY, APOLOGY, FEW_SHOT, chat, mistake, read
+from tiny import tiny_gemma, tiny_heads
 
 from chatflow.errors import BadInputError
 from chatflow.models.requests import Failure, Request
@@ -20,7 +20,9 @@ from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.models.several import SeveralModels, SeveralModelsHandler
 from chatflow.models.spec import ModelSpec
 from chatflow.options import NO_CLOUD, Options
+from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.routes import Routed, routes_of
+from chatflow.prompts.templates import load_folder
 from chatflow.prompts.updates import look
 from chatflow.running.launch import execute
 
@@ -147,7 +149,7 @@ def test_thresholds_and_prompts_are_those_of_the_key(script, models, tmp_path):
         "    settings: {summary_grounding: 0.9, draft_confidence: 0.7, draft_grounding: 0.8}\n"
         "default: {}\n"
     )
-    found = look(routes(file, model="gemma3-270m"))
+    found = look(routes(file, model="gemma3-270m", heads="none", prompts=FEW_SHOT))
     strict = chat("x", attributes={"tenant": "strict"})
     analysis, draft = found.analysis.of(strict), found.draft.of(strict)
     assert analysis.template.settings["summary_grounding"] == 0.9
@@ -158,6 +160,33 @@ def test_thresholds_and_prompts_are_those_of_the_key(script, models, tmp_path):
     assert analysis.version != other.version
     question = analysis.question(strict, "c")
     assert question.settings["summary_grounding"] == 0.9
+
+
+def test_heads_of_its_own_are_given_to_a_key_and_no_other(models, tmp_path):
+    none = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec(heads="none"))
+    heads = tiny_heads(tmp_path / "mine.heads.npz", none)
+    file = models(
+        "attribute: tenant\nmodels:\n"
+        f"  - {{keys: [mine], heads: '{heads}'}}\n  - {{keys: [far], model: gemma3_1b}}\n"
+        "default: {}\n"
+    )
+    found = look(routes(file, heads="none"))
+    blocks = {
+        key: found.analysis.of(chat("x", attributes={"tenant": key})).block_names
+        for key in ("mine", "far", "other")
+    }
+    assert blocks == {"mine": ("reading",), "far": ("tone",), "other": ("tone",)}
+
+
+def test_prompts_without_a_block_to_be_read_are_asked_without_heads():
+    def specs(**flags):
+        options = Options(input="x", output="y", model="gemma3-270m", **flags)
+        return routes_of(options, lambda options: ModelSpec.of(options, NO_CLOUD, False)).specs
+
+    assert [spec.own_heads for spec in specs(prompts=FEW_SHOT)] == [""]
+    assert [spec.result_name for spec in specs(prompts=FEW_SHOT)] == ["gemma3-270m"]
+    assert [spec.own_heads for spec in specs()] == ["support-1"]
+    assert [spec.own_heads for spec in specs(heads="none")] == [""]
 
 
 def test_a_chat_without_a_model_says_which_value_it_has():

@@ -13,11 +13,12 @@ import weakref
 import numpy as np
 import pytest
 from apache_beam.io.filesystems import FileSystems
-from conftest import ANGRY, APOLOGY, chat, read
+from conftest import ANGRY, APOLOGY, FEW_SHOT, chat, read
 from fakes import environment
 from fakes.dataflow import FakeCloud
 from tiny import tiny_gemma
 
+from chatflow.choices.heads import Chosen
 from chatflow.errors import ModelError, UsageError
 from chatflow.models import refreshing
 from chatflow.models.base import LanguageModel
@@ -70,6 +71,7 @@ def test_later_weights_take_the_place_of_earlier_ones_and_stragglers_get_the_new
         RuntimeError("not a model"),
         Named("bad", Failure("model_error", "cannot")),
         Named("bad", Answer("{}", "bad", tone_scores=(("angry", math.nan),))),
+        Named("bad", Answer("", "bad", chosen=Chosen({"tone": {"angry": math.nan}}, {}, {}))),
     ],
 )
 def test_broken_weights_are_refused_once_and_the_old_go_on(broken, caplog):
@@ -256,8 +258,8 @@ def test_a_route_that_cannot_be_looked_at_leaves_the_others_theirs(tmp_path, scr
     "mistake", ["{% set stop = 5 %}", "{% set tone_bias = 5 %}", "{% set tone_bias = {'m': {}} %}"]
 )
 def test_a_template_that_would_fail_each_chat_is_refused(tmp_path, mistake):
-    shutil.copytree(default_folder() / "base", tmp_path / "prompts")
-    one = routes(model="gemma3-270m", prompts=f"{tmp_path}/prompts")
+    shutil.copytree(FEW_SHOT, tmp_path / "prompts")
+    one = routes(model="gemma3-270m", heads="none", prompts=f"{tmp_path}/prompts")
     first = look(one)
     template = tmp_path / "prompts" / "analysis.jinja"
     template.write_text(template.read_text() + mistake)

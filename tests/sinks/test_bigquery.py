@@ -13,7 +13,16 @@ from fakes.bigquery import FakeBigQuery, Table
 from chatflow import network
 from chatflow.dead_letters import join
 from chatflow.options import Options
-from chatflow.records import KINDS, Analysis, DeadLetter, Draft, now, record_id
+from chatflow.records import (
+    KINDS,
+    Analysis,
+    DeadLetter,
+    Draft,
+    FieldValue,
+    Quotation,
+    now,
+    record_id,
+)
 from chatflow.running.launch import execute
 from chatflow.sinks import bigquery
 
@@ -153,6 +162,7 @@ def test_a_row_holds_all_of_its_record(tables):
     assert row.pop("analysed_at") == "1772359200250001"
     assert row == {
         "analysis_id": "a1", "chat_id": "7 😡", "user_id": "c", "revision": "1772359200003",
+        "fields": "{}", "quotations": "[]",
         "sentiment": "-1", "summary": "“Late”\n\0", "summary_source": "model",
         "dropped_messages": "2", "cut_messages": "0", "repairs": ["json", "summary_cut"],
         "model": "m", "prompt_version": "v",
@@ -225,6 +235,32 @@ def test_a_dead_letter_that_stays_too_large_is_several_rows(tables):
     assert len({row["dead_letter_id"] for row in found}) == len(found) == 3
     parts = [DeadLetter(**row | {"failed_at": whole.failed_at}) for row in found]
     assert join(parts) == whole
+
+
+def test_what_was_chosen_and_quoted_is_json_in_its_columns(tables):
+    quoted = (Quotation(message=0, text="It is late.", message_id="m0"),)
+    topic = FieldValue(value="delivery", confidence=0.75)
+    some = FieldValue(value=("late_delivery", "no_reply"))
+    chosen = ANALYSIS.model_copy(
+        update={
+            "quotations": quoted, "fields": {"topic": topic, "grievances": some},
+            "language": "de", "unproven_language": True, "summary_source": "quotations",
+        }
+    )  # fmt: skip
+    (row,) = write(tables, [chosen], Analysis)
+    assert json.loads(row["quotations"]) == [json.loads(quoted[0].to_json())]
+    assert json.loads(row["fields"]) == {
+        "topic": {"value": "delivery", "confidence": 0.75},
+        "grievances": {"value": ["late_delivery", "no_reply"], "confidence": None},
+    }
+    assert (row["language"], row["unproven_language"]) == ("de", True)
+    composed = DRAFT.model_copy(
+        update={"grievances": ("late_delivery",), "evidence": quoted, "confidence": 0.5}
+    )
+    (row,) = write(tables, [composed], Draft)
+    assert row["grievances"] == ["late_delivery"]
+    assert json.loads(row["evidence"])[0]["text"] == "It is late."
+    assert row["confidence"] == 0.5
 
 
 def test_a_row_that_is_refused_is_a_dead_letter_and_fails_no_other(tables):

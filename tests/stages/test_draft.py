@@ -5,16 +5,18 @@ import dataclasses
 import json
 
 import pytest
-from conftest import chat, run_stage, scripted
+from conftest import FEW_SHOT, chat, run_stage, scripted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatflow import metrics
+from chatflow.choices.heads import Chosen, Read
+from chatflow.choices.sentences import sentences_of
 from chatflow.errors import BadInputError, ElementError, UsageError
 from chatflow.models.spec import ModelSpec
 from chatflow.prompts.questions import DraftPrompt
 from chatflow.prompts.templates import load_folder
-from chatflow.records import AnalysedChat, Analysis, Draft, now, parse_record
+from chatflow.records import AnalysedChat, Analysis, Draft, FieldValue, Sentiment, now, parse_record
 from chatflow.running.summary import Summary
 from chatflow.running.terminal import for_people
 from chatflow.stages.draft import DraftApologies
@@ -139,7 +141,7 @@ def test_what_is_not_fit_to_be_shown_is_flagged(constants, answer, flag):
 @pytest.mark.slow
 def test_the_words_around_the_models_own_say_nothing_of_it(written, flag):
     """`A colleague will look into it` is in no chat, and in every draft of a base model."""
-    asking = prompt("base", ModelSpec())
+    asking = prompt(FEW_SHOT, ModelSpec(heads="none"))
     part = asking.question(*ask("1")).request.parts[0]
     answer = f"{part.lead} {written}{part.tail}"
     (made,) = draft(asking, answer, [analysed()])["drafts"]
@@ -162,6 +164,98 @@ def test_what_the_customer_says_of_us_is_not_turned_round(answer, flag):
     for on in (True, False):
         (made,) = draft(prompt(flag_accusations=on), answer, [about])["drafts"]
         assert made.flag == (flag if on else None)
+
+
+# Composed drafts: of approved clauses and the customer's words, where no block asks for one.
+
+LONG = chat(
+    "Hi. My order was due on Monday and still has not arrived. I want my money back!",
+    "Sorry to hear that. We are looking into it.",
+)
+
+
+def read(talk, company=0.9, evidence=(0.0, 0.9, 0.1, 0.0, 0.0), **grievances):
+    """What heads chose of a chat: by default of `LONG`, with the second sentence to be quoted."""
+    toward = {"company": company, "third_party": 1 - company, "nobody": 0.0}
+    columns = {"evidence": ("yes", "no")}
+    parts = {"evidence": tuple((sure, 1 - sure) for sure in evidence)}
+    chosen = Chosen({"toward": toward, "grievances": grievances}, parts, columns)
+    return Read(tuple(sentences_of(talk, "c")), chosen)
+
+
+def angry(talk=LONG, choice=None, confidence=0.95, **fields):
+    """An analysis of a chat, with what was chosen of it, if it was read."""
+    _, analysis, _ = analysed(confidence=confidence)
+    fields = {"language": "en", "fields": {}, **fields}
+    if choice is not None:
+        toward = max(choice.chosen.chat["toward"].items(), key=lambda pair: pair[1])
+        fields["fields"]["toward"] = FieldValue(value=toward[0], confidence=toward[1])
+    return AnalysedChat(talk, analysis.model_copy(update=fields), choice)
+
+
+def composed(*analyses, **constants):
+    """Drafts by the shipped prompts, in whose folder no block asks a model for any."""
+
+    def answer(request):
+        raise ElementError("asked", "the model was asked")
+
+    asking = prompt("base", ModelSpec(heads="none"), **constants)
+    found = draft(asking, answer, analyses)
+    assert not found["dead_letters"]
+    assert {made.prompt_version for made in found["drafts"]} == {asking.version}
+    assert {made.model for made in found["drafts"]} == {"gemma3-270m"}
+    return found["drafts"]
+
+
+def test_a_draft_is_composed_of_a_clause_and_the_customers_words():
+    choice = read(LONG, late_delivery=0.9, rude_staff=0.1)
+    (made,) = composed(angry(choice=choice))
+    assert made.flag is None
+    assert "“My order was due on Monday and still has not arrived.”" in made.text
+    assert made.grievances == ("late_delivery",)
+    assert [(q.message, q.text) for q in made.evidence] == [
+        (0, "My order was due on Monday and still has not arrived."),
+    ]  # fmt: skip
+    assert made.confidence == pytest.approx(0.95 * 0.9)  # of anger, and at the company
+    assert made.repairs == ()
+
+
+def test_a_draft_is_composed_of_a_chat_that_no_model_read():
+    (made,) = composed(angry(confidence=0.8))
+    assert "“My order was due on Monday and still has not arrived.”" in made.text
+    assert (made.confidence, len(made.evidence)) == (0.8, 1)
+
+
+@pytest.mark.parametrize(
+    ("about", "flag"),
+    [
+        (angry(choice=read(LONG, company=0.1)), "third_party"),
+        (angry(choice=read(LONG, company=0.55)), "low_confidence"),
+        (angry(choice=read(LONG), confidence=0.55), "low_confidence"),
+        (angry(confidence=0.55), "low_confidence"),
+        (angry(language="pl"), "unproven_language"),
+        (angry(language="de", unproven_language=True), "unproven_language"),
+        (angry(choice=read(LONG, evidence=[0.0] * 5)), "no_evidence"),
+        (angry(chat("???", "Hello.")), "no_evidence"),
+    ],
+)
+def test_where_no_draft_is_composed_a_flag_says_why(about, flag):
+    (made,) = composed(about, draft_confidence=0.6)
+    assert (made.flag, made.text, made.evidence) == (flag, None, ())
+
+
+def test_composed_drafts_are_for_angry_users_alone():
+    others = [angry(sentiment=tone, analysis_id=str(tone)) for tone in (Sentiment(0), Sentiment(1))]
+    (made,) = composed(angry(), *others)
+    assert made.analysis_id == "a1"
+
+
+def test_a_draft_is_composed_in_the_language_of_the_customer():
+    talk = chat("Meine Bestellung sollte am Montag kommen und ist immer noch nicht da.")
+    (made,) = composed(angry(talk, language="de"))
+    assert made.flag is None
+    assert "Meine Bestellung sollte am Montag kommen" in made.text
+    assert "sorry" not in made.text.lower()
 
 
 OUTCOMES = {
@@ -218,10 +312,13 @@ FIELDS = {
 }  # fmt: skip
 
 
+LISTS = {"repairs": [], "grievances": [], "evidence": []}
+
+
 @pytest.mark.parametrize("said", [{"text": "Sorry."}, {"flag": "ungrounded"}])
 def test_a_draft_has_a_text_or_a_flag(said):
     made = parse_record(Draft, json.dumps(FIELDS | said).encode())
-    assert json.loads(made.to_json()) == FIELDS | said | {"repairs": []}
+    assert json.loads(made.to_json()) == FIELDS | said | LISTS
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 
 import jax
@@ -13,6 +14,7 @@ from tiny import CORPUS, tiny_gemma
 
 from chatflow.models.gemma.grammar import Text
 from chatflow.models.gemma.handler import GemmaModelHandler
+from chatflow.models.gemma.shapes import PromptTooLongError
 from chatflow.models.requests import Failure, Part, Request
 from chatflow.options import Batching, WorkerSettings
 from chatflow.prompts.answers import parse_analysis
@@ -20,7 +22,7 @@ from chatflow.weights.presets import use_jax
 
 # chatflow.models.engine is imported when keras has its backend.
 use_jax()
-from chatflow.models.gemma.engine import Row  # noqa: E402
+from chatflow.models.gemma.engine import Reading, Row  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
@@ -225,6 +227,111 @@ def test_an_answer_ends_before_a_stop_text(engine):
     assert not cut.cut
     assert whole.cut
     assert len(cut.tokens) <= len(whole.tokens)
+
+
+# Reading.
+
+
+TALKS = [
+    ["the parcel is late", " sorry", " it is the parcel .", " so"],
+    ["angry", " so"],
+    ["the agent said it " * 4, " the customer is angry about it" * 3, " but", " so"],
+    ["it is late but the agent said sorry " * 8, " so"],
+    ["late", "", " sorry", ""],
+]
+"""Pieces of texts; the last follows what a chat says."""
+
+
+def reading(pieces, prefix="the customer is angry\n"):
+    ends = tuple(itertools.accumulate(map(len, pieces)))[:-1]
+    return Reading(prefix, "".join(pieces), ends)
+
+
+def same(found, expected, **tolerance):
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    for name in ("mean", "last"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), **tolerance)
+
+
+def states_of(engine, ids, layers):
+    """States after layers, by a plain forward pass of keras_hub's own layers, without a cache."""
+    backbone = engine.forward.model.backbone
+    x = backbone.token_embedding(np.array([ids])) * np.sqrt(backbone.hidden_dim)
+    found = []
+    for number, layer in enumerate(backbone.transformer_layers, 1):
+        x = layer(x, padding_mask=np.ones((1, len(ids)), bool))
+        if number in layers:
+            found.append(np.asarray(x)[0])
+    states = np.stack(found, axis=1)
+    return states / np.sqrt((states**2).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def test_what_is_read_does_not_depend_on_the_batch(engine):
+    together = engine.read([reading(pieces) for pieces in TALKS], (1, 2))
+    for pieces, found in zip(TALKS, together, strict=True):
+        (alone,) = engine.read([reading(pieces)], (1, 2))
+        assert found.mean.shape == found.last.shape == (len(pieces), 2, 16)
+        same(found, alone, rtol=1e-4, atol=1e-5)
+    turned = engine.read([reading(pieces) for pieces in TALKS[::-1]], (1, 2))
+    for found, other in zip(together, turned[::-1], strict=True):
+        same(found, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (1,), (2,)])
+def test_states_are_those_of_a_plain_forward_pass(engine, layers):
+    """Of each token; a piece has their mean, and the last one's."""
+    prefix = reading(TALKS[0]).prefix
+    found = engine.read([reading(pieces) for pieces in TALKS], layers)
+    for pieces, read in zip(TALKS, found, strict=True):
+        tokens = [engine.encode(piece) for piece in pieces]
+        before = [engine.tokenizer.start_token_id, *engine.encode(prefix)]
+        states = states_of(engine, [*before, *itertools.chain(*tokens)], layers)
+        assert read.tokens.tolist() == [len(ids) for ids in tokens]
+        at = len(before)
+        for number, ids in enumerate(tokens):
+            own = states[at : at + len(ids)] if ids else states[at - 1 : at]
+            at += len(ids)
+            np.testing.assert_allclose(read.mean[number], own.mean(axis=0), atol=1e-3)
+            np.testing.assert_allclose(read.last[number], own[-1], atol=1e-3)
+
+
+def test_a_shared_prefix_changes_nothing_of_what_is_read(engine):
+    prefix = "the customer is angry\n"
+    for pieces in TALKS:
+        (shared,) = engine.read([reading(pieces, prefix)], (1, 2))
+        (whole,) = engine.read([reading([prefix, *pieces], "")], (1, 2))
+        assert whole.tokens[0] == len(engine.encode(prefix))
+        expected = type(whole)(whole.mean[1:], whole.last[1:], whole.tokens[1:])
+        same(shared, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_texts_of_different_prefixes_are_read_in_one_call(engine):
+    prefixes = ["the customer is angry\n", "", "sorry\n"]
+    every = [reading(pieces, prefix) for pieces in TALKS[:3] for prefix in prefixes]
+    for asked, found in zip(every, engine.read(every, (1, 2)), strict=True):
+        (alone,) = engine.read([asked], (1, 2))
+        same(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_reading_leaves_what_is_written_as_it_is(engine):
+    row = write("the parcel is late", 6, reading(TALKS[0]).prefix)
+    (before,) = engine.run([row])
+    engine.read([reading(pieces) for pieces in TALKS], (1,))
+    (after,) = engine.run([row])
+    assert before.tokens == after.tokens
+
+
+def test_a_text_that_is_too_long_to_be_read_fails_alone(engine, monkeypatch):
+    monkeypatch.setattr("chatflow.models.gemma.engine.READ_TOTALS", (256, 512))
+    long = reading(["angry " * 800, " so"])
+    one, two, three = engine.read([reading(TALKS[0]), long, reading(TALKS[1])], (1, 2))
+    assert isinstance(two, PromptTooLongError)
+    for found, pieces in ((one, TALKS[0]), (three, TALKS[1])):
+        same(found, engine.read([reading(pieces)], (1, 2))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_to_read_is_nothing(engine):
+    assert engine.read([], (1, 2)) == []
 
 
 def test_choices_that_begin_alike_are_refused(engine):

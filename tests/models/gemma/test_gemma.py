@@ -9,16 +9,16 @@ import sys
 import contract
 import numpy as np
 import pytest
-from conftest import ROOT, chat
+from conftest import FEW_SHOT, ROOT, chat
 
 from chatflow.models.gemma.grammar import Text
 from chatflow.models.spec import ModelSpec
 from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt
 from chatflow.prompts.templates import load_folder
 from chatflow.records import AnalysedChat, Sentiment
-from chatflow.stages.analyse import to_analysis
+from chatflow.stages.analyse import read_of, to_analysis
 from chatflow.stages.ask import Answered
-from chatflow.stages.draft import to_draft
+from chatflow.stages.draft import ask_for_draft, to_draft
 from chatflow.weights import embedded
 
 pytestmark = pytest.mark.gemma
@@ -27,10 +27,10 @@ pytestmark = pytest.mark.gemma
 globals().update({name: test for name, test in vars(contract).items() if name.startswith("test_")})
 
 
-@pytest.fixture
-def case(gemma, monkeypatch):
-    """What the tests of the contract are about."""
-    return contract.on_worker(gemma, monkeypatch)
+@pytest.fixture(params=["auto", "none"])
+def case(request, gemma, monkeypatch):
+    """What the tests of the contract are about: a chat is read, or tone and summary asked for."""
+    return contract.on_worker(gemma, monkeypatch, request.param)
 
 
 CHATS = [
@@ -47,35 +47,83 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def analysed(gemma):
-    prompt = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec())
+    """Analyses of chats that were read."""
+    return analyses(gemma, AnalysisPrompt(load_folder("base")["analysis"], ModelSpec()))
+
+
+@pytest.fixture(scope="module")
+def written(gemma):
+    """Analyses whose tone was scored behind examples, and whose summary the model wrote."""
+    return analyses(gemma, AnalysisPrompt(load_folder(FEW_SHOT)["analysis"], WRITES))
+
+
+WRITES = ModelSpec(heads="none")
+
+
+def analyses(gemma, prompt):
     questions = [prompt.question(one, "c") for one in CHATS]
     answers = gemma.answer([question.request for question in questions])
+    made = [Answered(q, a) for q, a in zip(questions, answers, strict=True)]
     return [
-        AnalysedChat(q.chat, to_analysis(Answered(q, a)))
-        for q, a in zip(questions, answers, strict=True)
+        AnalysedChat(answered.question.chat, to_analysis(answered), read_of(answered))
+        for answered in made
     ]
 
 
-def test_it_tells_angry_from_neutral_from_happy(analysed):
-    assert [a.sentiment for _, a in analysed] == [
+@pytest.mark.parametrize("way", ["analysed", "written"])
+def test_it_tells_angry_from_neutral_from_happy(way, request):
+    found = request.getfixturevalue(way)
+    assert [a.sentiment for _, a, _ in found] == [
         Sentiment.ANGRY, Sentiment.NEUTRAL, Sentiment.HAPPY,
     ]  # fmt: skip
 
 
-def test_its_summaries_are_of_the_chat(analysed):
-    for one, analysis in analysed:
+def test_its_summaries_quote_the_chat(analysed):
+    for one, analysis, _ in analysed:
         assert 1 <= len(analysis.summary) <= 512
-        assert analysis.summary_source in ("model", "extract")
-        assert analysis.model == ModelSpec().result_name == "gemma3-270m@tone-1"
+        assert analysis.summary_source == "quotations"
+        assert analysis.model == ModelSpec().result_name == "gemma3-270m@support-1"
+        assert analysis.tone_scores is None
+        assert 1 / 3 < analysis.confidence <= 1
+        assert analysis.quotations
+        for quotation in analysis.quotations:
+            assert quotation.text in one.messages[quotation.message].text
+            assert quotation.text in analysis.summary
+
+
+def test_it_says_what_a_chat_is_about(analysed):
+    (_, angry, _), (_, neutral, _), (_, happy, _) = analysed
+    assert angry.fields["topic"].value == "delivery"
+    assert angry.fields["toward"].value == "company"
+    assert angry.fields["resolved"].value == "no"
+    assert neutral.fields["toward"].value == happy.fields["toward"].value == "nobody"
+    assert (angry.language, angry.unproven_language) == ("en", None)
+
+
+def test_its_own_summaries_are_of_the_chat(written):
+    for one, analysis, _ in written:
+        assert 1 <= len(analysis.summary) <= 512
+        assert analysis.summary_source in ("model", "quotations")
         assert set(analysis.tone_scores) == {"angry", "neutral", "happy"}
         words = set(" ".join(m.text for m in one.messages).lower().replace("!", "").split())
         assert words & set(analysis.summary.lower().split())
 
 
-@pytest.mark.slow
-def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, analysed):
+def test_a_draft_is_composed_of_what_it_read(analysed):
     prompt = DraftPrompt(load_folder("base")["apology"], ModelSpec())
-    question = prompt.question(analysed[0].chat, "c", analysed[0].analysis)
+    (made,) = ask_for_draft(prompt, analysed[0])
+    assert made.flag is None
+    assert made.evidence
+    for quotation in made.evidence:
+        assert quotation.text in CHATS[0].messages[quotation.message].text
+    assert made.text.startswith("We are sorry")
+    assert made.confidence <= analysed[0].analysis.confidence
+
+
+@pytest.mark.slow
+def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, written):
+    prompt = DraftPrompt(load_folder(FEW_SHOT)["apology"], WRITES)
+    question = prompt.question(written[0].chat, "c", written[0].analysis)
     (answer,) = gemma.answer([question.request])
     draft = to_draft(Answered(question, answer))
     assert draft.text.startswith("We are sorry that ")
@@ -85,7 +133,7 @@ def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, analysed
 
 @pytest.mark.slow
 def test_the_models_json_is_built_by_code(gemma):
-    prompt = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec())
+    prompt = AnalysisPrompt(load_folder(FEW_SHOT)["analysis"], WRITES)
     (answer,) = gemma.answer([prompt.question(CHATS[0], "c").request])
     assert set(json.loads(answer.text)) == {"sentiment", "summary"}
     assert answer.prompt_tokens > 100
@@ -112,7 +160,7 @@ def test_it_writes_the_json_itself_where_the_template_asks_so(gemma, tmp_path):
         + shots
         + "Chat: {{ messages[0].text }}\nJSON:{% endblock %}\n"
     )
-    prompt = AnalysisPrompt(load_folder(str(tmp_path))["analysis"], ModelSpec())
+    prompt = AnalysisPrompt(load_folder(str(tmp_path))["analysis"], WRITES)
     question = prompt.question(CHATS[2], "c")
     (answer,) = gemma.answer([question.request])
     assert set(json.loads(answer.text)) == {"sentiment", "summary"}
