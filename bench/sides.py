@@ -175,8 +175,10 @@ class Transformers(Side):
         return ["".join(self.work["pieces"].get(str(i), "?") for i in ids) for ids in answers]
 
 
-class Ours(Jax):
-    """chatflow's engine and its own prompts."""
+class FewShot(Jax):
+    """chatflow's engine and its earlier prompts: tone and summary behind examples."""
+
+    heads, questions_name = "", "few_shot"
 
     def __init__(self, work: dict[str, Any]):
         super().__init__(work)
@@ -187,10 +189,11 @@ class Ours(Jax):
 
         settings = WorkerSettings(dtype=work["dtype"], quantization=work["quantization"])
         handler = GemmaModelHandler(
-            work["model"], False, settings, Batching(max_batch_size=64, max_batch_duration_secs=0)
-        )
+            work["model"], False, settings, Batching(max_batch_size=64, max_batch_duration_secs=0),
+            heads=self.heads,
+        )  # fmt: skip
         self.model = handler.load_model()
-        self.requests = pickle.loads(bytes.fromhex(work["requests"]))
+        self.questions = pickle.loads(bytes.fromhex(work[self.questions_name]))
 
     def rows(self, prompts: list[Ids], tokens: int) -> list[Any]:
         from chatflow.models.gemma.engine import Row
@@ -203,7 +206,38 @@ class Ours(Jax):
         return [list(r.tokens) for r in self.model.engine.run(self.rows(prompts, tokens))]
 
     def task(self, numbers: list[int]) -> list[str]:
-        return [answer.text for answer in self.model.answer([self.requests[n] for n in numbers])]
+        requests = [self.questions[n].request for n in numbers]
+        return [answer.text for answer in self.model.answer(requests)]
+
+
+class Ours(FewShot):
+    """chatflow as it is: one reading, all choices, and the summary and the draft composed."""
+
+    heads, questions_name = "support-1", "questions"
+
+    def task(self, numbers: list[int]) -> list[str]:
+        import dataclasses
+
+        from chatflow.choices.words import words_of
+        from chatflow.prompts.templates import default_sources
+        from chatflow.stages.analyse import read_of, to_analysis
+        from chatflow.stages.ask import Answered
+        from chatflow.stages.draft import composed
+
+        questions = [self.questions[n] for n in numbers]
+        found = []
+        answers = self.model.answer([question.request for question in questions])
+        for question, answer in zip(questions, answers, strict=True):
+            answered = Answered(question, answer)
+            analysis = to_analysis(answered)
+            if analysis.sentiment == -1:
+                read = read_of(answered)
+                asked = dataclasses.replace(question, analysis=analysis, read=read)
+                composed(asked, answer.model, words_of(default_sources(), "base"))
+            found.append(
+                json.dumps({"sentiment": int(analysis.sentiment), "summary": analysis.summary})
+            )
+        return found
 
 
 SIDES = {
@@ -211,6 +245,7 @@ SIDES = {
     "keras_hub": Keras,
     "llama.cpp": Llama,
     "transformers": Transformers,
+    "few_shot": FewShot,
     "chatflow": Ours,
 }
 
