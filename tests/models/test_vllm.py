@@ -291,8 +291,8 @@ def test_chats_in_files_become_analyses_and_drafts(place, name):
     counts = execute(options, flags).to_dict()
     assert (counts["lost"], counts["dead_letters"]) == (0, 0)
     assert counts["analysed"] == counts["asked"] > 50
-    # What the stand-in says is grounded in few chats, which the prompts for base models look for.
-    flagged = counts["drafts_flagged"].get("ungrounded", 0)
+    # For a base model drafts are composed, and some chats have nothing to quote.
+    flagged = sum(counts["drafts_flagged"].values())
     assert counts["sentiment"]["angry"] == counts["drafted"] + flagged > 5
     assert counts["drafted"] > 0
     assert not flagged or name == BASE
