@@ -6,8 +6,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-SURE, LETTERS = 0.9, 25
-"""How probable a language has to be, and of how many characters, to be believed at once."""
+SURE, LETTERS, GUESSED = 0.9, 25, 10
+"""How probable a language has to be, and of how many characters, to be believed at once; from how
+many one is guessed at all."""
 
 
 @functools.cache
@@ -38,5 +39,6 @@ def language_of(
                 return str(found)
             if declared:
                 return declared
-            likeliest = next((str(code) for code, _ in ranks if code in usual), "")
+            if len(text) >= GUESSED:
+                likeliest = next((str(code) for code, _ in ranks if code in usual), "")
     return declared or likeliest

@@ -93,7 +93,7 @@ def test_evaluate_compares_variants_with_the_labels(judged, tmp_path, capsys):
     assert (first["angry_recall"]["value"], first["angry_precision"]["value"]) == (1, 0.5)
     assert first["calibration"] is None  # a script is never unsure
     assert first["answers"] == {
-        "asked": 4, "at_once": 3, "repaired": 0, "none": 1, "valid": 0.75,
+        "asked": 4, "at_once": 0, "repaired": 3, "none": 1, "valid": 0.75,
         "reasons": {"model/overloaded": 1},
     }  # fmt: skip
     assert first["wrong"] == [
@@ -109,12 +109,13 @@ def test_evaluate_compares_variants_with_the_labels(judged, tmp_path, capsys):
 
     assert first["summaries"]["all"]["texts"] == 3
     assert first["summaries"]["all"]["copies_of_prompt"] == 0
-    assert [of["names"] for of in first["summaries"]["offenders"]] == [["Smith"]] * 3
+    # Nobody spoke of Smith, so the summaries are composed; nor may a draft promise a refund.
+    assert (first["summaries"]["by_model"], first["summaries"]["composed"]) == (0, 3)
+    assert first["summaries"]["offenders"] == []
     drafts = first["drafts"]
-    assert (drafts["asked"], drafts["drafted"], drafts["apologise"]) == (2, 1, 1)
-    assert drafts["not_drafted"] == {"draft_answer/empty_draft": 1}
-    assert drafts["promise"] == 1
-    assert drafts["offenders"][0]["promises"] == ["We will refund"]
+    assert (drafts["asked"], drafts["drafted"], drafts["apologise"]) == (2, 0, 0)
+    assert drafts["not_drafted"] == {"draft_answer/empty_draft": 1, "no_evidence": 1}
+    assert drafts["promise"] == 0
 
     assert second["against_first"]["accuracy"]["value"] == -0.25
     assert second["against_first"]["verdict"] == "no more than chance (p = 1.00)"
@@ -122,10 +123,9 @@ def test_evaluate_compares_variants_with_the_labels(judged, tmp_path, capsys):
     assert vader["summaries"] is None
     written = (tmp_path / "page.html").read_text()
     assert_one_page(written)
-    assert (
-        written.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
-    )  # who else is wrong: VADER is right
-    assert "promises: We will refund" in written
+    # Who else is wrong: VADER is right. Each shows the chat, and its summary quotes it.
+    assert written.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4
+    assert "We will refund" not in written
 
     assert report["history"]["falls"] == []
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
@@ -136,7 +136,7 @@ def test_evaluate_compares_variants_with_the_labels(judged, tmp_path, capsys):
     ]
     assert lines[0]["answers"] == {"1/c": -1, "2/c": 0, "3/c": -1, "4/c": None}
     assert (lines[0]["labelled"], lines[0]["chats"]) == ("chats.jsonl", 4)
-    assert (lines[0]["drafts"], lines[0]["promises"], lines[0]["kept_summaries"]) == (1, 1, 3)
+    assert (lines[0]["drafts"], lines[0]["promises"], lines[0]["kept_summaries"]) == (0, 0, 0)
     assert lines[0]["prompt_versions"]["analysis"]
 
 
@@ -175,7 +175,7 @@ def test_a_fall_since_the_last_time_is_said_below_the_tables(judged, lines, caps
     said = capsys.readouterr()
     for text in (
         "angry", "neutral", "happy", "none", "precision", "macro-F1", "recall of angry",
-        "model/overloaded: 1", "1 of 2", "up to 20 words", "wrong answers: 2", "History", "0.750",
+        "model/overloaded: 1", "0 of 2", "up to 20 words", "wrong answers: 2", "History", "0.750",
     ):  # fmt: skip
         assert text in said.out
     assert max(map(len, said.out.splitlines())) <= 120
