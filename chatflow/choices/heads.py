@@ -77,7 +77,7 @@ class Head:
     def probabilities(self, x: np.ndarray) -> np.ndarray:
         """Returns `[rows, values]` of `[rows, features]`."""
         for number, (weights, bias) in enumerate(self.layers):
-            x = x @ weights.astype(np.float32) + bias
+            x = x @ weights.astype(np.float32, copy=False) + bias
             if number < len(self.layers) - 1:
                 x = np.maximum(x, 0)
         x = x / self.temperature

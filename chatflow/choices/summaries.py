@@ -56,7 +56,7 @@ def composed(
     quoted = _by_message(sentences, chosen)
     text = _text(sentences, quoted, opening, names or {})
     while len(text) > limit and len(chosen) > 1:
-        weakest = min(chosen[1:] or chosen, key=lambda at: 1 - parts[at, NONE])
+        weakest = min(chosen[1:], key=lambda at: 1 - parts[at, NONE])
         chosen = [at for at in chosen if at != weakest]
         quoted = _by_message(sentences, chosen)
         text = _text(sentences, quoted, opening, names or {})

@@ -141,6 +141,7 @@ def _heads(parsed: argparse.Namespace, options: Options, prompt: Any, console: C
         seen,
     )
     from chatflow.evaluation.curves import report_of, show, write_page
+    from chatflow.evaluation.labels import read_labels
     from chatflow.evaluation.tuning import apart
     from chatflow.models.gemma.engine import load_engine
     from chatflow.weights.embedded import cache_root
@@ -170,7 +171,8 @@ def _heads(parsed: argparse.Namespace, options: Options, prompt: Any, console: C
     if given and not parsed.layers:
         layers = given.layers
     examples = read_examples(parsed.labelled, prompt, choices)
-    examples, near = apart(examples, parsed.apart_from)
+    others = read_labels(parsed.apart_from).values() if parsed.apart_from else ()
+    examples, near = apart(examples, others)
     labelled = {name for example in examples for name in example.labels}
     chosen = [c for c in choices if c.name in wanted and (parsed.choices or c.name in labelled)]
     console.print(

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -62,9 +62,7 @@ def parts_of(parsed: argparse.Namespace) -> Parts:
     others = list(validation)
     if parsed.apart_from:
         others += read_labels(parsed.apart_from).values()
-    chats = [label.chat for label in training]
-    near = {copy.chat_id for copy in near_copies(chats, [label.chat for label in others])}
-    kept = [label for label in training if label.chat.chat_id not in near]
+    kept, near = apart(training, others)
     judged_by = parsed.validation or f"{parsed.labelled}, a share of it,"
     for path, name, part in (
         (parsed.labelled, "to learn from", kept),
@@ -76,17 +74,15 @@ def parts_of(parsed: argparse.Namespace) -> Parts:
                 f"{path}: {len(part)} chats {name}, and none that is "
                 f"{' or '.join(missing)}; label more"
             )
-    return Parts(kept, validation, len(training) - len(kept))
+    return Parts(kept, validation, near)
 
 
-def apart(examples: Sequence[LabelledT], path: str) -> tuple[list[LabelledT], int]:
-    """Returns the labelled chats that share no text with those of a file, and how many do."""
-    if not path:
-        return list(examples), 0
-    others = [label.chat for label in read_labels(path).values()]
-    near = {copy.chat_id for copy in near_copies([one.chat for one in examples], others)}
-    kept = [one for one in examples if one.chat.chat_id not in near]
-    return kept, len(examples) - len(kept)
+def apart(labelled: Sequence[LabelledT], others: Iterable[Label]) -> tuple[list[LabelledT], int]:
+    """Returns the labelled chats that share no text with others, and how many do."""
+    chats = [one.chat for one in labelled]
+    near = {copy.chat_id for copy in near_copies(chats, [other.chat for other in others])}
+    kept = [one for one in labelled if one.chat.chat_id not in near]
+    return kept, len(labelled) - len(kept)
 
 
 def divided(labels: Sequence[Label], share: float, seed: int) -> tuple[list[Label], list[Label]]:

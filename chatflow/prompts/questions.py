@@ -204,12 +204,7 @@ class Prompt:
                 parts[0], sentences = laid_out(parts[0], chat, kept, user_id)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
-        language = language_of(
-            chat.texts_of(user_id),
-            chat.attributes.get("language", ""),
-            around=[message.text for message in chat.said if message.user_id != user_id],
-            usual=tuple(self.words),
-        )
+        language = self._language(chat, user_id) if analysis is None else analysis.language or ""
         words = self.words.get(language, self.words["en"])
         identity = Identity.of(chat, user_id, self.version, self.result_name)
         request = Request(
@@ -226,6 +221,14 @@ class Prompt:
             chat, user_id, language, words.speakers, words.openings,
             kept.dropped, kept.cut, sentences, analysis, read,
         )  # fmt: skip
+
+    def _language(self, chat: Chat, user_id: str) -> str:
+        return language_of(
+            chat.texts_of(user_id),
+            chat.attributes.get("language", ""),
+            around=[message.text for message in chat.said if message.user_id != user_id],
+            usual=tuple(self.words),
+        )
 
     @property
     def probe(self) -> Request:

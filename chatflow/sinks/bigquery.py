@@ -346,9 +346,14 @@ def to_rows(record: Record, upsert: bool = True) -> list[bytes]:
     return rows
 
 
+@functools.cache
+def _json_columns(kind: type[Record]) -> frozenset[str]:
+    return frozenset(c["name"] for c in columns(kind) if c["type"] == "JSON")
+
+
 def _values(record: Record, key: str, upsert: bool) -> dict[str, Any]:
     values: dict[str, Any] = {id_column(type(record)): key}
-    as_json = {c["name"] for c in columns(type(record)) if c["type"] == "JSON"}
+    as_json = _json_columns(type(record))
     for name in type(record).model_fields:
         value = getattr(record, name)
         if isinstance(value, datetime):

@@ -379,9 +379,9 @@ class Engine:
             )
             scores = np.asarray(self.forward.scores(self.forward.weights, hidden, first))
             options.append(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+        rows = np.asarray(states)  # cut here: on the device, each length would be compiled
         for at, (_, _, number, ids, pieces) in enumerate(block):
-            row = np.asarray(states[at][: len(ids)]).astype(np.float32)
-            found = _pooled(row, np.array(pieces))
+            found = _pooled(rows[at, : len(ids)].astype(np.float32), np.array(pieces))
             results[number] = found._replace(options=tuple(scores[at] for scores in options))
 
     # Decode.
