@@ -331,8 +331,13 @@ class RemoteSettings(Settings):
         "GOOGLE_CLOUD_LOCATION.", _REMOTE,
     )  # fmt: skip
     api_endpoint: str = flag(
-        "", "Address of the Vertex AI API instead of Google's; one with http:// is called "
-        "without credentials.", _REMOTE,
+        "", "Address of the service: of a server that speaks OpenAI's protocol, with its path "
+        "(http://localhost:11434/v1), or of the Vertex AI API instead of Google's. An address "
+        "with http:// gets none of Google's credentials.", _REMOTE,
+    )  # fmt: skip
+    api_key: str = flag(
+        "", "Where the key of an openai: or anthropic: model is: env:NAME, file:PATH or "
+        "projects/P/secrets/S/versions/V.", _REMOTE,
     )  # fmt: skip
     endpoint_override: str = flag(
         "", "Address at which an endpoint answers: of a Private Service Connect forwarding rule, "
@@ -350,9 +355,10 @@ class RemoteSettings(Settings):
         choices=("response_format", "structured_outputs", "guided_json", "none"),
     )  # fmt: skip
     thinking: str = flag(
-        "auto", "How much a Gemini model thinks before it answers, which is paid for: a level "
-        "(minimal, low, medium, high), a number of tokens (Gemini 2.5), none to leave it to the "
-        "model, or auto for as little as it takes.", _REMOTE,
+        "auto", "How much a Gemini or OpenAI model thinks before it answers, which is paid for: "
+        "a level (minimal, low, medium, high), a number of tokens (Gemini 2.5; elsewhere only "
+        "the room for them), none to leave it to the model, or auto for as little as it takes.",
+        _REMOTE,
     )  # fmt: skip
     max_in_flight: int = flag(
         16, "Most calls at once to a remote model, by worker process.", _REMOTE, least=1

@@ -34,6 +34,8 @@ KINDS = {
     "scripted:": "chatflow.models.scripted.Scripted",
     "torch:": "chatflow.models.pytorch.handler.Torch",
     "vllm:": "chatflow.models.vllm.handler.Vllm",
+    "openai:": "chatflow.models.remote.openai.OpenAI",
+    "anthropic:": "chatflow.models.remote.anthropic.Anthropic",
     "remote": "chatflow.models.remote.handler.Remote",
     "on_worker": "chatflow.models.gemma.handler.Gemma",
 }
@@ -129,7 +131,8 @@ class ModelSpec:
       name: `gemma3-270m` (embedded), a keras_hub preset, a folder, `hf://…`, `kaggle://…`, `gs://…`
         or `scripted:FILE`; `torch:NAME` for a Hugging Face text model on PyTorch; `vllm:NAME` for
         one that vLLM serves on the worker (a name of the hub, a folder, `gs://…`); remotely,
-        `gemini-…` or `projects/P/locations/L/endpoints/E`.
+        `gemini-…`, `projects/P/locations/L/endpoints/E`, `openai:NAME` of a server that speaks
+        OpenAI's protocol, or `anthropic:NAME`.
       inference: `on_worker` or `remote`.
       model_kind: `base` continues text, `instruct` follows instructions, `auto` is by name.
       worker: how the weights are kept; unused remotely.

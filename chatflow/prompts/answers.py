@@ -51,6 +51,7 @@ ANALYSIS_SCHEMA: Mapping[str, Any] = {
         "summary": {"type": "string"},
     },
     "required": ["sentiment", "summary"],
+    "additionalProperties": False,
 }
 """JSON schema of the answer, for models that write JSON."""
 

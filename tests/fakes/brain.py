@@ -37,6 +37,7 @@ class Behaviour:
         `bimodal:FAST,SLOW,SHARE OF SLOW`.
       slow_seconds: how long a slow body takes.
       listed: chat completions stand in a list, as in one of Google's examples.
+      refused: fields of a body that it does not take, and says so.
     """
 
     match: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -49,6 +50,7 @@ class Behaviour:
     latency: str | float = 0.0
     slow_seconds: float = 30.0
     listed: bool = True
+    refused: Sequence[str] = ()
     seed: int = 5
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class Call:
       prompts: one of each instance; of the first turn, where there are several.
       fault: `ok`, or what it was answered with.
       early: it came before the time that an earlier one of the same prompt was told.
+      key: of a header of its own, Azure's or Anthropic's.
     """
 
     at: float
@@ -74,6 +77,7 @@ class Call:
     body: Any
     authorization: str
     fault: str = "ok"
+    key: str = ""
     early: bool = False
 
 

@@ -1,14 +1,16 @@
 """A stand-in for Vertex AI on loopback, for real clients: HTTP, HTTPS and gRPC.
 
 It speaks generateContent and countTokens of Gemini; GetEndpoint, predict, rawPredict and chat
-completions of endpoints of every kind; and OAuth's token route. The shapes are those that
-Google documents; nothing was compared with the real services. What it answers, and how it
+completions of endpoints of every kind; OpenAI's chat completions and list of models; Anthropic's
+messages, its own and Vertex AI's; and OAuth's token route. The shapes are those that the vendors
+document; nothing was compared with the real services. What it answers, and how it
 misbehaves, says `brain.Behaviour`; over gRPC, faults are statuses, hanging, or no predictions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import ipaddress
 import json
@@ -118,16 +120,25 @@ class FakeVertex:
             return web.json_response({"access_token": "a-token", "expires_in": 3600})
         if path == "/_control":
             return await self._control(request)
+        if request.method == "GET" and "/models" in path:
+            models = {"data": [{"id": "small"}, {"id": "large"}]}
+            return web.json_response(models if path.endswith("/models") else {"id": "small"})
         if request.method == "GET":
             found = self.endpoint(path.split("/", 2)[-1])
             return web.json_response(found or _error(404), status=200 if found else 404)
         body = await request.json()
-        if path.endswith(":countTokens"):
+        if path.endswith((":countTokens", "count-tokens:rawPredict")):
             return web.json_response({"totalTokens": 1})
+        for name in self.brain.behaviour.refused:
+            if name in body:
+                said = f"Unsupported parameter: '{name}' is not supported with this model."
+                error = {"message": said, "param": name, "type": "invalid_request_error"}
+                return web.json_response({"error": error}, status=400)
         gemini = path.endswith(":generateContent")
         prompts = prompts_of(body)
         authorization = request.headers.get("Authorization", "")
         call = self.brain.receive(path, prompts, body, authorization)
+        call.key = request.headers.get("api-key", request.headers.get("x-api-key", ""))
         try:
             return await self._answer(request, call, gemini)
         finally:
@@ -176,6 +187,8 @@ class FakeVertex:
             value: Any = self.generated(call)
         elif "instances" in call.body:
             value = self.predicted(call)
+        elif "messages" in call.path or "anthropic" in call.path:
+            value = self.message(call)
         else:
             value = self.completed(call)
         raw = json.dumps(value).encode()
@@ -248,6 +261,26 @@ class FakeVertex:
     def completed(self, call: Call) -> dict[str, Any]:
         """A reply of a chat completion's own route."""
         return self.completion(call.prompts[0], call.fault)
+
+    def message(self, call: Call) -> dict[str, Any]:
+        """A reply of Anthropic's messages: where a tool must be called, its input if it is JSON."""
+        text = "" if call.fault == "safety" else self.said(call.prompts[0], call.fault)
+        blocks: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if "tool_choice" in call.body:
+            with contextlib.suppress(ValueError):
+                name = call.body["tool_choice"]["name"]
+                blocks = [{"type": "tool_use", "id": "1", "name": name, "input": json.loads(text)}]
+        reasons = {"truncated": "max_tokens", "safety": "refusal"}
+        usage = {
+            "input_tokens": len(call.prompts[0].split()),
+            "output_tokens": len(text.split()),
+        }
+        return {
+            "type": "message",
+            "content": [] if call.fault in ("empty", "fewer") else blocks,
+            "stop_reason": reasons.get(call.fault, "end_turn"),
+            "usage": usage,
+        }
 
     def completion(self, prompt: str, fault: str) -> dict[str, Any]:
         text = "" if fault == "safety" else self.said(prompt, fault)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
+import google.auth
+import google.auth.transport.requests
 
 from chatflow.models.remote.faults import Fault, HttpError, Kind, MalformedReplyError
 from chatflow.models.requests import Part
+
+SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
+
+LEVELS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192}
+"""Additional tokens of an answer for the thinking before it, by level of `--thinking`."""
 
 
 class Turn(NamedTuple):
@@ -77,14 +86,50 @@ async def post(
     data = json.dumps(content).encode()
     headers = {"Content-Type": "application/json", **(headers or {})}
     async with http.post(url, data=data, headers=headers) as response:
-        if response.status != 200:
-            text = ""
-            with contextlib.suppress(aiohttp.ClientError):
-                text = await response.text(errors="replace")
-            raise HttpError(response.status, text, response.headers)
-        text = await response.text(errors="replace")
+        return await _json_of(response)
+
+
+async def get(http: aiohttp.ClientSession, url: str, headers: Mapping[str, str]) -> Any:
+    """Returns the JSON at an address; raises errors as `post` does."""
+    async with http.get(url, headers=headers) as response:
+        return await _json_of(response)
+
+
+async def _json_of(response: aiohttp.ClientResponse) -> Any:
+    if response.status != 200:
+        text = ""
+        with contextlib.suppress(aiohttp.ClientError):
+            text = await response.text(errors="replace")
+        raise HttpError(response.status, text, response.headers)
+    text = await response.text(errors="replace")
     try:
         return json.loads(text)
     except ValueError as error:
         said = f"the reply is no JSON: {error}"
         raise MalformedReplyError("malformed", said, text[:2000]) from None
+
+
+class GoogleToken:
+    """An access token from the machine's own credentials, renewed before it expires."""
+
+    def __init__(self, none: bool):
+        self._credentials: Any = None
+        self._none = none
+        self._lock = threading.Lock()
+
+    async def header(self) -> dict[str, str]:
+        if self._none:
+            return {}
+        if self._credentials is None or not self._credentials.valid:
+            await asyncio.to_thread(self._renew)
+        headers: dict[str, str] = {}
+        self._credentials.apply(headers)
+        return headers
+
+    def _renew(self) -> None:
+        with self._lock:
+            if self._credentials is None:
+                self._credentials, _ = google.auth.default(scopes=SCOPES)
+            if not self._credentials.valid:
+                request = google.auth.transport.requests.Request()
+                self._credentials.refresh(request)

@@ -11,7 +11,7 @@ from google.genai import types
 from google.oauth2.credentials import Credentials
 
 from chatflow.errors import UsageError
-from chatflow.models.remote.clients import Client, Reply, Turn, checked
+from chatflow.models.remote.clients import LEVELS, Client, Reply, Turn, checked
 from chatflow.models.remote.faults import Fault, Kind
 from chatflow.models.requests import Part
 from chatflow.options import RemoteSettings
@@ -20,9 +20,6 @@ FINISH_REASONS = {"STOP": "stop", "MAX_TOKENS": "length"}
 BLOCKED = frozenset(
     ("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
 )
-
-LEVELS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192}
-"""Additional tokens of an answer for the thinking before it, by thinking level."""
 
 
 def thinking_of(model: str, setting: str) -> tuple[dict[str, Any] | None, int]:

@@ -18,7 +18,7 @@ from chatflow.models.remote import faults
 from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.remote.clients import Client
 from chatflow.models.requests import FIRST, Request, Version
-from chatflow.models.spec import Kind, ModelSpec, Say
+from chatflow.models.spec import Kind, ModelSpec, Say, kind_of
 from chatflow.options import ONE_BUNDLE, Batching, RemoteSettings
 
 CHECK_SECONDS = 15.0
@@ -28,13 +28,10 @@ _NOT_OURS_TO_ASK = ("credentials", "http_401", "http_403")
 
 
 def client_of(name: str, settings: RemoteSettings) -> Client:
-    from chatflow.models.remote.vertex import ENDPOINT, EndpointClient
-
-    if ENDPOINT.fullmatch(name):
-        return EndpointClient(name, settings)
-    from chatflow.models.remote.gemini import GeminiClient
-
-    return GeminiClient(name, settings)
+    """Returns the client of a remote model."""
+    kind = kind_of(name, "remote")
+    assert isinstance(kind, Remote)
+    return kind.client(name, settings)
 
 
 _models: weakref.WeakValueDictionary[Any, RemoteModel] = weakref.WeakValueDictionary()
@@ -66,7 +63,7 @@ def _never(error: Exception) -> bool:
 class RemoteLanguageModelHandler(
     RemoteModelHandler[Request, PredictionResult, RemoteModel], LanguageModelHandler[RemoteModel]
 ):
-    """A remote language model (`gemini-…` or `projects/P/locations/L/endpoints/E`).
+    """A remote language model; see `models.spec.ModelSpec.name` for which there are.
 
     Each request is a separate call. All threads and steps of a process share the limit of calls in
     flight. A failed call is retried as `faults` says, within `RemoteSettings.retry_seconds`, with
@@ -117,7 +114,7 @@ class RemoteLanguageModelHandler(
 
 
 class Remote(Kind):
-    """`gemini-…` and endpoints of Vertex AI."""
+    """`gemini-…` and endpoints of Vertex AI; the base of other services."""
 
     asked_by_json = True
 
@@ -132,8 +129,8 @@ class Remote(Kind):
             raise UsageError(f"--endpoint_override: only with an endpoint, not with --model={name}")
         if not name.startswith("gemini-"):
             raise UsageError(
-                f"--model={name}: with --inference=remote give gemini-… or "
-                "projects/P/locations/L/endpoints/E"
+                f"--model={name}: with --inference=remote give gemini-…, openai:NAME, "
+                "anthropic:NAME or projects/P/locations/L/endpoints/E"
             )
         if not settings.project:
             raise UsageError(f"--model={name}: give --project, or set GOOGLE_CLOUD_PROJECT")
@@ -145,6 +142,16 @@ class Remote(Kind):
         from chatflow.models.remote.gemini import thinking_of
 
         thinking_of(name, settings.thinking)
+
+    def client(self, name: str, settings: RemoteSettings) -> Client:
+        """Returns a client that has made no call yet."""
+        from chatflow.models.remote.vertex import ENDPOINT, EndpointClient
+
+        if ENDPOINT.fullmatch(name):
+            return EndpointClient(name, settings)
+        from chatflow.models.remote.gemini import GeminiClient
+
+        return GeminiClient(name, settings)
 
     def instruct(self, spec: ModelSpec) -> bool:
         return True

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
-import google.auth
-import google.auth.transport.requests
 from google.auth.credentials import AnonymousCredentials
 
 from chatflow.errors import UsageError
-from chatflow.models.remote.clients import Client, Reply, Turn, checked, post
+from chatflow.models.remote.clients import Client, GoogleToken, Reply, Turn, checked, post
 from chatflow.models.remote.faults import Fault, HttpError, MalformedReplyError
+from chatflow.models.remote.openai import completion, raw, reply_of, without_thoughts
 from chatflow.models.requests import Part
 from chatflow.network import session
 from chatflow.options import RemoteSettings
 
 ENDPOINT = re.compile(r"projects/([^/]+)/locations/([^/]+)/endpoints/([^/]+)")
-SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
-
-
-def schema_fields(schema: Mapping[str, Any] | None, spelling: str) -> dict[str, Any]:
-    """Returns the fields of a chat completion that specify the JSON schema of its answer.
-
-    The spelling is one of `RemoteSettings.response_format`. Servers are said to ignore an unknown
-    one, so answers are checked nevertheless.
-    """
-    if not schema or spelling == "none":
-        return {}
-    if spelling == "response_format":
-        form = {"name": "answer", "schema": schema}
-        return {"response_format": {"type": "json_schema", "json_schema": form}}
-    return {"guided_json": schema} if spelling == "guided_json" else {spelling: {"json": schema}}
 
 
 def body(turns: Sequence[Turn], part: Part, settings: RemoteSettings) -> dict[str, Any]:
@@ -46,18 +28,11 @@ def body(turns: Sequence[Turn], part: Part, settings: RemoteSettings) -> dict[st
     - `raw_predict`: OpenAI's body, for containers that serve its route.
     - `prompt`: an instance with a prompt, for containers without chats.
     """
-    limits = {"max_tokens": part.max_tokens, "temperature": 0}
     if settings.request_format == "prompt":
         prompt = "\n\n".join(turn.text for turn in turns)
-        return {"instances": [{"prompt": prompt, **limits}]}
-    chat = {
-        "messages": [
-            {"role": "assistant" if turn.role == "model" else turn.role, "content": turn.text}
-            for turn in turns
-        ],
-        **limits,
-        **schema_fields(part.schema, settings.response_format),
-    }
+        instance = {"prompt": prompt, "max_tokens": part.max_tokens, "temperature": 0}
+        return {"instances": [instance]}
+    chat = completion(turns, part, settings.response_format)
     if settings.request_format == "raw_predict":
         return {"model": "", **chat}
     return {"instances": [{"@requestFormat": "chatCompletions", **chat}]}
@@ -96,7 +71,7 @@ class EndpointClient(Client):
         self.name, self.settings = name, settings
         self._address: Address | None = None
         self._looking_up = asyncio.Lock()
-        self._token = _Token(settings.without_credentials)
+        self._token = GoogleToken(settings.without_credentials)
         self._http: aiohttp.ClientSession | None = None
 
     async def prepare(self) -> None:
@@ -105,13 +80,13 @@ class EndpointClient(Client):
 
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         address = await self.address()
-        raw = self.settings.request_format == "raw_predict"
+        raw_predict = self.settings.request_format == "raw_predict"
         content = await self._post(
-            address.raw_predict if raw else address.predict,
+            address.raw_predict if raw_predict else address.predict,
             body(turns, part, self.settings),
             address.verified,
         )
-        return reply_of(content if raw else _prediction(content))
+        return _reply(content if raw_predict else _prediction(content))
 
     async def address(self) -> Address:
         async with self._looking_up:
@@ -147,32 +122,6 @@ class EndpointClient(Client):
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close()
-
-
-class _Token:
-    """An access token from the machine's own credentials, renewed before it expires."""
-
-    def __init__(self, none: bool):
-        self._credentials: Any = None
-        self._none = none
-        self._lock = threading.Lock()
-
-    async def header(self) -> dict[str, str]:
-        if self._none:
-            return {}
-        if self._credentials is None or not self._credentials.valid:
-            await asyncio.to_thread(self._renew)
-        headers: dict[str, str] = {}
-        self._credentials.apply(headers)
-        return headers
-
-    def _renew(self) -> None:
-        with self._lock:
-            if self._credentials is None:
-                self._credentials, _ = google.auth.default(scopes=SCOPES)
-            if not self._credentials.valid:
-                request = google.auth.transport.requests.Request()
-                self._credentials.refresh(request)
 
 
 def overridden(name: str, address: str) -> Address:
@@ -241,27 +190,14 @@ def _prediction(content: Any) -> Any:
     predictions = content.get("predictions") if isinstance(content, dict) else None
     if not predictions:
         said = "the reply has no predictions"
-        raise MalformedReplyError("no_predictions", said, _raw(content))
+        raise MalformedReplyError("no_predictions", said, raw(content))
     return predictions[0] if isinstance(predictions, list) else predictions
 
 
-def reply_of(prediction: Any) -> Reply | Fault:
+def _reply(prediction: Any) -> Reply | Fault:
     """Reads a chat completion, a completion or a text; raises `MalformedReplyError` for others."""
     if isinstance(prediction, str):
         # Model Garden's containers repeat the prompt.
-        return checked(Reply(prediction.split("\nOutput:\n", 1)[-1], finish_reason="unknown"))
-    try:
-        choice, usage = prediction["choices"][0], prediction.get("usage") or {}
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        said = str(choice.get("finish_reason"))
-        paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        reply = Reply(str(text or ""), *paid, said)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise MalformedReplyError(
-            "bad_reply", f"no chat completion in the reply: {error!r}", _raw(prediction)
-        ) from None
-    return checked(reply, said if said == "content_filter" else "")
-
-
-def _raw(content: Any) -> str:
-    return json.dumps(content, default=str)[:2000]
+        said = without_thoughts(prediction.split("\nOutput:\n", 1)[-1])
+        return checked(Reply(said, finish_reason="unknown"))
+    return reply_of(prediction)

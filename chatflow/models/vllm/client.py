@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from chatflow.models.remote.clients import Client, Reply, Turn, post
+from chatflow.models.remote.clients import Reply, Turn
 from chatflow.models.remote.faults import Fault, Kind, MalformedReplyError
-from chatflow.models.remote.vertex import body, reply_of, schema_fields
+from chatflow.models.remote.openai import OpenAIClient, completion, reply_of, schema_fields
 from chatflow.models.requests import Part
 from chatflow.network import session
 from chatflow.options import RemoteSettings
@@ -24,7 +24,7 @@ TOP = 20
 """The number of likeliest first tokens to find the choices in; vLLM's default maximum."""
 
 
-class VllmClient(Client):
+class VllmClient(OpenAIClient):
     """A client of a server on this machine, which it restarts if the server has ended.
 
     With `instruct` it asks for chat completions, else for completions. For a part with choices, the
@@ -32,10 +32,10 @@ class VllmClient(Client):
     """
 
     def __init__(self, name: str, server: VllmServer, settings: RemoteSettings, instruct: bool):
-        self.name, self.settings, self.instruct = name, settings, instruct
+        super().__init__(name, settings)
+        self.instruct = instruct
         self._server = server
         self._start: asyncio.Future[None] | None = None
-        self._http: aiohttp.ClientSession | None = None
 
     async def prepare(self) -> None:
         """Waits for the server; concurrent callers share one start and its outcome."""
@@ -46,19 +46,21 @@ class VllmClient(Client):
         await asyncio.shield(self._start)
 
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
-        if self._http is None:
-            self._http = await session(verified=False, trust_env=False)  # on this machine
         path = "chat/completions" if self.instruct else "completions"
-        content = self._body(turns, part)
-        reply = await post(self._http, f"{self._server.address}/v1/{path}", content)
+        reply = await self.post(self.address(path), self._body(turns, part))
         return _scores_of(reply, part) if part.choices else reply_of(reply)
+
+    def address(self, path: str) -> str:
+        return f"{self._server.address}/v1/{path}"
+
+    async def new_session(self) -> aiohttp.ClientSession:
+        return await session(verified=False, trust_env=False)  # on this machine
 
     def _body(self, turns: Sequence[Turn], part: Part) -> dict[str, Any]:
         if part.choices:  # nothing is generated
             part = dataclasses.replace(part, max_tokens=1, stop=(), schema=None)
         if self.instruct:
-            raw = dataclasses.replace(self.settings, request_format="raw_predict")
-            content = body(turns, part, raw)
+            content = completion(turns, part, self.settings.response_format)
         else:
             prompt = "\n\n".join(turn.text for turn in turns)
             schema = schema_fields(part.schema, self.settings.response_format)
@@ -76,10 +78,6 @@ class VllmClient(Client):
     async def check(self) -> str:
         await self.prepare()
         return f"{self.name} is there"
-
-    async def close(self) -> None:
-        if self._http is not None:
-            await self._http.close()
 
 
 def _scores_of(content: Any, part: Part) -> Reply | Fault:
