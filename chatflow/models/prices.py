@@ -15,14 +15,26 @@ DEFAULT = Path(__file__).parent / "prices.toml"
 
 
 class Price(NamedTuple):
-    """US dollars per million `input` or `output` tokens, and per `hour` of an endpoint in a run."""
+    """US dollars per million tokens, and per `hour` of an endpoint in a run.
+
+    `cached` is the price of tokens that are read from a service's cache; None: that of `input`.
+    """
 
     input: float = 0.0
     output: float = 0.0
     hour: float = 0.0
+    cached: float | None = None
 
-    def of(self, prompt_tokens: int, answer_tokens: int, seconds: float) -> float:
-        tokens = prompt_tokens * self.input + answer_tokens * self.output
+    def of(
+        self, prompt_tokens: int, answer_tokens: int, cached_tokens: int = 0, seconds: float = 0.0
+    ) -> float:
+        """Returns US dollars; `cached_tokens` are among the `prompt_tokens`."""
+        cached = self.input if self.cached is None else self.cached
+        tokens = (
+            (prompt_tokens - cached_tokens) * self.input
+            + cached_tokens * cached
+            + answer_tokens * self.output
+        )
         return tokens / 1e6 + seconds / 3600 * self.hour
 
 
@@ -45,7 +57,7 @@ def price_of(model: str, path: str = "") -> Price | None:
 
 def _price(entry: Any) -> Price:
     if not isinstance(entry, dict):
-        raise ValueError(f"{entry!r} is no table of input, output and hour")
+        raise ValueError(f"{entry!r} is no table of input, output, cached and hour")
     if unknown := set(entry) - set(Price._fields):
         raise ValueError(f"unknown {sorted(unknown)}; known are {list(Price._fields)}")
     for name, value in entry.items():

@@ -120,6 +120,7 @@ class Answer:
 
     Attributes:
       prompt_tokens, answer_tokens: of all calls for the answer; thinking counts as answer.
+      cached_tokens: of the prompts' tokens those that a service had in its cache.
       tone_scores: log-probability by tone word, if the tone was a scored choice.
       seconds: from request to answer; of the whole batch, if there was one.
       finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
@@ -131,6 +132,7 @@ class Answer:
     model: str
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    cached_tokens: int = 0
     seconds: float = 0.0
     finish_reason: str = "stop"
     tone_scores: tuple[tuple[str, float], ...] = ()
@@ -150,7 +152,8 @@ class Failure:
 
     Attributes:
       reason: a short code for counting, e.g. `prompt_too_long`.
-      answer, prompt_tokens, answer_tokens: what the model said and used nevertheless.
+      answer, prompt_tokens, answer_tokens, cached_tokens: what the model said and used
+        nevertheless.
     """
 
     reason: str
@@ -158,3 +161,4 @@ class Failure:
     answer: str | None = None
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    cached_tokens: int = 0

@@ -135,7 +135,7 @@ class Summary:
         """Estimated US dollars; None if the price is not known."""
         if self.price is None:
             return None
-        tokens = self.get("prompt_tokens"), self.get("answer_tokens")
+        tokens = (self.get(f"{kind}_tokens") for kind in ("prompt", "answer", "cached"))
         return round(self.price.of(*tokens, self.seconds), 6)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,6 +164,7 @@ class Summary:
             "repaired": self.under("repaired"),
             "prompt_tokens": self.get("prompt_tokens"),
             "answer_tokens": self.get("answer_tokens"),
+            "cached_tokens": self.get("cached_tokens"),
             "requests": self.get("model/requests"),
             "retries": self.get("model/retries"),
             "asked_again": self.get("model/asked_again"),

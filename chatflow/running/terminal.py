@@ -78,6 +78,7 @@ def counts_table(summary: Summary) -> Table:
     def listed(parts: dict[str, int]) -> str:
         return ", ".join(f"{name} {value:,}" for name, value in parts.items()) or "none"
 
+    cached = f", {values['cached_tokens']:,} from a cache" if values["cached_tokens"] else ""
     letters, flagged = values["dead_letters_by_reason"], values["drafts_flagged"]
     rows = {
         "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats"
@@ -92,7 +93,7 @@ def counts_table(summary: Summary) -> Table:
         "left out": listed(_spaced(values["reduced"])),
         "mended input": listed(_spaced(values["input"])),
         "mended answers": listed(values["repaired"]),
-        "tokens": f"{values['prompt_tokens']:,} read, {values['answer_tokens']:,} written",
+        "tokens": f"{values['prompt_tokens']:,} read{cached}, {values['answer_tokens']:,} written",
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
         "lost": f"{values['lost']:,}",
     }

@@ -67,6 +67,7 @@ def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
     inference = prediction.inference
     metrics.count("prompt_tokens", inference.prompt_tokens)
     metrics.count("answer_tokens", inference.answer_tokens)
+    metrics.count("cached_tokens", inference.cached_tokens)
     if isinstance(inference, Failure):
         raise ModelError(inference.reason, inference.error, inference.answer)
     metrics.observe("prompt_tokens_per_answer", inference.prompt_tokens)

@@ -239,6 +239,7 @@ class FakeVertex:
             "promptTokenCount": counts[0],
             "candidatesTokenCount": counts[1],
             "totalTokenCount": sum(counts),
+            "cachedContentTokenCount": 1,
         }
         return {"candidates": [candidate], "usageMetadata": usage}
 
@@ -272,7 +273,8 @@ class FakeVertex:
                 blocks = [{"type": "tool_use", "id": "1", "name": name, "input": json.loads(text)}]
         reasons = {"truncated": "max_tokens", "safety": "refusal"}
         usage = {
-            "input_tokens": len(call.prompts[0].split()),
+            "input_tokens": len(call.prompts[0].split()) - 1,
+            "cache_read_input_tokens": 1,
             "output_tokens": len(text.split()),
         }
         return {
@@ -292,6 +294,7 @@ class FakeVertex:
         usage = {
             "prompt_tokens": len(prompt.split()),
             "completion_tokens": len(text.split()),
+            "prompt_tokens_details": {"cached_tokens": 1},
         }
         return {"choices": [] if fault in ("empty", "fewer") else [choice], "usage": usage}
 

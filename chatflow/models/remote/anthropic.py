@@ -81,10 +81,11 @@ def reply_of(content: Any) -> Reply | Fault:
     """Reads a message; raises `MalformedReplyError` for anything else."""
     try:
         usage = content.get("usage") or {}
-        read = sum(
+        new, cached, kept, written = (
             int(usage.get(name) or 0)
             for name in (
                 "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
+                "output_tokens",
             )
         )  # fmt: skip
         blocks = content["content"]
@@ -93,8 +94,9 @@ def reply_of(content: Any) -> Reply | Fault:
         said = str(content.get("stop_reason"))
         reply = Reply(
             json.dumps(called[0], ensure_ascii=False) if called else text,
-            read,
-            int(usage.get("output_tokens") or 0),
+            new + cached + kept,
+            written,
+            cached,
             FINISH_REASONS.get(said, said),
         )
     except (LookupError, TypeError, AttributeError, ValueError) as error:

@@ -130,16 +130,17 @@ class RemoteModel(LanguageModel):
             _log.exception("a request failed: %s", error)
             outcome = classify(error)
         paid = [*budget.earlier, outcome]
-        prompt_tokens = sum(call.prompt_tokens for call in paid)
-        answer_tokens = sum(call.answer_tokens for call in paid)
+        tokens = {
+            name: sum(getattr(call, name) for call in paid)
+            for name in ("prompt_tokens", "answer_tokens", "cached_tokens")
+        }
         if isinstance(outcome, Fault):
             said = outcome.answer or (first.text if first else None)
-            return Failure(outcome.reason, outcome.error, said, prompt_tokens, answer_tokens)
+            return Failure(outcome.reason, outcome.error, said, **tokens)
         return Answer(
             outcome.text,
             self.name,
-            prompt_tokens=prompt_tokens,
-            answer_tokens=answer_tokens,
+            **tokens,
             seconds=time.monotonic() - started,
             finish_reason=outcome.finish_reason,
             repairs=("asked_again",) if first else (),

@@ -36,12 +36,13 @@ class Reply(NamedTuple):
     text: str
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    cached_tokens: int = 0
     finish_reason: str = "stop"
 
 
 def checked(reply: Reply, blocked: str = "") -> Reply | Fault:
     """Returns the reply, or a fault if it is empty or `blocked` (the service's own word)."""
-    paid = (reply.prompt_tokens, reply.answer_tokens)
+    paid = (reply.prompt_tokens, reply.answer_tokens, reply.cached_tokens)
     if blocked:
         said = f"the service blocked it: {blocked}"
         return Fault(Kind.FATAL, "blocked", said, 0.0, reply.text or None, *paid)

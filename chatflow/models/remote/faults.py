@@ -31,7 +31,8 @@ class Fault(NamedTuple):
     Attributes:
       reason: a short code for counting, e.g. `http_429`.
       wait: the least seconds before a retry that the service asks for.
-      answer, prompt_tokens, answer_tokens: what the service said and charged nevertheless.
+      answer, prompt_tokens, answer_tokens, cached_tokens: what the service said and charged
+        nevertheless.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Fault(NamedTuple):
     answer: str | None = None
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class HttpError(Exception):

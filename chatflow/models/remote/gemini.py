@@ -108,6 +108,7 @@ def _reply(response: types.GenerateContentResponse) -> Reply | Fault:
     paid = (
         usage.prompt_token_count or 0,
         (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0),
+        usage.cached_content_token_count or 0,
     )
     feedback = response.prompt_feedback
     if feedback is not None and feedback.block_reason:

@@ -65,13 +65,24 @@ def reply_of(content: Any) -> Reply | Fault:
         choice, usage = content["choices"][0], content.get("usage") or {}
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         said = str(choice.get("finish_reason"))
-        paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        reply = Reply(without_thoughts(str(text or "")), *paid, said)
+        reply = Reply(without_thoughts(str(text or "")), *paid_for(usage), said)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise MalformedReplyError(
             "bad_reply", f"no chat completion in the reply: {error!r}", raw(content)
         ) from None
     return checked(reply, said if said == "content_filter" else "")
+
+
+def paid_for(usage: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Returns the tokens read, written, and of those read the ones that came from a cache."""
+    details = usage.get("prompt_tokens_details") or {}
+    counts = (
+        usage.get("prompt_tokens"),
+        usage.get("completion_tokens"),
+        details.get("cached_tokens"),
+    )
+    read, written, cached = (int(count or 0) for count in counts)
+    return read, written, cached
 
 
 def raw(content: Any) -> str:

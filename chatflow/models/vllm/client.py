@@ -12,7 +12,13 @@ import aiohttp
 
 from chatflow.models.remote.clients import Reply, Turn
 from chatflow.models.remote.faults import Fault, Kind, MalformedReplyError
-from chatflow.models.remote.openai import OpenAIClient, completion, reply_of, schema_fields
+from chatflow.models.remote.openai import (
+    OpenAIClient,
+    completion,
+    paid_for,
+    reply_of,
+    schema_fields,
+)
 from chatflow.models.requests import Part
 from chatflow.network import session
 from chatflow.options import RemoteSettings
@@ -87,7 +93,7 @@ def _scores_of(content: Any, part: Part) -> Reply | Fault:
     """
     try:
         usage, found = content.get("usage") or {}, content["choices"][0]["logprobs"]
-        paid = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        paid = paid_for(usage)
         if "content" in found:
             tops = {top["token"]: top["logprob"] for top in found["content"][0]["top_logprobs"]}
         else:

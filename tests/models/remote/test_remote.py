@@ -15,6 +15,7 @@ from remotes import ANGRY, CLAUDE, GEMINI, MODELS, OPENAI, is_json, request, set
 from chatflow import network
 from chatflow.cli import main
 from chatflow.errors import UsageError
+from chatflow.models.prices import Price
 from chatflow.models.remote import calls
 from chatflow.models.remote import handler as remote
 from chatflow.models.remote.calls import RemoteModel
@@ -60,6 +61,7 @@ def test_each_prompt_is_a_call_of_its_own_and_gets_its_own_answer(fake, model):
     assert [answer.text for answer in found] == [prompt.upper() for prompt in prompts]
     assert sorted(call.prompts for call in fake.brain.calls) == sorted([p] for p in prompts)
     assert (found[0].prompt_tokens, found[0].answer_tokens, found[0].model) == (2, 2, model)
+    assert found[0].cached_tokens == 1
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -565,9 +567,12 @@ def test_the_cost_is_by_the_users_own_table(fake, tmp_path, lines, capsys):
 
 
 def test_an_endpoint_costs_by_the_hour():
-    from chatflow.models.prices import Price
+    assert Price(hour=2.0).of(1_000_000, 1_000_000, seconds=1800) == 1.0
 
-    assert Price(hour=2.0).of(1_000_000, 1_000_000, 1800) == 1.0
+
+def test_what_came_from_a_cache_costs_less():
+    assert Price(input=2.0, output=1.0, cached=0.5).of(3_000_000, 1_000_000, 2_000_000) == 4.0
+    assert Price(input=2.0).of(3_000_000, 0, 2_000_000) == 6.0
 
 
 @pytest.mark.parametrize(
@@ -576,7 +581,7 @@ def test_an_endpoint_costs_by_the_hour():
         ("not TOML", "--prices="),
         ('[gemini]\ninput = "much"', "input is 'much'"),
         ("[gemini]\nminute = 1", "unknown ['minute']"),
-        ("gemini = 3", "no table of input, output and hour"),
+        ("gemini = 3", "no table of input, output, cached and hour"),
     ],
 )
 def test_a_mistake_in_the_table_of_prices_is_told(fake, tmp_path, lines, capsys, text, says):
