@@ -208,6 +208,20 @@ class ModelSettings(Settings):
         "", "YAML file that says by an attribute of the chats (tenant, language) which model, "
         "prompts and thresholds they have; see docs/systems.md.", _MODEL,
     )  # fmt: skip
+    draft_model: str = flag(
+        "", "Another model that writes the drafts, named as --model is; where it runs, its name "
+        "says.", _MODEL,
+    )  # fmt: skip
+    escalate_model: str = flag(
+        "", "Another model that analyses anew the chats of which the first is not sure.", _MODEL
+    )  # fmt: skip
+    escalate_below: str = flag(
+        "", "How sure the first model has to be, by field, or --escalate_model is asked: e.g. "
+        "tone:0.8,resolved:0.7.", _MODEL,
+    )  # fmt: skip
+    fallback_model: str = flag(
+        "", "Another model that is asked where the first refuses to answer, or cannot.", _MODEL
+    )  # fmt: skip
     model_updates: str = flag(
         "", "Files among which the newest is what the model's weights come from, e.g. "
         "gs://B/models/*/SHA256SUMS.json for folders, gs://B/adapters/*.lora.h5 or "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import apache_beam as beam
 
 from chatflow.errors import UsageError
 from chatflow.models.prices import Price, price_of
+from chatflow.models.requests import Request
 from chatflow.models.several import SeveralModelsHandler
 from chatflow.models.spec import Model, ModelSpec
 from chatflow.options import NO_CLOUD, Cloud, Options, Rules, SinkSettings
@@ -114,14 +115,13 @@ def plan(
 
 def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str, str]) -> Model:
     """Returns the model for both inference steps: a single one, or several by key."""
-    handlers: dict[str, Any] = {}
-    for route, (analysis, draft) in zip(routes.routes, first.by_route, strict=True):
-        probes = (analysis.probe, draft.probe)
+    expected: dict[str, list[Request]] = {spec.key: [] for spec in routes.specs}
+    for prompt in itertools.chain.from_iterable(p.every for pair in first.by_route for p in pair):
         # In a stream somebody waits for the first answers, so warm up the model while it loads.
-        expected = probes if streaming or route.spec.updates else ()
-        if route.spec.key not in handlers:
-            handlers[route.spec.key] = route.spec.handler(expected)
-    if not routes.attribute:
+        if streaming or prompt.model.updates:
+            expected[prompt.model.key].append(prompt.probe)
+    handlers = {spec.key: spec.handler(expected[spec.key]) for spec in routes.specs}
+    if len(handlers) == 1 and not routes.attribute:
         return Model(next(iter(handlers.values())), hints)
     return Model(SeveralModelsHandler(handlers, routes.max_models), hints)
 
@@ -156,7 +156,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
             plan.routes, plan.first, options.update_seconds, options.prompt_updates
         )
         updates = beam.pvalue.AsIter(pipeline | "WatchUpdates" >> watch)
-    analysed = chats | "AnalyseChats" >> AnalyseChats(model, plan.first.analysis, updates)
+    analysed = chats | "AnalyseChats" >> AnalyseChats(
+        model, plan.first.analysis, updates, escalates=plan.routes.escalates
+    )
     dead_letters.append(analysed.dead_letters)
 
     analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)

@@ -248,6 +248,14 @@ class Quotation(Record):
     message_id: Id | None = None
 
 
+class FirstOpinion(Record):
+    """What the model said that was not sure enough, so that another one was asked."""
+
+    sentiment: Sentiment
+    confidence: float | None = None
+    model: str
+
+
 class Analysis(Record):
     """How one user of one chat feels, and what the chat is about.
 
@@ -261,6 +269,7 @@ class Analysis(Record):
       confidence: probability of the sentiment from (scores - bias) / `tone_temperature`.
       dropped_messages: oldest messages left out of the prompt to keep its token budget.
       cut_messages: messages of which the prompt has only the end.
+      first: the opinion that this one takes the place of; see `--escalate_model`.
       repairs: what was repaired in the model's answer: `json`, `summary_cut`, `control_tokens`.
     """
 
@@ -279,6 +288,7 @@ class Analysis(Record):
     confidence: float | None = None
     dropped_messages: int = 0
     cut_messages: int = 0
+    first: FirstOpinion | None = None
     repairs: tuple[str, ...] = ()
     model: str
     prompt_version: str

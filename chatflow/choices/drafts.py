@@ -88,7 +88,7 @@ def apology(
     return Apology(" ".join(parts), None, named, tuple(quoted))
 
 
-LEAST_EVIDENCE, SETTLED = 0.1, 0.5
+LEAST_EVIDENCE, SETTLED = 0.15, 0.5
 """From which probabilities a sentence can be quoted, and a matter counts as settled."""
 
 
@@ -153,21 +153,19 @@ def quotable(text: str) -> bool:
 def _scores(
     sentences: Sequence[Sentence], mine: Sequence[int], evidence: np.ndarray | None
 ) -> np.ndarray:
+    """Returns how well each sentence shows what went wrong."""
+    if evidence is not None:
+        return evidence
     score = np.zeros(len(sentences))
     for at in mine:
         text = sentences[at].text
-        plain = (
-            0.1 * min(2, len(NEGATION.findall(text)))
+        score[at] = (
+            0.2
+            + 0.1 * min(2, len(NEGATION.findall(text)))
             + 0.12 * min(2, len(_STRONG.findall(text)))
             + 0.05 * bool(MONEY.search(text))
+            - 0.15 * bool(_HANGING.match(text))
         )
-        hanging = bool(_HANGING.match(text))
-        if evidence is None:
-            score[at] = 0.2 + plain - 0.15 * hanging
-        else:
-            score[at] = evidence[at] + 0.4 * plain - 0.12 * hanging
-            if evidence[at] < (0.03 if plain else 0.2):
-                score[at] = 0.0
     return score
 
 

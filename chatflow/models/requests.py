@@ -103,6 +103,7 @@ class Request:
       task: `analysis` or `apology`.
       model: the key of the model to ask, if the pipeline has several.
       version: of its weights; a model with older ones loads these.
+      otherwise: the same question to another model, which is asked if this one gives no answer.
     """
 
     id: str
@@ -112,6 +113,11 @@ class Request:
     parts: tuple[Part, ...]
     model: str = ""
     version: Version = FIRST
+    otherwise: Request | None = None
+
+
+FALLBACK = "fallback"
+"""The repair of an answer that `Request.otherwise` was given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Answer:
       seconds: from request to answer; of the whole batch, if there was one.
       finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
       chosen: what heads chose, for a prompt that is only read; the text is then empty.
-      repairs: `asked_again`, if a first answer was unusable.
+      repairs: `asked_again`, if a first answer was unusable; `FALLBACK`.
     """
 
     text: str

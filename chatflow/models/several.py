@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import math
 import threading
@@ -16,7 +17,7 @@ from apache_beam.ml.inference.base import PredictionResult
 from chatflow.errors import one_line
 from chatflow.models.base import LanguageModel
 from chatflow.models.handlers import METRICS, LanguageModelHandler, ask
-from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
+from chatflow.models.requests import FALLBACK, FIRST, Answer, Failure, Request, Version
 from chatflow.options import ONE_COPY
 
 RETRY_SECONDS = 60.0
@@ -53,7 +54,19 @@ class SeveralModels(LanguageModel):
         for request in requests:
             by_model.setdefault(request.model, []).append(request)
         answers = {key: iter(self._answer(key, group)) for key, group in by_model.items()}
-        return [next(answers[request.model]) for request in requests]
+        found = [next(answers[request.model]) for request in requests]
+        failed = [
+            at
+            for at, (request, answer) in enumerate(zip(requests, found, strict=True))
+            if isinstance(answer, Failure) and request.otherwise is not None
+        ]
+        if failed:
+            others = self.answer([requests[at].otherwise or requests[at] for at in failed])
+            for at, other in zip(failed, others, strict=True):
+                first = found[at]
+                assert isinstance(first, Failure)  # by the choice of `failed`
+                found[at] = _instead(first, other)
+        return found
 
     def new_counts(self) -> dict[str, int]:
         with self._changed:
@@ -145,6 +158,18 @@ class SeveralModels(LanguageModel):
                 self._models[key] = loaded
             self._changed.notify_all()
         return loaded
+
+
+def _instead(first: Failure, other: Answer | Failure) -> Answer | Failure:
+    """Returns the other model's answer after a first failure, with what both have cost."""
+    cost = {
+        name: getattr(first, name) + getattr(other, name)
+        for name in ("prompt_tokens", "answer_tokens", "cached_tokens")
+    }
+    if isinstance(other, Failure):
+        said = f"{first.error}; and the other model: {other.error}"
+        return dataclasses.replace(first, error=said, **cost)
+    return dataclasses.replace(other, repairs=(*other.repairs, FALLBACK), **cost)
 
 
 class SeveralModelsHandler(LanguageModelHandler[SeveralModels]):

@@ -249,6 +249,18 @@ def kind_of(name: str, inference: str) -> Kind:
     return _kind(KINDS[next(prefixes, inference)])
 
 
+def inference_of(name: str) -> str:
+    """Returns where a model runs, by its name alone.
+
+    >>> inference_of("gemini-2.5-flash"), inference_of("gemma3-270m")
+    ('remote', 'on_worker')
+    """
+    return "remote" if name.startswith(_REMOTE_NAMES) else "on_worker"
+
+
+_REMOTE_NAMES = ("gemini-", "projects/", "openai:", "anthropic:")
+
+
 @functools.cache
 def _kind(path: str) -> Kind:
     module, _, name = path.rpartition(".")

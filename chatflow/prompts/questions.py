@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jinja2
@@ -26,6 +27,7 @@ from chatflow.prompts.templates import Template, default_sources
 from chatflow.prompts.truth import draft_faults, said_of, summary_faults
 from chatflow.records import (
     SUMMARY_CHARACTERS,
+    AnalysedChat,
     Analysis,
     Chat,
     Draft,
@@ -63,6 +65,8 @@ class ChatQuestion(Question):
       analysis: that of the draft's chat; None in a question for an analysis.
       read: what the analysis was made of, if its prompt was read.
       instead: the draft in the place of one that the model writes and that is unfit.
+      otherwise: the same question to the model that is asked if this one gives no answer.
+      first: the analysis that is not sure enough, if the chat is asked about a second time.
     """
 
     chat: Chat
@@ -76,6 +80,8 @@ class ChatQuestion(Question):
     analysis: Analysis | None = None
     read: Read | None = None
     instead: Draft | None = None
+    otherwise: ChatQuestion | None = None
+    first: AnalysedChat | None = None
 
     def id_of(self, model: str) -> str:
         """Returns the id of an answer by `model`, which may not be the model that was asked."""
@@ -91,6 +97,7 @@ class Prompt:
       model: the model to ask; decides which blocks are asked.
       max_prompt_tokens: the budget of one prompt, in estimated tokens.
       weights: the version of the model to ask.
+      fallback: asks another model if this one gives no answer.
 
     Raises:
       UsageError: the template has a mistake; with file and line.
@@ -100,6 +107,7 @@ class Prompt:
     model: ModelSpec
     max_prompt_tokens: int = 1536
     weights: Version = FIRST
+    fallback: Self | None = None
 
     def __post_init__(self) -> None:
         self.check_settings()
@@ -122,6 +130,13 @@ class Prompt:
         if not isinstance(found, (list, tuple)) or not all(isinstance(x, str) for x in found):
             raise UsageError(f"{self.template.where}: {name} must list texts; found {found!r}")
         return tuple(found)
+
+    @property
+    def every(self) -> Iterator[Prompt]:
+        """The prompt, and those of other models that it leads to."""
+        yield self
+        if self.fallback is not None:
+            yield self.fallback
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -207,6 +222,10 @@ class Prompt:
         language = self._language(chat, user_id) if analysis is None else analysis.language or ""
         words = self.words.get(language, self.words["en"])
         identity = Identity.of(chat, user_id, self.version, self.result_name)
+        otherwise = None
+        if self.fallback is not None:
+            with contextlib.suppress(BadInputError):
+                otherwise = self.fallback.question(chat, user_id, analysis, read)
         request = Request(
             id=identity.digest(),
             task=self.template.name.removesuffix(".jinja"),
@@ -215,11 +234,12 @@ class Prompt:
             parts=tuple(parts),
             model=self.model.key,
             version=self.weights,
+            otherwise=otherwise.request if otherwise is not None else None,
         )
         return ChatQuestion(
             request, self.version, self.template.settings,
             chat, user_id, language, words.speakers, words.openings,
-            kept.dropped, kept.cut, sentences, analysis, read,
+            kept.dropped, kept.cut, sentences, analysis, read, None, otherwise,
         )  # fmt: skip
 
     def _language(self, chat: Chat, user_id: str) -> str:
@@ -349,8 +369,28 @@ def reader(
 class AnalysisPrompt(Prompt):
     """Asks for tone and summary.
 
-    `heads` are those of the model, if it has some and the template a block to be read.
+    Attributes:
+      second: asks another model about chats of which this one is not sure.
+      sure: how sure it has to be, by field; the field `tone` is the sentiment.
     """
+
+    second: AnalysisPrompt | None = None
+    sure: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def every(self) -> Iterator[Prompt]:
+        yield from super().every
+        if self.second is not None:
+            yield self.second
+
+    def is_unsure(self, analysis: Analysis) -> bool:
+        """Returns whether an analysis says less surely than it has to what a field is.
+
+        What a model gives without a confidence counts as sure.
+        """
+        said = {name: field.confidence for name, field in (analysis.fields or {}).items()}
+        said["tone"] = analysis.confidence
+        return any((said.get(name) or 1.0) < least for name, least in self.sure)
 
     @property
     def block_names(self) -> tuple[str, ...]:

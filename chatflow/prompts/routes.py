@@ -9,10 +9,15 @@
       - keys: [initech]
         model: torch:google/flan-t5-base
         settings: {summary_grounding: 0.5, draft_confidence: 0.7}
+        draft: {model: gemini-2.5-flash}
+        escalate: {model: gemini-2.5-flash, below: {tone: 0.8, resolved: 0.7}}
+        fallback: {model: "openai:small", api_endpoint: "http://localhost:11434/v1"}
     default: {}
 
 `settings` are constants of the templates, such as thresholds. `default` is for chats with another
-value or none; without it they become dead letters. Entries with the same model share it.
+value or none; without it they become dead letters. Entries with the same model share it. Other
+models may write the drafts (`draft`), analyse anew what the first is not sure of (`escalate`), and
+be asked where it gives no answer (`fallback`).
 """
 
 from __future__ import annotations
@@ -20,14 +25,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import yaml
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow.errors import BadInputError, UsageError, one_line
-from chatflow.models.spec import ModelSpec
+from chatflow.models.spec import ModelSpec, inference_of
 from chatflow.options import Options
 from chatflow.prompts.questions import READING, AnalysisPrompt, DraftPrompt, Prompt
 from chatflow.prompts.templates import load_folder
@@ -39,9 +44,13 @@ _log = logging.getLogger(__name__)
 
 FIELDS = (
     "inference", "model", "model_kind", "state_dict_path", "adapter", "heads", "prompts",
-    "max_prompt_tokens", "dtype", "quantization", "vllm_args", "model_updates",
+    "max_prompt_tokens", "dtype", "quantization", "vllm_args", "model_updates", "api_endpoint",
+    "api_key", "response_format", "thinking",
 )  # fmt: skip
 """The flags that an entry may set."""
+
+BESIDE = ("draft", "escalate", "fallback")
+"""The other models that an entry may name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +77,14 @@ class Routed(Generic[PromptT]):
 class Route:
     """A model with its prompts.
 
-    `keys` are values of the attribute, empty for the default; `folder` has the prompts;
-    `overrides` replace constants of the templates.
+    Attributes:
+      folder: has the prompts.
+      keys: values of the attribute; empty for the default.
+      overrides: replace constants of the templates.
+      draft: writes the drafts in this one's place.
+      escalate: analyses anew what this one is not sure of, by its `sure`.
+      fallback: is asked where this one gives no answer.
+      sure: how sure the model before it has to be, by field.
     """
 
     spec: ModelSpec
@@ -77,12 +92,37 @@ class Route:
     max_prompt_tokens: int
     keys: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Any], ...] = ()
+    draft: Route | None = None
+    escalate: Route | None = None
+    fallback: Route | None = None
+    sure: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def all_specs(self) -> Iterator[ModelSpec]:
+        """The model, and those beside it."""
+        yield self.spec
+        for other in (self.draft, self.escalate, self.fallback):
+            if other is not None:
+                yield from other.all_specs
 
     def prompts(self) -> tuple[AnalysisPrompt, DraftPrompt]:
         """Returns the prompts, made from the templates as they are now.
 
         Raises `UsageError` if a template has a mistake, or none has a constant to override.
         """
+        analysis, draft = self._own_prompts()
+        if self.draft is not None:
+            draft = self.draft._own_prompts()[1]
+        if self.fallback is not None:
+            other_analysis, other_draft = self.fallback._own_prompts()
+            analysis = dataclasses.replace(analysis, fallback=other_analysis)
+            draft = dataclasses.replace(draft, fallback=other_draft)
+        if self.escalate is not None:
+            second, _ = self.escalate._own_prompts()
+            analysis = dataclasses.replace(analysis, second=second, sure=self.escalate.sure)
+        return analysis, draft
+
+    def _own_prompts(self) -> tuple[AnalysisPrompt, DraftPrompt]:
         templates = load_folder(self.folder)
         analysis, apology = templates["analysis"], templates["apology"]
         unknown = dict(self.overrides).keys() - analysis.settings.keys() - apology.settings.keys()
@@ -117,7 +157,13 @@ class Routes:
     @functools.cached_property
     def specs(self) -> tuple[ModelSpec, ...]:
         """Returns the models, each once."""
-        return tuple({route.spec.key: route.spec for route in self.routes}.values())
+        every = (spec for route in self.routes for spec in route.all_specs)
+        return tuple({spec.key: spec for spec in every}.values())
+
+    @property
+    def escalates(self) -> bool:
+        """Whether some model is asked about what another one is not sure of."""
+        return any(route.escalate is not None for route in self.routes)
 
     def by_chat(self, prompts: list[PromptT]) -> PromptT | Routed[PromptT]:
         """Returns prompts, given in the order of the routes, in the form that stages use."""
@@ -140,7 +186,20 @@ def routes_of(options: Options, spec_of: SpecOf) -> Routes:
     Raises `UsageError`, with entry and field, if the file cannot be read or has a mistake.
     """
     if not options.models:
-        return Routes((_route(options, spec_of),))
+        entry = {
+            "draft": {"model": options.draft_model},
+            "escalate": {"model": options.escalate_model, "below": options.escalate_below},
+            "fallback": {"model": options.fallback_model},
+        }
+        named = {name: beside for name, beside in entry.items() if beside["model"]}
+        if options.escalate_below and not options.escalate_model:
+            raise UsageError("--escalate_below: only with --escalate_model")
+        return Routes((_with_others("", _route(options, spec_of), named, options, spec_of),))
+    if options.draft_model or options.escalate_model or options.fallback_model:
+        raise UsageError(
+            "--draft_model, --escalate_model, --fallback_model: with --models, give each entry its "
+            "own: draft, escalate, fallback"
+        )
     if options.model_copies > 1 or not options.large_model:
         raise UsageError(
             "--model_copies, --large_model: only with one model; of --models, a worker has one "
@@ -165,7 +224,7 @@ def routes_of(options: Options, spec_of: SpecOf) -> Routes:
     taken: set[str] = set()
     for number, entry in enumerate(entries, 1):
         here = f"{where}: models, entry {number}"
-        _check_fields(here, entry, {"keys", "settings", *FIELDS})
+        _check_fields(here, entry, {"keys", "settings", *BESIDE, *FIELDS})
         keys = entry.get("keys")
         if not isinstance(keys, list) or not keys:
             raise UsageError(f"{here}: keys: must be a list of values of {attribute}")
@@ -176,7 +235,7 @@ def routes_of(options: Options, spec_of: SpecOf) -> Routes:
         routes.append(_entry(here, entry, options, spec_of, keys))
     if "default" in value:
         here = f"{where}: default"
-        _check_fields(here, value["default"], {"settings", *FIELDS})
+        _check_fields(here, value["default"], {"settings", *BESIDE, *FIELDS})
         routes.append(_entry(here, value["default"], options, spec_of, ()))
     return Routes(tuple(routes), attribute, most)
 
@@ -214,9 +273,46 @@ def _entry(
         )
     try:
         own = dataclasses.replace(options, **flags)
-        return _route(own, spec_of, keys, tuple(sorted(settings.items())))
+        route = _route(own, spec_of, keys, tuple(sorted(settings.items())))
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+    return _with_others(f"{where}: ", route, entry, own, spec_of)
+
+
+def _with_others(
+    where: str, route: Route, entry: Mapping[str, Any], options: Options, spec_of: SpecOf
+) -> Route:
+    """Returns a route with the other models that its entry names."""
+    others: dict[str, Any] = {}
+    for name in BESIDE:
+        if name not in entry:
+            continue
+        here = f"{where}{name}" if where else f"--{name}_model"
+        beside = entry[name]
+        own = {"below"} if name == "escalate" else set()
+        _check_fields(here, beside, {"settings", *own, *FIELDS} - {"model_updates"})
+        if not beside.get("model"):
+            raise UsageError(f"{here}: model: give one")
+        flags = {"inference": inference_of(beside["model"]), **beside}
+        blank = dataclasses.replace(options, prompts="", model_kind="auto")
+        others[name] = _entry(here, flags, blank, spec_of, ())
+        if name == "escalate":
+            sure = sure_of(beside.get("below"), f"{here}: below" if where else "--escalate_below")
+            others[name] = dataclasses.replace(others[name], sure=sure)
+    return dataclasses.replace(route, **others)
+
+
+def sure_of(given: Any, where: str) -> tuple[tuple[str, float], ...]:
+    """Returns how sure a model has to be by field, of a mapping or of `tone:0.8,resolved:0.7`."""
+    if isinstance(given, str):
+        given = dict(pair.partition(":")[::2] for pair in given.split(",") if pair)
+    try:
+        found = tuple((str(name), float(least)) for name, least in dict(given or {}).items())
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not all(0 < least <= 1 for _, least in found):
+        raise UsageError(f"{where}: give probabilities by field, e.g. tone:0.8,resolved:0.7")
+    return found
 
 
 def _route(

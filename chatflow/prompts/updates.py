@@ -75,8 +75,10 @@ def look(routes: Routes, before: Updates | None = None, watch_prompts: bool = Tr
         kept = known is not None and not watch_prompts
         analysis, draft = known if known and kept else _prompts(route, known)
         weights = _weights(route.spec.updates, seen, known)
-        put = functools.partial(dataclasses.replace, weights=weights)
-        prompts.append((put(analysis), put(draft)))
+        analysis = dataclasses.replace(analysis, weights=weights)
+        if route.draft is None:
+            draft = dataclasses.replace(draft, weights=weights)
+        prompts.append((analysis, draft))
     return Updates(seen, routes, tuple(prompts))
 
 

@@ -255,7 +255,7 @@ class _Parts(PipelineVisitor):
         self.messages: list[Any] = []
         self.writes: list[Any] = []
         self.models: list[Any] = []
-        self._known = {
+        self._known: dict[type, list[Any]] = {
             ReadLines: self.files,
             ReadMessages: self.messages,
             WriteRecords: self.writes,

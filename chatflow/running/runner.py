@@ -117,7 +117,13 @@ def cloud_of(options: Any, chatflow: Options) -> Cloud:
 
     given = options.view_as(GoogleCloudOptions)
     project = given.project or os.environ.get("GOOGLE_CLOUD_PROJECT", "")
-    if not project and chatflow.inference == "remote" and chatflow.model.startswith("gemini-"):
+    models = (
+        chatflow.model if chatflow.inference == "remote" else "",
+        chatflow.draft_model,
+        chatflow.escalate_model,
+        chatflow.fallback_model,
+    )
+    if not project and any(name.startswith(("gemini-", "anthropic:")) for name in models):
         import google.auth
 
         with contextlib.suppress(google.auth.exceptions.GoogleAuthError):

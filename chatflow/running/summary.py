@@ -135,8 +135,8 @@ class Summary:
         """Estimated US dollars; None if the price is not known."""
         if self.price is None:
             return None
-        tokens = (self.get(f"{kind}_tokens") for kind in ("prompt", "answer", "cached"))
-        return round(self.price.of(*tokens, self.seconds), 6)
+        read, written, cached = map(self.get, ("prompt_tokens", "answer_tokens", "cached_tokens"))
+        return round(self.price.of(read, written, cached, self.seconds), 6)
 
     def to_dict(self) -> dict[str, Any]:
         letters = self.under("dead_letters")
@@ -162,6 +162,11 @@ class Summary:
             },
             "input": self.under("input"),
             "repaired": self.under("repaired"),
+            "escalated": {
+                "asked": self.get("escalated"),
+                "changed": self.get("escalated_changed"),
+                "kept": self.under("escalated_kept"),
+            },
             "prompt_tokens": self.get("prompt_tokens"),
             "answer_tokens": self.get("answer_tokens"),
             "cached_tokens": self.get("cached_tokens"),

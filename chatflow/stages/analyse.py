@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -18,7 +18,7 @@ from chatflow.choices.plain import plainly_read
 from chatflow.choices.sentences import Sentence
 from chatflow.choices.summaries import composed
 from chatflow.dead_letters import DeadLettered
-from chatflow.errors import BadAnswerError
+from chatflow.errors import BadAnswerError, BadInputError
 from chatflow.models.spec import Model
 from chatflow.prompts.answers import copies_template, grounding, repeats_itself
 from chatflow.prompts.questions import AnalysisPrompt, ChatQuestion, reader, tones_of
@@ -30,11 +30,12 @@ from chatflow.records import (
     Analysis,
     Chat,
     FieldValue,
+    FirstOpinion,
     Quotation,
     Sentiment,
     now,
 )
-from chatflow.stages.ask import Answered, AskModel
+from chatflow.stages.ask import Answered, AskModel, Unanswered
 
 
 class Analysed(NamedTuple):
@@ -50,6 +51,7 @@ class AnalyseChats(beam.PTransform):
     Attributes:
       prompt: asks for tone and summary; the same for all chats, or chosen for each chat.
       updates: prompts that change while the pipeline runs; see `prompts.updates.WatchUpdates`.
+      escalates: some prompt has a second one for chats of which the model is not sure.
 
     Outputs:
       `analysed`: one `AnalysedChat` per user whose tone was asked for.
@@ -59,6 +61,7 @@ class AnalyseChats(beam.PTransform):
     model: Model
     prompt: AnalysisPrompt | Routed[AnalysisPrompt]
     updates: AsIter | None = None
+    escalates: bool = False
 
     def expand(self, chats: beam.PCollection[Chat]) -> Analysed:
         ask = functools.partial(ask_for_analysis, self.prompt)
@@ -67,7 +70,90 @@ class AnalyseChats(beam.PTransform):
         answered = asked.ok | "AskModel" >> AskModel(self.model, "model")
         parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", analysed, AnalysedChat)
         failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
-        return Analysed(parsed.ok, failed | beam.Flatten())
+        found = parsed.ok
+        if self.escalates:
+            find = functools.partial(ask_again, self.prompt)
+            found = found | "SecondOpinion" >> SecondOpinion(self.model, find, self.updates)
+        counted = found | "Count" >> beam.Map(count_analysed)
+        counted.element_type = AnalysedChat
+        return Analysed(counted, failed | beam.Flatten())
+
+
+@dataclasses.dataclass
+class SecondOpinion(beam.PTransform):
+    """Has another model analyse the chats of which the first is not sure.
+
+    Where the second one gives no usable answer, the first analysis stays; there is no dead letter.
+    """
+
+    model: Model
+    ask: Callable[..., Iterable[ChatQuestion | AnalysedChat]]
+    updates: AsIter | None = None
+
+    def expand(self, analysed: beam.PCollection[AnalysedChat]) -> beam.PCollection[AnalysedChat]:
+        sides = filter(None, [self.updates])
+        found = analysed | "AskWhatIsUnsure" >> beam.FlatMap(self.ask, *sides)
+        sure, unsure = found | "ByKind" >> beam.Partition(_is_question, 2)
+        sure.element_type, unsure.element_type = AnalysedChat, ChatQuestion
+        answered = unsure | "AskModel" >> AskModel(self.model, "second_model", with_letters=False)
+        second = answered.ok | "ParseAnswer" >> beam.FlatMap(second_opinion)
+        second.element_type = AnalysedChat
+        return (sure, second) | beam.Flatten()
+
+
+def _is_question(found: ChatQuestion | AnalysedChat, _: int) -> int:
+    return int(isinstance(found, ChatQuestion))
+
+
+def ask_again(
+    prompt: AnalysisPrompt | Routed[AnalysisPrompt],
+    analysed: AnalysedChat,
+    updates: Iterable[Updates] = (),
+) -> Iterable[ChatQuestion | AnalysedChat]:
+    """Yields a question to the second model, or an analysis that is sure enough."""
+    chat, analysis, _ = analysed
+    first = newest(updates, "analysis", prompt).of(chat)
+    if first.second is None or not first.is_unsure(analysis):
+        yield analysed
+        return
+    metrics.count("escalated")
+    try:
+        question = first.second.question(chat, analysis.user_id)
+    except BadInputError as error:
+        yield kept_first(analysed, error.reason)
+    else:
+        yield dataclasses.replace(question, first=analysed)
+
+
+def second_opinion(
+    answered: Answered[ChatQuestion] | Unanswered[ChatQuestion],
+) -> Iterable[AnalysedChat]:
+    """Yields the second model's analysis, with what only the first one knows."""
+    first = answered.question.first
+    assert first is not None  # set by ask_again
+    if isinstance(answered, Unanswered):
+        yield kept_first(first, answered.failure.reason)
+        return
+    try:
+        analysis = to_analysis(answered)
+    except BadAnswerError as error:
+        yield kept_first(first, error.reason)
+        return
+    before = first.analysis
+    if before.sentiment != analysis.sentiment:
+        metrics.count("escalated_changed")
+    opinion = FirstOpinion(
+        sentiment=before.sentiment, confidence=before.confidence, model=before.model
+    )
+    fields = analysis.fields or before.fields
+    analysis = analysis.model_copy(update={"first": opinion, "fields": fields})
+    yield AnalysedChat(first.chat, analysis, read_of(answered) or first.read)
+
+
+def kept_first(first: AnalysedChat, reason: str) -> AnalysedChat:
+    """Returns the first analysis; counts why there is no second one."""
+    metrics.count(f"escalated_kept/{reason}")
+    return first
 
 
 def each_user(chat: Chat) -> Iterable[tuple[Chat, str]]:
@@ -90,13 +176,17 @@ def ask_for_analysis(
 
 
 def analysed(answered: Answered[ChatQuestion]) -> Iterable[AnalysedChat]:
-    analysis = to_analysis(answered)
+    yield AnalysedChat(answered.question.chat, to_analysis(answered), read_of(answered))
+
+
+def count_analysed(analysed: AnalysedChat) -> AnalysedChat:
+    analysis = analysed.analysis
     metrics.count("analysed")
     metrics.count(f"analysed/{analysis.sentiment.name.lower()}")
     metrics.count(f"summaries/{analysis.summary_source}")
     for repair in analysis.repairs:
         metrics.count(f"repaired/{repair}")
-    yield AnalysedChat(answered.question.chat, analysis, read_of(answered))
+    return analysed
 
 
 def read_of(answered: Answered[ChatQuestion]) -> Read | None:

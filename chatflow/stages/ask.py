@@ -13,7 +13,7 @@ from chatflow import metrics
 from chatflow.chat_text import encodable
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
-from chatflow.models.requests import Answer, Failure
+from chatflow.models.requests import FALLBACK, Answer, Failure
 from chatflow.models.spec import Model
 from chatflow.prompts.questions import ChatQuestion, Question
 from chatflow.records import AnalysedChat
@@ -30,10 +30,17 @@ class Answered(NamedTuple, Generic[QuestionT]):
     answer: Answer
 
 
+class Unanswered(NamedTuple, Generic[QuestionT]):
+    question: QuestionT
+    failure: Failure
+
+
 @beam.typehints.with_input_types(Question)
 @dataclasses.dataclass
 class AskModel(beam.PTransform):
     """Turns questions into answers; `stage` names this step in dead letters.
+
+    Without `with_letters`, a failure leaves as an `Unanswered` instead of a dead letter.
 
     The model's handler returns one `Answer` or `Failure` per `Request`. Reshuffles before and after
     it keep the read from being fused to the model, and a retried sink from asking the model again.
@@ -41,6 +48,7 @@ class AskModel(beam.PTransform):
 
     model: Model
     stage: str
+    with_letters: bool = True
 
     def expand(self, questions: beam.PCollection[Question]) -> Outcome:
         infer = RunInference(
@@ -52,7 +60,12 @@ class AskModel(beam.PTransform):
             | "WithKey" >> beam.Map(_keyed)
             | "RunInference" >> infer
             | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
-            | "TakeAnswers" >> DeadLettered(self.stage, answered, Answered)
+            | "TakeAnswers"
+            >> DeadLettered(
+                self.stage,
+                answered if self.with_letters else tried,
+                Answered if self.with_letters else Answered | Unanswered,
+            )
         )
         return outcome
 
@@ -63,13 +76,26 @@ def _keyed(question: Question) -> tuple[Question, Any]:
 
 def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
     """Yields an answer with its question; counts tokens; raises `ModelError` for a `Failure`."""
+    for found in tried(result):
+        if isinstance(found, Unanswered):
+            failure = found.failure
+            raise ModelError(failure.reason, failure.error, failure.answer)
+        yield found
+
+
+def tried(
+    result: tuple[QuestionT, Any],
+) -> Iterable[Answered[QuestionT] | Unanswered[QuestionT]]:
+    """Yields an answer or a failure with the question that it is for; counts tokens."""
     question, prediction = result
-    inference = prediction.inference
-    metrics.count("prompt_tokens", inference.prompt_tokens)
-    metrics.count("answer_tokens", inference.answer_tokens)
-    metrics.count("cached_tokens", inference.cached_tokens)
+    inference: Answer | Failure = prediction.inference
+    for kind in ("prompt_tokens", "answer_tokens", "cached_tokens"):
+        metrics.count(kind, getattr(inference, kind))
     if isinstance(inference, Failure):
-        raise ModelError(inference.reason, inference.error, inference.answer)
+        yield Unanswered(question, inference)
+        return
+    if FALLBACK in inference.repairs:
+        question = getattr(question, "otherwise", None) or question
     metrics.observe("prompt_tokens_per_answer", inference.prompt_tokens)
     metrics.observe("answer_tokens_per_answer", inference.answer_tokens)
     metrics.observe("latency_ms", round(inference.seconds * 1000))
