@@ -100,6 +100,10 @@ class Places(Settings):
         "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
         _DATA,
     )  # fmt: skip
+    answers: str = flag(
+        "", "Database, as --database, in which each answer of a model is kept as soon as it is "
+        "there: no question is asked and paid for twice, also after a run that was stopped.", _DATA,
+    )  # fmt: skip
     id_label: str = flag(
         "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "
         "(Dataflow does; everywhere, messages are told apart by their message_id).", _DATA,

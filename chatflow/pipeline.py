@@ -86,19 +86,20 @@ def plan(
       UsageError: an unknown model, source or destination; a mistake in the prompts or the prices.
     """
     streaming = is_stream(options.input)
-    if options.database:
-        from chatflow.database.connections import parse_uri
+    for flag in ("database", "answers"):
+        if uri := getattr(options, flag):
+            from chatflow.database.connections import parse_uri
 
-        try:
-            parse_uri(options.database)
-        except UsageError as error:
-            raise UsageError(f"--database: {error}") from None
+            try:
+                parse_uri(uri)
+            except UsageError as error:
+                raise UsageError(f"--{flag}: {error}") from None
     routes = routes_of(options, functools.partial(ModelSpec.of, cloud=cloud, streaming=streaming))
     first = look(routes)
     return Plan(
         options,
         routes,
-        model_of(routes, first, streaming, options.resource_hints),
+        model_of(routes, first, streaming, options),
         first,
         options.take(Rules),
         customs_of(options.roles, options.placeholders),
@@ -113,7 +114,7 @@ def plan(
     )
 
 
-def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str, str]) -> Model:
+def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) -> Model:
     """Returns the model for both inference steps: a single one, or several by key."""
     expected: dict[str, list[Request]] = {spec.key: [] for spec in routes.specs}
     for prompt in itertools.chain.from_iterable(p.every for pair in first.by_route for p in pair):
@@ -121,9 +122,12 @@ def model_of(routes: Routes, first: Updates, streaming: bool, hints: Mapping[str
         if streaming or prompt.model.updates:
             expected[prompt.model.key].append(prompt.probe)
     handlers = {spec.key: spec.handler(expected[spec.key]) for spec in routes.specs}
-    if len(handlers) == 1 and not routes.attribute:
-        return Model(next(iter(handlers.values())), hints)
-    return Model(SeveralModelsHandler(handlers, routes.max_models), hints)
+    if len(handlers) == 1 and not routes.attribute and not options.answers:
+        return Model(next(iter(handlers.values())), options.resource_hints)
+    several = SeveralModelsHandler(
+        handlers, routes.max_models, options.answers, options.database_password
+    )
+    return Model(several, options.resource_hints)
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:

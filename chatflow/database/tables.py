@@ -1,7 +1,8 @@
 """The tables; `migrations/` has the steps that create them.
 
 A record's fields are columns of the same names. The columns after them in `drafts`, and the tables
-`history`, `outbox` and `sessions`, belong to the console.
+`history`, `outbox` and `sessions`, belong to the console. `answers` has what models said, so that
+nothing is asked twice.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ analyses = sa.Table(
     _optional("confidence", sa.Double),
     _required("dropped_messages", sa.Integer),
     _required("cut_messages", sa.Integer),
+    _optional("first", JSON),
     _required("repairs", JSON),
     _required("model"),
     _required("prompt_version"),
@@ -193,4 +195,13 @@ sessions = sa.Table(
     _key("session_hash"),
     _required("who"),
     _required("expires_at", UtcTime),
+)
+
+answers = sa.Table(
+    "answers",
+    metadata,
+    _key("question_id"),
+    _required("model"),
+    _required("answer"),
+    _required("answered_at", UtcTime),
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from chatflow.models.requests import Answer, Failure, Request
+
+Keep = Callable[[Request, Answer], None]
 
 
 class LanguageModel(abc.ABC):
@@ -14,6 +16,15 @@ class LanguageModel(abc.ABC):
     @abc.abstractmethod
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         """Returns one answer or failure per request, in order."""
+
+    def answer_each(self, requests: Sequence[Request], keep: Keep) -> list[Answer | Failure]:
+        """Returns what `answer` does; calls `keep` with each answer, from any thread, once it is
+        there."""
+        answers = self.answer(requests)
+        for request, answer in zip(requests, answers, strict=True):
+            if isinstance(answer, Answer):
+                keep(request, answer)
+        return answers
 
     def warm_up(self, requests: Sequence[Request]) -> None:  # noqa: B027 (most need none)
         """Prepares the model for requests like these."""

@@ -8,14 +8,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from apache_beam.io.components.adaptive_throttler import ThrottlingSignaler
 from apache_beam.ml.inference.base import PredictionResult
 
 from chatflow.errors import one_line
-from chatflow.models.base import LanguageModel
+from chatflow.models.base import Keep, LanguageModel
 from chatflow.models.handlers import METRICS, LanguageModelHandler, ask
 from chatflow.models.requests import FALLBACK, FIRST, Answer, Failure, Request, Version
 from chatflow.options import ONE_COPY
@@ -24,6 +24,9 @@ RETRY_SECONDS = 60.0
 """How long after a failure a model is loaded again."""
 
 _log = logging.getLogger(__name__)
+
+
+_Way = Callable[[LanguageModel], Callable[[Sequence[Request]], list[Answer | Failure]]]
 
 
 class SeveralModels(LanguageModel):
@@ -50,10 +53,16 @@ class SeveralModels(LanguageModel):
         self._counts: collections.Counter[str] = collections.Counter()
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        return self._answers(requests, lambda model: model.answer)
+
+    def answer_each(self, requests: Sequence[Request], keep: Keep) -> list[Answer | Failure]:
+        return self._answers(requests, lambda model: lambda some: model.answer_each(some, keep))
+
+    def _answers(self, requests: Sequence[Request], way: _Way) -> list[Answer | Failure]:
         by_model: dict[str, list[Request]] = {}
         for request in requests:
             by_model.setdefault(request.model, []).append(request)
-        answers = {key: iter(self._answer(key, group)) for key, group in by_model.items()}
+        answers = {key: iter(self._answer(key, group, way)) for key, group in by_model.items()}
         found = [next(answers[request.model]) for request in requests]
         failed = [
             at
@@ -61,7 +70,7 @@ class SeveralModels(LanguageModel):
             if isinstance(answer, Failure) and request.otherwise is not None
         ]
         if failed:
-            others = self.answer([requests[at].otherwise or requests[at] for at in failed])
+            others = self._answers([requests[at].otherwise or requests[at] for at in failed], way)
             for at, other in zip(failed, others, strict=True):
                 first = found[at]
                 assert isinstance(first, Failure)  # by the choice of `failed`
@@ -84,12 +93,12 @@ class SeveralModels(LanguageModel):
             for key in list(self._models):
                 self._let_go(key)
 
-    def _answer(self, key: str, requests: Sequence[Request]) -> list[Answer | Failure]:
+    def _answer(self, key: str, requests: Sequence[Request], way: _Way) -> list[Answer | Failure]:
         model = self._acquire(key)
         if isinstance(model, Failure):
             return [model] * len(requests)
         try:
-            return ask(model.answer, requests)
+            return ask(way(model), requests)
         finally:
             del model  # before another model takes its room
             self._release(key)
@@ -172,15 +181,30 @@ def _instead(first: Failure, other: Answer | Failure) -> Answer | Failure:
     return dataclasses.replace(other, repairs=(*other.repairs, FALLBACK), **cost)
 
 
-class SeveralModelsHandler(LanguageModelHandler[SeveralModels]):
-    """Handles several models as one, with one copy per worker; see `SeveralModels`."""
+class SeveralModelsHandler(LanguageModelHandler[LanguageModel]):
+    """Handles several models as one, with one copy per worker; see `SeveralModels`.
 
-    def __init__(self, handlers: Mapping[str, LanguageModelHandler[Any]], max_models: int = 0):
+    With `answers`, a database, they ask nothing twice; see `kept.KeptAnswers`.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[str, LanguageModelHandler[Any]],
+        max_models: int = 0,
+        answers: str = "",
+        password: str = "",
+    ):
         super().__init__("several models", settings=ONE_COPY)
         self.handlers, self.max_models = handlers, max_models
+        self._answers, self._password = answers, password
 
-    def load(self, version: Version = FIRST) -> SeveralModels:
-        return SeveralModels(self.handlers, self.max_models)
+    def load(self, version: Version = FIRST) -> LanguageModel:
+        models = SeveralModels(self.handlers, self.max_models)
+        if not self._answers:
+            return models
+        from chatflow.models.kept import KeptAnswers
+
+        return KeptAnswers(models, self._answers, self._password)
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:
         """Returns the widest batching, because requests of all models share batches."""
@@ -190,7 +214,7 @@ class SeveralModelsHandler(LanguageModelHandler[SeveralModels]):
     def run_inference(
         self,
         batch: Sequence[Request],
-        model: SeveralModels,
+        model: LanguageModel,
         inference_args: dict[str, Any] | None = None,
     ) -> Iterable[PredictionResult]:
         results = super().run_inference(batch, model, inference_args)

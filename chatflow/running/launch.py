@@ -155,7 +155,8 @@ def prepare(
         else:
             check_credentials(beam_flags)
         share_files = not is_dataflow(beam_flags)
-        for sink, uris in by_sink(planned.destinations).items():
+        written = {**planned.destinations, "answers": (options.answers,) if options.answers else ()}
+        for sink, uris in by_sink(written).items():
             sink.check(uris, planned.sink_settings, local, share_files)
         for spec in planned.routes.specs:
             if local:

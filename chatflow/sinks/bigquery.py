@@ -270,7 +270,8 @@ def _column(annotation: Any, required: bool) -> dict[str, str]:
     if origin is typing.Annotated:
         return _column(arguments[0], required)
     mode = "REQUIRED" if required else "NULLABLE"
-    if origin is tuple and issubclass(arguments[0], Record):
+    item = arguments[0] if origin is tuple else annotation
+    if isinstance(item, type) and issubclass(item, Record):
         return {"type": "JSON", "mode": "NULLABLE"}
     if origin is tuple:
         return {"type": _TYPES[arguments[0]], "mode": "REPEATED"}

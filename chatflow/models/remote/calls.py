@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from apache_beam.io.components.rate_limiter import RateLimiter
 
 from chatflow.errors import BadAnswerError, ModelError
-from chatflow.models.base import LanguageModel
+from chatflow.models.base import Keep, LanguageModel
 from chatflow.models.remote.clients import Client, Reply, Turn
 from chatflow.models.remote.faults import Fault, Kind, classify
 from chatflow.models.remote.gate import Gate
@@ -67,6 +67,9 @@ class RemoteModel(LanguageModel):
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return self._on_loop(self._answers(requests))
 
+    def answer_each(self, requests: Sequence[Request], keep: Keep) -> list[Answer | Failure]:
+        return self._on_loop(self._answers(requests, keep))
+
     def check(self) -> str:
         """Returns the result of `Client.check`, within `RemoteSettings.request_timeout`."""
 
@@ -105,9 +108,18 @@ class RemoteModel(LanguageModel):
         with self._lock:
             self._counts[name] += 1
 
-    async def _answers(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+    async def _answers(
+        self, requests: Sequence[Request], keep: Keep | None = None
+    ) -> list[Answer | Failure]:
         budgets = [_Budget(self.settings.retry_seconds) for _ in requests]
-        answers = await asyncio.gather(*map(self._answer, requests, budgets))
+
+        async def answered(request: Request, budget: _Budget) -> Answer | Failure:
+            answer = await self._answer(request, budget)
+            if keep is not None and isinstance(answer, Answer):
+                await asyncio.to_thread(keep, request, answer)
+            return answer
+
+        answers = await asyncio.gather(*map(answered, requests, budgets))
         with self._lock:
             self._throttled += max((budget.throttled for budget in budgets), default=0.0)
         return answers

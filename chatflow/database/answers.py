@@ -1,0 +1,32 @@
+"""Answers of models, kept by what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from chatflow.database.connections import Database
+from chatflow.database.tables import answers
+from chatflow.records import now
+
+
+def kept_answers(database: Database, question_ids: Sequence[str]) -> dict[str, str]:
+    """Returns the answers to those of some questions that have one, by id."""
+    query = sa.select(answers.c.question_id, answers.c.answer)
+    found: dict[str, str] = {}
+    with database.read() as connection:
+        for start in range(0, len(question_ids), 500):  # SQLite's limit is on parameters
+            some = question_ids[start : start + 500]
+            rows = connection.execute(query.where(answers.c.question_id.in_(some)))
+            found.update((row.question_id, row.answer) for row in rows)
+    return found
+
+
+def keep_answer(database: Database, question_id: str, model: str, answer: str) -> None:
+    """Keeps an answer; an earlier one to the same question stays."""
+    insert = sqlite.insert if database.is_sqlite else postgresql.insert
+    row = {"question_id": question_id, "model": model, "answer": answer, "answered_at": now()}
+    with database.write() as connection:
+        connection.execute(insert(answers).values(row).on_conflict_do_nothing())

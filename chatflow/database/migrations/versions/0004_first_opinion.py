@@ -1,0 +1,14 @@
+"""Keeps the opinion in whose place another model gave one."""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects.postgresql import JSONB
+
+revision = "0004"
+down_revision = "0003"
+
+JSON = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+def upgrade() -> None:
+    op.add_column("analyses", sa.Column("first", JSON))

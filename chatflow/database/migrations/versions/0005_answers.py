@@ -1,0 +1,17 @@
+"""Keeps what models answered, so that nothing is asked and paid for twice."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "answers",
+        sa.Column("question_id", sa.Text, primary_key=True),
+        sa.Column("model", sa.Text, nullable=False),
+        sa.Column("answer", sa.Text, nullable=False),
+        sa.Column("answered_at", sa.DateTime(timezone=True), nullable=False),
+    )
