@@ -213,7 +213,7 @@ class FewShot(Jax):
 class Ours(FewShot):
     """chatflow as it is: one reading, all choices, and the summary and the draft composed."""
 
-    heads, questions_name = "support-1", "questions"
+    heads, questions_name = "support-2", "questions"
 
     def task(self, numbers: list[int]) -> list[str]:
         import dataclasses

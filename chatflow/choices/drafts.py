@@ -56,14 +56,15 @@ def apology(
     """
     mine = [at for at, s in enumerate(sentences) if s.speaker == CUSTOMER]
     score = _scores(sentences, mine, evidence)
-    usable = [at for at in mine if quotable(sentences[at].text) and score[at] > LEAST_EVIDENCE]
+    fit = quotable if evidence is not None else plainly_quotable
+    usable = [at for at in mine if fit(sentences[at].text) and score[at] > LEAST_EVIDENCE]
     likely = sorted(grievances.items(), key=lambda pair: -pair[1])
     named = tuple(name for name, p in likely if p >= 0.3)[:3]
     if not usable:
         return Apology(None, "no_evidence", named)
     best = max(usable, key=lambda at: score[at])
     quoted = _with_neighbour(best, sentences, usable, score)
-    quotation = _quotation([sentences[at].text for at in quoted])
+    quotation = _quotation([sentences[at] for at in quoted])
     everything = " ".join(sentences[at].text for at in mine)
     clause = clause_for(likely, words, quotation, everything)
     if clause is None:
@@ -102,7 +103,8 @@ def clause_for(
             return name
     for name, p in likely[:2]:
         cue = words.cues.get(name)
-        if name in words.clauses and cue and p > 0.5 and cue.search(everything):
+        sure = p > 0.5 and p > 0.7 * likely[0][1]
+        if name in words.clauses and cue and sure and cue.search(everything):
             return name
     if not likely:  # nothing was read: what the quotation says plainly
         hits = [
@@ -114,12 +116,15 @@ def clause_for(
     return None
 
 
-_DEMAND = re.compile(
-    r"\b(?:i want|i would like|i['’]?d like|i expect|i demand|please|solicitor|lawyer|regulator|"
-    r"ombudsman|tribunal|never (?:again|book|use|buy)|last time|cancel my|review|sue|court|"
-    r"thank\w*|cheers|compensation|shame|pathetic|idiots?|liars?|thie(?:f|ves)|joke|clowns?|"
-    r"wtf|ffs|bloody|damn|crap|shit\w*|fuck\w*|ridiculous|disgrace\w*|scam\w*|useless|"
-    r"lovely|brilliant|wonderful|congratulations|well done|great job|just checking|presumably)\b",
+_UNFIT = re.compile(
+    r"\b(?:i want|i would like|i['’]?d like|i expect|i demand|solicitor|lawyer|regulator|ombudsman|"
+    r"tribunal|never (?:again|book|use|buy)|sue|court|pathetic|idiots?|liars?|thie(?:f|ves)|joke|"
+    r"clowns?|wtf|ffs|bloody|damn|crap|shit\w*|fuck\w*|ridiculous|disgrace\w*|scam\w*|useless)\b",
+    re.IGNORECASE,
+)
+_NO_EVIDENCE = re.compile(
+    r"\b(?:please|last time|cancel my|review|thank\w*|cheers|compensation|shame|lovely|brilliant|"
+    r"wonderful|congratulations|well done|great job|just checking|presumably)\b",
     re.IGNORECASE,
 )
 _EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
@@ -137,15 +142,24 @@ _STRONG = re.compile(
 
 
 def quotable(text: str) -> bool:
-    """Returns whether a sentence may stand in an apology: no question, demand, insult or footer."""
+    """Returns whether an apology can repeat a sentence: no question, demand, insult or footer."""
     return (
-        18 <= len(text) <= LONGEST_QUOTATION
-        and len(content_words(text)) >= 3
+        8 <= len(text) <= LONGEST_QUOTATION
         and not text.rstrip("\"'”’)").endswith("?")
         and not text.lstrip().startswith(">")
         and not JUNK.search(text)
         and not _EMOJI.search(text)
-        and not _DEMAND.search(text)
+        and not _UNFIT.search(text)
+    )
+
+
+def plainly_quotable(text: str) -> bool:
+    """Returns whether a sentence is no request or praise either, and says something by itself."""
+    return (
+        quotable(text)
+        and len(text) >= 18
+        and len(content_words(text)) >= 3
+        and not _NO_EVIDENCE.search(text)
         and not PRAISE.search(text)
     )
 
@@ -172,7 +186,10 @@ def _scores(
 def _with_neighbour(
     best: int, sentences: Sequence[Sentence], usable: Sequence[int], score: np.ndarray
 ) -> list[int]:
-    """Returns the best sentence, and the one beside it if that says how bad it is."""
+    """Returns the best sentence, and another one if that says how bad it is.
+
+    That is one beside it in its message; or, where the best one is short, the next best.
+    """
     for beside in (best + 1, best - 1):
         if (
             beside in usable
@@ -181,7 +198,14 @@ def _with_neighbour(
             and len(sentences[beside].text) + len(sentences[best].text) < LONGEST_QUOTATION
         ):
             return sorted((best, beside))
+    others = [at for at in usable if at != best and score[at] >= SECOND]
+    if len(sentences[best].text) < SHORT and others:
+        return sorted((best, max(others, key=lambda at: score[at])))
     return [best]
+
+
+SECOND, SHORT = 0.4, 45
+"""How probable a second quotation has to be, and below how many characters a first one is short."""
 
 
 _GREETING = re.compile(
@@ -195,10 +219,11 @@ _GREETING = re.compile(
 )
 
 
-def _quotation(texts: Sequence[str]) -> str:
+def _quotation(sentences: Sequence[Sentence]) -> str:
     """Returns sentences as they are quoted: without a greeting, with a stop at the end."""
-    text = " ".join(" ".join(text.split()) for text in texts)
-    text = _GREETING.sub("", text)
+    texts = [_GREETING.sub("", " ".join(sentence.text.split())) for sentence in sentences]
+    apart = sentences[0].message != sentences[-1].message
+    text = " … ".join(text.rstrip(" .,;:-–—") for text in texts) if apart else " ".join(texts)
     for mark in "“”«»„":
         text = text.replace(mark, '"')
     if text.count('"') % 2:

@@ -45,7 +45,8 @@ class KeptAnswers(LanguageModel):
         ids = [question_id(request) for request in requests]
         kept = kept_answers(self._database, ids)
         missing = [at for at, one in enumerate(ids) if one not in kept]
-        asked = self._model.answer_each([requests[at] for at in missing], self._keep)
+        some = [requests[at] for at in missing]
+        asked = self._model.answer_each(some, self._keep) if some else []
         answers = dict(zip(missing, asked, strict=True))
         self._count("answers_known", len(ids) - len(missing))
         return [answers[at] if at in answers else _free(kept[one]) for at, one in enumerate(ids)]

@@ -173,6 +173,7 @@ class Summary:
             "requests": self.get("model/requests"),
             "retries": self.get("model/retries"),
             "asked_again": self.get("model/asked_again"),
+            "answers_known": self.get("model/answers_known"),
             "faults": self.under("model/faults"),
             "copies_loaded": self.get("model/copies_loaded"),
             "updates": {

@@ -97,6 +97,14 @@ def counts_table(summary: Summary) -> Table:
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
         "lost": f"{values['lost']:,}",
     }
+    if values["answers_known"]:
+        rows["not asked again"] = f"{values['answers_known']:,} questions, answered before"
+    if escalated := values["escalated"]["asked"]:
+        kept = sum(values["escalated"]["kept"].values())
+        changed = values["escalated"]["changed"]
+        rows["second opinions"] = f"{escalated:,}, of which {changed:,} changed the sentiment" + (
+            f"; none came for {kept:,}" if kept else ""
+        )
     if values["requests"]:
         again = {"made again": values["retries"], "with an answer sent back": values["asked_again"]}
         faults = f"; faults: {listed(values['faults'])}" if values["faults"] else ""

@@ -11,7 +11,7 @@ from chatflow.errors import UsageError
 from chatflow.weights import embedded
 from chatflow.weights.presets import local_file
 
-OWN = {embedded.NAME: "support-1"}
+OWN = {embedded.NAME: "support-2"}
 """chatflow's own heads for each model; made in `tuning/`."""
 
 
@@ -19,7 +19,7 @@ def chosen_heads(heads: str, model: str, instruct: bool) -> str:
     """Returns the heads that `--heads` selects: some of chatflow's own, a file, or "" for none.
 
     >>> chosen_heads("auto", "gemma3-270m", False), chosen_heads("auto", "gemma3_1b", False)
-    ('support-1', '')
+    ('support-2', '')
     """
     if heads == "auto":
         return "" if instruct else OWN.get(model, "")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import chat
 
-from chatflow.choices.drafts import apology, quotable
+from chatflow.choices.drafts import apology, plainly_quotable, quotable
 from chatflow.choices.sentences import CUSTOMER, sentences_of
 from chatflow.choices.words import words_of
 from chatflow.errors import UsageError
@@ -18,9 +18,9 @@ LATE = chat(
 )
 
 
-def drafted(some, grievances, words=WORDS, sure=0.9, **more):
+def drafted(some, grievances, words=WORDS, sure=0.9, evidence=None, **more):
     sentences = sentences_of(some, "c")
-    evidence = np.full(len(sentences), sure)
+    evidence = np.full(len(sentences), sure) if evidence is None else evidence
     return apology(sentences, words, grievances, evidence, **more), sentences
 
 
@@ -60,13 +60,32 @@ def test_what_it_meant_and_how_they_were_answered_are_taken_up():
     [
         "Where is my order?", "I want a refund or I go to my lawyer.", "Thanks a lot, clowns.",
         "> On Monday you wrote that it left", "ok", "Lovely, another week without heating 🙄",
-        "You people are thieves and liars.", "Please send me the parcel as soon as you can.",
+        "You people are thieves and liars.",
     ],
 )  # fmt: skip
 def test_what_no_apology_quotes(text):
     assert not quotable(text)
     made, _ = drafted(chat(text), {"late_delivery": 0.9})
     assert (made.text, made.flag) == (None, "no_evidence")
+
+
+def test_a_request_is_quoted_only_where_a_head_says_so():
+    text = "Please send me the parcel as soon as you can."
+    assert quotable(text)
+    assert not plainly_quotable(text)
+
+
+def test_a_short_quotation_has_the_next_best_beside_it():
+    said = chat("Taken on 6 March.", "Sorry.", "Nobody has called me back.", "Sorry.", "I rang.")
+    made, sentences = drafted(said, {"no_reply": 0.9}, evidence=np.array([0.8, 0, 0.5, 0, 0.45]))
+    assert "“Taken on 6 March … Nobody has called me back.”" in made.text
+    assert [sentences[at].message for at in made.quoted] == [0, 2]
+
+
+def test_a_far_less_likely_grievance_does_not_shrink_the_likeliest():
+    said = chat("The shop is leaning. You promised to come on Monday.")
+    made, _ = drafted(said, {"unsafe": 0.95, "broken_promise": 0.55}, evidence=np.array([0.9, 0.1]))
+    assert made.text.startswith(WORDS.drafts["sorry_for_this"])
 
 
 def test_a_quotation_is_clean():

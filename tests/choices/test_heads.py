@@ -103,7 +103,7 @@ def test_heads_are_for_gemma_on_the_workers_alone(path):
         ModelSpec("gemini-2.5-flash", "remote", heads=path)
     assert ModelSpec(heads=path).result_name == f"gemma3-270m@{path}"
     assert ModelSpec(heads=path).own_heads == path
-    assert ModelSpec().own_heads == "support-1"
+    assert ModelSpec().own_heads == "support-2"
     assert ModelSpec(heads="none").own_heads == ""
     assert ModelSpec(model_kind="instruct").own_heads == ""
     assert ModelSpec("scripted:x").own_heads == ""

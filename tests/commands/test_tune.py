@@ -241,7 +241,7 @@ def test_adapters_are_for_gemma_alone():
     with pytest.raises(UsageError, match="only for Gemma"):
         ModelSpec("gemini-2.5-flash", "remote", adapter="x.lora.h5")
     assert ModelSpec("gemma3-270m", heads="none").result_name == "gemma3-270m"
-    assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@support-1"
+    assert ModelSpec("gemma3-270m").result_name == "gemma3-270m@support-2"
     assert ModelSpec("gemma3-270m", model_kind="instruct").result_name == "gemma3-270m"
 
 
@@ -249,7 +249,7 @@ def test_an_adapter_is_in_the_name_of_a_result(preset, tmp_path):
     adapter = str(tmp_path / "x.lora.h5")
     Path(adapter).write_bytes(b"\x89HDF\r\n\x1a\n")
     assert ModelSpec(preset, adapter=adapter).result_name == f"{preset}@{adapter}"
-    assert ModelSpec(adapter=adapter).result_name == f"gemma3-270m@{adapter}@support-1"
+    assert ModelSpec(adapter=adapter).result_name == f"gemma3-270m@{adapter}@support-2"
 
 
 def test_both_parts_have_each_sentiment():

@@ -140,7 +140,7 @@ def test_the_kind_can_be_said(tmp_path):
 
 def test_the_handler_of_the_default_travels_without_loading():
     handler = pickle.loads(pickle.dumps(ModelSpec().handler()))
-    assert handler.name == "gemma3-270m@support-1"
+    assert handler.name == "gemma3-270m@support-2"
     assert handler.share_model_across_processes()
     assert handler.batch_elements_kwargs()["max_batch_size"] == 16
 

@@ -185,7 +185,7 @@ def test_prompts_without_a_block_to_be_read_are_asked_without_heads():
 
     assert [spec.own_heads for spec in specs(prompts=FEW_SHOT)] == [""]
     assert [spec.result_name for spec in specs(prompts=FEW_SHOT)] == ["gemma3-270m"]
-    assert [spec.own_heads for spec in specs()] == ["support-1"]
+    assert [spec.own_heads for spec in specs()] == ["support-2"]
     assert [spec.own_heads for spec in specs(heads="none")] == [""]
 
 

@@ -82,7 +82,7 @@ def test_its_summaries_quote_the_chat(analysed):
     for one, analysis, _ in analysed:
         assert 1 <= len(analysis.summary) <= 512
         assert analysis.summary_source == "quotations"
-        assert analysis.model == ModelSpec().result_name == "gemma3-270m@support-1"
+        assert analysis.model == ModelSpec().result_name == "gemma3-270m@support-2"
         assert analysis.tone_scores is None
         assert 1 / 3 < analysis.confidence <= 1
         assert analysis.quotations

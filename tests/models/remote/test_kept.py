@@ -1,0 +1,158 @@
+"""Answers that are kept: nothing is asked and paid for twice, whatever stops a run."""
+
+import collections
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT, chat, read
+from remotes import OPENAI, request
+
+from chatflow.choices.heads import Chosen
+from chatflow.database.connections import Database
+from chatflow.errors import UsageError
+from chatflow.models.base import LanguageModel
+from chatflow.models.kept import KeptAnswers, question_id
+from chatflow.models.requests import Answer, Failure
+from chatflow.options import NO_CLOUD, Options
+from chatflow.pipeline import plan
+from chatflow.running.launch import execute
+
+
+class Counting(LanguageModel):
+    """Answers by the prompt; counts how often each one is asked."""
+
+    def __init__(self):
+        self.asked = collections.Counter()
+
+    def answer(self, requests):
+        self.asked.update(one.parts[0].prompt for one in requests)
+        return [
+            Failure("down", "is down")
+            if "poison" in one.parts[0].prompt
+            else Answer(one.parts[0].prompt.upper(), "m", 7, 3, 2, 0.5)
+            for one in requests
+        ]
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return f"sqlite:///{tmp_path}/answers.db"
+
+
+def test_what_was_answered_is_not_asked_again_and_costs_nothing(uri):
+    first, second = Counting(), Counting()
+    asked = [request("a", name="1"), request("b", name="2")]
+    before = KeptAnswers(first, uri).answer(asked)
+    after = KeptAnswers(second, uri).answer([*asked, request("c", name="3")])
+    assert [one.text for one in after] == ["A", "B", "C"]
+    assert second.asked == {"c": 1}
+    assert (before[0].prompt_tokens, before[0].answer_tokens) == (7, 3)
+    assert (after[0].prompt_tokens, after[0].answer_tokens, after[0].cached_tokens) == (0, 0, 0)
+
+
+def test_an_answer_is_kept_whole(uri):
+    chosen = Chosen({"tone": {"angry": 0.9}}, {"part": ((0.5, 0.5),)}, {"part": ("a", "b")})
+    whole = Answer(
+        "é\u2028", "m", 1, 2, 0, 0.5, "length", (("angry", -0.1),), ("asked_again",), chosen
+    )
+    model = Counting()
+    model.answer = lambda requests: [whole]
+    kept = KeptAnswers(model, uri)
+    asked = [request("a")]
+    kept.answer(asked)
+    (found,) = kept.answer(asked)
+    paid = {"prompt_tokens": 1, "answer_tokens": 2, "seconds": 0.5}
+    assert dataclasses.replace(found, **paid) == whole
+
+
+def test_a_failure_is_asked_again_and_counted_is_what_was_known(uri):
+    model = Counting()
+    kept = KeptAnswers(model, uri)
+    asked = [request("poison", name="1"), request("a", name="2")]
+    assert isinstance(kept.answer(asked)[0], Failure)
+    kept.answer(asked)
+    assert model.asked == {"poison": 2, "a": 1}
+    assert kept.new_counts()["answers_known"] == 1
+
+
+def test_another_prompt_or_another_model_is_another_question():
+    one = request("a")
+    other_prompt, other_model = request("b"), dataclasses.replace(one, id="of another model")
+    assert len({question_id(one), question_id(other_prompt), question_id(other_model)}) == 3
+    assert question_id(one) == question_id(request("a"))
+
+
+def test_an_answer_that_cannot_be_kept_is_used_all_the_same(uri):
+    kept = KeptAnswers(Counting(), uri)
+    with Database(uri).write() as connection:
+        connection.exec_driver_sql("CREATE TRIGGER full BEFORE INSERT ON answers "
+                                   "BEGIN SELECT RAISE(FAIL, 'the disk is full'); END")  # fmt: skip
+    (found,) = kept.answer([request("a")])
+    assert found.text == "A"
+    assert kept.new_counts()["answers_not_kept"] == 1
+
+
+def test_a_second_run_asks_nothing_and_writes_all(tmp_path, lines, script, uri):
+    rule = {"task": "analysis", "answer": {"sentiment": 0, "summary": "It is late."}}
+    path = lines(*(chat(f"late {n}", chat_id=str(n)) for n in range(5)))
+    flags = {"input": path, "model": script(rule), "answers": uri}
+    first = execute(Options(output=f"{tmp_path}/one", **flags), []).to_dict()
+    second = execute(Options(output=f"{tmp_path}/two", **flags), []).to_dict()
+    assert (first["answers_known"], second["answers_known"]) == (0, 5)
+    assert first["prompt_tokens"] > 0 == second["prompt_tokens"]
+    records = [read(f"{tmp_path}/{name}", "analyses") for name in ("one", "two")]
+    ids = [{record["analysis_id"] for record in some} for some in records]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == 5
+
+
+def test_a_mistake_in_the_flag_is_one_clear_line(tmp_path):
+    with pytest.raises(UsageError, match=r"--answers: .* is no database"):
+        plan(Options(input="x", output="y", answers="redis"), NO_CLOUD)
+
+
+CHATS, KILLS, IN_FLIGHT = 1_000, 5, 16
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_killed_five_times_pays_for_each_answer_once(vertex, tmp_path, lines, uri):
+    path = lines(*(chat(f"Where is parcel number {n}?", chat_id=str(n)) for n in range(CHATS)))
+    moments = sorted(random.Random(7).sample(range(50, CHATS - 50), KILLS))
+    answered, reached = [0], threading.Event()
+
+    def answer(prompt):
+        answered[0] += 1
+        if moments and answered[0] >= moments[0]:
+            reached.set()
+        return json.dumps({"sentiment": 0, "summary": "Asks where a parcel is."})
+
+    vertex.brain.answer = answer
+    command = [
+        sys.executable, "-m", "chatflow", "run", "--input", path, "--output", f"{tmp_path}/out",
+        "--inference=remote", "--model", OPENAI, "--api_endpoint", f"{vertex.address}/v1",
+        "--answers", uri, "--summary=json", f"--max_in_flight={IN_FLIGHT}",
+    ]  # fmt: skip
+    while moments:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as run:
+            assert reached.wait(300)
+            run.send_signal(signal.SIGKILL)
+            run.communicate()
+        moments.pop(0)
+        reached.clear()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert (counts["analysed"], counts["lost"], counts["dead_letters"]) == (CHATS, 0, 0)
+    assert len({one["chat_id"] for one in read(f"{tmp_path}/out", "analyses")}) == CHATS
+    # Only what was on its way when a run was killed is asked again: the service had answered it,
+    # and nobody was there to hear it.
+    again = sum(count - 1 for count in vertex.brain.answered.values())
+    assert again <= KILLS * IN_FLIGHT
