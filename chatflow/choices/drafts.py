@@ -99,7 +99,8 @@ def clause_for(
     """Returns the grievance whose clause the customer's own words bear out, or None."""
     for name, p in likely[:6]:
         cue = words.cues.get(name)
-        if name in words.clauses and cue and p > 0.2 and cue.search(quotation):
+        sure = p > 0.2 and p > 0.5 * likely[0][1]
+        if name in words.clauses and cue and sure and cue.search(quotation):
             return name
     for name, p in likely[:2]:
         cue = words.cues.get(name)
