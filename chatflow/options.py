@@ -100,6 +100,11 @@ class Places(Settings):
         "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
         _DATA,
     )  # fmt: skip
+    skip_done: str = flag(
+        "", "Earlier results, as a glob or folder of files or a database: chats whose analysis is "
+        "in them, made of the same content by the same prompt and model, are left out. For "
+        "batches.", _DATA,
+    )  # fmt: skip
     answers: str = flag(
         "", "Database, as --database, in which each answer of a model is kept as soon as it is "
         "there: no question is asked and paid for twice, also after a run that was stopped.", _DATA,
@@ -414,6 +419,11 @@ class Options(RemoteSettings, WorkerSettings, Batching, ModelSettings, Rules, Si
     )  # fmt: skip
     min_ram: str = flag(
         "", "Resource hint of the inference steps, e.g. 16GB.", _WORKER
+    )  # fmt: skip
+    max_cost_usd: float = flag(
+        0.0, "US dollars, by the table of --prices, after which a run asks no model any more; what "
+        "is left becomes dead letters (over_budget). Needs --answers. 0: any sum.", _REMOTE,
+        least=0,
     )  # fmt: skip
     check_endpoint: bool = flag(
         True, "At launch, ask whether the model is there, at no cost; where the service cannot "

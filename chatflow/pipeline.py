@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import itertools
+import uuid
 from collections.abc import Mapping, Sequence
 
 import apache_beam as beam
 
 from chatflow.errors import UsageError
+from chatflow.models.kept import KeptSettings
 from chatflow.models.prices import Price, price_of
 from chatflow.models.requests import Request
 from chatflow.models.several import SeveralModelsHandler
@@ -22,11 +25,13 @@ from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
 from chatflow.sources.chats import Customs, customs_of
 from chatflow.sources.parse import ParseArrivals
 from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
+from chatflow.sources.results import ReadResults
 from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.assemble import AssembleChats
 from chatflow.stages.draft import DraftApologies, to_be_written
 from chatflow.stages.identity import TellApart
 from chatflow.stages.replay import OpenDeadLetters
+from chatflow.stages.skip import SkipDone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,8 @@ def plan(
       UsageError: an unknown model, source or destination; a mistake in the prompts or the prices.
     """
     streaming = is_stream(options.input)
+    if options.skip_done and streaming:
+        raise UsageError("--skip_done: only with files; a stream is read once (see --answers)")
     for flag in ("database", "answers"):
         if uri := getattr(options, flag):
             from chatflow.database.connections import parse_uri
@@ -122,12 +129,31 @@ def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) 
         if streaming or prompt.model.updates:
             expected[prompt.model.key].append(prompt.probe)
     handlers = {spec.key: spec.handler(expected[spec.key]) for spec in routes.specs}
-    if len(handlers) == 1 and not routes.attribute and not options.answers:
+    kept = kept_of(routes, options)
+    if len(handlers) == 1 and not routes.attribute and kept is None:
         return Model(next(iter(handlers.values())), options.resource_hints)
-    several = SeveralModelsHandler(
-        handlers, routes.max_models, options.answers, options.database_password
-    )
+    several = SeveralModelsHandler(handlers, routes.max_models, kept)
     return Model(several, options.resource_hints)
+
+
+def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
+    """Returns where answers are kept; raises `UsageError` if the flags do not go together."""
+    most = options.max_cost_usd
+    if not options.answers:
+        if most:
+            raise UsageError(
+                "--max_cost_usd: give --answers=DATABASE, too, where workers book what they spend"
+            )
+        return None
+    prices = {spec.name: price_of(spec.name, options.prices) for spec in routes.specs}
+    for name, price in prices.items():
+        if most and (price is None or price.hour):
+            raise UsageError(
+                f"--max_cost_usd: no price by tokens is known of {name}; give it in --prices"
+            )
+    known = {name: price for name, price in prices.items() if price is not None}
+    run = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S} {uuid.uuid4().hex[:8]}"
+    return KeptSettings(options.answers, options.database_password, run, most, known)
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
@@ -160,8 +186,14 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
             plan.routes, plan.first, options.update_seconds, options.prompt_updates
         )
         updates = beam.pvalue.AsIter(pipeline | "WatchUpdates" >> watch)
+    skip = None
+    if options.skip_done:
+        earlier = pipeline | "ReadEarlier" >> ReadResults(
+            options.skip_done, options.database_password
+        )
+        skip = SkipDone(earlier, plan.first.analysis, plan.first.draft)
     analysed = chats | "AnalyseChats" >> AnalyseChats(
-        model, plan.first.analysis, updates, escalates=plan.routes.escalates
+        model, plan.first.analysis, updates, plan.routes.escalates, skip
     )
     dead_letters.append(analysed.dead_letters)
 
@@ -173,6 +205,8 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
 
     if plan.drafts:
         to_draft = analysed.analysed
+        if analysed.undrafted is not None:
+            to_draft = (to_draft, analysed.undrafted) | "WithUndrafted" >> beam.Flatten()
         if plan.replay:
             to_draft = (to_draft, opened.analysed) | "WithReplayed" >> beam.Flatten()
         drafted = to_draft | "DraftApologies" >> DraftApologies(model, plan.first.draft, updates)

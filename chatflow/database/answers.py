@@ -1,14 +1,15 @@
-"""Answers of models, kept by what was asked."""
+"""Answers of models, kept by what was asked, and what runs have spent on them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from chatflow.database.connections import Database
-from chatflow.database.tables import answers
+from chatflow.database.tables import answers, spending
 from chatflow.records import now
 
 
@@ -26,7 +27,20 @@ def kept_answers(database: Database, question_ids: Sequence[str]) -> dict[str, s
 
 def keep_answer(database: Database, question_id: str, model: str, answer: str) -> None:
     """Keeps an answer; an earlier one to the same question stays."""
-    insert = sqlite.insert if database.is_sqlite else postgresql.insert
     row = {"question_id": question_id, "model": model, "answer": answer, "answered_at": now()}
     with database.write() as connection:
-        connection.execute(insert(answers).values(row).on_conflict_do_nothing())
+        connection.execute(_insert(database, answers).values(row).on_conflict_do_nothing())
+
+
+def spend(database: Database, run: str, usd: float) -> float:
+    """Adds to what a run has spent, with all its workers; returns the sum."""
+    insert = _insert(database, spending).values(run=run, usd=usd)
+    add = insert.on_conflict_do_update(
+        index_elements=["run"], set_={"usd": spending.c.usd + insert.excluded.usd}
+    )
+    with database.write() as connection:
+        return float(connection.execute(add.returning(spending.c.usd)).scalar_one())
+
+
+def _insert(database: Database, table: sa.Table) -> Any:
+    return (sqlite.insert if database.is_sqlite else postgresql.insert)(table)

@@ -2,7 +2,7 @@
 
 A record's fields are columns of the same names. The columns after them in `drafts`, and the tables
 `history`, `outbox` and `sessions`, belong to the console. `answers` has what models said, so that
-nothing is asked twice.
+nothing is asked twice, and `spending` what each run has cost.
 """
 
 from __future__ import annotations
@@ -204,4 +204,11 @@ answers = sa.Table(
     _required("model"),
     _required("answer"),
     _required("answered_at", UtcTime),
+)
+
+spending = sa.Table(
+    "spending",
+    metadata,
+    _key("run"),
+    _required("usd", sa.Double),
 )

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from chatflow.models.requests import Answer, Failure, Request
 
-Keep = Callable[[Request, Answer], None]
+OVER_BUDGET = "over_budget"
+"""The reason of a failure where no model may be asked any more."""
+
+
+class Ledger(Protocol):
+    """Where answers are noted as soon as they are there. Called from any thread."""
+
+    def refusal(self) -> Failure | None:
+        """Returns why no model may be asked now."""
+
+    def note(self, request: Request, answer: Answer | Failure) -> None:
+        """Notes what a model answered, and what that has cost."""
 
 
 class LanguageModel(abc.ABC):
@@ -17,13 +29,13 @@ class LanguageModel(abc.ABC):
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         """Returns one answer or failure per request, in order."""
 
-    def answer_each(self, requests: Sequence[Request], keep: Keep) -> list[Answer | Failure]:
-        """Returns what `answer` does; calls `keep` with each answer, from any thread, once it is
-        there."""
+    def answer_each(self, requests: Sequence[Request], ledger: Ledger) -> list[Answer | Failure]:
+        """Returns what `answer` does, as far as the ledger allows it, and notes it there."""
+        if refusal := ledger.refusal():
+            return [refusal] * len(requests)
         answers = self.answer(requests)
         for request, answer in zip(requests, answers, strict=True):
-            if isinstance(answer, Answer):
-                keep(request, answer)
+            ledger.note(request, answer)
         return answers
 
     def warm_up(self, requests: Sequence[Request]) -> None:  # noqa: B027 (most need none)

@@ -7,19 +7,36 @@ import dataclasses
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pydantic
 
-from chatflow.database.answers import keep_answer, kept_answers
-from chatflow.database.connections import opened, password_at
 from chatflow.errors import one_line
-from chatflow.models.base import LanguageModel
+from chatflow.models.base import OVER_BUDGET, LanguageModel
+from chatflow.models.prices import Price
 from chatflow.models.requests import Answer, Failure, Request
 
 _log = logging.getLogger(__name__)
 
 _ANSWER = pydantic.TypeAdapter(Answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptSettings:
+    """Where answers are kept, and what a run may spend on them.
+
+    Attributes:
+      uri, password: of the database; see `connections.Database`, `secrets.PLACES`.
+      run: names the run; all its workers book what they spend under it.
+      most_usd: the most to spend, in US dollars; 0: any sum.
+      prices: of each model, by its name.
+    """
+
+    uri: str = dataclasses.field(repr=False)  # it may hold a password
+    password: str = ""
+    run: str = ""
+    most_usd: float = 0.0
+    prices: Mapping[str, Price] = dataclasses.field(default_factory=dict)
 
 
 class KeptAnswers(LanguageModel):
@@ -29,35 +46,57 @@ class KeptAnswers(LanguageModel):
     Failures are not kept. If the database cannot be read, the requests fail, so that nothing is
     paid for twice. If it cannot be written, the answer is used all the same.
 
-    Args:
-      uri, password: of the database; see `connections.Database`, `secrets.PLACES`.
+    Once a run has spent `most_usd`, requests fail with `over_budget`. What is in flight then is
+    answered still, and may cost more.
     """
 
     loads = 0
 
-    def __init__(self, model: LanguageModel, uri: str, password: str = ""):
-        self._model = model
-        self._database = opened(uri, password_at(password))
+    def __init__(self, model: LanguageModel, settings: KeptSettings):
+        from chatflow.database import answers
+        from chatflow.database.connections import opened, password_at
+
+        self.settings = settings
+        self._model, self._answers = model, answers
+        self._database = opened(settings.uri, password_at(settings.password))
+        self._spent = answers.spend(self._database, settings.run, 0.0) if settings.most_usd else 0.0
         self._counts: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
 
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         ids = [question_id(request) for request in requests]
-        kept = kept_answers(self._database, ids)
+        kept = self._answers.kept_answers(self._database, ids)
         missing = [at for at, one in enumerate(ids) if one not in kept]
         some = [requests[at] for at in missing]
-        asked = self._model.answer_each(some, self._keep) if some else []
+        asked = self._model.answer_each(some, self) if some else []
         answers = dict(zip(missing, asked, strict=True))
         self._count("answers_known", len(ids) - len(missing))
         return [answers[at] if at in answers else _free(kept[one]) for at, one in enumerate(ids)]
 
-    def _keep(self, request: Request, answer: Answer) -> None:
+    def refusal(self) -> Failure | None:
+        most, spent = self.settings.most_usd, self._spent
+        if not most or spent < most:
+            return None
+        said = f"the run has spent {spent:.4f} of --max_cost_usd={most:g}; replay it later"
+        return Failure(OVER_BUDGET, said)
+
+    def note(self, request: Request, answer: Answer | Failure) -> None:
         try:
-            text = _ANSWER.dump_json(answer).decode()
-            keep_answer(self._database, question_id(request), answer.model, text)
+            if isinstance(answer, Answer):
+                text = _ANSWER.dump_json(answer).decode()
+                self._answers.keep_answer(self._database, question_id(request), answer.model, text)
+            if self.settings.most_usd:
+                self._spend(request, answer)
         except Exception as error:  # the answer was paid for, and is used
             self._count("answers_not_kept")
             _log.warning("an answer is not kept in %s: %s", self._database.uri, one_line(error))
+
+    def _spend(self, request: Request, answer: Answer | Failure) -> None:
+        price = self.settings.prices[request.model.rpartition("#")[0]]
+        usd = price.of(answer.prompt_tokens, answer.answer_tokens, answer.cached_tokens)
+        if usd:
+            total = self._answers.spend(self._database, self.settings.run, usd)
+            self._spent = max(self._spent, total)
 
     def _count(self, name: str, by: int = 1) -> None:
         with self._lock:

@@ -15,8 +15,9 @@ from apache_beam.io.components.adaptive_throttler import ThrottlingSignaler
 from apache_beam.ml.inference.base import PredictionResult
 
 from chatflow.errors import one_line
-from chatflow.models.base import Keep, LanguageModel
+from chatflow.models.base import LanguageModel, Ledger
 from chatflow.models.handlers import METRICS, LanguageModelHandler, ask
+from chatflow.models.kept import KeptAnswers, KeptSettings
 from chatflow.models.requests import FALLBACK, FIRST, Answer, Failure, Request, Version
 from chatflow.options import ONE_COPY
 
@@ -55,8 +56,8 @@ class SeveralModels(LanguageModel):
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return self._answers(requests, lambda model: model.answer)
 
-    def answer_each(self, requests: Sequence[Request], keep: Keep) -> list[Answer | Failure]:
-        return self._answers(requests, lambda model: lambda some: model.answer_each(some, keep))
+    def answer_each(self, requests: Sequence[Request], ledger: Ledger) -> list[Answer | Failure]:
+        return self._answers(requests, lambda model: lambda some: model.answer_each(some, ledger))
 
     def _answers(self, requests: Sequence[Request], way: _Way) -> list[Answer | Failure]:
         by_model: dict[str, list[Request]] = {}
@@ -184,27 +185,22 @@ def _instead(first: Failure, other: Answer | Failure) -> Answer | Failure:
 class SeveralModelsHandler(LanguageModelHandler[LanguageModel]):
     """Handles several models as one, with one copy per worker; see `SeveralModels`.
 
-    With `answers`, a database, they ask nothing twice; see `kept.KeptAnswers`.
+    With `kept`, they ask nothing twice, and spend no more than they may.
     """
 
     def __init__(
         self,
         handlers: Mapping[str, LanguageModelHandler[Any]],
         max_models: int = 0,
-        answers: str = "",
-        password: str = "",
+        kept: KeptSettings | None = None,
     ):
         super().__init__("several models", settings=ONE_COPY)
         self.handlers, self.max_models = handlers, max_models
-        self._answers, self._password = answers, password
+        self.kept = kept
 
     def load(self, version: Version = FIRST) -> LanguageModel:
         models = SeveralModels(self.handlers, self.max_models)
-        if not self._answers:
-            return models
-        from chatflow.models.kept import KeptAnswers
-
-        return KeptAnswers(models, self._answers, self._password)
+        return KeptAnswers(models, self.kept) if self.kept is not None else models
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:
         """Returns the widest batching, because requests of all models share batches."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -139,6 +140,7 @@ def prepare(
     quieten(local)
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
+    check_earlier(options)
     check_accelerator(planned, beam_flags)
     try:
         pipeline = beam.Pipeline(options=beam_flags)
@@ -165,6 +167,23 @@ def prepare(
                 spec.kind.check_service(spec, local, say)
         results.stage(pipeline)
         yield Prepared(planned, pipeline, results, inputs)
+
+
+def check_earlier(options: Options) -> None:
+    """Raises `UsageError` if `--skip_done` names no results, or those that `--output` replaces."""
+    from chatflow.sources.read import files_of
+    from chatflow.sources.results import DATABASE
+
+    place = options.skip_done
+    if not place or DATABASE.match(place):
+        return
+    folder = os.path.realpath(options.output) if options.output else ""
+    for path in files_of(place, "--skip_done"):
+        if folder and os.path.realpath(os.path.dirname(path)) == folder:
+            raise UsageError(
+                f"--skip_done={place}: the results in --output={options.output} will be replaced; "
+                "give another --output for the rest"
+            )
 
 
 def tell(results: Results, say: Callable[[str], Any]) -> None:

@@ -98,7 +98,7 @@ class Summary:
         apart = self.get("chats_apart") + self.get("duplicate_chats")
         if apart := apart + self.dead_lettered("identity"):  # in batches
             apart -= self.get("chats_read") + self.get("chats_assembled")
-        analysed = self.get("asked") - self.get("analysed")
+        analysed = self.get("asked") - self.get("skipped") - self.get("analysed")
         flagged = sum(self.under("drafts_flagged").values())
         drafted = self.get("drafts_asked") - self.get("drafted") - flagged
         return (
@@ -147,6 +147,7 @@ class Summary:
             "messages_read": self.get("messages_read"),
             "chats_assembled": self.get("chats_assembled"),
             "asked": self.get("asked"),
+            "skipped": self.get("skipped"),
             "analysed": self.get("analysed"),
             "sentiment": {name: tones.get(name, 0) for name, _ in TONE_STYLES.values()},
             "summaries": self.under("summaries"),

@@ -97,6 +97,8 @@ def counts_table(summary: Summary) -> Table:
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
         "lost": f"{values['lost']:,}",
     }
+    if values["skipped"]:
+        rows["done before"] = f"{values['skipped']:,} users, whose analysis earlier results hold"
     if values["answers_known"]:
         rows["not asked again"] = f"{values['answers_known']:,} questions, answered before"
     if escalated := values["escalated"]["asked"]:

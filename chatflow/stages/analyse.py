@@ -36,11 +36,13 @@ from chatflow.records import (
     now,
 )
 from chatflow.stages.ask import Answered, AskModel, Unanswered
+from chatflow.stages.skip import SkipDone
 
 
 class Analysed(NamedTuple):
     analysed: beam.PCollection
     dead_letters: beam.PCollection
+    undrafted: beam.PCollection | None = None
 
 
 @beam.typehints.with_input_types(Chat)
@@ -52,20 +54,26 @@ class AnalyseChats(beam.PTransform):
       prompt: asks for tone and summary; the same for all chats, or chosen for each chat.
       updates: prompts that change while the pipeline runs; see `prompts.updates.WatchUpdates`.
       escalates: some prompt has a second one for chats of which the model is not sure.
+      skip: leaves out whose analysis earlier results hold.
 
     Outputs:
       `analysed`: one `AnalysedChat` per user whose tone was asked for.
       `dead_letters`: one letter, with the reason, per user who has none.
+      `undrafted`: with `skip`, earlier analyses that still need a draft.
     """
 
     model: Model
     prompt: AnalysisPrompt | Routed[AnalysisPrompt]
     updates: AsIter | None = None
     escalates: bool = False
+    skip: SkipDone | None = None
 
     def expand(self, chats: beam.PCollection[Chat]) -> Analysed:
         ask = functools.partial(ask_for_analysis, self.prompt)
         users = chats | "EachUser" >> beam.FlatMap(each_user)
+        undrafted = None
+        if self.skip is not None:
+            users, undrafted = users | "SkipDone" >> self.skip
         asked = users | "RenderPrompt" >> DeadLettered("prompt", ask, ChatQuestion, self.updates)
         answered = asked.ok | "AskModel" >> AskModel(self.model, "model")
         parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", analysed, AnalysedChat)
@@ -76,7 +84,7 @@ class AnalyseChats(beam.PTransform):
             found = found | "SecondOpinion" >> SecondOpinion(self.model, find, self.updates)
         counted = found | "Count" >> beam.Map(count_analysed)
         counted.element_type = AnalysedChat
-        return Analysed(counted, failed | beam.Flatten())
+        return Analysed(counted, failed | beam.Flatten(), undrafted)
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from apache_beam.io.components.rate_limiter import RateLimiter
 
 from chatflow.errors import BadAnswerError, ModelError
-from chatflow.models.base import Keep, LanguageModel
+from chatflow.models.base import OVER_BUDGET, LanguageModel, Ledger
 from chatflow.models.remote.clients import Client, Reply, Turn
 from chatflow.models.remote.faults import Fault, Kind, classify
 from chatflow.models.remote.gate import Gate
@@ -67,8 +67,8 @@ class RemoteModel(LanguageModel):
     def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
         return self._on_loop(self._answers(requests))
 
-    def answer_each(self, requests: Sequence[Request], keep: Keep) -> list[Answer | Failure]:
-        return self._on_loop(self._answers(requests, keep))
+    def answer_each(self, requests: Sequence[Request], ledger: Ledger) -> list[Answer | Failure]:
+        return self._on_loop(self._answers(requests, ledger))
 
     def check(self) -> str:
         """Returns the result of `Client.check`, within `RemoteSettings.request_timeout`."""
@@ -109,14 +109,14 @@ class RemoteModel(LanguageModel):
             self._counts[name] += 1
 
     async def _answers(
-        self, requests: Sequence[Request], keep: Keep | None = None
+        self, requests: Sequence[Request], ledger: Ledger | None = None
     ) -> list[Answer | Failure]:
-        budgets = [_Budget(self.settings.retry_seconds) for _ in requests]
+        budgets = [_Budget(self.settings.retry_seconds, ledger) for _ in requests]
 
         async def answered(request: Request, budget: _Budget) -> Answer | Failure:
             answer = await self._answer(request, budget)
-            if keep is not None and isinstance(answer, Answer):
-                await asyncio.to_thread(keep, request, answer)
+            if ledger is not None:
+                await asyncio.to_thread(ledger.note, request, answer)
             return answer
 
         answers = await asyncio.gather(*map(answered, requests, budgets))
@@ -167,6 +167,8 @@ class RemoteModel(LanguageModel):
                 return outcome
             calls += 1
             malformed += outcome.kind is Kind.MALFORMED
+            if outcome.reason == OVER_BUDGET:
+                return outcome  # it was not called
             seconds = pause(calls, outcome.wait)
             budget.left -= seconds
             if outcome.kind is Kind.FATAL or malformed > MALFORMED_RETRIES or budget.left < 0:
@@ -193,7 +195,7 @@ class RemoteModel(LanguageModel):
         budget.throttled += waited if self._gate.limit < self._gate.most else 0.0
         budget.left -= waited if again else 0.0
         try:
-            fault = await self._not_allowed()
+            fault = _refusal(budget) or await self._not_allowed()
             granted = granted._replace(entered=time.monotonic())
             outcome = fault or await self._ask_client(turns, part)
         except asyncio.CancelledError:
@@ -248,13 +250,20 @@ class _Budget:
 
     Attributes:
       left: seconds for failing calls and the pauses after them.
+      ledger: says whether any call may be made.
       throttled: seconds waited for a busy service.
       earlier: calls before the last one, which cost tokens, too.
     """
 
     left: float
+    ledger: Ledger | None = None
     throttled: float = 0.0
     earlier: list[Reply | Fault] = dataclasses.field(default_factory=list)
+
+
+def _refusal(budget: _Budget) -> Fault | None:
+    refusal = budget.ledger.refusal() if budget.ledger is not None else None
+    return Fault(Kind.FATAL, refusal.reason, refusal.error) if refusal is not None else None
 
 
 def _complaint(part: Part, outcome: Reply | Fault) -> str:

@@ -17,7 +17,7 @@ from chatflow.choices.heads import Chosen
 from chatflow.database.connections import Database
 from chatflow.errors import UsageError
 from chatflow.models.base import LanguageModel
-from chatflow.models.kept import KeptAnswers, question_id
+from chatflow.models.kept import KeptAnswers, KeptSettings, question_id
 from chatflow.models.requests import Answer, Failure
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import plan
@@ -48,8 +48,8 @@ def uri(tmp_path):
 def test_what_was_answered_is_not_asked_again_and_costs_nothing(uri):
     first, second = Counting(), Counting()
     asked = [request("a", name="1"), request("b", name="2")]
-    before = KeptAnswers(first, uri).answer(asked)
-    after = KeptAnswers(second, uri).answer([*asked, request("c", name="3")])
+    before = KeptAnswers(first, KeptSettings(uri)).answer(asked)
+    after = KeptAnswers(second, KeptSettings(uri)).answer([*asked, request("c", name="3")])
     assert [one.text for one in after] == ["A", "B", "C"]
     assert second.asked == {"c": 1}
     assert (before[0].prompt_tokens, before[0].answer_tokens) == (7, 3)
@@ -63,7 +63,7 @@ def test_an_answer_is_kept_whole(uri):
     )
     model = Counting()
     model.answer = lambda requests: [whole]
-    kept = KeptAnswers(model, uri)
+    kept = KeptAnswers(model, KeptSettings(uri))
     asked = [request("a")]
     kept.answer(asked)
     (found,) = kept.answer(asked)
@@ -73,7 +73,7 @@ def test_an_answer_is_kept_whole(uri):
 
 def test_a_failure_is_asked_again_and_counted_is_what_was_known(uri):
     model = Counting()
-    kept = KeptAnswers(model, uri)
+    kept = KeptAnswers(model, KeptSettings(uri))
     asked = [request("poison", name="1"), request("a", name="2")]
     assert isinstance(kept.answer(asked)[0], Failure)
     kept.answer(asked)
@@ -89,7 +89,7 @@ def test_another_prompt_or_another_model_is_another_question():
 
 
 def test_an_answer_that_cannot_be_kept_is_used_all_the_same(uri):
-    kept = KeptAnswers(Counting(), uri)
+    kept = KeptAnswers(Counting(), KeptSettings(uri))
     with Database(uri).write() as connection:
         connection.exec_driver_sql("CREATE TRIGGER full BEFORE INSERT ON answers "
                                    "BEGIN SELECT RAISE(FAIL, 'the disk is full'); END")  # fmt: skip
@@ -115,6 +115,36 @@ def test_a_second_run_asks_nothing_and_writes_all(tmp_path, lines, script, uri):
 def test_a_mistake_in_the_flag_is_one_clear_line(tmp_path):
     with pytest.raises(UsageError, match=r"--answers: .* is no database"):
         plan(Options(input="x", output="y", answers="redis"), NO_CLOUD)
+
+
+def test_a_budget_needs_a_database_and_a_price(uri):
+    flags = {"input": "x", "output": "y", "inference": "remote", "api_endpoint": "http://x/v1"}
+    with pytest.raises(UsageError, match="--max_cost_usd: give --answers=DATABASE, too"):
+        plan(Options(model="openai:gpt-5-mini", max_cost_usd=1.0, **flags), NO_CLOUD)
+    with pytest.raises(UsageError, match="no price by tokens is known of openai:mine"):
+        plan(Options(model="openai:mine", max_cost_usd=1.0, answers=uri, **flags), NO_CLOUD)
+
+
+@pytest.mark.slow
+def test_a_run_of_four_processes_stops_asking_at_its_budget(vertex, tmp_path, lines, uri):
+    vertex.brain.answer = lambda prompt: json.dumps({"sentiment": 0, "summary": "Asks."})
+    (tmp_path / "prices.toml").write_text('["openai:*"]\ninput = 1000\noutput = 1000\n')
+    options = Options(
+        input=lines(*(chat(f"Where is parcel {n}?", chat_id=str(n)) for n in range(400))),
+        output=f"{tmp_path}/out", inference="remote", model=OPENAI, answers=uri,
+        api_endpoint=f"{vertex.address}/v1", max_cost_usd=20.0, max_in_flight=4,
+        prices=f"{tmp_path}/prices.toml",
+    )  # fmt: skip
+    four = ["--direct_running_mode=multi_processing", "--direct_num_workers=4"]
+    counts = execute(options, four).to_dict()
+    assert (counts["lost"], counts["analysed"] + counts["dead_letters"]) == (0, 400)
+    assert set(counts["dead_letters_by_reason"]) == {"model/over_budget"}
+    calls = len(vertex.brain.calls)
+    one = counts["cost_usd"] / calls
+    assert calls == counts["analysed"]
+    assert 20.0 <= counts["cost_usd"] <= 20.0 + 4 * 4 * one
+    letters = read(f"{tmp_path}/out", "dead_letters")
+    assert all(json.loads(letter["payload"])["messages"] for letter in letters)
 
 
 CHATS, KILLS, IN_FLIGHT = 1_000, 5, 16

@@ -1,4 +1,4 @@
-"""Keeps what models answered, so that nothing is asked and paid for twice."""
+"""Keeps what models answered, so that nothing is paid for twice, and what each run has spent."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -14,4 +14,9 @@ def upgrade() -> None:
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("answer", sa.Text, nullable=False),
         sa.Column("answered_at", sa.DateTime(timezone=True), nullable=False),
+    )
+    op.create_table(
+        "spending",
+        sa.Column("run", sa.Text, primary_key=True),
+        sa.Column("usd", sa.Double, nullable=False),
     )
