@@ -383,6 +383,11 @@ class RemoteSettings(Settings):
         "the room for them), none to leave it to the model, or auto for as little as it takes.",
         _REMOTE,
     )  # fmt: skip
+    service_tier: str = flag(
+        "standard", "flex: half the price, for answers that may take minutes (raise "
+        "--request_timeout) and are refused more often; Gemini at --location=global, and OpenAI.",
+        _REMOTE, choices=("standard", "flex"),
+    )  # fmt: skip
     max_in_flight: int = flag(
         16, "Most calls at once to a remote model, by worker process.", _REMOTE, least=1
     )

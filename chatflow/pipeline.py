@@ -117,7 +117,7 @@ def plan(
         streaming,
         replay,
         drafts,
-        price_of(routes.specs[0].name, options.prices) if len(routes.specs) == 1 else None,
+        prices_of(routes, options)[0] if len(routes.specs) == 1 else None,
     )
 
 
@@ -136,6 +136,12 @@ def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) 
     return Model(several, options.resource_hints)
 
 
+def prices_of(routes: Routes, options: Options) -> list[Price | None]:
+    """Returns what each model costs, if that is known."""
+    tier = options.service_tier
+    return [price_of(spec.name, options.prices, tier) for spec in routes.specs]
+
+
 def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
     """Returns where answers are kept; raises `UsageError` if the flags do not go together."""
     most = options.max_cost_usd
@@ -145,7 +151,8 @@ def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
                 "--max_cost_usd: give --answers=DATABASE, too, where workers book what they spend"
             )
         return None
-    prices = {spec.name: price_of(spec.name, options.prices) for spec in routes.specs}
+    names = [spec.name for spec in routes.specs]
+    prices = dict(zip(names, prices_of(routes, options), strict=True))
     for name, price in prices.items():
         if most and (price is None or price.hour):
             raise UsageError(

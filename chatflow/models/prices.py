@@ -25,6 +25,11 @@ class Price(NamedTuple):
     hour: float = 0.0
     cached: float | None = None
 
+    def at(self, share: float) -> Price:
+        """Returns the price with a share of what tokens cost."""
+        cached = None if self.cached is None else self.cached * share
+        return self._replace(input=self.input * share, output=self.output * share, cached=cached)
+
     def of(
         self, prompt_tokens: int, answer_tokens: int, cached_tokens: int = 0, seconds: float = 0.0
     ) -> float:
@@ -38,7 +43,11 @@ class Price(NamedTuple):
         return tokens / 1e6 + seconds / 3600 * self.hour
 
 
-def price_of(model: str, path: str = "") -> Price | None:
+FLEX = 0.5
+"""The price of tokens at `--service_tier=flex`, of the usual one."""
+
+
+def price_of(model: str, path: str = "", tier: str = "standard") -> Price | None:
     """Returns the price of a model, or None if the table lacks it.
 
     `path` is a table like `prices.toml`, local or `gs://`; empty: that one. Raises `UsageError` if
@@ -52,7 +61,10 @@ def price_of(model: str, path: str = "") -> Price | None:
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--prices={where}: {one_line(error)}") from None
     fitting = [pattern for pattern in prices if fnmatch.fnmatchcase(model, pattern)]
-    return prices[max(fitting, key=len)] if fitting else None
+    if not fitting:
+        return None
+    price = prices[max(fitting, key=len)]
+    return price.at(FLEX) if tier == "flex" else price
 
 
 def _price(entry: Any) -> Price:

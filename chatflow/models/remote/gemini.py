@@ -22,6 +22,13 @@ BLOCKED = frozenset(
 )
 
 
+FLEX = {
+    "X-Vertex-AI-LLM-Request-Type": "shared",
+    "X-Vertex-AI-LLM-Shared-Request-Type": "flex",
+}
+"""https://cloud.google.com/vertex-ai/generative-ai/docs/flex-paygo"""
+
+
 def thinking_of(model: str, setting: str) -> tuple[dict[str, Any] | None, int]:
     """Returns the arguments of google-genai's `ThinkingConfig`, and the tokens that they add.
 
@@ -70,6 +77,7 @@ class GeminiClient(Client):
                 # No retries of google-genai's, not even its hidden one: they ignore Retry-After.
                 retry_options=types.HttpRetryOptions(attempts=1),
                 base_url=address or None,
+                headers=FLEX if settings.service_tier == "flex" else None,
             ),
             credentials=no_credentials if settings.without_credentials else None,
         )

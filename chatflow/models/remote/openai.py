@@ -140,6 +140,8 @@ class OpenAIClient(KeyedClient):
             **self._thinking,
         }
         content["max_tokens"] += self._headroom
+        if self.settings.service_tier != "standard":
+            content["service_tier"] = self.settings.service_tier
         return reply_of(await self.post(self.address("chat/completions"), content))
 
     def address(self, path: str) -> str:

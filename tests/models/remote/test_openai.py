@@ -4,10 +4,11 @@ import asyncio
 import json
 
 import pytest
-from remotes import ANGRY, CLAUDE, OPENAI, is_json, request, settings_of
+from remotes import ANGRY, CLAUDE, GEMINI, OPENAI, is_json, request, settings_of
 
 from chatflow import network
 from chatflow.errors import UsageError
+from chatflow.models.prices import price_of
 from chatflow.models.remote.handler import RemoteLanguageModelHandler, client_of
 from chatflow.models.remote.keyed import joined
 from chatflow.models.remote.openai import reply_of, thinking_of
@@ -205,3 +206,13 @@ def test_at_launch_a_server_is_asked_what_it_has(fake, monkeypatch):
     assert said.endswith("lists: small, large")
     with pytest.raises(UsageError, match="--api_key=env:NO_SUCH_KEY"):
         checked(fake, OPENAI, api_key="env:NO_SUCH_KEY")
+
+
+def test_a_flexible_tier_is_asked_for_and_costs_half(fake):
+    ask(fake, OPENAI, request(), service_tier="flex")
+    assert fake.brain.calls[0].body["service_tier"] == "flex"
+    usual, flex = (price_of("openai:gpt-5-mini", tier=tier) for tier in ("standard", "flex"))
+    assert flex.of(1_000_000, 1_000_000, 500_000) == usual.of(1_000_000, 1_000_000, 500_000) / 2
+    headers = client_of(GEMINI, settings_of(fake, GEMINI, service_tier="flex"))
+    options = headers._client._api_client._http_options
+    assert options.headers["X-Vertex-AI-LLM-Shared-Request-Type"] == "flex"
