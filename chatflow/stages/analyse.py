@@ -76,15 +76,16 @@ class AnalyseChats(beam.PTransform):
             users, undrafted = users | "SkipDone" >> self.skip
         asked = users | "RenderPrompt" >> DeadLettered("prompt", ask, ChatQuestion, self.updates)
         answered = asked.ok | "AskModel" >> AskModel(self.model, "model")
-        parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", analysed, AnalysedChat)
+        parse = parsed_only if self.escalates else analysed
+        parsed = answered.ok | "ParseAnswer" >> DeadLettered("answer", parse, AnalysedChat)
         failed = (asked.dead_letters, answered.dead_letters, parsed.dead_letters)
         found = parsed.ok
         if self.escalates:
             find = functools.partial(ask_again, self.prompt)
             found = found | "SecondOpinion" >> SecondOpinion(self.model, find, self.updates)
-        counted = found | "Count" >> beam.Map(count_analysed)
-        counted.element_type = AnalysedChat
-        return Analysed(counted, failed | beam.Flatten(), undrafted)
+            found = found | "Count" >> beam.Map(count_analysed)
+            found.element_type = AnalysedChat
+        return Analysed(found, failed | beam.Flatten(), undrafted)
 
 
 @dataclasses.dataclass
@@ -184,6 +185,11 @@ def ask_for_analysis(
 
 
 def analysed(answered: Answered[ChatQuestion]) -> Iterable[AnalysedChat]:
+    for one in parsed_only(answered):
+        yield count_analysed(one)
+
+
+def parsed_only(answered: Answered[ChatQuestion]) -> Iterable[AnalysedChat]:
     yield AnalysedChat(answered.question.chat, to_analysis(answered), read_of(answered))
 
 
