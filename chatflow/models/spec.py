@@ -36,7 +36,7 @@ KINDS = {
     "vllm:": "chatflow.models.vllm.handler.Vllm",
     "openai:": "chatflow.models.remote.openai.OpenAI",
     "anthropic:": "chatflow.models.remote.anthropic.Anthropic",
-    "remote": "chatflow.models.remote.handler.Remote",
+    "remote": "chatflow.models.remote.google.Google",
     "on_worker": "chatflow.models.gemma.handler.Gemma",
 }
 """The class of each kind of model, by how its names begin, or else by `--inference`."""

@@ -10,8 +10,8 @@ from typing import Any
 from chatflow.errors import UsageError
 from chatflow.models.remote.clients import LEVELS, Client, Reply, Turn, checked
 from chatflow.models.remote.faults import Fault, HttpError, MalformedReplyError
-from chatflow.models.remote.handler import Remote
 from chatflow.models.remote.keyed import KeyedClient, joined
+from chatflow.models.remote.kind import Remote
 from chatflow.models.requests import Part
 from chatflow.models.spec import ModelSpec
 from chatflow.options import RemoteSettings
