@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from chatflow.evaluation.checks import Checked, apologises, check_text, totals
+from chatflow.evaluation.escalation import escalation
 from chatflow.evaluation.labels import Label, words_of
 from chatflow.evaluation.measures import (
     Confusion,
@@ -51,6 +52,7 @@ def figures(ran: Ran, first: Ran | None = None) -> dict[str, Any]:
         "summaries": _summaries(ran) if planned else None,
         "drafts": _drafts(ran) if planned else None,
         "told": _told(ran) if planned else None,
+        "escalation": escalation(all_judged),
         "run": {name: ran.counts.get(name) for name in _RUN},
         "sources": _groups(all_judged, lambda label: label.source or "(no source)"),
         "lengths": _groups(all_judged, length_of, list(LENGTHS)),

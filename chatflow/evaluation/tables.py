@@ -22,6 +22,8 @@ def show(report: Mapping[str, Any]) -> None:
     console.print(figures_table(variants))
     console.print(confusion_table(first))
     console.print(groups_table(first))
+    if first.get("escalation") is not None:
+        console.print(escalation_table(first["escalation"]))
     wrong = len(first["wrong"])
     if wrong:
         console.print(f"wrong answers: {wrong}; --summary=json lists them, --report shows them")
@@ -38,6 +40,23 @@ def figures_table(variants: Sequence[Mapping[str, Any]]) -> Table:
     names = dict.fromkeys(name for column in columns for name in column)
     for name in names:
         table.add_row(name, *(plain(column.get(name, "")) for column in columns))
+    return table
+
+
+def escalation_table(found: Mapping[str, Any]) -> Table:
+    table = _table(
+        f"A second opinion below which confidence; best: {found['best']:g}",
+        ["asked", "accuracy", "macro-F1", "put right", "put wrong"],
+    )
+    for row in found["rows"]:
+        table.add_row(
+            f"{row['below']:g}",
+            f"{row['asked']} ({row['share']:.0%})",
+            f"{row['accuracy']:.3f}",
+            f"{row['macro_f1']:.3f}",
+            str(row["better"]),
+            str(row["worse"]),
+        )
     return table
 
 
