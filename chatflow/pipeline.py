@@ -44,7 +44,7 @@ class Plan:
       streaming: the input never ends.
       replay: the input holds dead letters to try again.
       drafts: makes apology drafts, too; otherwise analyses only.
-      price: what the model costs, if known.
+      prices: what each model costs, by its name, if known.
     """
 
     options: Options
@@ -57,7 +57,7 @@ class Plan:
     streaming: bool = False
     replay: bool = False
     drafts: bool = True
-    price: Price | None = None
+    prices: Mapping[str, Price | None] = dataclasses.field(default_factory=dict)
 
     @property
     def watches(self) -> bool:
@@ -117,7 +117,7 @@ def plan(
         streaming,
         replay,
         drafts,
-        prices_of(routes, options)[0] if len(routes.specs) == 1 else None,
+        prices_of(routes, options),
     )
 
 
@@ -136,10 +136,10 @@ def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) 
     return Model(several, options.resource_hints)
 
 
-def prices_of(routes: Routes, options: Options) -> list[Price | None]:
-    """Returns what each model costs, if that is known."""
+def prices_of(routes: Routes, options: Options) -> dict[str, Price | None]:
+    """Returns by name what each model costs, if that is known."""
     tier = options.service_tier
-    return [price_of(spec.name, options.prices, tier) for spec in routes.specs]
+    return {spec.name: price_of(spec.name, options.prices, tier) for spec in routes.specs}
 
 
 def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
@@ -151,8 +151,7 @@ def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
                 "--max_cost_usd: give --answers=DATABASE, too, where workers book what they spend"
             )
         return None
-    names = [spec.name for spec in routes.specs]
-    prices = dict(zip(names, prices_of(routes, options), strict=True))
+    prices = prices_of(routes, options)
     for name, price in prices.items():
         if most and (price is None or price.hour):
             raise UsageError(

@@ -15,6 +15,7 @@ from chatflow.errors import one_line
 from chatflow.models.base import OVER_BUDGET, LanguageModel
 from chatflow.models.prices import Price
 from chatflow.models.requests import Answer, Failure, Request
+from chatflow.models.spec import name_of
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class KeptAnswers(LanguageModel):
             _log.warning("an answer is not kept in %s: %s", self._database.uri, one_line(error))
 
     def _spend(self, request: Request, answer: Answer | Failure) -> None:
-        price = self.settings.prices[request.model.rpartition("#")[0]]
+        price = self.settings.prices[name_of(request.model)]
         usd = price.of(answer.prompt_tokens, answer.answer_tokens, answer.cached_tokens)
         if usd:
             total = self._answers.spend(self._database, self.settings.run, usd)

@@ -249,6 +249,11 @@ def kind_of(name: str, inference: str) -> Kind:
     return _kind(KINDS[next(prefixes, inference)])
 
 
+def name_of(key: str) -> str:
+    """Returns the name of the model with a key; see `ModelSpec.key`."""
+    return key.rpartition("#")[0]
+
+
 def inference_of(name: str) -> str:
     """Returns where a model runs, by its name alone.
 

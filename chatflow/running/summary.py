@@ -11,6 +11,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow import metrics
 from chatflow.models.prices import Price
+from chatflow.models.spec import inference_of
 from chatflow.pipeline import Plan
 from chatflow.records import Record, parse_record
 from chatflow.sinks.files import result_files
@@ -52,7 +53,7 @@ class Summary:
     distributions: dict[str, dict[str, float]]
     seconds: float
     destinations: Mapping[str, Sequence[str]]
-    price: Price | None = None
+    prices: Mapping[str, Price | None] = dataclasses.field(default_factory=dict)
     kept_earlier: bool = False
 
     @classmethod
@@ -72,7 +73,7 @@ class Summary:
             }
             for name, parts in values.items()
         }
-        return cls(counts, distributions, seconds, planned.destinations, planned.price)
+        return cls(counts, distributions, seconds, planned.destinations, planned.prices)
 
     def get(self, name: str) -> int:
         return self.counts.get(name, 0)
@@ -132,11 +133,17 @@ class Summary:
 
     @property
     def cost(self) -> float | None:
-        """Estimated US dollars; None if the price is not known."""
-        if self.price is None:
-            return None
-        read, written, cached = map(self.get, ("prompt_tokens", "answer_tokens", "cached_tokens"))
-        return round(self.price.of(read, written, cached, self.seconds), 6)
+        """Estimated US dollars; None if a price is not known of a model behind a service."""
+        total = 0.0
+        for name, price in self.prices.items():
+            read, written, cached = (
+                self.get(f"{kind}_tokens_of/{name}") for kind in ("prompt", "answer", "cached")
+            )
+            if price is not None:
+                total += price.of(read, written, cached, self.seconds)
+            elif inference_of(name) == "remote" and (read or written):
+                return None
+        return round(total, 6) if any(self.prices.values()) else None
 
     def to_dict(self) -> dict[str, Any]:
         letters = self.under("dead_letters")

@@ -14,7 +14,7 @@ from chatflow.chat_text import encodable
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
 from chatflow.models.requests import FALLBACK, Answer, Failure
-from chatflow.models.spec import Model
+from chatflow.models.spec import Model, name_of
 from chatflow.prompts.questions import ChatQuestion, Question
 from chatflow.records import AnalysedChat
 
@@ -89,13 +89,15 @@ def tried(
     """Yields an answer or a failure with the question that it is for; counts tokens."""
     question, prediction = result
     inference: Answer | Failure = prediction.inference
+    if isinstance(inference, Answer) and FALLBACK in inference.repairs:
+        question = getattr(question, "otherwise", None) or question
+    model = name_of(question.request.model)
     for kind in ("prompt_tokens", "answer_tokens", "cached_tokens"):
         metrics.count(kind, getattr(inference, kind))
+        metrics.count(f"{kind}_of/{model}", getattr(inference, kind))
     if isinstance(inference, Failure):
         yield Unanswered(question, inference)
         return
-    if FALLBACK in inference.repairs:
-        question = getattr(question, "otherwise", None) or question
     metrics.observe("prompt_tokens_per_answer", inference.prompt_tokens)
     metrics.observe("answer_tokens_per_answer", inference.answer_tokens)
     metrics.observe("latency_ms", round(inference.seconds * 1000))
