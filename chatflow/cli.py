@@ -25,6 +25,7 @@ COMMANDS = {
     "tail": "print results from Pub/Sub as they come",
     "replay": "try dead letters again",
     "evaluate": "measure tone, summaries and drafts on labelled chats",
+    "estimate": "what all chats would cost and take, by a sample of them",
     "tune": "train an adapter on your own labelled chats",
     "console": "the web page on which support staff review drafts",
     "size": "which machines a model needs, how many, and what they cost",

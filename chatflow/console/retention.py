@@ -12,6 +12,7 @@ from chatflow.database import tables
 from chatflow.database.connections import Database
 from chatflow.database.tables import (
     analyses,
+    answers,
     chat_attributes,
     chats,
     customers,
@@ -26,7 +27,7 @@ MOST = 500
 
 
 def forget(database: Database, before: datetime) -> int:
-    """Deletes chats unchanged since `before`, and dead letters older than that.
+    """Deletes chats unchanged since `before`, and dead letters and kept answers from before.
 
     A chat's analyses, drafts and replies, and people's actions on them, are deleted with it. A chat
     is kept while a draft waits for review or a reply waits to be published. Returns how many chats
@@ -40,6 +41,7 @@ def forget(database: Database, before: datetime) -> int:
         )
         letters = dead_letters.c.failed_at < before, sa.not_(waits)
         connection.execute(sa.delete(dead_letters).where(*letters))
+        connection.execute(sa.delete(answers).where(answers.c.answered_at < before))
         if not ids:
             return 0
         # Lock in the same order as `upserts`, to prevent deadlocks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -25,9 +25,18 @@ def kept_answers(database: Database, question_ids: Sequence[str]) -> dict[str, s
     return found
 
 
-def keep_answer(database: Database, question_id: str, model: str, answer: str) -> None:
+class Kept(NamedTuple):
+    """An answer that was kept, as JSON, with the key of the model that gave it."""
+
+    question_id: str
+    chat_id: str
+    model: str
+    answer: str
+
+
+def keep_answer(database: Database, kept: Kept) -> None:
     """Keeps an answer; an earlier one to the same question stays."""
-    row = {"question_id": question_id, "model": model, "answer": answer, "answered_at": now()}
+    row = {**kept._asdict(), "answered_at": now()}
     with database.write() as connection:
         connection.execute(_insert(database, answers).values(row).on_conflict_do_nothing())
 

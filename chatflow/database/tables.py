@@ -201,9 +201,11 @@ answers = sa.Table(
     "answers",
     metadata,
     _key("question_id"),
+    _required("chat_id"),
     _required("model"),
     _required("answer"),
     _required("answered_at", UtcTime),
+    sa.Index(None, "answered_at"),
 )
 
 spending = sa.Table(

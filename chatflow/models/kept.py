@@ -85,7 +85,10 @@ class KeptAnswers(LanguageModel):
         try:
             if isinstance(answer, Answer):
                 text = _ANSWER.dump_json(answer).decode()
-                self._answers.keep_answer(self._database, question_id(request), answer.model, text)
+                kept = self._answers.Kept(
+                    question_id(request), request.chat_id, request.model, text
+                )
+                self._answers.keep_answer(self._database, kept)
             if self.settings.most_usd:
                 self._spend(request, answer)
         except Exception as error:  # the answer was paid for, and is used

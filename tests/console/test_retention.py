@@ -12,6 +12,7 @@ from chatflow.console import app, retention
 from chatflow.console.outbox import Publisher
 from chatflow.console.retention import forget
 from chatflow.database import tables
+from chatflow.database.answers import Kept, keep_answer, kept_answers
 from chatflow.records import DeadLetter
 
 TABLES = tables.metadata.sorted_tables
@@ -76,7 +77,9 @@ def test_what_is_old_is_deleted_with_all_that_is_known_of_it(decided):
     # One has a reply to be sent, one a draft to be reviewed, and one is new.
     assert kept_chats(decided) == ["chat-1", "chat-3", "chat-5"]
     expected = dict.fromkeys(OF_CHATS, 3) | {"drafts": 2, "history": 1, "outbox": 1}
-    assert counts(decided) == expected | {"dead_letters": 1, "sessions": 0}
+    assert counts(decided) == expected | {
+        "dead_letters": 1, "sessions": 0, "answers": 0, "spending": 0,
+    }  # fmt: skip
     with served(decided) as address:
         for path in ("/", "/?status=dismissed", "/history", "/dashboard", "/drafts/d3r0"):
             assert Visitor(address).get(path).status_code == 200, path
@@ -208,3 +211,15 @@ def test_what_comes_meanwhile_is_kept_whole(database):
     with database.read() as connection:
         newest = sa.select(sa.func.count()).where(tables.analyses.c.revision == 3)
         assert connection.execute(newest).scalar_one() == 30
+
+
+def test_answers_of_models_are_deleted_when_they_are_old(database):
+    for number in range(2):
+        keep_answer(database, Kept(f"q{number}", "7", "m", "{}"))
+    with database.write() as connection:
+        old = tables.answers.c.question_id == "q0"
+        connection.execute(
+            sa.update(tables.answers).where(old).values(answered_at=NOW - timedelta(days=99))
+        )
+    forget(database, NOW - timedelta(days=90))
+    assert kept_answers(database, ["q0", "q1"]) == {"q1": "{}"}

@@ -11,10 +11,12 @@ def upgrade() -> None:
     op.create_table(
         "answers",
         sa.Column("question_id", sa.Text, primary_key=True),
+        sa.Column("chat_id", sa.Text, nullable=False),
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("answer", sa.Text, nullable=False),
         sa.Column("answered_at", sa.DateTime(timezone=True), nullable=False),
     )
+    op.create_index("ix_answers_answered_at", "answers", ["answered_at"])
     op.create_table(
         "spending",
         sa.Column("run", sa.Text, primary_key=True),
