@@ -201,7 +201,8 @@ class ModelSettings(Settings):
         "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…; torch:NAME for "
         "T5 and other text models on PyTorch, vllm:NAME for one that vLLM serves on the worker's "
         "GPU (google/flan-t5-small, google/gemma-3-1b-it, a folder, gs://…). "
-        "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI. "
+        "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI, openai:NAME at "
+        "--api_endpoint, anthropic:NAME. "
         "scripted:FILE answers from a script, for tests.",
         _MODEL,
     )
