@@ -16,7 +16,7 @@ from chatflow.models.kept import KeptSettings
 from chatflow.models.prices import Price, price_of
 from chatflow.models.requests import Request
 from chatflow.models.several import SeveralModelsHandler
-from chatflow.models.spec import Model, ModelSpec
+from chatflow.models.spec import Model, ModelSpec, inference_of
 from chatflow.options import NO_CLOUD, Cloud, Options, Rules, SinkSettings
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
@@ -138,8 +138,10 @@ def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) 
 
 def prices_of(routes: Routes, options: Options) -> dict[str, Price | None]:
     """Returns by name what each model costs, if that is known."""
-    tier = options.service_tier
-    return {spec.name: price_of(spec.name, options.prices, tier) for spec in routes.specs}
+    return {
+        spec.name: price_of(spec.name, options.prices, spec.kind.tier(spec))
+        for spec in routes.specs
+    }
 
 
 def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
@@ -153,7 +155,9 @@ def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
         return None
     prices = prices_of(routes, options)
     for name, price in prices.items():
-        if most and (price is None or price.hour):
+        if price is None and inference_of(name) == "on_worker":
+            prices[name] = Price()  # its tokens cost nothing
+        elif most and (price is None or price.hour):
             raise UsageError(
                 f"--max_cost_usd: no price by tokens is known of {name}; give it in --prices"
             )

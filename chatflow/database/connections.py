@@ -39,7 +39,7 @@ class Database:
           connections: how many may be open at once; twice as many for a short time.
         """
         url = parse_uri(uri)
-        if password:
+        if password and url.get_backend_name() != "sqlite":  # whose files have none
             url = url.set(password=password)
         self.uri = url.render_as_string(hide_password=True)
         self.is_sqlite = url.get_backend_name() == "sqlite"

@@ -20,7 +20,7 @@ from chatflow.database.connections import opened, password_at
 from chatflow.database.tables import answers
 from chatflow.errors import BadInputError, UsageError
 from chatflow.models.prices import Price
-from chatflow.models.spec import name_of
+from chatflow.models.spec import inference_of, name_of
 from chatflow.options import Options
 from chatflow.records import load_object
 from chatflow.sources.lines import numbered
@@ -84,7 +84,10 @@ def asked_of(database: Any, prices: Mapping[str, Price | None]) -> dict[str, Ask
             before = found.get(row.chat_id, Asked([], (0, 0), 0.0))
             answer = json.loads(row.answer)
             tokens = (answer["prompt_tokens"], answer["answer_tokens"])
-            price = prices.get(name_of(row.model))
+            name = name_of(row.model)
+            price = prices.get(name) or (Price() if inference_of(name) == "on_worker" else None)
+            if price is not None and price.hour:
+                price = None  # what it costs is a matter of time
             usd = None
             if price is not None and before.usd is not None:
                 usd = before.usd + price.of(*tokens, answer["cached_tokens"])

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import pydantic
 
+from chatflow.chat_text import encodable
 from chatflow.errors import one_line
 from chatflow.models.base import OVER_BUDGET, LanguageModel
 from chatflow.models.prices import Price
-from chatflow.models.requests import Answer, Failure, Request
+from chatflow.models.requests import Answer, Failure, Request, instead_of
 from chatflow.models.spec import name_of
 
 _log = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ class KeptAnswers(LanguageModel):
     """Answers from a database what was answered before, by any process; asks a model the rest.
 
     Each answer is kept as soon as it is there: a run that is stopped loses only what is in flight.
-    Failures are not kept. If the database cannot be read, the requests fail, so that nothing is
-    paid for twice. If it cannot be written, the answer is used all the same.
+    Failures and answers that cannot be used are not kept. If the database cannot be read, the
+    requests fail, so that nothing is paid for twice. If it cannot be written, the answer is used
+    all the same.
 
     Once a run has spent `most_usd`, requests fail with `over_budget`. What is in flight then is
     answered still, and may cost more.
@@ -68,10 +70,19 @@ class KeptAnswers(LanguageModel):
         ids = [question_id(request) for request in requests]
         kept = self._answers.kept_answers(self._database, ids)
         missing = [at for at, one in enumerate(ids) if one not in kept]
-        some = [requests[at] for at in missing]
+        # Another model's answer may be known, too: it is asked for below.
+        some = [dataclasses.replace(requests[at], otherwise=None) for at in missing]
         asked = self._model.answer_each(some, self) if some else []
         answers = dict(zip(missing, asked, strict=True))
         self._count("answers_known", len(ids) - len(missing))
+        failed = {
+            at: (answer, other)
+            for at, answer in answers.items()
+            if isinstance(answer, Failure) and (other := requests[at].otherwise) is not None
+        }
+        others = self.answer([other for _, other in failed.values()]) if failed else []
+        for (at, (first, _)), answer in zip(failed.items(), others, strict=True):
+            answers[at] = instead_of(first, answer)
         return [answers[at] if at in answers else _free(kept[one]) for at, one in enumerate(ids)]
 
     def refusal(self) -> Failure | None:
@@ -83,24 +94,27 @@ class KeptAnswers(LanguageModel):
 
     def note(self, request: Request, answer: Answer | Failure) -> None:
         try:
-            if isinstance(answer, Answer):
-                text = _ANSWER.dump_json(answer).decode()
+            if isinstance(answer, Answer) and _is_usable(request, answer):
+                whole = dataclasses.replace(answer, text=encodable(answer.text))
+                text = _ANSWER.dump_json(whole).decode()
                 kept = self._answers.Kept(
                     question_id(request), request.chat_id, request.model, text
                 )
                 self._answers.keep_answer(self._database, kept)
-            if self.settings.most_usd:
-                self._spend(request, answer)
         except Exception as error:  # the answer was paid for, and is used
             self._count("answers_not_kept")
             _log.warning("an answer is not kept in %s: %s", self._database.uri, one_line(error))
+        price = self.settings.prices.get(name_of(request.model))
+        if self.settings.most_usd and price is not None:
+            self._spend(price.of(answer.prompt_tokens, answer.answer_tokens, answer.cached_tokens))
 
-    def _spend(self, request: Request, answer: Answer | Failure) -> None:
-        price = self.settings.prices[name_of(request.model)]
-        usd = price.of(answer.prompt_tokens, answer.answer_tokens, answer.cached_tokens)
-        if usd:
+    def _spend(self, usd: float) -> None:
+        total = self._spent + usd
+        try:
             total = self._answers.spend(self._database, self.settings.run, usd)
-            self._spent = max(self._spent, total)
+        except Exception as error:  # it counts in this process, at least
+            _log.warning("a cost is not booked in %s: %s", self._database.uri, one_line(error))
+        self._spent = max(self._spent, total)
 
     def _count(self, name: str, by: int = 1) -> None:
         with self._lock:
@@ -122,6 +136,17 @@ def question_id(request: Request) -> str:
     """Returns what identifies a question: the model with its weights, and the prompts."""
     asked = (request.id, request.task, *(part.prompt for part in request.parts))
     return hashlib.sha256(repr(asked).encode("utf-8", "backslashreplace")).hexdigest()[:32]
+
+
+def _is_usable(request: Request, answer: Answer) -> bool:
+    """Returns whether an answer is worth keeping: whole, and of the form that was asked for."""
+    try:
+        for part in request.parts:
+            if part.check is not None:
+                part.check(answer.text)
+    except Exception:  # of the checks; a replay is to ask again
+        return False
+    return answer.finish_reason != "length"
 
 
 def _free(text: str) -> Answer:

@@ -168,3 +168,15 @@ class Failure:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     cached_tokens: int = 0
+
+
+def instead_of(first: Failure, other: Answer | Failure) -> Answer | Failure:
+    """Returns the other model's answer after a first failure, with what both have cost."""
+    cost = {
+        name: getattr(first, name) + getattr(other, name)
+        for name in ("prompt_tokens", "answer_tokens", "cached_tokens")
+    }
+    if isinstance(other, Failure):
+        said = f"{first.error}; and the other model: {other.error}"
+        return dataclasses.replace(first, error=said, **cost)
+    return dataclasses.replace(other, repairs=(*other.repairs, FALLBACK), **cost)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import math
 import threading
@@ -18,7 +17,7 @@ from chatflow.errors import one_line
 from chatflow.models.base import LanguageModel, Ledger
 from chatflow.models.handlers import METRICS, LanguageModelHandler, ask
 from chatflow.models.kept import KeptAnswers, KeptSettings
-from chatflow.models.requests import FALLBACK, FIRST, Answer, Failure, Request, Version
+from chatflow.models.requests import FIRST, Answer, Failure, Request, Version, instead_of
 from chatflow.options import ONE_COPY
 
 RETRY_SECONDS = 60.0
@@ -75,7 +74,7 @@ class SeveralModels(LanguageModel):
             for at, other in zip(failed, others, strict=True):
                 first = found[at]
                 assert isinstance(first, Failure)  # by the choice of `failed`
-                found[at] = _instead(first, other)
+                found[at] = instead_of(first, other)
         return found
 
     def new_counts(self) -> dict[str, int]:
@@ -168,18 +167,6 @@ class SeveralModels(LanguageModel):
                 self._models[key] = loaded
             self._changed.notify_all()
         return loaded
-
-
-def _instead(first: Failure, other: Answer | Failure) -> Answer | Failure:
-    """Returns the other model's answer after a first failure, with what both have cost."""
-    cost = {
-        name: getattr(first, name) + getattr(other, name)
-        for name in ("prompt_tokens", "answer_tokens", "cached_tokens")
-    }
-    if isinstance(other, Failure):
-        said = f"{first.error}; and the other model: {other.error}"
-        return dataclasses.replace(first, error=said, **cost)
-    return dataclasses.replace(other, repairs=(*other.repairs, FALLBACK), **cost)
 
 
 class SeveralModelsHandler(LanguageModelHandler[LanguageModel]):

@@ -111,6 +111,10 @@ class Kind(abc.ABC):
         """Returns the model's name in results, whatever its weights."""
         return spec.name
 
+    def tier(self, spec: ModelSpec) -> str:
+        """Returns the tier of service at which the model is asked; see `--service_tier`."""
+        return "standard"
+
     def prepare(self, spec: ModelSpec, say: Say) -> None:  # noqa: B027 (most need nothing)
         """Prepares on this machine what the model needs; raises `UsageError` if that fails."""
 

@@ -223,7 +223,7 @@ class Prompt:
         words = self.words.get(language, self.words["en"])
         identity = Identity.of(chat, user_id, self.version, self.result_name)
         otherwise = None
-        if self.fallback is not None:
+        if self.fallback is not None and self.fallback.block_names:
             with contextlib.suppress(BadInputError):
                 otherwise = self.fallback.question(chat, user_id, analysis, read)
         request = Request(

@@ -295,11 +295,28 @@ def _with_others(
             raise UsageError(f"{here}: model: give one")
         flags = {"inference": inference_of(beside["model"]), **beside}
         blank = dataclasses.replace(options, prompts="", model_kind="auto")
+        theirs, ours = _vendor(beside["model"]), _vendor(options.model)
+        if ours and theirs != ours:  # what belongs to one service goes to no other
+            key = options.api_key if ours == "google" else ""
+            blank = dataclasses.replace(blank, api_endpoint="", api_key=key)
         others[name] = _entry(here, flags, blank, spec_of, ())
         if name == "escalate":
             sure = sure_of(beside.get("below"), f"{here}: below" if where else "--escalate_below")
             others[name] = dataclasses.replace(others[name], sure=sure)
+    keyed = {_vendor(other.spec.name) for other in others.values() if other.spec.remote.api_key}
+    if options.api_key and len(keyed - {"google", ""}) > 1:
+        raise UsageError(
+            f"{where}--api_key: is of one service; by entry of --models, each can have its own"
+        )
     return dataclasses.replace(route, **others)
+
+
+def _vendor(model: str) -> str:
+    """Returns whose service a model is behind; "" on the worker."""
+    if inference_of(model) == "on_worker":
+        return ""
+    prefix, colon, _ = model.partition(":")
+    return prefix if colon else "google"
 
 
 def sure_of(given: Any, where: str) -> tuple[tuple[str, float], ...]:

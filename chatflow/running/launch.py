@@ -140,7 +140,7 @@ def prepare(
     quieten(local)
     inputs = check_input(options.input)
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
-    check_earlier(options)
+    check_earlier(planned, local, not is_dataflow(beam_flags))
     check_accelerator(planned, beam_flags)
     try:
         pipeline = beam.Pipeline(options=beam_flags)
@@ -169,20 +169,25 @@ def prepare(
         yield Prepared(planned, pipeline, results, inputs)
 
 
-def check_earlier(options: Options) -> None:
-    """Raises `UsageError` if `--skip_done` names no results, or those that `--output` replaces."""
+def check_earlier(planned: Plan, local: bool, share_files: bool) -> None:
+    """Raises `UsageError` if `--skip_done` names no results, or those that the run will replace."""
+    from chatflow.sinks.write import is_file
     from chatflow.sources.read import files_of
-    from chatflow.sources.results import DATABASE
+    from chatflow.sources.results import DATABASE, check_results
 
-    place = options.skip_done
-    if not place or DATABASE.match(place):
+    place = planned.options.skip_done
+    if DATABASE.match(place):
+        check_results(place, planned.options.database_password, local, share_files)
         return
-    folder = os.path.realpath(options.output) if options.output else ""
-    for path in files_of(place, "--skip_done"):
-        if folder and os.path.realpath(os.path.dirname(path)) == folder:
+
+    def real(path: str) -> str:
+        return path if "://" in path else os.path.realpath(path)
+
+    replaced = [real(uri) for uris in planned.destinations.values() for uri in uris if is_file(uri)]
+    for path in files_of(place, "--skip_done") if place else ():
+        if real(path).startswith(tuple(replaced)):
             raise UsageError(
-                f"--skip_done={place}: the results in --output={options.output} will be replaced; "
-                "give another --output for the rest"
+                f"--skip_done={place}: the run would replace {path}; write the rest elsewhere"
             )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Iterator
 
 import apache_beam as beam
 
 from chatflow import metrics
-from chatflow.errors import BadInputError
+from chatflow.errors import BadInputError, UsageError
 from chatflow.records import Analysis, Arrival, Draft, Record, open_record
 from chatflow.sources.read import ReadLines
 
@@ -38,6 +40,26 @@ class ReadResults(beam.PTransform):
             return lines | "Open" >> beam.FlatMap(_opened).with_output_types(Record)
         read = beam.ParDo(_ReadTable(self.place, self.password)).with_output_types(Record)
         return begin | "Kinds" >> beam.Create(["analyses", "drafts"]) | "ReadTable" >> read
+
+
+def check_results(uri: str, password: str, local: bool, share_files: bool) -> None:
+    """Raises `UsageError` if there is no such database; opens it if the pipeline runs here."""
+    import sqlalchemy as sa
+
+    from chatflow.database.connections import Database, parse_uri, password_at
+
+    try:
+        url = parse_uri(uri)
+        if url.get_backend_name() == "sqlite":
+            if not share_files:
+                raise UsageError("is a file of this machine, where no worker comes to")
+            if not os.path.exists(sa.make_url(uri).database or ""):
+                raise UsageError("there is no such file")
+        if local:
+            with contextlib.closing(Database(uri, password_at(password))) as database:
+                database.upgrade()
+    except UsageError as error:
+        raise UsageError(f"--skip_done: {error}") from None
 
 
 def _opened(arrival: Arrival) -> Iterator[Record]:

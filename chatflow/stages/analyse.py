@@ -18,7 +18,7 @@ from chatflow.choices.plain import plainly_read
 from chatflow.choices.sentences import Sentence
 from chatflow.choices.summaries import composed
 from chatflow.dead_letters import DeadLettered
-from chatflow.errors import BadAnswerError, BadInputError
+from chatflow.errors import BadAnswerError, ElementError
 from chatflow.models.spec import Model
 from chatflow.prompts.answers import copies_template, grounding, repeats_itself
 from chatflow.prompts.questions import AnalysisPrompt, ChatQuestion, reader, tones_of
@@ -128,8 +128,8 @@ def ask_again(
     metrics.count("escalated")
     try:
         question = first.second.question(chat, analysis.user_id)
-    except BadInputError as error:
-        yield kept_first(analysed, error.reason)
+    except Exception as error:  # of a template; there is an analysis already
+        yield kept_first(analysed, reason_of(error))
     else:
         yield dataclasses.replace(question, first=analysed)
 
@@ -145,8 +145,8 @@ def second_opinion(
         return
     try:
         analysis = to_analysis(answered)
-    except BadAnswerError as error:
-        yield kept_first(first, error.reason)
+    except Exception as error:  # there is an analysis already
+        yield kept_first(first, reason_of(error))
         return
     before = first.analysis
     if before.sentiment != analysis.sentiment:
@@ -157,6 +157,10 @@ def second_opinion(
     fields = analysis.fields or before.fields
     analysis = analysis.model_copy(update={"first": opinion, "fields": fields})
     yield AnalysedChat(first.chat, analysis, read_of(answered) or first.read)
+
+
+def reason_of(error: Exception) -> str:
+    return error.reason if isinstance(error, ElementError) else f"internal_{type(error).__name__}"
 
 
 def kept_first(first: AnalysedChat, reason: str) -> AnalysedChat:

@@ -109,7 +109,11 @@ def ask_for_draft(
         return
     made = composed(question, asking.result_name, asking.words)
     if asking.block_names:
-        yield dataclasses.replace(question, instead=made)
+        other = question.otherwise
+        if other is not None and asking.fallback is not None:
+            name, words = asking.fallback.result_name, asking.fallback.words
+            other = dataclasses.replace(other, instead=composed(other, name, words))
+        yield dataclasses.replace(question, instead=made, otherwise=other)
     else:
         yield counted(made)
 

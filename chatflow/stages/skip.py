@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 
 from chatflow import metrics
+from chatflow.errors import BadInputError
 from chatflow.prompts.questions import AnalysisPrompt, DraftPrompt, Prompt
 from chatflow.prompts.routes import Routed
 from chatflow.records import (
@@ -82,7 +83,10 @@ def divided(
     known = list(found["known"])
     for chat, user_id in found["users"]:
         made = (record for record in known if isinstance(record, Analysis))
-        analysis = next((one for one in made if _is_of(one, chat, analysis_prompt)), None)
+        try:
+            analysis = next((one for one in made if _is_of(one, chat, analysis_prompt)), None)
+        except BadInputError:  # no model is for it any more: asking says so
+            analysis = None
         if analysis is None:
             yield chat, user_id
             continue

@@ -216,6 +216,37 @@ models:
     assert routes.specs[2].inference == "remote"
 
 
+def specs(**flags):
+    found = routes_of(Options(**flags), lambda options: ModelSpec.of(options, NO_CLOUD, False))
+    return {spec.name: (spec.remote.api_key, spec.remote.api_endpoint) for spec in found.specs}
+
+
+def test_a_key_and_an_address_go_to_one_service_alone():
+    key, address = "env:KEY", "http://localhost:1/v1"
+    both = {"inference": "remote", "api_key": key, "api_endpoint": address}
+    assert specs(model="openai:a", fallback_model="openai:b", **both) == {
+        "openai:a": (key, address), "openai:b": (key, address),
+    }  # fmt: skip
+    assert specs(fallback_model="openai:b", api_key=key, api_endpoint=address)["openai:b"] == (
+        key, address,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="--fallback_model: --model=anthropic:b: give --api_key"):
+        specs(model="openai:a", fallback_model="anthropic:b", **both)
+    with pytest.raises(UsageError, match="--api_key: is of one service"):
+        specs(draft_model="openai:a", fallback_model="anthropic:b", api_key=key)
+
+
+def test_a_fallback_that_writes_what_no_draft_may_say_is_composed(tmp_path, lines, model):
+    first = model("first", {"task": "apology", "error": "refused"}, says(-1))
+    other = model("other", {"task": "apology", "answer": "We will refund you 500 euros today."})
+    angry = chat("You lost my parcel three weeks ago and nobody has answered my letters since.")
+    counts = run(tmp_path, lines, [angry], model=first, fallback_model=other)
+    assert (counts["drafted"], counts["dead_letters"]) == (1, 0)
+    (draft,) = read(f"{tmp_path}/out", "drafts")
+    assert draft["repairs"][-1] == "composed"
+    assert "500" not in draft["text"]
+
+
 def test_probabilities_by_field_are_read_from_a_flag_or_a_mapping():
     assert sure_of("tone:0.8,resolved:0.7", "--x") == (("tone", 0.8), ("resolved", 0.7))
     assert sure_of({"tone": 0.8}, "--x") == (("tone", 0.8),)

@@ -78,8 +78,15 @@ def test_results_that_would_be_replaced_are_no_earlier_ones(tmp_path, lines, scr
         "--skip_done", f"{tmp_path}/one",
     ]  # fmt: skip
     error = mistake(arguments, {}, capsys)
-    assert "give another --output for the rest" in error
+    assert "would replace" in error
     assert len(read(tmp_path / "one", "analyses")) == 1
+
+
+def test_a_database_that_is_not_there_is_told(tmp_path, lines, script):
+    with pytest.raises(UsageError, match="--skip_done: there is no such file"):
+        run(
+            tmp_path / "one", lines, chats(1), script(ANGRY), skip_done=f"sqlite:///{tmp_path}/x.db"
+        )
 
 
 def test_no_results_and_streams_are_refused(tmp_path, lines, script):

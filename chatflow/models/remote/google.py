@@ -40,3 +40,6 @@ class Google(Remote):
         if ENDPOINT.fullmatch(name):
             return EndpointClient(name, settings)
         return GeminiClient(name, settings)
+
+    def tier(self, spec: ModelSpec) -> str:
+        return "standard" if ENDPOINT.fullmatch(spec.name) else spec.remote.service_tier

@@ -180,3 +180,6 @@ class OpenAI(Remote):
 
     def client(self, name: str, settings: RemoteSettings) -> Client:
         return OpenAIClient(name.removeprefix(PREFIX), settings)
+
+    def tier(self, spec: ModelSpec) -> str:
+        return spec.remote.service_tier

@@ -11,13 +11,14 @@ import threading
 
 import pytest
 from conftest import ROOT, chat, read
-from remotes import OPENAI, request
+from remotes import OPENAI, is_json, request
 
 from chatflow.choices.heads import Chosen
 from chatflow.database.connections import Database
 from chatflow.errors import UsageError
 from chatflow.models.base import LanguageModel
 from chatflow.models.kept import KeptAnswers, KeptSettings, question_id
+from chatflow.models.prices import Price
 from chatflow.models.requests import Answer, Failure
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import plan
@@ -79,6 +80,37 @@ def test_a_failure_is_asked_again_and_counted_is_what_was_known(uri):
     kept.answer(asked)
     assert model.asked == {"poison": 2, "a": 1}
     assert kept.new_counts()["answers_known"] == 1
+
+
+def test_an_answer_that_cannot_be_used_is_asked_for_again(uri):
+    model = Counting()
+    kept = KeptAnswers(model, KeptSettings(uri))
+    asked = [request("no json", check=is_json)]
+    kept.answer(asked)
+    kept.answer(asked)
+    assert model.asked == {"no json": 2}
+
+
+def test_what_another_model_answered_in_its_place_is_known_too(uri):
+    model = Counting()
+    kept = KeptAnswers(model, KeptSettings(uri))
+    first = dataclasses.replace(request("poison"), otherwise=request("b", name="of b"))
+    for _ in range(2):
+        (found,) = kept.answer([first])
+        assert (found.text, found.repairs) == ("B", ("fallback",))
+    assert model.asked == {"poison": 2, "b": 1}
+
+
+def test_a_cost_that_cannot_be_booked_counts_all_the_same(uri):
+    prices = {"m": Price(input=1e6)}
+    settings = KeptSettings(uri, run="r", most_usd=10.0, prices=prices)
+    kept = KeptAnswers(Counting(), settings)
+    with Database(uri).write() as connection:
+        connection.exec_driver_sql("DROP TABLE spending")
+    asked = [dataclasses.replace(request(text), model="m#1") for text in "abc"]
+    found = [kept.answer([one])[0] for one in asked]
+    assert [type(one) for one in found] == [Answer, Answer, Failure]
+    assert found[2].reason == "over_budget"
 
 
 def test_another_prompt_or_another_model_is_another_question():
