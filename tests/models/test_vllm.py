@@ -102,7 +102,9 @@ def last_body(place):
     [
         ("response_format", {
             "response_format": {
-                "type": "json_schema", "json_schema": {"name": "answer", "schema": ANALYSIS_SCHEMA},
+                "type": "json_schema", "json_schema": {
+                    "name": "answer", "schema": ANALYSIS_SCHEMA, "strict": True,
+                },
             }
         }),
         ("structured_outputs", {"structured_outputs": {"json": ANALYSIS_SCHEMA}}),

@@ -24,7 +24,15 @@ def test_its_answers_have_the_form_of_the_schema_and_their_tokens_are_counted(ll
     settings = RemoteSettings(api_endpoint=llama_cpp, max_in_flight=2)
     handler = RemoteLanguageModelHandler("openai:gemma3-270m", settings)
     words = ("My parcel is lost!", "How lovely, thank you!", "When do you open?")
-    parts = (Part(None, f"{text} How does the customer feel?", 24, schema=SCHEMA) for text in words)
+    parts = (
+        Part(
+            field=None,
+            prompt=f"The customer wrote: {text} Answer with JSON: sentiment (-1, 0, 1).",
+            max_tokens=32,
+            schema=SCHEMA,
+        )
+        for text in words
+    )
     requests = [Request(str(at), "analysis", "7", "c", (part,)) for at, part in enumerate(parts)]
     found = [result.inference for result in handler.run_inference(requests, handler.load_model())]
     assert all(json.loads(answer.text)["sentiment"] in (-1, 0, 1) for answer in found)

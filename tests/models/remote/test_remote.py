@@ -521,7 +521,9 @@ def test_the_whole_pipeline_runs_on_a_remote_model(fake, model, tmp_path, lines,
     assert (counts["analysed"], counts["drafted"], counts["lost"]) == (5, 5, 0)
     assert (counts["requests"], counts["retries"]) == (12, 2)
     assert counts["faults"] == {"http_429": 1, "connection": 1}
-    paid = (counts["prompt_tokens"] * 0.30 + counts["answer_tokens"] * 2.50) / 1e6
+    cached = counts["cached_tokens"]
+    new = counts["prompt_tokens"] - cached
+    paid = (new * 0.30 + cached * 0.03 + counts["answer_tokens"] * 2.50) / 1e6
     assert counts["cost_usd"] == (round(paid, 6) if model == GEMINI else None)
     (written,) = counts["files"]["analyses"]
     assert {json.loads(x)["model"] for x in Path(written).read_text().splitlines()} == {model}
