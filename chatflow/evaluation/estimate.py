@@ -159,9 +159,8 @@ def show(found: Mapping[str, Any]) -> None:
     for name in ("", "all", "95 % interval"):
         table.add_column(name, justify="left" if not name else "right")
 
-    def row(name: str, key: str, form: str, before: str = "") -> None:
-        figures = found[key]
-        shown = {at: f"{before}{max(0.0, figures[at]):{form}}" for at in figures}
+    def row(name: str, key: str, form: str) -> None:
+        shown = {at: f"{max(0.0, figure):{form}}" for at, figure in found[key].items()}
         table.add_row(name, shown["value"], f"{shown['low']} to {shown['high']}")
 
     row("tokens read", "tokens_read", ",.0f")

@@ -15,7 +15,7 @@ from chatflow.chat_text import encodable
 from chatflow.errors import one_line
 from chatflow.models.base import OVER_BUDGET, LanguageModel
 from chatflow.models.prices import Price
-from chatflow.models.requests import Answer, Failure, Request, instead_of
+from chatflow.models.requests import Answer, Failure, Request, with_others
 from chatflow.models.spec import name_of
 
 _log = logging.getLogger(__name__)
@@ -70,20 +70,13 @@ class KeptAnswers(LanguageModel):
         ids = [question_id(request) for request in requests]
         kept = self._answers.kept_answers(self._database, ids)
         missing = [at for at, one in enumerate(ids) if one not in kept]
-        # Another model's answer may be known, too: it is asked for below.
+        # Another model's answer may be known, too: `with_others` looks.
         some = [dataclasses.replace(requests[at], otherwise=None) for at in missing]
         asked = self._model.answer_each(some, self) if some else []
         answers = dict(zip(missing, asked, strict=True))
         self._count("answers_known", len(ids) - len(missing))
-        failed = {
-            at: (answer, other)
-            for at, answer in answers.items()
-            if isinstance(answer, Failure) and (other := requests[at].otherwise) is not None
-        }
-        others = self.answer([other for _, other in failed.values()]) if failed else []
-        for (at, (first, _)), answer in zip(failed.items(), others, strict=True):
-            answers[at] = instead_of(first, answer)
-        return [answers[at] if at in answers else _free(kept[one]) for at, one in enumerate(ids)]
+        found = [answers[at] if at in answers else _free(kept[one]) for at, one in enumerate(ids)]
+        return with_others(requests, found, self.answer)
 
     def refusal(self) -> Failure | None:
         most, spent = self.settings.most_usd, self._spent

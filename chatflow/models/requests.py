@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from chatflow.choices.heads import Chosen
@@ -170,7 +170,25 @@ class Failure:
     cached_tokens: int = 0
 
 
-def instead_of(first: Failure, other: Answer | Failure) -> Answer | Failure:
+def with_others(
+    requests: Sequence[Request],
+    answers: Sequence[Answer | Failure],
+    ask: Callable[[Sequence[Request]], list[Answer | Failure]],
+) -> list[Answer | Failure]:
+    """Returns the answers, and in place of failures what the requests' `otherwise` is answered."""
+    found = list(answers)
+    failed = [
+        (at, answer, request.otherwise)
+        for at, (request, answer) in enumerate(zip(requests, answers, strict=True))
+        if isinstance(answer, Failure) and request.otherwise is not None
+    ]
+    others = ask([other for _, _, other in failed]) if failed else []
+    for (at, first, _), other in zip(failed, others, strict=True):
+        found[at] = _instead_of(first, other)
+    return found
+
+
+def _instead_of(first: Failure, other: Answer | Failure) -> Answer | Failure:
     """Returns the other model's answer after a first failure, with what both have cost."""
     cost = {
         name: getattr(first, name) + getattr(other, name)

@@ -17,7 +17,7 @@ from chatflow.errors import one_line
 from chatflow.models.base import LanguageModel, Ledger
 from chatflow.models.handlers import METRICS, LanguageModelHandler, ask
 from chatflow.models.kept import KeptAnswers, KeptSettings
-from chatflow.models.requests import FIRST, Answer, Failure, Request, Version, instead_of
+from chatflow.models.requests import FIRST, Answer, Failure, Request, Version, with_others
 from chatflow.options import ONE_COPY
 
 RETRY_SECONDS = 60.0
@@ -64,18 +64,7 @@ class SeveralModels(LanguageModel):
             by_model.setdefault(request.model, []).append(request)
         answers = {key: iter(self._answer(key, group, way)) for key, group in by_model.items()}
         found = [next(answers[request.model]) for request in requests]
-        failed = [
-            at
-            for at, (request, answer) in enumerate(zip(requests, found, strict=True))
-            if isinstance(answer, Failure) and request.otherwise is not None
-        ]
-        if failed:
-            others = self._answers([requests[at].otherwise or requests[at] for at in failed], way)
-            for at, other in zip(failed, others, strict=True):
-                first = found[at]
-                assert isinstance(first, Failure)  # by the choice of `failed`
-                found[at] = instead_of(first, other)
-        return found
+        return with_others(requests, found, lambda others: self._answers(others, way))
 
     def new_counts(self) -> dict[str, int]:
         with self._changed:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatflow.errors import UsageError
-from chatflow.models.remote.clients import Client, Reply, Turn, checked
+from chatflow.models.remote.clients import Client, Reply, Turn, checked, messages_of, raw
 from chatflow.models.remote.faults import Fault, MalformedReplyError
 from chatflow.models.remote.keyed import KeyedClient, joined
 from chatflow.models.remote.kind import Remote
@@ -35,10 +35,7 @@ class AnthropicClient(KeyedClient):
 
     async def ask(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         content: dict[str, Any] = {
-            "messages": [
-                {"role": "assistant" if turn.role == "model" else "user", "content": turn.text}
-                for turn in turns
-            ],
+            "messages": messages_of(turns),
             "max_tokens": part.max_tokens,
             "temperature": 0,
         }
@@ -101,7 +98,7 @@ def reply_of(content: Any) -> Reply | Fault:
         )
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         said = f"no message in the reply: {error!r}"
-        raise MalformedReplyError("bad_reply", said, json.dumps(content)[:2000]) from None
+        raise MalformedReplyError("bad_reply", said, raw(content)) from None
     return checked(reply, said if said == "refusal" else "")
 
 

@@ -14,6 +14,7 @@ import aiohttp
 import google.auth
 import google.auth.transport.requests
 
+from chatflow.errors import UsageError
 from chatflow.models.remote.faults import Fault, HttpError, Kind, MalformedReplyError
 from chatflow.models.requests import Part
 
@@ -21,6 +22,16 @@ SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 
 LEVELS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192}
 """Additional tokens of an answer for the thinking before it, by level of `--thinking`."""
+
+
+def level_tokens(setting: str) -> int:
+    """Returns what a level of `--thinking` adds; raises `UsageError` for what is none."""
+    if setting not in LEVELS:
+        raise UsageError(
+            f"--thinking={setting}: must be auto, none, a number of tokens, or one of "
+            f"{', '.join(LEVELS)}"
+        )
+    return LEVELS[setting]
 
 
 class Turn(NamedTuple):
@@ -38,6 +49,19 @@ class Reply(NamedTuple):
     answer_tokens: int = 0
     cached_tokens: int = 0
     finish_reason: str = "stop"
+
+
+def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Returns turns as OpenAI's and Anthropic's protocols have them."""
+    return [
+        {"role": "assistant" if turn.role == "model" else turn.role, "content": turn.text}
+        for turn in turns
+    ]
+
+
+def raw(content: Any) -> str:
+    """Returns the beginning of a reply, for an error."""
+    return json.dumps(content, default=str)[:2000]
 
 
 def checked(reply: Reply, blocked: str = "") -> Reply | Fault:

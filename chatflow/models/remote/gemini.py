@@ -10,8 +10,7 @@ from google import genai
 from google.genai import types
 from google.oauth2.credentials import Credentials
 
-from chatflow.errors import UsageError
-from chatflow.models.remote.clients import LEVELS, Client, Reply, Turn, checked
+from chatflow.models.remote.clients import Client, Reply, Turn, checked, level_tokens
 from chatflow.models.remote.faults import Fault, Kind
 from chatflow.models.requests import Part
 from chatflow.options import RemoteSettings
@@ -50,12 +49,7 @@ def thinking_of(model: str, setting: str) -> tuple[dict[str, Any] | None, int]:
         return None, 0
     if setting.isdecimal():
         return {"thinking_budget": int(setting)}, int(setting)
-    if setting not in LEVELS:
-        raise UsageError(
-            f"--thinking={setting}: must be auto, none, a number of tokens, or one of "
-            f"{', '.join(LEVELS)}"
-        )
-    return {"thinking_level": setting}, LEVELS[setting]
+    return {"thinking_level": setting}, level_tokens(setting)
 
 
 class GeminiClient(Client):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatflow.errors import UsageError
-from chatflow.models.remote.clients import LEVELS, Client, Reply, Turn, checked
+from chatflow.models.remote.clients import (
+    Client,
+    Reply,
+    Turn,
+    checked,
+    level_tokens,
+    messages_of,
+    raw,
+)
 from chatflow.models.remote.faults import Fault, HttpError, MalformedReplyError
 from chatflow.models.remote.keyed import KeyedClient, joined
 from chatflow.models.remote.kind import Remote
@@ -46,10 +53,7 @@ def schema_fields(schema: Mapping[str, Any] | None, spelling: str) -> dict[str, 
 def completion(turns: Sequence[Turn], part: Part, response_format: str) -> dict[str, Any]:
     """Returns the body of a chat completion, without the model's name."""
     return {
-        "messages": [
-            {"role": "assistant" if turn.role == "model" else turn.role, "content": turn.text}
-            for turn in turns
-        ],
+        "messages": messages_of(turns),
         "max_tokens": part.max_tokens,
         "temperature": 0,
         **schema_fields(part.schema, response_format),
@@ -85,10 +89,6 @@ def paid_for(usage: Mapping[str, Any]) -> tuple[int, int, int]:
     return read, written, cached
 
 
-def raw(content: Any) -> str:
-    return json.dumps(content, default=str)[:2000]
-
-
 def without_thoughts(text: str) -> str:
     """Returns an answer without the thinking that a server left in it.
 
@@ -115,12 +115,7 @@ def thinking_of(model: str, setting: str) -> tuple[dict[str, Any], int]:
         return {}, 0
     if setting.isdecimal():
         return {}, int(setting)
-    if setting not in LEVELS:
-        raise UsageError(
-            f"--thinking={setting}: must be auto, none, a number of tokens, or one of "
-            f"{', '.join(LEVELS)}"
-        )
-    return {"reasoning_effort": setting}, LEVELS[setting]
+    return {"reasoning_effort": setting}, level_tokens(setting)
 
 
 class OpenAIClient(KeyedClient):

@@ -11,9 +11,9 @@ import aiohttp
 from google.auth.credentials import AnonymousCredentials
 
 from chatflow.errors import UsageError
-from chatflow.models.remote.clients import Client, GoogleToken, Reply, Turn, checked, post
+from chatflow.models.remote.clients import Client, GoogleToken, Reply, Turn, checked, post, raw
 from chatflow.models.remote.faults import Fault, HttpError, MalformedReplyError
-from chatflow.models.remote.openai import completion, raw, reply_of, without_thoughts
+from chatflow.models.remote.openai import completion, reply_of, without_thoughts
 from chatflow.models.requests import Part
 from chatflow.network import session
 from chatflow.options import RemoteSettings
