@@ -40,7 +40,8 @@ class RemoteModel(LanguageModel):
     """Answers each request by separate calls, at most `settings.max_in_flight` at once.
 
     All callers in a process share one model (see `shared_model`), whose thread makes all calls.
-    The `limiter` is asked before each call, in another thread, because it may block.
+    The `limiter` is asked before each call, in another thread, because it may block. With a ledger,
+    an answer is in flight until it is noted.
     """
 
     loads = 0  # the weights are not in this process
@@ -55,6 +56,7 @@ class RemoteModel(LanguageModel):
         self.name, self.settings = name, settings
         self._client, self._limiter = client, limiter
         self._gate = Gate(settings.max_in_flight, settings.max_requests_per_second)
+        self._unnoted = asyncio.Semaphore(settings.max_in_flight)
         self._counts: collections.Counter[str] = collections.Counter()
         self._throttled = 0.0
         self._lock = threading.Lock()
@@ -114,9 +116,12 @@ class RemoteModel(LanguageModel):
         budgets = [_Budget(self.settings.retry_seconds, ledger) for _ in requests]
 
         async def answered(request: Request, budget: _Budget) -> Answer | Failure:
-            answer = await self._answer(request, budget)
-            if ledger is not None:
-                await asyncio.to_thread(ledger.note, request, answer)
+            try:
+                answer = await self._answer(request, budget)
+                if ledger is not None:
+                    await asyncio.to_thread(ledger.note, request, answer)
+            finally:
+                self._release(budget)
             return answer
 
         answers = await asyncio.gather(*map(answered, requests, budgets))
@@ -195,6 +200,7 @@ class RemoteModel(LanguageModel):
         budget.throttled += waited if self._gate.limit < self._gate.most else 0.0
         budget.left -= waited if again else 0.0
         try:
+            await self._hold(budget)
             fault = _refusal(budget) or await self._not_allowed()
             granted = granted._replace(entered=time.monotonic())
             outcome = fault or await self._ask_client(turns, part)
@@ -205,6 +211,7 @@ class RemoteModel(LanguageModel):
             self._refusing_since = None
             self._gate.leave(granted, answered=True)
             return outcome
+        self._release(budget)
         budget.left -= time.monotonic() - granted.entered
         self._count(f"faults/{outcome.reason}")
         busy = outcome.kind is Kind.BUSY
@@ -214,6 +221,17 @@ class RemoteModel(LanguageModel):
         else:
             self._refusing_since = None
         return outcome
+
+    async def _hold(self, budget: _Budget) -> None:
+        """Waits until fewer than `max_in_flight` answers are on their way to the ledger."""
+        if budget.ledger is not None and not budget.holds:
+            await self._unnoted.acquire()
+            budget.holds = True
+
+    def _release(self, budget: _Budget) -> None:
+        if budget.holds:
+            budget.holds = False
+            self._unnoted.release()
 
     async def _ask_client(self, turns: Sequence[Turn], part: Part) -> Reply | Fault:
         self._count("requests")
@@ -251,12 +269,14 @@ class _Budget:
     Attributes:
       left: seconds for failing calls and the pauses after them.
       ledger: says whether any call may be made.
+      holds: whether it is one of those that are counted by `RemoteModel._hold`.
       throttled: seconds waited for a busy service.
       earlier: calls before the last one, which cost tokens, too.
     """
 
     left: float
     ledger: Ledger | None = None
+    holds: bool = False
     throttled: float = 0.0
     earlier: list[Reply | Fault] = dataclasses.field(default_factory=list)
 

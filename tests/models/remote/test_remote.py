@@ -453,6 +453,33 @@ def test_a_rate_limiter_is_asked_before_each_call(fake):
     assert model.counts()["faults/rate_limited"] == 2
 
 
+class SlowLedger:
+    """Notes one answer at a time, as a database on a slow disk does."""
+
+    def __init__(self, brain):
+        self.brain, self.noted, self.most_unnoted = brain, 0, 0
+        self.lock = threading.Lock()
+
+    def refusal(self):
+        return None
+
+    def note(self, request, answer):
+        with self.lock:
+            time.sleep(0.01)
+            self.most_unnoted = max(self.most_unnoted, len(self.brain.calls) - self.noted)
+            self.noted += 1
+
+
+def test_what_is_not_noted_yet_is_in_flight(fake):
+    settings = settings_of(fake, GEMINI, max_in_flight=4)
+    model = RemoteModel(GEMINI, client_of(GEMINI, settings), settings)
+    ledger = SlowLedger(fake.brain)
+    found = model.answer_each([request(str(i)) for i in range(40)], ledger)
+    model.close()
+    assert len(found) == ledger.noted == 40
+    assert ledger.most_unnoted <= 4
+
+
 def test_a_fleet_shares_a_limit_through_an_envoy_rate_limit_service(fake):
     from concurrent.futures import ThreadPoolExecutor
 
