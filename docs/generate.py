@@ -16,7 +16,7 @@ from chatflow.errors import UsageError
 from chatflow.options import Options, as_text
 from chatflow.records import KINDS
 from chatflow.sinks.bigquery import columns
-from chatflow.weights.architectures import GEMMAS
+from chatflow.weights.architectures import DECODERS
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -95,7 +95,7 @@ def sizes_table() -> str:
         "| on a GPU (bfloat16) | chats/s |",
         "|---|---:|---:|---|---:|---|---:|",
     ]
-    for model in GEMMAS:
+    for model in DECODERS:
         cells, plain = [], size_of(model, table)
         for accelerator in ("", "any"):
             try:

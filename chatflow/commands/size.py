@@ -15,7 +15,7 @@ from typing import Any
 from chatflow.errors import UsageError, one_line
 from chatflow.options import Parser, add_flags, number
 from chatflow.weights import embedded
-from chatflow.weights.architectures import GEMMAS, Architecture, EncoderDecoder, architecture_of
+from chatflow.weights.architectures import DECODERS, Architecture, EncoderDecoder, architecture_of
 
 DESCRIPTION = """
 Computes the room that a Gemma needs on a worker, the smallest machine that has it, how
@@ -307,7 +307,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         print(" ".join(sized(parsed.model or embedded.NAME).flags()))
         return 0
     rows, notes = [], []
-    for model in [parsed.model] if parsed.model else GEMMAS:
+    for model in [parsed.model] if parsed.model else DECODERS:
         try:
             found = sized(model)
         except UsageError as error:

@@ -39,10 +39,10 @@ class Parts:
 
 
 def check_model(spec: ModelSpec) -> None:
-    """Raises `UsageError` if a model's weights are not a Gemma's and so cannot be tuned here."""
-    if not spec.kind.adaptable:
+    """Raises `UsageError` if a model cannot be tuned here."""
+    if not spec.kind.adaptable(spec):
         raise UsageError(
-            f"--model={spec.name}: cannot be tuned here; give a Gemma that runs on the workers"
+            f"--model={spec.name}: cannot be tuned here; give a Gemma 1 to 3 on the workers"
         )
 
 

@@ -78,14 +78,13 @@ class Kind(abc.ABC):
 
     Attributes:
       update_files: endings of the files whose weights a running model can load.
-      adaptable: takes LoRA adapters, and can be tuned.
       has_budget: is set up for prompts of at most `max_prompt_tokens`.
       asked_by_json: has no scores, and so writes its answer as JSON.
       needs_accelerator: runs only on GPUs.
     """
 
     update_files: tuple[str, ...] = ()
-    adaptable = takes_state_dict = has_budget = asked_by_json = needs_accelerator = False
+    takes_state_dict = has_budget = asked_by_json = needs_accelerator = False
 
     @abc.abstractmethod
     def check(self, spec: ModelSpec) -> None:
@@ -94,6 +93,10 @@ class Kind(abc.ABC):
     @abc.abstractmethod
     def handler(self, spec: ModelSpec, expected: tuple[Request, ...]) -> Any:
         """Returns a Beam model handler; nothing is loaded yet."""
+
+    def adaptable(self, spec: ModelSpec) -> bool:
+        """Returns whether adapters and heads can be fitted to the model."""
+        return False
 
     def instruct(self, spec: ModelSpec) -> bool:
         """Returns whether the model follows instructions, if `--model_kind` does not say so."""
@@ -196,15 +199,15 @@ class ModelSpec:
             raise UsageError(
                 f"--state_dict_path: only with --model=torch:NAME, not with --model={name}"
             )
+        kind.check(self)
         for flag, given, check in (
             ("adapter", self.adapter, check_adapter),
             ("heads", "" if self.heads in ("auto", "none") else self.heads, check_heads),
         ):
-            if given and not kind.adaptable:
-                raise UsageError(f"--{flag}: only for Gemma on the workers, not for {name}")
+            if given and not kind.adaptable(self):
+                raise UsageError(f"--{flag}: only for Gemma 1 to 3 on the workers, not for {name}")
             if given:
                 check(given)
-        kind.check(self)
 
     @property
     def kind(self) -> Kind:

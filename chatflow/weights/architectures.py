@@ -1,4 +1,4 @@
-"""Computes the sizes of Gemma and T5 models from names or configurations; loads no model."""
+"""Computes the sizes of decoders and T5 models from names or configurations; loads no model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatflow.errors import UsageError, one_line
+from chatflow.weights.families import FAMILIES, family_in
 from chatflow.weights.presets import TORCH, brought
 
 ATTENTION_BYTES = 1 << 30
@@ -21,13 +22,17 @@ def rows_at_once(batch: int, heads: int, tokens: int) -> int:
 
 
 class Architecture(NamedTuple):
-    """A Gemma's dimensions, from technical reports and published configurations.
-
-    Input and output embeddings are tied.
+    """A decoder's dimensions, from technical reports and published configurations.
 
     Attributes:
+      kv_heads, head: of the cache, in its layers with the most and the largest heads.
       norms: norm scales per layer, in multiples of `hidden`.
-      head_norms: whether queries and keys have their own norms (Gemma 3).
+      head_norms: whether queries and keys have their own norms (Gemma 3, Qwen 3).
+      tied: the output has the weights of the embedding.
+      total: all parameters, where the dimensions do not tell (Gemma 3n and 4, which also see and
+        hear); 0: they do.
+      active: parameters that a token passes through, if not all but the embedding: of the experts
+        that it uses, and without the embeddings that each layer has of its own; 0: all.
     """
 
     layers: int
@@ -39,6 +44,9 @@ class Architecture(NamedTuple):
     vocabulary: int
     norms: int = 4
     head_norms: bool = True
+    tied: bool = True
+    total: int = 0
+    active: int = 0
 
     @property
     def embedding(self) -> int:
@@ -49,7 +57,8 @@ class Architecture(NamedTuple):
         attention = self.hidden * self.head * (2 * self.heads + 2 * self.kv_heads)
         norms = self.norms * self.hidden + 2 * self.head * self.head_norms
         layer = attention + 3 * self.hidden * self.ffn + norms
-        return self.embedding + self.layers * layer + self.hidden
+        embeddings = self.embedding * (1 if self.tied else 2)
+        return self.total or embeddings + self.layers * layer + self.hidden
 
     @property
     def wide(self) -> int:
@@ -70,7 +79,7 @@ class Architecture(NamedTuple):
 
     def operations(self, read: int, written: int) -> float:
         """Returns the FLOPs: all tokens pass through the layers, written ones also the output."""
-        layers = self.parameters - self.embedding
+        layers = self.active or self.parameters - self.embedding * (1 if self.tied else 2)
         return 2.0 * ((read + written) * layers + written * self.embedding)
 
 
@@ -139,7 +148,20 @@ class EncoderDecoder(NamedTuple):
         return 2.0 * (read * (self.half(self.layers, 1) + seen) + written * decoder)
 
 
-GEMMAS: Mapping[str, Architecture] = {
+def _llama(
+    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head: int, tied: bool = False
+) -> Architecture:
+    """Returns the dimensions of a Llama 3, or of what is built like one."""
+    return Architecture(layers, hidden, ffn, heads, kv_heads, head, 128_256, 2, False, tied)
+
+
+def _qwen(
+    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head: int, tied: bool = False
+) -> Architecture:
+    return Architecture(layers, hidden, ffn, heads, kv_heads, head, 151_936, 2, True, tied)
+
+
+DECODERS: Mapping[str, Architecture] = {
     "gemma_2b": Architecture(18, 2048, 16384, 8, 1, 256, 256_000, 2, False),
     "gemma_7b": Architecture(28, 3072, 24576, 16, 16, 256, 256_000, 2, False),
     "gemma2_2b": Architecture(26, 2304, 9216, 8, 4, 256, 256_000, 4, False),
@@ -150,7 +172,36 @@ GEMMAS: Mapping[str, Architecture] = {
     "gemma3_4b": Architecture(34, 2560, 10240, 8, 4, 256, 262_144),
     "gemma3_12b": Architecture(48, 3840, 15360, 16, 8, 256, 262_144),
     "gemma3_27b": Architecture(62, 5376, 21504, 32, 16, 128, 262_144),
+    "gemma3n_e2b": Architecture(
+        30, 2048, 8192, 8, 2, 256, 262_400, total=5_439_595_456, active=1_910_000_000
+    ),
+    "gemma3n_e4b": Architecture(
+        35, 2048, 16384, 8, 2, 256, 262_400, total=7_850_135_376, active=3_980_000_000
+    ),
+    "gemma4_2b": Architecture(
+        35, 1536, 6144, 8, 1, 512, 262_144, total=5_100_000_000, active=1_900_000_000
+    ),
+    "gemma4_4b": Architecture(
+        42, 2560, 10240, 8, 2, 512, 262_144, total=7_900_000_000, active=3_800_000_000
+    ),
+    "gemma4_26b": Architecture(
+        30, 2816, 2112, 16, 8, 512, 262_144, total=26_000_000_000, active=3_100_000_000
+    ),
+    "gemma4_31b": Architecture(60, 5376, 21504, 32, 16, 512, 262_144, total=31_000_000_000),
+    "llama3_8b": _llama(32, 4096, 14336, 32, 8, 128),
+    "llama3_70b": _llama(80, 8192, 28672, 64, 8, 128),
+    "llama3.2_1b": _llama(16, 2048, 8192, 32, 8, 64),
+    "llama3.2_3b": _llama(28, 3072, 8192, 24, 8, 128),
+    "qwen3_0.6b": _qwen(28, 1024, 3072, 16, 8, 128, tied=True),
+    "qwen3_1.7b": _qwen(28, 2048, 6144, 16, 8, 128, tied=True),
+    "qwen3_4b": _qwen(36, 2560, 9728, 32, 8, 128, tied=True),
+    "qwen3_8b": _qwen(36, 4096, 12288, 32, 8, 128),
+    "qwen3_14b": _qwen(40, 5120, 17408, 40, 8, 128),
+    "qwen3_32b": _qwen(64, 5120, 25600, 64, 8, 128),
+    "smollm3_3b": _llama(36, 2048, 11008, 16, 4, 128, tied=True),
 }
+"""What `total` gives of Gemma 4 is rounded, as keras_hub says it. Its Llama 3.2 has an output of
+its own; on Hugging Face it is tied to the embedding."""
 
 T5S: Mapping[str, EncoderDecoder] = {
     "t5-small": EncoderDecoder(6, 6, 512, 2048, 8, 64, False),
@@ -169,6 +220,11 @@ T5S: Mapping[str, EncoderDecoder] = {
 
 _NAME = re.compile(
     r"(?<![a-z])gemma[-_]?(?P<family>[23]?)(?:[-_](?:text|instruct|it|1\.1))*[-_](?P<size>\d+[bm])"
+)
+
+_OTHER_NAME = re.compile(
+    r"(?<![a-z])(?P<family>gemma[-_]?3n|gemma[-_]?4|llama[-_]?3(?P<minor>\.\d)?|qwen[-_]?3|smollm[-_]?3)"
+    r"(?:[-_](?:text|instruct|it|guard))*[-_](?P<size>e?\d+(?:\.\d+)?b)(?![a-z\d])"
 )
 
 _T5_NAME = re.compile(
@@ -190,8 +246,14 @@ def architecture_of(model: str) -> Architecture | EncoderDecoder:
     last = name.lower().rsplit("/", 1)[-1]
     if found := _NAME.search(last):
         key = f"gemma{found['family']}_{found['size']}"
-        if key in GEMMAS:
-            return GEMMAS[key]
+        if key in DECODERS:
+            return DECODERS[key]
+    if found := _OTHER_NAME.search(last):
+        family = re.sub("[-_]", "", found["family"])
+        for start in (family, family.removesuffix(found["minor"] or "")):
+            for size in (found["size"], found["size"].removeprefix("e")):
+                if f"{start}_{size}" in DECODERS:
+                    return DECODERS[f"{start}_{size}"]
     if found := _T5_NAME.search(last):
         newer = found["newer"] or found["v11"] or found["adapted"] or "xl" in str(found["size"])
         key = "flan-ul2" if found["ul2"] else f"{'flan-' if newer else ''}t5-{found['size']}"
@@ -205,8 +267,9 @@ def architecture_of(model: str) -> Architecture | EncoderDecoder:
         if config := finder(name)("config.json"):
             return _read(str(config.parent))
     raise UsageError(
-        f"--model={model}: its size is not known; give a folder with a Gemma's or a T5's "
-        f"config.json, or a name with one of {', '.join([*GEMMAS, *T5S])} in it"
+        f"--model={model}: its size is not known; give a folder with the config.json of a "
+        "decoder that runs here or of a T5, or a name with one of "
+        f"{', '.join([*DECODERS, *T5S])} in it"
     )
 
 
@@ -218,7 +281,8 @@ def _read(folder: str) -> Architecture | EncoderDecoder:
             return _from_config(json.loads(file.read()))
     except Exception as error:  # each filesystem raises its own
         raise UsageError(
-            f"--model={folder}: no Gemma's or T5's config.json can be read there: {one_line(error)}"
+            f"--model={folder}: no config.json of a known model can be read there: "
+            f"{one_line(error)}"
         ) from None
 
 
@@ -226,28 +290,61 @@ def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder:
     """Reads a configuration of Hugging Face or Keras."""
     if config.get("model_type") in ("t5", "mt5"):
         return _from_t5(config)
-    if "config" in config:
-        third = "Gemma3" in config["registered_name"]
-        own = config["config"]
-        norms = 2 + bool(own.get("use_post_attention_norm")) + bool(own.get("use_post_ffw_norm"))
-        # Keras counts both halves of the gated layer, except in Gemma 3.
-        ffn = own["intermediate_dim"] // (1 if third else 2)
-        names = "num_layers hidden_dim num_query_heads num_key_value_heads head_dim vocabulary_size"
-    else:
-        if not config["model_type"].startswith("gemma"):
-            raise ValueError(f"it is of the kind {config['model_type']}")
-        third = "gemma3" in config["model_type"]
-        norms = 2 if config["model_type"] == "gemma" else 4
-        own = config.get("text_config", config)
-        ffn = own["intermediate_size"]
-        names = (
-            "num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim "
-            "vocab_size"
-        )
-    layers, hidden, heads, kv_heads, head, vocabulary = (int(own[name]) for name in names.split())
+    family = family_in(config).name
+    keras = "config" in config
+    if keras and family in ("Gemma3n", "Gemma4"):
+        return _counted(config, family)
+    if family in ("Gemma3n", "Gemma4"):
+        raise ValueError("the size of a Gemma 3n or 4 is known by its name, or from a Keras preset")
+    own = config["config"] if keras else config.get("text_config", config)
+    names = _KERAS_NAMES if keras else _NAMES
+    if keras and family == "SmolLM3":
+        names = names.replace("num_query_heads", "num_attention_heads")
+    layers, hidden, ffn, heads, kv_heads, vocabulary = (int(own[name]) for name in names.split())
+    head = int(own.get("head_dim") or hidden // heads)
+    norms, tied = 2, True
+    if family == "Gemma" and keras:
+        ffn //= 2  # Keras counts both halves of the gated layer, except in Gemma 3
+        norms += bool(own.get("use_post_attention_norm")) + bool(own.get("use_post_ffw_norm"))
+    elif family == "Gemma3" or config.get("model_type") == "gemma2":
+        norms = 4
+    elif family in ("Llama3", "Qwen3"):
+        tied = bool(own.get("tie_word_embeddings", family == "Qwen3" and keras))
+    head_norms = family in ("Gemma3", "Qwen3")
     return Architecture(
-        layers, hidden, ffn, heads, kv_heads, head, vocabulary, norms, head_norms=third
+        layers, hidden, ffn, heads, kv_heads, head, vocabulary, norms, head_norms, tied
     )
+
+
+_KERAS_NAMES = (
+    "num_layers hidden_dim intermediate_dim num_query_heads num_key_value_heads vocabulary_size"
+)
+_NAMES = (
+    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
+    "vocab_size"
+)
+
+
+def _counted(config: Mapping[str, Any], family: str) -> Architecture:
+    """Returns the dimensions of a Keras preset by building its model, without values."""
+    import math
+
+    from chatflow.weights.presets import use_jax
+
+    use_jax()
+    import keras
+    import keras_hub  # noqa: F401 (its classes are in the configuration)
+
+    with keras.StatelessScope():  # variables have shapes, and no values yet
+        backbone = keras.saving.deserialize_keras_object(config)
+        sizes = {id(v): (v.path, math.prod(v.shape)) for v in backbone.variables}
+    size = FAMILIES[family].sizes(backbone)
+    idle = ("per_layer_token_embedding", "embed_tokens_per_layer", "vision", "audio")
+    passed = sum(n for path, n in sizes.values() if not any(word in path for word in idle))
+    return Architecture(
+        size.layers, size.hidden, 0, 0, size.kv_heads, size.head, size.vocabulary,
+        total=sum(n for _, n in sizes.values()), active=passed - size.vocabulary * size.hidden,
+    )  # fmt: skip
 
 
 def _from_t5(config: Mapping[str, Any]) -> EncoderDecoder:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import keras
 import keras_hub
 
+from chatflow.weights.families import family_of
+
 _SCORING = "chatflow_scoring"
 """Attribute of an adapter file that is only for the scoring pass."""
 
@@ -23,11 +25,13 @@ def load_backbone(
     """Returns a preset's backbone; see `models.gemma.engine.load_engine`."""
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    with without_initial_values():
+    with without_initial_values(), by_default(dtype):
         backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
     if adapter:
         add_adapter(backbone, adapter)
     if quantization != "none":
+        if not family_of(backbone).quantizes:
+            raise ValueError(f"keras_hub cannot quantise it: --quantization={quantization}")
         with warnings.catch_warnings():
             # Keras warns that layers without a kernel cannot be quantised.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")
@@ -53,6 +57,17 @@ def mark_as_scoring(path: str) -> None:
 def is_of_scoring(path: str) -> bool:
     with h5py.File(path) as file:
         return bool(file.attrs.get(_SCORING, False))
+
+
+@contextlib.contextmanager
+def by_default(dtype: str) -> Iterator[None]:
+    """Makes layers that are told no type have this one: those of keras_hub's SmolLM 3."""
+    known = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(known)
 
 
 @contextlib.contextmanager

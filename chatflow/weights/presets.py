@@ -1,4 +1,4 @@
-"""Checks names of Gemma models, and returns the folders that keras_hub loads them from."""
+"""Checks names of keras_hub's models, and returns the folders that it loads them from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from chatflow.errors import UsageError, one_line
 from chatflow.weights import embedded
+from chatflow.weights.families import FAMILIES, family_named
 
 MARKERS = ("SHA256SUMS.json", "config.json")
 """Files that mark their folder as a model."""
@@ -20,6 +21,9 @@ MARKERS = ("SHA256SUMS.json", "config.json")
 SCRIPTED, TORCH, VLLM = "scripted:", "torch:", "vllm:"
 
 PRESETS_VARIABLE = "CHATFLOW_PRESETS"
+
+_NOT_DECODERS = r"embedding|harrier|_assistant$"
+"""Presets that keras_hub has among those of the decoders, but that write no text."""
 
 
 def is_instruct(preset: str) -> bool:
@@ -31,9 +35,17 @@ def is_instruct(preset: str) -> bool:
     (True, True)
     >>> is_instruct("gemma3-270m"), is_instruct("google/t5-v1_1-small")
     (False, False)
+
+    Qwen 3 and SmolLM 3 say instead if one is not tuned.
+
+    >>> is_instruct("hf://Qwen/Qwen3-4B"), is_instruct("Qwen/Qwen3-4B-Base")
+    (True, False)
     """
+    name = preset.lower()
     words = r"(^|[-_/:])(it|instruct|flan)([-_/]|$)|[-_]chat([-_][^/]*)?$"
-    return re.search(words, preset.lower()) is not None
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    tuned = re.match(r"qwen[-_]?3|smollm[-_]?3", last) and not re.search(r"[-_]base\b", last)
+    return bool(tuned or re.search(words, name))
 
 
 def check_preset(preset: str) -> None:
@@ -46,22 +58,30 @@ def check_preset(preset: str) -> None:
             raise UsageError(
                 f"--model: the folder {preset!r} has no config.json, so it is no preset"
             )
+        try:
+            family_named(preset)
+        except ValueError as error:
+            raise UsageError(
+                f"--model={preset}: {one_line(error)}; others run by torch:{preset}, or on a "
+                "server (vllm:, openai:)"
+            ) from None
         return
     known = _keras_presets()
     if preset not in known:
         near = difflib.get_close_matches(preset, sorted(known), n=5, cutoff=0.3)
         raise UsageError(
             f"--model: unknown model {preset!r}; give {embedded.NAME} (embedded), a folder, "
-            "hf://…, kaggle://…, gs://…, scripted:FILE, or one of keras_hub's Gemma presets, e.g. "
+            "hf://…, kaggle://…, gs://…, scripted:FILE, or one of keras_hub's presets, e.g. "
             + ", ".join(near or ["gemma3_instruct_1b", "gemma2_instruct_2b_en"])
         )
 
 
 def _keras_presets() -> set[str]:
     use_jax()
-    from keras_hub.models import Gemma3Backbone, GemmaBackbone
+    from keras_hub import models
 
-    return {*GemmaBackbone.presets, *Gemma3Backbone.presets}
+    presets = (getattr(models, f"{name}Backbone").presets for name in FAMILIES)
+    return {name for some in presets for name in some if not re.search(_NOT_DECODERS, name)}
 
 
 def use_jax(alone: bool = True) -> None:

@@ -10,7 +10,7 @@ from tiny import tiny_t5
 from chatflow.cli import main
 from chatflow.commands.model.info import MODELS, needs_of
 from chatflow.commands.size import read_machines, size_of
-from chatflow.weights.architectures import GEMMAS, T5S, EncoderDecoder, architecture_of
+from chatflow.weights.architectures import DECODERS, T5S, EncoderDecoder, architecture_of
 
 # Google's sample: https://github.com/GoogleCloudPlatform/python-docs-samples/tree/main/dataflow/
 # run-inference. In GB: memory to load, its machine, its disk; memory to run, its machine.
@@ -66,7 +66,7 @@ def test_parameters_are_those_that_are_published():
     ],
 )
 def test_a_models_name_tells_its_size(name, known):
-    assert architecture_of(name) == {**T5S, **GEMMAS}[known]
+    assert architecture_of(name) == {**T5S, **DECODERS}[known]
 
 
 def test_a_folders_configuration_tells_its_size(tmp_path):
@@ -128,7 +128,7 @@ def test_the_tables_have_all_models(capsys):
     assert main(["model", "info", "--summary=json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["model"] for row in rows] == list(MODELS)
-    assert {*SAMPLE, *GEMMAS} == set(MODELS)
+    assert {*SAMPLE, *DECODERS} == set(MODELS)
     assert main(["model", "info"]) == 0
     said = capsys.readouterr().out
     markdown = models_tables()

@@ -8,7 +8,7 @@ from conftest import GEMMA3_1B, mistake, required
 
 from chatflow.cli import main
 from chatflow.commands.size import read_machines, size_of
-from chatflow.weights.architectures import GEMMAS, architecture_of
+from chatflow.weights.architectures import DECODERS, architecture_of
 
 TABLE = read_machines()
 
@@ -44,14 +44,14 @@ def test_parameters_are_those_that_keras_hub_states():
     ],
 )
 def test_a_models_name_tells_its_size(name, gemma):
-    assert architecture_of(name) == GEMMAS[gemma]
+    assert architecture_of(name) == DECODERS[gemma]
 
 
 def test_a_folders_configuration_tells_its_size(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GEMMA3_1B))
-    assert architecture_of(str(tmp_path)) == GEMMAS["gemma3_1b"]
+    assert architecture_of(str(tmp_path)) == DECODERS["gemma3_1b"]
     named = tmp_path.rename(tmp_path.with_name("my-gemma-2b-from-a-1b"))
-    assert architecture_of(str(named)) == GEMMAS["gemma3_1b"]
+    assert architecture_of(str(named)) == DECODERS["gemma3_1b"]
 
 
 def test_weights_and_caches_are_counted():
@@ -106,7 +106,7 @@ def test_a_fleet_is_as_large_as_it_must_be_and_has_its_price(tmp_path, capsys):
 def test_the_table_has_all_gemmas_and_says_what_does_not_fit(capsys):
     assert main(["size", "--accelerator", "any"]) == 0
     said = capsys.readouterr().out
-    assert all(f"│ {name} " in said or f"--model={name}:" in said for name in GEMMAS)
+    assert all(f"│ {name} " in said or f"--model={name}:" in said for name in DECODERS)
     assert "--model=gemma3_27b: needs" in said
 
 

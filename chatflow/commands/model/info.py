@@ -20,7 +20,7 @@ from chatflow.commands.size import (
 )
 from chatflow.errors import UsageError
 from chatflow.options import Parser
-from chatflow.weights.architectures import GEMMAS, T5S, architecture_of
+from chatflow.weights.architectures import DECODERS, T5S, architecture_of
 from chatflow.weights.checkpoints import RUN_BYTES, contents
 from chatflow.weights.presets import TORCH
 from chatflow.weights.state_dict import CHUNK, DTYPES, SUFFIXES
@@ -36,7 +36,7 @@ PASSES_FLAGS_ON = False
 LEAST_DISK_GB = 100
 """Smallest disk of a Vertex AI machine; also the default there."""
 
-MODELS = (*(f"google/{name}" for name in T5S if name.startswith("flan-")), *GEMMAS)
+MODELS = (*(f"google/{name}" for name in T5S if name.startswith("flan-")), *DECODERS)
 
 SAVE_PROCESS_GB = 0.7
 """Memory of Python, Beam, PyTorch and transformers. Measured: 0.5."""

@@ -1,4 +1,4 @@
-"""Scores and decodes greedily with keras_hub's Gemma models.
+"""Scores and decodes greedily with keras_hub's decoders: Gemma and other families.
 
 `keras_hub`'s own `generate` compiles for every shape, feeds long prompts token by token and runs
 the whole prompt each time. Here
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import keras_hub
 import numpy as np
-import sentencepiece
 
 from chatflow.chat_text import CONTROL_TOKEN
 from chatflow.choices.reading import States
@@ -34,6 +33,7 @@ from chatflow.models.gemma.shapes import (
     Shape,
     bucket,
 )
+from chatflow.models.gemma.tokens import text_tokens
 from chatflow.models.parts import Result
 from chatflow.weights.keras_loading import is_of_scoring, load_backbone
 
@@ -96,14 +96,14 @@ class _Prompt(NamedTuple):
 
 
 class Engine:
-    """A Gemma 1, 2 or 3 text model of keras_hub's with its tokenizer, ready to score and decode.
+    """A decoder of keras_hub's with its tokenizer, ready to score and decode.
 
     `counts` has `prefill_tokens`, `decode_steps` and `decoded_tokens` so far. Raises `ValueError`
-    if the backbone is of another model.
+    if the backbone is of no known family, or if its tokenizer lacks a token of the chat template.
 
     Args:
-      instruct: wrap each prompt in Gemma's chat template, as one user turn. The turn tokens are
-        added by id, so that no text can imitate them.
+      instruct: wrap each prompt in the family's chat template, as one user turn. Control tokens
+        are added by id, so that no text can imitate them.
       scoring: an adapter of the tone: values of some variables by path, for rows that only score
         choices, after the prefix that all prompts of their template share.
     """
@@ -120,13 +120,19 @@ class Engine:
         self.scoring = self.forward.replaced(scoring or {})
         weakref.finalize(self, self.forward.release).atexit = False
         self.tokenizer = tokenizer
-        self.vocabulary = _vocabulary(tokenizer, backbone.vocabulary_size)
+        family = self.forward.family
+        self.encode, pieces = text_tokens(tokenizer)
+        size = self.forward.size.vocabulary
+        ends = {tokenizer.end_token_id, *map(self._control, family.ends)} - {None}
+        pieces = pieces[:size] + [b""] * (size - len(pieces))
+        self.vocabulary = Vocabulary(tuple(pieces), tuple(ends))
         self.counts: collections.Counter[str] = collections.Counter()
-        self._before, self._after = [self.tokenizer.start_token_id], []
+        start = tokenizer.start_token_id
+        self._before, self._after = [] if start is None else [start], []
         if instruct:
-            start, end = map(self.tokenizer.token_to_id, ("<start_of_turn>", "<end_of_turn>"))
-            self._before += [start, *self.encode("user\n")]
-            self._after = [end, *self.encode("\n"), start, *self.encode("model\n")]
+            before, after = family.turns(backbone)
+            self._before += self._turn(before)
+            self._after = self._turn(after)
         self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
         # A separate step reads all weights. A byte of a cache costs 7 times as much as one of the
         # weights (measured on a CPU), because caches are copied.
@@ -136,9 +142,27 @@ class Engine:
         self._rules: Rules
         self._longest = ENDLESS
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without a start token."""
-        return [int(i) for i in self.tokenizer(text)] if text else []
+    def _control(self, token: str) -> int | None:
+        """Returns the id of a control token, if the tokenizer has it."""
+        try:
+            found = int(self.tokenizer.token_to_id(token))
+        except ValueError:  # as byte-pair tokenizers say it
+            return None
+        return found if self.tokenizer.id_to_token(found) == token else None
+
+    def _turn(self, text: str) -> list[int]:
+        """Returns the ids of a part of the chat template, in which control tokens are spelled."""
+        ids: list[int] = []
+        at = 0
+        for match in CONTROL_TOKEN.finditer(text):
+            if (control := self._control(match[0])) is None:
+                raise ValueError(
+                    f"its tokenizer has no {match[0]}, so it is not tuned to follow instructions; "
+                    "give --model_kind=base"
+                )
+            ids += [*self.encode(text[at : match.start()]), control]
+            at = match.end()
+        return ids + self.encode(text[at:])
 
     def run(self, rows: Sequence[Row]) -> list[Result | PromptTooLongError]:
         """Returns one result or error per row, in order.
@@ -486,28 +510,6 @@ def _pooled(states: np.ndarray, pieces: np.ndarray) -> States:
     return States(mean.astype(np.float32), last, pieces)
 
 
-def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """Returns the bytes of each token; tokens that never occur in a text have none."""
-    pieces = []
-    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
-    for token in range(min(size, model.vocab_size())):
-        piece = model.id_to_piece(token)
-        if model.is_byte(token):
-            pieces.append(bytes([int(piece[3:-1], 16)]))
-        elif (
-            model.is_control(token)
-            or model.is_unknown(token)
-            or model.is_unused(token)
-            or CONTROL_TOKEN.fullmatch(piece)
-        ):
-            pieces.append(b"")
-        else:
-            pieces.append(piece.replace("▁", " ").encode())
-    pieces += [b""] * (size - len(pieces))
-    ends = {tokenizer.end_token_id, tokenizer.token_to_id("<end_of_turn>")}
-    return Vocabulary(tuple(pieces), tuple(ends - {model.unk_id()}))
-
-
 def load_engine(
     preset: str,
     dtype: str = "auto",
@@ -525,7 +527,7 @@ def load_engine(
         `chatflow tune` made it, only in the scoring pass, the only one that it is trained for.
 
     Raises:
-      ValueError: the preset is not a Gemma 1, 2 or 3 text model, or the adapter does not fit it.
+      ValueError: the preset is of no known family, or the adapter does not fit it.
     """
     scoring = None
     if adapter and is_of_scoring(adapter):

@@ -1,7 +1,7 @@
-"""Prefill and decode of keras_hub's Gemma models on the device, compiled by JAX.
+"""Prefill and decode of keras_hub's decoders on the device, compiled by JAX.
 
 Rows are independent calls of keras_hub's `call_with_cache` under `jax.vmap`, each at its own
-position, so that attention, sliding windows and soft caps of Gemma 1, 2 and 3 are keras_hub's. The
+position, so that attention, sliding windows and soft caps of each family are keras_hub's. The
 causal mask hides what stands after a row's end in its cache, and later tokens overwrite it.
 
 Arrays have few shapes, so that little is compiled: `rows` and `total` (the positions of a cache)
@@ -22,9 +22,10 @@ import keras_hub
 import numpy as np
 
 from chatflow.models.gemma.grammar import DONE, Automaton
+from chatflow.weights.families import family_of
 
 Cache = Any
-"""Keys and values: a tree of arrays `[rows, …, total, heads, head_dim]`."""
+"""Keys and values: a tree of arrays `[rows, …]`; see `Family.position_axis`."""
 
 
 _TURNED = ("query/kernel", "attention_output/kernel")
@@ -77,20 +78,20 @@ def _compiled(**options: Any) -> Callable[[MethodT], MethodT]:
 
 
 class Forward:
-    """A Gemma 1, 2 or 3 text backbone of keras_hub's and its compiled functions.
+    """A backbone of one of the `FAMILIES` and its compiled functions, for text only.
 
     `weights` are the values of the model's variables, which every function takes; `compilations`
     counts the functions compiled so far. Raises `ValueError` if the backbone is of another model.
     """
 
     def __init__(self, backbone: Any):
-        if isinstance(backbone, keras_hub.models.Gemma3Backbone):
-            causal_lm, self._position_axis = keras_hub.models.Gemma3CausalLM, 1
-        elif isinstance(backbone, keras_hub.models.GemmaBackbone):
-            causal_lm, self._position_axis = keras_hub.models.GemmaCausalLM, 3
-        else:
-            raise ValueError(f"a {type(backbone).__name__} is not a Gemma model")
+        self.family = family_of(backbone)
+        causal_lm = getattr(keras_hub.models, f"{self.family.name}CausalLM")
         self.model = causal_lm(backbone=backbone, preprocessor=None)
+        self.size = self.family.sizes(backbone)
+        self._position_axis = self.family.position_axis
+        # Gemma 3n's text model is a part of its backbone.
+        self._embedding = getattr(backbone, "language_model", backbone).token_embedding
         self._turned = [
             variable.ndim == 3 and variable.path.endswith(_TURNED)
             for variable in self.model.variables
@@ -144,7 +145,7 @@ class Forward:
 
     @property
     def layers(self) -> int:
-        return int(self.model.backbone.num_layers)
+        return self.size.layers
 
     @property
     def cache_bytes(self) -> int:
@@ -224,8 +225,7 @@ class Forward:
             ]
             return jnp.where(ends_here[:, None], found, last), cache
 
-        backbone = self.model.backbone
-        last = jnp.zeros((tokens.shape[0], backbone.hidden_dim), backbone.compute_dtype)
+        last = jnp.zeros((tokens.shape[0], self.size.hidden), self.model.backbone.compute_dtype)
         chunks = (jnp.max(lengths) + chunk - 1) // chunk
         hidden, cache = jax.lax.fori_loop(0, chunks, feed, (last, cache))
         return hidden, cache
@@ -249,7 +249,6 @@ class Forward:
         """
         self.compilations += 1
         run = jax.vmap(functools.partial(self.states, layers=layers), in_axes=(None, 0, 0, 0))
-        backbone = self.model.backbone
 
         def feed(number: Any, state: Any) -> Any:
             found, cache = state
@@ -258,8 +257,8 @@ class Forward:
             states, cache = run(weights, part, cache, starts + begin)
             return jax.lax.dynamic_update_slice_in_dim(found, states, begin, axis=1), cache
 
-        shape = (*tokens.shape, len(layers), backbone.hidden_dim)
-        found = jnp.zeros(shape, backbone.compute_dtype)
+        shape = (*tokens.shape, len(layers), self.size.hidden)
+        found = jnp.zeros(shape, self.model.backbone.compute_dtype)
         chunks = (jnp.max(lengths) + chunk - 1) // chunk
         found, cache = jax.lax.fori_loop(0, chunks, feed, (found, cache))
         return found, cache
@@ -348,16 +347,13 @@ class Forward:
         )
 
     def _zeros(self, rows: int, total: int) -> Cache:
-        backbone = self.model.backbone
-        heads, dim = backbone.num_key_value_heads, backbone.head_dim
+        layers, heads, dim = self.size[:3]
+        dtype = self.model.backbone.compute_dtype
         if self._position_axis == 1:
-            shape: tuple[int, ...] = (rows, total, heads, dim)
-            return tuple(
-                (jnp.zeros(shape, backbone.compute_dtype), jnp.zeros(shape, backbone.compute_dtype))
-                for _ in range(backbone.num_layers)
-            )
-        shape = (rows, backbone.num_layers, 2, total, heads, dim)
-        return jnp.zeros(shape, backbone.compute_dtype)
+            one = (rows, total, heads, dim)
+            return tuple((jnp.zeros(one, dtype), jnp.zeros(one, dtype)) for _ in range(layers))
+        positions = (total, heads) if self._position_axis == 3 else (heads, total)
+        return jnp.zeros((rows, layers, 2, *positions, dim), dtype)
 
     def _using(self, weights: Any) -> Any:
         """Returns a scope in which the model's variables have these values."""
@@ -371,8 +367,13 @@ class Forward:
         """Runs one row: tokens [n] at cache position `start` -> hidden [n, hidden], cache."""
         with self._using(weights):
             one = jax.tree.map(lambda x: x[None], cache)
-            _, hidden, filled = self.model.call_with_cache(tokens[None], one, start)
+            masks = {"padding_mask": self._all_of(one)} if self.family.masked else {}
+            _, hidden, filled = self.model.call_with_cache(tokens[None], one, start, **masks)
         return hidden[0], jax.tree.map(lambda x: x[0], filled)
+
+    def _all_of(self, cache: Cache) -> jax.Array:
+        """Returns a padding mask that leaves out no position of a cache of one row."""
+        return jnp.ones((1, jax.tree.leaves(cache)[0].shape[self._position_axis]), bool)
 
     def states(
         self,
@@ -386,7 +387,7 @@ class Forward:
         """Runs one row: tokens [n] at cache position `start` -> [n, layers, hidden], cache.
 
         Each state is divided by its root mean square, as some are a thousand times larger.
-        Does what keras_hub's `call_with_cache` does up to the highest of the `layers`.
+        Does what keras_hub's `call_with_cache` of Gemma 1 to 3 does up to the highest of `layers`.
         """
         backbone = self.model.backbone
         caches = [cache[number] for number in range(max(layers))]
@@ -413,5 +414,5 @@ class Forward:
     def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
         """Returns logits [rows, vocabulary] of hidden states [rows, hidden]."""
         with self._using(weights):
-            logits: jax.Array = self.model.backbone.token_embedding(hidden, reverse=True)
+            logits: jax.Array = self._embedding(hidden, reverse=True)
             return logits

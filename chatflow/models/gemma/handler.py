@@ -1,4 +1,4 @@
-"""Gemma on the workers: keras_hub on the JAX backend, behind a Beam model handler."""
+"""Gemma and other decoders on the workers: keras_hub on JAX, behind a Beam model handler."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from chatflow.models.spec import Kind, ModelSpec, Say
 from chatflow.options import ONE_BUNDLE, ONE_COPY, Batching, WorkerSettings
 from chatflow.weights import embedded
 from chatflow.weights.adapters import ENDS, local_adapter
+from chatflow.weights.families import family_named
 from chatflow.weights.heads import chosen_heads, local_heads
 from chatflow.weights.presets import (
     MARKERS,
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class GemmaModel(EngineModel):
-    """A loaded Gemma that answers part by part.
+    """A loaded decoder that answers part by part.
 
     `adapter` and `heads` are local files. Raises `UsageError` if the heads were fitted on the
     states of another model.
@@ -145,11 +146,11 @@ def row_of(part: Part) -> Row:
 
 
 class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
-    """Gemma 1, 2 or 3, with one copy of the weights for all processes and steps of a worker.
+    """A decoder of keras_hub's, with one copy of the weights for all processes of a worker.
 
     Args:
       preset: `gemma3-270m` (embedded), a keras_hub name, a folder, `hf://`, `kaggle://` or `gs://`.
-      instruct: wrap prompts in turns of Gemma's chat template; None: as the preset's name says.
+      instruct: wrap prompts in turns of the chat template; None: as the preset's name says.
       settings, expected, updates: see `LanguageModelHandler`.
       adapter: LoRA weights for the preset, see `weights.adapters`; empty: none.
       heads: what chooses from its states, see `choices.heads`; empty: none.
@@ -194,10 +195,9 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
 
 
 class Gemma(Kind):
-    """Gemma on the workers: the embedded one and those that keras_hub loads."""
+    """A decoder on the workers: the embedded Gemma, and those that keras_hub loads."""
 
     update_files = (*MARKERS, ENDS)
-    adaptable = True
 
     def check(self, spec: ModelSpec) -> None:
         if spec.worker.dtype == "float16":
@@ -206,6 +206,16 @@ class Gemma(Kind):
                 "float32 or bfloat16, because Gemma's activations are too large for float16"
             )
         check_preset(spec.name)
+        family = family_named(spec.name)
+        if family is not None and spec.worker.quantization != "none" and not family.quantizes:
+            raise UsageError(
+                f"--quantization={spec.worker.quantization}: keras_hub cannot quantise "
+                f"{family.name}; leave it out"
+            )
+
+    def adaptable(self, spec: ModelSpec) -> bool:
+        family = family_named(spec.name)
+        return family is None or family.learns
 
     def heads(self, spec: ModelSpec) -> str:
         return chosen_heads(spec.heads, spec.name, spec.instruct)

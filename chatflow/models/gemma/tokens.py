@@ -1,0 +1,76 @@
+"""What the tokens of keras_hub's tokenizers write, and how text becomes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras_hub
+import sentencepiece
+
+from chatflow.chat_text import CONTROL_TOKEN
+
+Encode = Callable[[str], list[int]]
+
+
+def text_tokens(tokenizer: Any) -> tuple[Encode, list[bytes]]:
+    """Returns a function from a text to token ids, and the bytes that each token writes, by id.
+
+    A text never becomes control tokens, whatever it says. Tokens that never occur in a text, as
+    these, write nothing.
+    """
+    if isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
+        # One that knows no control tokens, which else are looked for in the text.
+        plain = keras_hub.tokenizers.BytePairTokenizer(
+            tokenizer.vocabulary, tokenizer.merges, unsplittable_tokens=[]
+        )
+        return _encoder(plain), _pieces_of_pairs(tokenizer.vocabulary, tokenizer.merges)
+    return _encoder(tokenizer), _pieces_of_sentences(tokenizer.proto)
+
+
+def _encoder(tokenizer: Any) -> Encode:
+    return lambda text: [int(i) for i in tokenizer(text)] if text else []
+
+
+def _pieces_of_sentences(proto: bytes) -> list[bytes]:
+    """Returns the bytes of each token of a SentencePiece model."""
+    pieces = []
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    for token in range(model.vocab_size()):
+        piece = model.id_to_piece(token)
+        if model.is_byte(token):
+            pieces.append(bytes([int(piece[3:-1], 16)]))
+        elif (
+            model.is_control(token)
+            or model.is_unknown(token)
+            or model.is_unused(token)
+            or CONTROL_TOKEN.fullmatch(piece)
+        ):
+            pieces.append(b"")
+        else:
+            pieces.append(piece.replace("▁", " ").encode())
+    return pieces
+
+
+def _pieces_of_pairs(vocabulary: dict[str, int], merges: list[str]) -> list[bytes]:
+    """Returns the bytes of each token of a byte-level BPE, as GPT-2's: a letter for each byte.
+
+    Only single letters and what merges make occur in a text.
+    """
+    letters = _letters()
+    in_text = {*letters, *(merge.replace(" ", "") for merge in merges)}
+    pieces = [b""] * (max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
+        if token in in_text:
+            pieces[number] = bytes(letters[letter] for letter in token)
+    return pieces
+
+
+def _letters() -> dict[str, int]:
+    """Returns the byte of each letter: printable Latin-1 stands for itself, others follow U+0100.
+
+    From https://github.com/openai/gpt-2/blob/master/src/encoder.py.
+    """
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(b): b for b in shown} | {chr(0x100 + at): b for at, b in enumerate(hidden)}

@@ -1,0 +1,170 @@
+"""The families of keras_hub's decoders that run on the workers, and what differs between them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Sizes(NamedTuple):
+    """What the engine must know of a backbone; `kv_heads` of `head` are those of the cache."""
+
+    layers: int
+    kv_heads: int
+    head: int
+    hidden: int
+    vocabulary: int
+
+
+class Family(NamedTuple):
+    """One family; `keras_hub.models` has its backbone and its causal model by `name`.
+
+    Attributes:
+      types: what Hugging Face's configurations call it.
+      known_as: a pattern of its names.
+      before, after: what the chat template of an instruct model puts around a prompt, as one turn
+        of the user; the answer follows.
+      no_thoughts: what follows `after` where the model would think aloud first.
+      thinks: whether a backbone's model thinks aloud unless it is told not to.
+      ends: control tokens that end an answer, beside the tokenizer's own end token.
+      sizes: returns those of a backbone.
+      position_axis: of the cache `[rows, layers, 2, positions, heads, head_dim]` or, with 4, of
+        `[rows, layers, 2, heads, positions, head_dim]`; with 1, each layer's keys and values are
+        arrays of their own: `[rows, positions, heads, head_dim]`.
+      masked: a call needs a padding mask over the whole cache.
+      quantizes: keras_hub can quantise it. As of 0.32, Gemma 3n's output then takes the int8 values
+        of its embedding for numbers, and SmolLM 3 has a layer that refuses.
+      learns: heads and adapters can be fitted to it.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    known_as: str
+    before: str
+    after: str
+    no_thoughts: str = ""
+    thinks: Callable[[Any], bool] = lambda backbone: True
+    ends: tuple[str, ...] = ()
+    sizes: Callable[[Any], Sizes] = lambda backbone: _sizes(backbone, backbone.head_dim)
+    position_axis: int = 3
+    masked: bool = False
+    quantizes: bool = True
+    learns: bool = False
+
+    def turns(self, backbone: Any) -> tuple[str, str]:
+        """Returns what stands before and after a prompt in the chat template."""
+        thoughts = self.no_thoughts if self.thinks(backbone) else ""
+        return self.before, self.after + thoughts
+
+
+def _sizes(backbone: Any, head: int) -> Sizes:
+    """Returns `Family.sizes` of a backbone with keras_hub's usual names."""
+    heads, hidden = backbone.num_key_value_heads, backbone.hidden_dim
+    return Sizes(backbone.num_layers, heads, head, hidden, backbone.vocabulary_size)
+
+
+_GEMMA_USER, _GEMMA_MODEL = (
+    "<start_of_turn>user\n",
+    "<end_of_turn>\n<start_of_turn>model\n",
+)
+
+_IM_MODEL = "<|im_end|>\n<|im_start|>assistant\n"
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        # https://ai.google.dev/gemma/docs/core/prompt-structure
+        Family(
+            "Gemma3", ("gemma3", "gemma3_text"), r"gemma[-_]?3(?!n)", _GEMMA_USER, _GEMMA_MODEL,
+            ends=("<end_of_turn>",), position_axis=1, learns=True,
+        ),
+        Family(
+            "Gemma3n", ("gemma3n", "gemma3n_text"), r"gemma[-_]?3n", _GEMMA_USER, _GEMMA_MODEL,
+            ends=("<end_of_turn>",), position_axis=4, masked=True, quantizes=False,
+            sizes=lambda b: Sizes(
+                b.num_hidden_layers, b.num_key_value_heads, b.head_dim, b.text_hidden_size,
+                b.text_vocab_size,
+            ),
+        ),
+        Family(
+            "Gemma", ("gemma", "gemma2"), r"gemma(?![-_]?[34])", _GEMMA_USER, _GEMMA_MODEL,
+            ends=("<end_of_turn>",), learns=True,
+        ),
+        # https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4; the small ones (E2B, E4B),
+        # which have inputs of each layer's own, do not think unasked.
+        Family(
+            "Gemma4", ("gemma4", "gemma4_text"), r"gemma[-_]?4",
+            "<|turn>user\n", "<turn|>\n<|turn>model\n",
+            no_thoughts="<|channel>thought\n<channel|>",
+            thinks=lambda backbone: not backbone.hidden_size_per_layer_input,
+            ends=("<turn|>",),
+            sizes=lambda b: _sizes(b, max(b.head_dim, b.global_head_dim or 0)),
+        ),
+        # https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-3
+        Family(
+            "Llama3", ("llama",), r"llama[-_]?3",
+            "<|start_header_id|>user<|end_header_id|>\n\n",
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            ends=("<|eot_id|>",), sizes=lambda b: _sizes(b, b.hidden_dim // b.num_query_heads),
+        ),
+        # https://huggingface.co/Qwen/Qwen3-8B, with `enable_thinking=False`.
+        Family(
+            "Qwen3", ("qwen3",), r"qwen[-_]?3(?!\.\d|[-_]?(?:moe|vl|next|omni|embedding))",
+            "<|im_start|>user\n", _IM_MODEL, no_thoughts="<think>\n\n</think>\n\n",
+            ends=("<|im_end|>", "<|endoftext|>"),
+        ),
+        # https://huggingface.co/HuggingFaceTB/SmolLM3-3B, in its mode /no_think; its template also
+        # gives the date, which would make each day's answers others.
+        Family(
+            "SmolLM3", ("smollm3",), r"smollm[-_]?3",
+            "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
+            "Reasoning Mode: /no_think\n\n## Custom Instructions\n\n"
+            "You are a helpful AI assistant named SmolLM, trained by Hugging Face.\n\n"
+            "<|im_end|>\n<|im_start|>user\n",
+            _IM_MODEL, no_thoughts="<think>\n\n</think>\n", quantizes=False,
+            ends=("<|im_end|>",), sizes=lambda b: _sizes(b, b.hidden_dim // b.num_attention_heads),
+        ),
+    )
+}  # fmt: skip
+"""By name."""
+
+ALL = "Gemma 1 to 4 and 3n, Llama 3, Qwen 3 and SmolLM 3"
+
+
+def family_of(backbone: Any) -> Family:
+    """Returns a backbone's family; raises `ValueError` if the engine runs none such."""
+    name = type(backbone).__name__.removesuffix("Backbone")
+    if name not in FAMILIES:
+        raise ValueError(f"is a {name} model; {ALL} run on the workers")
+    return FAMILIES[name]
+
+
+def family_named(model: str) -> Family | None:
+    """Returns the family of a local folder, or that a name tells, without loading anything.
+
+    Raises `ValueError` if a folder holds another model.
+
+    >>> family_named("hf://google/gemma-3n-E2B-it").name, family_named("gemma3-270m").name
+    ('Gemma3n', 'Gemma3')
+    >>> family_named("qwen3_0.6b_en").name, family_named("hf://me/mine")
+    ('Qwen3', None)
+    """
+    config = Path(model, "config.json")
+    if "://" not in model and config.is_file():
+        return family_in(json.loads(config.read_text()))
+    last = model.lower().rstrip("/").rsplit("/", 1)[-1]
+    found = (f for f in FAMILIES.values() if re.search(rf"(?<![a-z]){f.known_as}", last))
+    return next(found, None)
+
+
+def family_in(config: Mapping[str, Any]) -> Family:
+    """Returns the family in a configuration of Keras's or Hugging Face's; raises `ValueError`."""
+    registered = str(config.get("registered_name", "")).rpartition(">")[2]
+    kind = registered.removesuffix("Backbone") or config.get("model_type", "nameless")
+    for family in FAMILIES.values():
+        if family.name == kind or kind in family.types:
+            return family
+    raise ValueError(f"is a {kind} model; {ALL} run on the workers")
