@@ -197,8 +197,9 @@ class ModelSettings(Settings):
     )
     model: str = flag(
         DEFAULT_MODEL,
-        "The model. On the worker: gemma3-270m (embedded, needs no download), any Gemma preset of "
-        "keras_hub (gemma3_instruct_1b, …), a folder, hf://…, kaggle://… or gs://…; torch:NAME for "
+        "The model. On the worker: gemma3-270m (embedded, needs no download), a preset of "
+        "keras_hub of Gemma, Llama 3, Qwen 3 or SmolLM 3 (gemma3_instruct_1b, qwen3_4b_en, …), a "
+        "folder, hf://…, kaggle://… or gs://…; torch:NAME for "
         "T5 and other text models on PyTorch, vllm:NAME for one that vLLM serves on the worker's "
         "GPU (google/flan-t5-small, google/gemma-3-1b-it, a folder, gs://…). "
         "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI, openai:NAME at "
@@ -249,13 +250,13 @@ class ModelSettings(Settings):
         "(torch.save) or a file of safetensors, local or gs://.", _WORKER,
     )  # fmt: skip
     adapter: str = flag(
-        "", "LoRA weights of a Gemma on the worker, as `chatflow tune` makes them, "
+        "", "LoRA weights of a Gemma 1 to 3 on the worker, as `chatflow tune` makes them, "
         "*.lora.h5, local or gs://.",
         _WORKER,
     )  # fmt: skip
     heads: str = flag(
-        "auto", "What chooses tone, fields and sentences from the states of a Gemma on the worker, "
-        "as `chatflow tune` makes it, *.heads.npz, local or gs://; auto: chatflow's own, if the "
+        "auto", "What chooses tone, fields and sentences from the states of a Gemma 1 to 3 on the "
+        "worker, as `chatflow tune` makes it, *.heads.npz, local or gs://; auto: chatflow's own, if the "
         "model has some; none: the tone is scored behind examples.",
         _WORKER,
     )  # fmt: skip

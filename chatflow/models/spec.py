@@ -145,8 +145,8 @@ class ModelSpec:
       worker: how the weights are kept; unused remotely.
       remote: the service and how it is called; on the worker, only for vLLM.
       state_dict_path: weights of a `torch:` model, instead of its folder's own.
-      adapter: a file of LoRA for a Gemma on the worker; see `weights.adapters`.
-      heads: for a Gemma on the worker: `auto`, `none` or a file; see `choices.heads`.
+      adapter: a file of LoRA for a Gemma 1 to 3 on the worker; see `weights.adapters`.
+      heads: for a Gemma 1 to 3 on the worker: `auto`, `none` or a file; see `choices.heads`.
       updates: see `handlers.LanguageModelHandler`.
     """
 
@@ -199,7 +199,6 @@ class ModelSpec:
             raise UsageError(
                 f"--state_dict_path: only with --model=torch:NAME, not with --model={name}"
             )
-        kind.check(self)
         for flag, given, check in (
             ("adapter", self.adapter, check_adapter),
             ("heads", "" if self.heads in ("auto", "none") else self.heads, check_heads),
@@ -208,6 +207,7 @@ class ModelSpec:
                 raise UsageError(f"--{flag}: only for Gemma 1 to 3 on the workers, not for {name}")
             if given:
                 check(given)
+        kind.check(self)
 
     @property
     def kind(self) -> Kind:

@@ -303,8 +303,8 @@ def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder:
     layers, hidden, ffn, heads, kv_heads, vocabulary = (int(own[name]) for name in names.split())
     head = int(own.get("head_dim") or hidden // heads)
     norms, tied = 2, True
-    if family == "Gemma" and keras:
-        ffn //= 2  # Keras counts both halves of the gated layer, except in Gemma 3
+    if family in ("Gemma", "Gemma3") and keras:
+        ffn //= 2 if family == "Gemma" else 1  # where Keras counts both halves of the gated layer
         norms += bool(own.get("use_post_attention_norm")) + bool(own.get("use_post_ffw_norm"))
     elif family == "Gemma3" or config.get("model_type") == "gemma2":
         norms = 4

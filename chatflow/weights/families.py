@@ -143,9 +143,9 @@ def family_of(backbone: Any) -> Family:
 
 
 def family_named(model: str) -> Family | None:
-    """Returns the family of a local folder, or that a name tells, without loading anything.
+    """Returns the family that a local folder or a name tells, if any; loads nothing.
 
-    Raises `ValueError` if a folder holds another model.
+    Raises `ValueError` if a folder holds a model of another family.
 
     >>> family_named("hf://google/gemma-3n-E2B-it").name, family_named("gemma3-270m").name
     ('Gemma3n', 'Gemma3')
@@ -154,7 +154,8 @@ def family_named(model: str) -> Family | None:
     """
     config = Path(model, "config.json")
     if "://" not in model and config.is_file():
-        return family_in(json.loads(config.read_text()))
+        found = json.loads(config.read_text())
+        return family_in(found) if _kind_in(found) else None
     last = model.lower().rstrip("/").rsplit("/", 1)[-1]
     found = (f for f in FAMILIES.values() if re.search(rf"(?<![a-z]){f.known_as}", last))
     return next(found, None)
@@ -162,9 +163,13 @@ def family_named(model: str) -> Family | None:
 
 def family_in(config: Mapping[str, Any]) -> Family:
     """Returns the family in a configuration of Keras's or Hugging Face's; raises `ValueError`."""
-    registered = str(config.get("registered_name", "")).rpartition(">")[2]
-    kind = registered.removesuffix("Backbone") or config.get("model_type", "nameless")
+    kind = _kind_in(config)
     for family in FAMILIES.values():
         if family.name == kind or kind in family.types:
             return family
-    raise ValueError(f"is a {kind} model; {ALL} run on the workers")
+    raise ValueError(f"is a {kind or 'nameless'} model; {ALL} run on the workers")
+
+
+def _kind_in(config: Mapping[str, Any]) -> str:
+    registered = str(config.get("registered_name", "")).rpartition(">")[2]
+    return registered.removesuffix("Backbone") or str(config.get("model_type", ""))

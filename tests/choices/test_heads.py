@@ -99,7 +99,7 @@ def test_a_name_that_is_none_of_heads_is_said_to_be_so(heads, says):
 
 def test_heads_are_for_gemma_on_the_workers_alone(path):
     tiny_heads(path, base())
-    with pytest.raises(UsageError, match="--heads: only for Gemma on the workers"):
+    with pytest.raises(UsageError, match="--heads: only for Gemma 1 to 3 on the workers"):
         ModelSpec("gemini-2.5-flash", "remote", heads=path)
     assert ModelSpec(heads=path).result_name == f"gemma3-270m@{path}"
     assert ModelSpec(heads=path).own_heads == path

@@ -133,7 +133,7 @@ def test_it_prints_the_flags_of_a_run(capsys, arguments, said):
         (["--model", "llama"], "--model=llama: its size is not known"),
         (
             ["--model", "file:///nowhere"],
-            "--model=file:///nowhere: no Gemma's or T5's config",
+            "--model=file:///nowhere: no config.json of a known model",
         ),
         (["--accelerator", "tpu", "--model", "gemma3_1b"], "--accelerator=tpu: not in the table"),
         (["--machine_type", "e2-micro", "--model", "gemma3_1b"], "--machine_type=e2-micro: not in"),

@@ -214,6 +214,7 @@ class Gemma(Kind):
             )
 
     def adaptable(self, spec: ModelSpec) -> bool:
+        check_preset(spec.name)
         family = family_named(spec.name)
         return family is None or family.learns
 
