@@ -256,8 +256,8 @@ class ModelSettings(Settings):
     )  # fmt: skip
     heads: str = flag(
         "auto", "What chooses tone, fields and sentences from the states of a Gemma 1 to 3 on the "
-        "worker, as `chatflow tune` makes it, *.heads.npz, local or gs://; auto: chatflow's own, if the "
-        "model has some; none: the tone is scored behind examples.",
+        "worker, as `chatflow tune` makes it, *.heads.npz, local or gs://; auto: chatflow's own, "
+        "if the model has some; none: the tone is scored behind examples.",
         _WORKER,
     )  # fmt: skip
 
