@@ -132,6 +132,7 @@ class Answer:
       finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
       chosen: what heads chose, for a prompt that is only read; the text is then empty.
       repairs: `asked_again`, if a first answer was unusable; `FALLBACK`.
+      first: why the model that was asked first gave none, after `FALLBACK`.
     """
 
     text: str
@@ -144,6 +145,7 @@ class Answer:
     tone_scores: tuple[tuple[str, float], ...] = ()
     repairs: tuple[str, ...] = ()
     chosen: Chosen | None = None
+    first: Failure | None = None
 
     @property
     def circumstances(self) -> str:
@@ -160,6 +162,7 @@ class Failure:
       reason: a short code for counting, e.g. `prompt_too_long`.
       answer, prompt_tokens, answer_tokens, cached_tokens: what the model said and used
         nevertheless.
+      other: why `Request.otherwise` was not answered, either.
     """
 
     reason: str
@@ -168,6 +171,7 @@ class Failure:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     cached_tokens: int = 0
+    other: Failure | None = None
 
 
 def with_others(
@@ -189,12 +193,8 @@ def with_others(
 
 
 def _instead_of(first: Failure, other: Answer | Failure) -> Answer | Failure:
-    """Returns the other model's answer after a first failure, with what both have cost."""
-    cost = {
-        name: getattr(first, name) + getattr(other, name)
-        for name in ("prompt_tokens", "answer_tokens", "cached_tokens")
-    }
+    """Returns the other model's answer after a first failure; each keeps what it has cost."""
     if isinstance(other, Failure):
         said = f"{first.error}; and the other model: {other.error}"
-        return dataclasses.replace(first, error=said, **cost)
-    return dataclasses.replace(other, repairs=(*other.repairs, FALLBACK), **cost)
+        return dataclasses.replace(first, error=said, other=other)
+    return dataclasses.replace(other, repairs=(*other.repairs, FALLBACK), first=first)

@@ -13,7 +13,7 @@ from chatflow import metrics
 from chatflow.chat_text import encodable
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
-from chatflow.models.requests import FALLBACK, Answer, Failure
+from chatflow.models.requests import FALLBACK, Answer, Failure, Request
 from chatflow.models.spec import Model, name_of
 from chatflow.prompts.questions import ChatQuestion, Question
 from chatflow.records import AnalysedChat
@@ -89,19 +89,28 @@ def tried(
     """Yields an answer or a failure with the question that it is for; counts tokens."""
     question, prediction = result
     inference: Answer | Failure = prediction.inference
-    if isinstance(inference, Answer) and FALLBACK in inference.repairs:
-        question = getattr(question, "otherwise", None) or question
-    model = name_of(question.request.model)
-    for kind in ("prompt_tokens", "answer_tokens", "cached_tokens"):
-        metrics.count(kind, getattr(inference, kind))
-        metrics.count(f"{kind}_of/{model}", getattr(inference, kind))
+    request = question.request
     if isinstance(inference, Failure):
+        _count_tokens(request, inference)
+        _count_tokens(request.otherwise, inference.other)
         yield Unanswered(question, inference)
         return
+    if FALLBACK in inference.repairs:
+        _count_tokens(request, inference.first)
+        question = getattr(question, "otherwise", None) or question
+    _count_tokens(question.request, inference)
     metrics.observe("prompt_tokens_per_answer", inference.prompt_tokens)
     metrics.observe("answer_tokens_per_answer", inference.answer_tokens)
     metrics.observe("latency_ms", round(inference.seconds * 1000))
     yield Answered(question, dataclasses.replace(inference, text=encodable(inference.text)))
+
+
+def _count_tokens(request: Request | None, said: Answer | Failure | None) -> None:
+    """Counts what a model has used, in all and by its name."""
+    for kind in ("prompt_tokens", "answer_tokens", "cached_tokens"):
+        if request is not None and said is not None:
+            metrics.count(kind, getattr(said, kind))
+            metrics.count(f"{kind}_of/{name_of(request.model)}", getattr(said, kind))
 
 
 @payload_of.register

@@ -1,14 +1,17 @@
 """Other models beside the first: for the drafts, for what it is not sure of, where it fails."""
 
+import collections
 import dataclasses
 import json
 
 import pytest
+from apache_beam.ml.inference.base import PredictionResult
 from conftest import APOLOGY, SCRIPTED, chat, read, scripted
 from tiny import tiny_gemma, tiny_heads
 
+from chatflow import metrics
 from chatflow.errors import ElementError, UsageError
-from chatflow.models.requests import Answer, Failure, Request
+from chatflow.models.requests import Failure, Request
 from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.models.several import SeveralModels
 from chatflow.models.spec import ModelSpec
@@ -19,7 +22,7 @@ from chatflow.prompts.templates import load_folder
 from chatflow.records import AnalysedChat, Analysis, FieldValue
 from chatflow.running.launch import execute
 from chatflow.stages.analyse import ask_again, second_opinion
-from chatflow.stages.ask import tried
+from chatflow.stages.ask import Answered, Unanswered, tried
 
 
 @pytest.fixture
@@ -73,7 +76,10 @@ def test_where_a_model_gives_no_answer_another_one_is_asked(tmp_path, lines, mod
     assert letter["error"].count("the script fails with down") == 2
 
 
-def test_what_a_failed_call_cost_is_paid_for_beside_the_answer():
+@pytest.mark.parametrize("answered", [True, False])
+def test_what_each_model_has_used_is_counted_by_its_name(monkeypatch, prompt, answered):
+    """Also of one that gave no answer."""
+
     class Failing(ScriptedModelHandler):
         def load_model(self):
             return self
@@ -85,12 +91,23 @@ def test_what_a_failed_call_cost_is_paid_for_beside_the_answer():
             return {}
 
     good = ScriptedModelHandler(lambda request: "three short words")
-    models = SeveralModels({"a": Failing(lambda request: ""), "b": good})
-    other = Request("2", "analysis", "7", "c", (), model="b")
-    first = Request("1", "analysis", "7", "c", (), model="a", otherwise=other)
-    (answer,) = models.answer([first])
-    assert isinstance(answer, Answer)
-    assert (answer.prompt_tokens, answer.answer_tokens, answer.cached_tokens) == (5, 5, 1)
+    failing = Failing(lambda request: "")
+    models = SeveralModels({"a#1": failing, "b#2": good if answered else failing})
+    other = Request("2", "analysis", "7", "c", (), model="b#2")
+    first = Request("1", "analysis", "7", "c", (), model="a#1", otherwise=other)
+    (found,) = models.answer([first])
+    counts = collections.Counter()
+    monkeypatch.setattr(metrics, "count", lambda name, n=1: counts.update({name: n}))
+    asked = prompt.question(CHATS[0], "c")
+    question = dataclasses.replace(
+        asked, request=first, otherwise=dataclasses.replace(asked, request=other)
+    )
+    (said,) = tried((question, PredictionResult(question, found)))
+    assert isinstance(said, Answered if answered else Unanswered)
+    assert (counts["prompt_tokens_of/a"], counts["answer_tokens_of/a"]) == (5, 2)
+    used = (0, 3) if answered else (5, 2)
+    assert (counts["prompt_tokens_of/b"], counts["answer_tokens_of/b"]) == used
+    assert counts["answer_tokens"] == 2 + used[1]
 
 
 def unsure(confidence, **fields):
