@@ -121,6 +121,16 @@ class Places(Settings):
         "", "File with texts that your system writes in the place of words, such as \"This message "
         "was deleted\"; a text a line, beside those that are known.", _DATA,
     )  # fmt: skip
+    input_format: str = flag(
+        "auto", "The format of the input, if it is not to be found by what it begins with: "
+        "chatflow (its own JSON), csv, parquet, slack, whatsapp, or JSON of cx_insights, "
+        "contact_lens, zendesk, intercom, chatwoot, telegram, openai or sharegpt.", _DATA,
+    )  # fmt: skip
+    columns: str = flag(
+        "", "Which column of a table is what, as FIELD=COLUMN,…; fields are chat, text, who (the "
+        "role), user, at, id, reply and private. Columns whose names leave no doubt need none.",
+        _DATA,
+    )  # fmt: skip
     max_line_bytes: int = flag(
         MAX_LINE_BYTES, "A longer input line becomes a dead letter.", _DATA, least=1
     )

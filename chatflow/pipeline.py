@@ -22,7 +22,7 @@ from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis
 from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
-from chatflow.sources.chats import Customs, customs_of
+from chatflow.sources.chats import Customs, customs_by
 from chatflow.sources.parse import ParseArrivals
 from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
 from chatflow.sources.results import ReadResults
@@ -109,7 +109,7 @@ def plan(
         model_of(routes, first, streaming, options),
         first,
         options.take(Rules),
-        customs_of(options.roles, options.placeholders),
+        customs_by(options),
         {
             kind: split_destinations(kind, getattr(options, kind), options.output, options.database)
             for kind in KINDS
@@ -172,7 +172,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
 
     inputs = split_inputs(options.input)
     arrivals = pipeline | "ReadArrivals" >> ReadArrivals(
-        inputs, options.id_label, options.max_line_bytes
+        inputs, options.id_label, options.max_line_bytes, plan.customs
     )
     if plan.replay:
         opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters(options.max_line_bytes)

@@ -33,11 +33,14 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -> int:
     """Starts the pipeline and waits for it, unless told not to; returns the exit code."""
+    from chatflow.sources.chats import customs_by
     from chatflow.sources.read import check_input
 
     options = from_flags(parsed, required=("input",))
     if "://" not in options.input:
-        check_input(options.input)  # before the seconds that it takes to import the rest
+        check_input(
+            options.input, customs_by(options)
+        )  # before the seconds that it takes to import the rest
     from chatflow.running.launch import execute, start
 
     if "--no_wait_until_finish" in rest:

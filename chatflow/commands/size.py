@@ -18,7 +18,7 @@ from chatflow.weights import embedded
 from chatflow.weights.architectures import DECODERS, Architecture, EncoderDecoder, architecture_of
 
 DESCRIPTION = """
-Computes the room that a Gemma needs on a worker, the smallest machine that has it, how
+Computes the room that a model needs on a worker, the smallest machine that has it, how
 many of them for so many chats, and what they cost on Dataflow. Without --model, a
 table of all. --summary=flags prints the flags of `chatflow run` for it.
 

@@ -183,6 +183,8 @@ def _heads(parsed: argparse.Namespace, options: Options, prompt: Any, console: C
     if not plain:
         preset = local_preset(spec.name, console.print)
         engine = load_engine(preset, options.dtype, spec.instruct, "none", spec.adapter)
+        if not engine.forward.family.learns:
+            raise UsageError(f"--model={spec.name}: cannot be tuned here; give a Gemma 1 to 3")
         kept = {"template": prompt.reading_hash, "weights": engine.forward.fingerprint}
     if given and (given.template, given.weights, given.layers) != (*kept.values(), layers):
         console.print("the heads of --heads are of another model, template or layers: left out")

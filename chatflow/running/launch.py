@@ -132,13 +132,15 @@ def prepare(
     from chatflow.pipeline import build, plan
     from chatflow.running.manifest import shown_flags
     from chatflow.sinks.write import by_sink, is_file, shown
+    from chatflow.sources.chats import customs_by
+    from chatflow.sources.lines import about
     from chatflow.sources.read import check_input, check_messages, is_stream
 
     own_flags = [shown(flag) for flag in options.flags()]
     beam_flags = beam_options(flags, is_stream(options.input), own_flags)
     local = is_local(beam_flags)
     quieten(local)
-    inputs = check_input(options.input)
+    inputs = check_input(options.input, customs_by(options))
     planned = plan(options, cloud_of(beam_flags, options), replay, drafts)
     check_earlier(planned, local, not is_dataflow(beam_flags))
     check_accelerator(planned, beam_flags)
@@ -154,6 +156,9 @@ def prepare(
         tell(results, say)
         if local:
             check_messages(options.input)
+            for path in inputs[:1]:
+                if found := about(path, planned.customs):
+                    say(f"{path} is {found}", soft_wrap=True)
         else:
             check_credentials(beam_flags)
         share_files = not is_dataflow(beam_flags)

@@ -56,14 +56,14 @@ def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
     """Yields each line as a message, whatever it contains; its chat's id is the key."""
     for line in lines:
         read = _parse(line)
-        yield Line(line, read.chat_id if read else "")
+        yield Line(line, read[0].chat_id if read else "")
 
 
-def _parse(line: bytes) -> Chat | Event | None:
+def _parse(line: bytes) -> list[Chat | Event]:
     try:
         return parse_arrival(Arrival(line), timedelta(0))
     except Exception:  # whatever a line does to the parser, it is sent
-        return None
+        return []
 
 
 @dataclasses.dataclass
@@ -122,12 +122,12 @@ def chats_of(lines: Iterable[bytes]) -> tuple[list[Chat], list[bytes]]:
 
 def chats_in(lines: Iterable[bytes]) -> Iterator[Chat]:
     """Yields the whole chats among lines."""
-    return (read for read in map(_parse, lines) if isinstance(read, Chat))
+    return (one for line in lines for one in _parse(line) if isinstance(one, Chat))
 
 
 def others_in(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Yields the lines that are not whole chats."""
-    return (line for line in lines if not isinstance(_parse(line), Chat))
+    return (line for line in lines if not any(isinstance(one, Chat) for one in _parse(line)))
 
 
 def send(

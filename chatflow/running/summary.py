@@ -168,6 +168,7 @@ class Summary:
                 "duplicate_messages": self.get("duplicate_messages") + self.get("duplicate_events"),
                 **{name: self.get(name) for name in _REDUCED},
             },
+            "formats": self.under("formats"),
             "input": self.under("input"),
             "repaired": self.under("repaired"),
             "escalated": {

@@ -83,6 +83,7 @@ def counts_table(summary: Summary) -> Table:
     rows = {
         "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats"
         f" and {values['messages_read']:,} messages",
+        "formats": listed(_spaced(values["formats"])),
         "assembled": f"{values['chats_assembled']:,} chats and revisions of messages",
         "analysed": f"{values['analysed']:,} of {values['asked']:,} users asked about: "
         + listed(values["sentiment"]),
@@ -97,6 +98,8 @@ def counts_table(summary: Summary) -> Table:
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
         "lost": f"{values['lost']:,}",
     }
+    if not values["formats"]:
+        del rows["formats"]
     if values["skipped"]:
         rows["done before"] = f"{values['skipped']:,} users, whose analysis earlier results hold"
     if values["answers_known"]:

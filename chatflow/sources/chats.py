@@ -18,6 +18,7 @@ from apache_beam.io.filesystems import FileSystems
 from pydantic import Field, TypeAdapter, ValidationError
 
 from chatflow.errors import BadInputError, UsageError, one_line
+from chatflow.options import Options
 from chatflow.records import (
     LARGEST_INTEGER,
     LONGEST_ID,
@@ -28,6 +29,8 @@ from chatflow.records import (
     newest_revision,
     validate,
 )
+from chatflow.sources.formats.objects import ALL
+from chatflow.sources.formats.tables import given_columns
 from chatflow.sources.said import PLACEHOLDERS, placeholder, said
 
 ROLES: Mapping[str, str] = {
@@ -53,10 +56,14 @@ class Customs:
     Attributes:
       roles: our role for each of theirs; a role that is not here stays as it is.
       placeholders: texts in the place of words, as `said.placeholder` writes them.
+      format: how they write chats; see `formats.objects`.
+      columns: which column of a table is what; see `formats.tables`.
     """
 
     roles: Mapping[str, str] = dataclasses.field(default_factory=lambda: ROLES)
     placeholders: frozenset[str] = PLACEHOLDERS
+    format: str = "auto"
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 USUAL = Customs()
@@ -65,8 +72,17 @@ USUAL = Customs()
 OURS = ("customer", "agent", "bot", SYSTEM)
 
 
-def customs_of(roles: str, placeholders: str) -> Customs:
-    """Returns the customs with those of `--roles` and `--placeholders`; raises `UsageError`."""
+def customs_by(options: Options) -> Customs:
+    """Returns the customs that the flags of a run say; raises `UsageError`."""
+    return customs_of(options.roles, options.placeholders, options.input_format, options.columns)
+
+
+def customs_of(roles: str, placeholders: str, format: str = "auto", columns: str = "") -> Customs:
+    """Returns the customs that four flags say: `--roles`, `--placeholders`, `--input_format` and
+    `--columns`; raises `UsageError`.
+    """
+    if format not in ALL:
+        raise UsageError(f"--input_format={format}: must be one of {', '.join(ALL)}")
     own = {}
     for pair in filter(None, map(str.strip, roles.split(","))):
         theirs, equals, ours = pair.rpartition("=")
@@ -84,7 +100,8 @@ def customs_of(roles: str, placeholders: str) -> Customs:
             raise UsageError(
                 f"--placeholders: {placeholders!r} cannot be read: {one_line(error)}"
             ) from None
-    return Customs({**ROLES, **own}, PLACEHOLDERS | {*filter(None, map(placeholder, texts))})
+    known = PLACEHOLDERS | {*filter(None, map(placeholder, texts))}
+    return Customs({**ROLES, **own}, known, format, given_columns(columns))
 
 
 def read_chat(

@@ -1,19 +1,24 @@
 """Reads the lines of files, each file for itself, within a limit of memory.
 
-Compression and encoding are found by what a file begins with, not by its name. What cannot be read
-is an `Arrival` with a fault, which says where it is; the lines before it are read.
+Compression, encoding and format are found by what a file begins with, not by its name. Tables,
+archives and other formats become lines of chatflow's own JSON. What cannot be read is an `Arrival`
+with a fault, which says where it is; the lines before it are read.
 """
 
 from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
+import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any
@@ -21,8 +26,12 @@ from typing import IO, Any
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from chatflow import metrics
 from chatflow.errors import UsageError, one_line
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
+from chatflow.sources.chats import USUAL, Customs
+from chatflow.sources.formats import slack, tables, whatsapp
+from chatflow.sources.formats.objects import OURS, as_ours
 
 BLOCK = 1 << 20
 RANGE = 64 << 20
@@ -45,39 +54,47 @@ def ranges_of(path: str, size: int) -> list[Range]:
     return [Range(path)]
 
 
-def read_lines(part: Range, most: int, plain: bool = False) -> Iterator[Arrival]:
+def read_lines(
+    part: Range, most: int, plain: bool = False, customs: Customs = USUAL
+) -> Iterator[Arrival]:
     """Yields the lines of a part of a file that are not blank, and the faults.
 
     Args:
       most: a line of more bytes is left out, as a fault.
       plain: the lines are texts, not JSON.
+      customs: the format of the file, and what the columns of a table are.
     """
-    read = _Reader(part, most)
-    try:
-        with _raw(part.path) as file:
-            yield from read.arrivals(file, plain)
-    except Exception as error:  # each filesystem and each compression has its own
-        yield read.broken(error)
+    return _Reader(part, most, customs).all(plain)
 
 
-def numbered(path: str, flag: str = "") -> Iterator[tuple[int, bytes]]:
+def numbered(path: str, flag: str = "", customs: Customs = USUAL) -> Iterator[tuple[int, bytes]]:
     """Yields the lines of a file that are not blank, with their numbers from 1.
 
     Raises `UsageError`, with the `flag` that names the file, if it cannot be read to its end.
     """
-    for arrival in read_lines(Range(path), most=LARGEST_INTEGER, plain=True):
+    for arrival in read_lines(Range(path), most=LARGEST_INTEGER - 1, customs=customs):
         if arrival.fault is not None:
             raise UsageError(f"{flag}: {arrival.fault.message}" if flag else arrival.fault.message)
         yield arrival.number, arrival.line
 
 
-def fault_of(path: str) -> Fault | None:
+def fault_of(path: str, customs: Customs = USUAL) -> Fault | None:
     """Returns what is wrong with a file as a whole, by its beginning; None if it can be read."""
     if os.path.exists(path) and not os.path.isfile(path):
         return None  # a pipe is read once
-    first = next(read_lines(Range(path), most=_HEAD), None)
+    read = _Reader(Range(path), _HEAD, customs, only_check=True)
+    first = next(read.all(), None)
     fault = first.fault if first else None
     return fault if fault and fault.reason in OF_FILES else None
+
+
+def about(path: str, customs: Customs = USUAL) -> str:
+    """Returns what is read of a table, as people see it; "" of other files."""
+    if not os.path.isfile(path) and "://" not in path:
+        return ""
+    read = _Reader(Range(path), _HEAD, customs, only_check=True)
+    next(read.all(), None)
+    return read.about
 
 
 UNREADABLE, TRUNCATED, CORRUPT, WRONG = OF_FILES = (
@@ -85,17 +102,29 @@ UNREADABLE, TRUNCATED, CORRUPT, WRONG = OF_FILES = (
 )  # fmt: skip
 """Reasons for which a file was not read, or not to its end."""
 
+_ONE_OBJECT = re.compile(r"\.json(?:\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s,]*")
 _DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 class _Reader:
-    """Reads a part of a file; `offset` is how far, in bytes without compression, and `lines`."""
+    """Reads a part of a file; `offset` is how far, in bytes without compression, and `lines`.
 
-    def __init__(self, part: Range, most: int):
-        self.part, self.most = part, most
+    With `only_check`, tables and archives are opened, but not read.
+    """
+
+    def __init__(self, part: Range, most: int, customs: Customs = USUAL, only_check: bool = False):
+        self.part, self.most, self.customs = part, most, customs
+        self.only_check = only_check
         self.offset, self.lines = 0, 0
-        self.compression = ""
+        self.compression = self.about = ""
+
+    def all(self, plain: bool = False) -> Iterator[Arrival]:
+        try:
+            with _raw(self.part.path) as file:
+                yield from self.arrivals(file, plain)
+        except Exception as error:  # each filesystem and each compression has its own
+            yield self.broken(error)
 
     def arrivals(self, file: Any, plain: bool) -> Iterator[Arrival]:
         path = self.part.path
@@ -110,18 +139,114 @@ class _Reader:
             stream = _decompressed(stream, self.compression)
             head = stream.peek(_HEAD)
         encoding = _encoding(head)
-        if not _decoded(head, encoding).lstrip().startswith((b"{", b"[")):
+        is_marked = any(head.startswith(mark) for mark, _ in _MARKS)
+        if not is_marked and not _decoded(head, encoding).lstrip().startswith((b"{", b"[")):
             encoding = ""
         is_lines = plain or self.part.start or not file.seekable()
-        kind = LINES if is_lines else kind_of(_decoded(head, encoding))
+        kind = LINES if is_lines else self._kind(_decoded(head, encoding))
         if kind in _HINTS:
             yield self.fault(WRONG, f"{path} is {_HINTS[kind]}")
+        elif kind == "zip":
+            yield from self.of_archive(stream)
+        elif kind in _READ_WHOLE:
+            if encoding:
+                stream = io.BufferedReader(_Recoded(stream, encoding), BLOCK)
+            yield from self.of_format(stream, kind)
         elif kind == JSON and (found := self.values(stream, encoding)) is not None:
             yield from found
         else:
             if encoding:
                 stream = io.BufferedReader(_Recoded(stream, encoding), BLOCK)
             yield from self.of_lines(stream, seekable=not (encoding or self.compression))
+
+    def _kind(self, head: bytes) -> str:
+        """Returns the kind of the file, as `--input_format` says, or by its beginning."""
+        kind = kind_of(head, self.part.path)
+        if self.customs.format in _READ_WHOLE and kind != "zip":
+            return self.customs.format
+        return kind
+
+    def of_archive(self, stream: Any) -> Iterator[Arrival]:
+        """Yields the lines of each file of an archive, but hidden ones."""
+        path = self.part.path
+        with zipfile.ZipFile(stream) as archive:
+            names = [
+                name
+                for name in archive.namelist()
+                if not any(part.startswith((".", "__")) for part in name.split("/"))
+                and name[-1] != "/"
+            ]
+            if slack.fits(names) or self.customs.format == "slack":
+                self.about = slack.TITLE
+                if self.only_check:
+                    return
+                yield from self._ours(slack.read(archive), "slack", "message")
+                return
+            for name in names:
+                if archive.getinfo(name).flag_bits & 1:
+                    yield self.fault(UNREADABLE, f"{path}: {name} is encrypted; unpack it")
+                    continue
+                within = Range(f"{path}/{name}")
+                inner = _Reader(within, self.most, self.customs, self.only_check)
+                try:
+                    with archive.open(name) as file:
+                        for arrival in inner.arrivals(file, plain=False):
+                            fault = arrival.fault
+                            yield arrival._replace(fault=fault and fault._replace(part=self.part))
+                except Exception as error:
+                    fault = inner.broken(error).fault
+                    yield Arrival(b"", fault=fault and fault._replace(part=self.part))
+                self.about = self.about or inner.about
+
+    def of_format(self, stream: Any, kind: str) -> Iterator[Arrival]:
+        """Yields the chats of a table or a text."""
+        if kind == "whatsapp":
+            self.about = whatsapp.TITLE
+            lines = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="\n")
+            chats = enumerate(whatsapp.read(lines, self._name), 1)
+            yield from self._ours(chats, "whatsapp", "chat")
+            return
+        try:
+            if kind == "csv":
+                header, rows = tables.csv_rows(stream)
+            else:
+                header, rows = tables.parquet_rows(stream)
+            columns = tables.columns_of(header, self.customs.columns)
+        except UsageError as error:
+            yield self.fault(WRONG, f"{self.part.path}: {error}")
+            return
+        self.about = f"a table; its columns are taken for --columns='{columns}'"
+        if not self.only_check:
+            yield from self._ours(tables.chats_in(rows, columns), kind, "row")
+
+    @property
+    def _name(self) -> str:
+        """The name of the file without its ending, or of the archive that holds nothing else."""
+        *folders, last = self.part.path.split("/")
+        name = last.partition(".")[0]
+        if name == "_chat" and folders and folders[-1].endswith(".zip"):
+            return folders[-1].removesuffix(".zip")
+        return name
+
+    def _ours(self, chats: Iterator[tuple[int, Any]], kind: str, unit: str) -> Iterator[Arrival]:
+        for number, value in chats:
+            metrics.count(f"formats/{kind}")
+            line = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+            yield Arrival(line, source=f"{self.part.path}, {unit} {number}", number=number)
+
+    def each(self, text: bytes, source: str, number: int = 0) -> Iterator[Arrival]:
+        """Yields a line, or a line for each of the chats that an object of another format holds."""
+        if b'"chat_id"' not in text and self.customs.format != OURS:
+            with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+                value = json.loads(text)
+                found = as_ours(value, "", self.customs.format) if isinstance(value, dict) else None
+                if found is not None and len(found.values) > 1:
+                    metrics.count(f"formats/{found.format}", len(found.values))
+                    for one in found.values:
+                        line = json.dumps(one, ensure_ascii=False).encode("utf-8", "replace")
+                        yield Arrival(line, source=source, number=number)
+                    return
+        yield Arrival(text, source=source, number=number)
 
     def of_lines(self, stream: Any, seekable: bool) -> Iterator[Arrival]:
         """Yields lines; of one that is too long, a block at a time is kept in memory."""
@@ -149,7 +274,9 @@ class _Reader:
             elif text.removeprefix(codecs.BOM_UTF8).strip():
                 number = 0 if start else self.lines + 1
                 source = f"{path}, line {number}" if number else f"{path}, byte {at}"
-                yield Arrival(text, source=source, number=number)
+                if number == 1 and _ONE_OBJECT.search(path):
+                    source = path
+                yield from self.each(text, source, number)
             self.lines += 1
 
     def values(self, stream: Any, encoding: str) -> list[Arrival] | None:
@@ -176,8 +303,13 @@ class _Reader:
         except (ValueError, RecursionError):
             stream.seek(0)
             return None
-        lines = (json.dumps(item, ensure_ascii=False) for item in items)
-        return [Arrival(line.encode("utf-8", "replace"), source=self.part.path) for line in lines]
+        path = self.part.path
+        found: list[Arrival] = []
+        for number, item in enumerate(items, 1):
+            line = json.dumps(item, ensure_ascii=False).encode("utf-8", "replace")
+            source = path if len(items) == 1 else f"{path}, element {number}"
+            found += self.each(line, source)
+        return found
 
     def broken(self, error: Exception) -> Arrival:
         path = self.part.path
@@ -266,24 +398,28 @@ def _decoded(head: bytes, encoding: str) -> bytes:
 
 LINES, JSON = "lines", "json"
 _HINTS = {
-    "zip": "a zip archive; unpack it",
     "zstd": "compressed with zstd; unpack it with `zstd -d`",
     "7z": "a 7z archive; unpack it",
-    "parquet": "a Parquet table; write its rows as JSON, one a line",
     "sqlite": "a SQLite database; write its rows as JSON, one a line",
     "pdf": "a PDF",
     "html": "a page in HTML or XML; JSON is needed, one object a line",
-    "csv": "a CSV table; JSON is needed, one chat or message a line",
     "binary": "not text; JSON is needed, one object a line",
 }
+_READ_WHOLE = ("csv", "parquet", "whatsapp")
 _BEGINNINGS = (
     (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"7z\xbc\xaf", "7z"),
     (b"PAR1", "parquet"), (b"SQLite format 3", "sqlite"), (b"%PDF", "pdf"),
 )  # fmt: skip
 
 
-def kind_of(head: bytes) -> str:
-    """Returns `LINES`, `JSON` (an array, or objects over several lines), or a key of `_HINTS`."""
+_TABLES = (".csv", ".tsv")
+
+
+def kind_of(head: bytes, path: str = "") -> str:
+    """Returns `LINES`, `JSON` (an array, or objects over several lines), or another kind of file.
+
+    It is that of the file's beginning; its name tells tables of few columns.
+    """
     for magic, name in _BEGINNINGS:
         if head.startswith(magic):
             return name
@@ -298,10 +434,24 @@ def kind_of(head: bytes) -> str:
         return JSON if first.startswith(b"[") or not second or second[:1] in b'"}' else LINES
     if re.match(rb"<(!doctype|html|\?xml)", first, re.IGNORECASE):
         return "html"
-    for mark in (b",", b";", b"\t"):
-        if 2 <= first.count(mark) <= second.count(mark) and not second.startswith((b"{", b"[")):
-            return "csv"
+    if whatsapp.fits(b"\n".join(lines[:20]).decode("utf-8", "replace")):
+        return "whatsapp"
+    if _is_table(head, sure=path.lower().endswith(_TABLES)):
+        return "csv"
     return LINES
+
+
+def _is_table(head: bytes, sure: bool) -> bool:
+    """Returns whether a file begins like a CSV table; `sure`: its name says so."""
+    text = head.decode("latin-1").lstrip("\ufeff\r\n ")
+    first = text.splitlines()[0]
+    mark = max(tables.DELIMITERS, key=first.count)
+    if sure:
+        return mark in first
+    with contextlib.suppress(csv.Error):
+        rows = [*itertools.islice(csv.reader(io.StringIO(text, ""), delimiter=mark), 2)]
+        return len(rows) == 2 and len(rows[0]) == len(rows[1]) > 2
+    return False
 
 
 def _is_object(line: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
@@ -12,9 +13,10 @@ import apache_beam as beam
 
 from chatflow import metrics
 from chatflow.dead_letters import DeadLettered
-from chatflow.errors import BadInputError
+from chatflow.errors import BadInputError, one_line
 from chatflow.records import Arrival, Chat, Event, load_object, validate
 from chatflow.sources.chats import USUAL, Customs, as_id, message_fields, read_chat, time
+from chatflow.sources.formats.objects import as_ours
 
 _FIELDS = frozenset(("chat_id", "user_id", "message_id", "role", "sent_at", "event"))
 
@@ -59,23 +61,26 @@ class ParseArrivals(beam.PTransform):
             )
         counts: Counter[str] = Counter()
         try:
-            read = parse_arrival(arrival, self.retention, self.customs, counts)
+            found = parse_arrival(arrival, self.retention, self.customs, counts)
         except BadInputError as error:
             if arrival.source:
                 raise BadInputError(error.reason, f"{error} ({arrival.source})") from None
             raise
-        if isinstance(read, Chat):
-            counts["chats_read"] += 1
-        elif read.message is None:
-            counts["closes_read"] += 1
-        elif read.message.text.strip() or read.message.original:
-            counts["messages_read"] += 1
-        else:
-            counts["empty_events"] += 1
+        kept = []
+        for read in found:
+            if isinstance(read, Chat):
+                counts["chats_read"] += 1
+            elif read.message is None:
+                counts["closes_read"] += 1
+            elif read.message.text.strip() or read.message.original:
+                counts["messages_read"] += 1
+            else:
+                counts["empty_events"] += 1
+                continue
+            kept.append(read)
         for name, count in counts.items():
             metrics.count(name, count)
-        if not counts["empty_events"]:
-            yield read
+        yield from kept
 
 
 def _is_event(read: Chat | Event, _: int) -> int:
@@ -87,15 +92,45 @@ def parse_arrival(
     retention: timedelta,
     customs: Customs = USUAL,
     counts: Counter[str] | None = None,
-) -> Chat | Event:
-    """Reads a chat or an event; attributes fill in fields that the line does not have.
+) -> list[Chat | Event]:
+    """Reads a chat or an event, or those that an object of another system holds.
 
-    `counts` counts what was mended or left out, by name.
+    Attributes fill in fields that the line does not have. `counts` counts what was mended or left
+    out, by name.
 
     Raises `BadInputError`: `unknown_event`, or that of `load_object`, `validate` or `read_chat`.
     """
     counts = Counter() if counts is None else counts
-    value = _with_attributes(load_object(arrival.read()), arrival.attributes)
+    value = load_object(arrival.read())
+    try:
+        found = as_ours(value, _file_name(arrival.source), customs.format)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInputError("wrong_shape", f"it is of no known format: {one_line(error)}") from None
+    if found is None:
+        values = [value]
+    else:
+        values = found.values
+        counts[f"formats/{found.format}"] += len(values)
+        counts["input/events_left_out"] += not values
+    given = (_with_attributes(one, arrival.attributes) for one in values)
+    return [_parse(one, arrival, retention, customs, counts) for one in given]
+
+
+_PLACE = re.compile(r", (?:line|row|element|byte) \d+$")
+
+
+def _file_name(source: str) -> str:
+    """Returns the name, without its ending, of a file that is one object."""
+    return "" if _PLACE.search(source) else source.rpartition("/")[2].partition(".")[0]
+
+
+def _parse(
+    value: dict[str, Any],
+    arrival: Arrival,
+    retention: timedelta,
+    customs: Customs,
+    counts: Counter[str],
+) -> Chat | Event:
     if value.get("messages") is not None:
         return read_chat(value, customs, counts)
     kind = value.get("event")
@@ -103,6 +138,8 @@ def parse_arrival(
         raise BadInputError(
             "unknown_event", f"event {str(kind)[:80]!r} is not known; known are message and closed"
         )
+    if isinstance(value.get("row"), dict) and value.get("chat_id") is None:
+        raise BadInputError("bad_row", str(value.get("error") or "there is no chat's id"))
     fields: dict[str, Any] = {"chat_id": as_id(value.get("chat_id"))}
     at = event_time(time(value.get("sent_at"), counts), arrival, retention)
     if kind == "closed":

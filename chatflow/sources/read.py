@@ -16,6 +16,7 @@ from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub
 from chatflow.errors import UsageError
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import Arrival, Range
+from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.lines import fault_of, ranges_of, read_lines
 from chatflow.sources.puller import open_puller
 
@@ -30,6 +31,7 @@ class ReadArrivals(beam.PTransform):
       inputs: globs and folders of files (local or `gs://`; their endings show compression), or
         Pub/Sub subscriptions and topics; see `split_inputs`.
       max_line_bytes: a longer line of a file is an `Arrival` with a fault.
+      customs: the format of the files, and what the columns of tables are.
       id_label: attribute whose value identifies repeated Pub/Sub messages; the runner leaves them
         out if it can (Dataflow does).
     """
@@ -37,6 +39,7 @@ class ReadArrivals(beam.PTransform):
     inputs: Sequence[str]
     id_label: str = ""
     max_line_bytes: int = MAX_LINE_BYTES
+    customs: Customs = USUAL
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
         read: list[beam.PCollection] = []
@@ -45,7 +48,10 @@ class ReadArrivals(beam.PTransform):
             if pubsub := PUBSUB_INPUT.fullmatch(source):
                 name, reader = "ReadMessages", ReadMessages(pubsub[1], self.id_label or None)
             else:
-                name, reader = "ReadLines", ReadLines(source, self.max_line_bytes)
+                name, reader = (
+                    "ReadLines",
+                    ReadLines(source, self.max_line_bytes, customs=self.customs),
+                )
             read.append(begin | f"{name}{number or ''}" >> reader)
         return read | "Flatten" >> beam.Flatten()
 
@@ -56,14 +62,18 @@ class ReadLines(beam.PTransform):
 
     Attributes:
       plain: the lines are texts, not JSON.
+      customs: see `ReadArrivals`.
     """
 
     pattern: str
     max_line_bytes: int = MAX_LINE_BYTES
     plain: bool = False
+    customs: Customs = USUAL
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
-        read = functools.partial(read_lines, most=self.max_line_bytes, plain=self.plain)
+        read = functools.partial(
+            read_lines, most=self.max_line_bytes, plain=self.plain, customs=self.customs
+        )
         return (
             begin
             | "Pattern" >> beam.Create([self.pattern])
@@ -130,7 +140,9 @@ def _is_folder(pattern: str) -> bool:
     return pattern.endswith("/") or ("://" not in pattern and os.path.isdir(pattern))
 
 
-_IN_FOLDERS = re.compile(r"(?!\.)[^/]*\.jsonl(\.gz|\.bz2|\.xz)?")
+_IN_FOLDERS = re.compile(
+    r"(?!\.|manifest\.json)[^/]*\.(?:(?:jsonl|ndjson|json|csv|tsv)(?:\.gz|\.bz2|\.xz)?|parquet|zip)"
+)
 
 
 def _matches(pattern: str) -> list[Any]:
@@ -138,11 +150,11 @@ def _matches(pattern: str) -> list[Any]:
     if not _is_folder(pattern):
         return list(FileSystems.match([pattern])[0].metadata_list)
     folder = pattern.rstrip("/") or "/"
-    found = FileSystems.match([FileSystems.join(folder, "*.jsonl*")])[0].metadata_list
+    found = FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list
     return [file for file in found if _IN_FOLDERS.fullmatch(FileSystems.split(file.path)[1])]
 
 
-def check_input(inputs: str) -> list[str]:
+def check_input(inputs: str, customs: Customs = USUAL) -> list[str]:
     """Returns the files of `--input`, none for Pub/Sub.
 
     Raises `UsageError` as `files_of` does, and if none of the files can be read.
@@ -151,7 +163,7 @@ def check_input(inputs: str) -> list[str]:
     paths = [path for pattern in sources for path in files_of(pattern, "--input")]
     first = None
     for path in paths:
-        if (fault := fault_of(path)) is None:
+        if (fault := fault_of(path, customs)) is None:
             return paths
         first = first or fault
     if first is not None:
@@ -177,7 +189,7 @@ def files_of(pattern: str, flag: str) -> list[str]:
         raise UsageError(f"{flag}: {pattern!r} cannot be listed: {error}") from None
     if not matches:
         hint = (
-            " (looked for *.jsonl in the folder, also .gz, .bz2, .xz)"
+            " (looked for .jsonl, .json, .csv, .tsv, .parquet and .zip in the folder)"
             if _is_folder(pattern)
             else ""
         )

@@ -31,8 +31,8 @@ class Architecture(NamedTuple):
       tied: the output has the weights of the embedding.
       total: all parameters, where the dimensions do not tell (Gemma 3n and 4, which also see and
         hear); 0: they do.
-      active: parameters that a token passes through, if not all but the embedding: of the experts
-        that it uses, and without the embeddings that each layer has of its own; 0: all.
+      active: parameters that a token passes through, if not all but the embedding: without the
+        embeddings that each layer has of its own; 0: all. keras_hub computes every expert.
     """
 
     layers: int
@@ -184,9 +184,7 @@ DECODERS: Mapping[str, Architecture] = {
     "gemma4_4b": Architecture(
         42, 2560, 10240, 8, 2, 512, 262_144, total=7_900_000_000, active=3_800_000_000
     ),
-    "gemma4_26b": Architecture(
-        30, 2816, 2112, 16, 8, 512, 262_144, total=26_000_000_000, active=3_100_000_000
-    ),
+    "gemma4_26b": Architecture(30, 2816, 2112, 16, 8, 512, 262_144, total=26_000_000_000),
     "gemma4_31b": Architecture(60, 5376, 21504, 32, 16, 512, 262_144, total=31_000_000_000),
     "llama3_8b": _llama(32, 4096, 14336, 32, 8, 128),
     "llama3_70b": _llama(80, 8192, 28672, 64, 8, 128),
@@ -241,8 +239,8 @@ def architecture_of(model: str) -> Architecture | EncoderDecoder:
     """
     name = model.removeprefix(TORCH)
     folder = brought(name) or Path(name)
-    if (folder / "config.json").is_file():
-        return _read(str(folder))
+    if (folder / "config.json").is_file() and (found_there := _read(str(folder))):
+        return found_there
     last = name.lower().rsplit("/", 1)[-1]
     if found := _NAME.search(last):
         key = f"gemma{found['family']}_{found['size']}"
@@ -259,13 +257,13 @@ def architecture_of(model: str) -> Architecture | EncoderDecoder:
         key = "flan-ul2" if found["ul2"] else f"{'flan-' if newer else ''}t5-{found['size']}"
         if key in T5S:
             return T5S[key]
-    if "://" in name and not name.startswith(("hf:", "kaggle:")):
-        return _read(name)
+    if "://" in name and not name.startswith(("hf:", "kaggle:")) and (there := _read(name)):
+        return there
     if model.startswith(TORCH) and name.removeprefix("hf://").count("/") == 1:
         from chatflow.weights.checkpoints import finder
 
-        if config := finder(name)("config.json"):
-            return _read(str(config.parent))
+        if (config := finder(name)("config.json")) and (there := _read(str(config.parent))):
+            return there
     raise UsageError(
         f"--model={model}: its size is not known; give a folder with the config.json of a "
         "decoder that runs here or of a T5, or a name with one of "
@@ -273,7 +271,7 @@ def architecture_of(model: str) -> Architecture | EncoderDecoder:
     )
 
 
-def _read(folder: str) -> Architecture | EncoderDecoder:
+def _read(folder: str) -> Architecture | EncoderDecoder | None:
     from apache_beam.io.filesystems import FileSystems
 
     try:
@@ -286,8 +284,8 @@ def _read(folder: str) -> Architecture | EncoderDecoder:
         ) from None
 
 
-def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder:
-    """Reads a configuration of Hugging Face or Keras."""
+def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder | None:
+    """Reads a configuration of Hugging Face or Keras; None if the name tells more."""
     if config.get("model_type") in ("t5", "mt5"):
         return _from_t5(config)
     family = family_in(config).name
@@ -295,7 +293,7 @@ def _from_config(config: Mapping[str, Any]) -> Architecture | EncoderDecoder:
     if keras and family in ("Gemma3n", "Gemma4"):
         return _counted(config, family)
     if family in ("Gemma3n", "Gemma4"):
-        raise ValueError("the size of a Gemma 3n or 4 is known by its name, or from a Keras preset")
+        return None  # its name tells
     own = config["config"] if keras else config.get("text_config", config)
     names = _KERAS_NAMES if keras else _NAMES
     if keras and family == "SmolLM3":

@@ -27,16 +27,16 @@ class Family(NamedTuple):
       known_as: a pattern of its names.
       before, after: what the chat template of an instruct model puts around a prompt, as one turn
         of the user; the answer follows.
-      no_thoughts: what follows `after` where the model would think aloud first.
-      thinks: whether a backbone's model thinks aloud unless it is told not to.
+      no_thoughts: returns what follows `after` where a backbone's model would think aloud first.
       ends: control tokens that end an answer, beside the tokenizer's own end token.
       sizes: returns those of a backbone.
       position_axis: of the cache `[rows, layers, 2, positions, heads, head_dim]` or, with 4, of
         `[rows, layers, 2, heads, positions, head_dim]`; with 1, each layer's keys and values are
         arrays of their own: `[rows, positions, heads, head_dim]`.
       masked: a call needs a padding mask over the whole cache.
-      quantizes: keras_hub can quantise it. As of 0.32, Gemma 3n's output then takes the int8 values
-        of its embedding for numbers, and SmolLM 3 has a layer that refuses.
+      tuned: its models follow instructions, unless their name says "base".
+      quantizes: keras_hub can quantise it. As of 0.32, Gemma 3n's output then uses the raw int8
+        values of its embedding as weights, and SmolLM 3 has a layer that refuses.
       learns: heads and adapters can be fitted to it.
     """
 
@@ -45,19 +45,18 @@ class Family(NamedTuple):
     known_as: str
     before: str
     after: str
-    no_thoughts: str = ""
-    thinks: Callable[[Any], bool] = lambda backbone: True
+    no_thoughts: Callable[[Any], str] = lambda backbone: ""
     ends: tuple[str, ...] = ()
     sizes: Callable[[Any], Sizes] = lambda backbone: _sizes(backbone, backbone.head_dim)
     position_axis: int = 3
     masked: bool = False
+    tuned: bool = False
     quantizes: bool = True
     learns: bool = False
 
     def turns(self, backbone: Any) -> tuple[str, str]:
         """Returns what stands before and after a prompt in the chat template."""
-        thoughts = self.no_thoughts if self.thinks(backbone) else ""
-        return self.before, self.after + thoughts
+        return self.before, self.after + self.no_thoughts(backbone)
 
 
 def _sizes(backbone: Any, head: int) -> Sizes:
@@ -78,11 +77,11 @@ FAMILIES = {
     for family in (
         # https://ai.google.dev/gemma/docs/core/prompt-structure
         Family(
-            "Gemma3", ("gemma3", "gemma3_text"), r"gemma[-_]?3(?!n)", _GEMMA_USER, _GEMMA_MODEL,
+            "Gemma3", ("gemma3", "gemma3_text"), r"gemma[-_]?3(?![n\d])", _GEMMA_USER, _GEMMA_MODEL,
             ends=("<end_of_turn>",), position_axis=1, learns=True,
         ),
         Family(
-            "Gemma3n", ("gemma3n", "gemma3n_text"), r"gemma[-_]?3n", _GEMMA_USER, _GEMMA_MODEL,
+            "Gemma3n", ("gemma3n",), r"gemma[-_]?3n", _GEMMA_USER, _GEMMA_MODEL,
             ends=("<end_of_turn>",), position_axis=4, masked=True, quantizes=False,
             sizes=lambda b: Sizes(
                 b.num_hidden_layers, b.num_key_value_heads, b.head_dim, b.text_hidden_size,
@@ -96,49 +95,58 @@ FAMILIES = {
         # https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4; the small ones (E2B, E4B),
         # which have inputs of each layer's own, do not think unasked.
         Family(
-            "Gemma4", ("gemma4", "gemma4_text"), r"gemma[-_]?4",
+            "Gemma4", ("gemma4", "gemma4_text"), r"gemma[-_]?4(?!\d)",
             "<|turn>user\n", "<turn|>\n<|turn>model\n",
-            no_thoughts="<|channel>thought\n<channel|>",
-            thinks=lambda backbone: not backbone.hidden_size_per_layer_input,
+            no_thoughts=lambda b: (
+                "" if b.hidden_size_per_layer_input else "<|channel>thought\n<channel|>"
+            ),
             ends=("<turn|>",),
             sizes=lambda b: _sizes(b, max(b.head_dim, b.global_head_dim or 0)),
         ),
         # https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-3
         Family(
-            "Llama3", ("llama",), r"llama[-_]?3",
+            "Llama3", ("llama",), r"llama[-_]?3(?!\d)",
             "<|start_header_id|>user<|end_header_id|>\n\n",
             "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
             ends=("<|eot_id|>",), sizes=lambda b: _sizes(b, b.hidden_dim // b.num_query_heads),
         ),
-        # https://huggingface.co/Qwen/Qwen3-8B, with `enable_thinking=False`.
+        # https://huggingface.co/Qwen/Qwen3-8B, with `enable_thinking=False`. Those of July 2025,
+        # which do not think, have longer waves: https://huggingface.co/Qwen/Qwen3-4B-Instruct-2507.
         Family(
-            "Qwen3", ("qwen3",), r"qwen[-_]?3(?!\.\d|[-_]?(?:moe|vl|next|omni|embedding))",
-            "<|im_start|>user\n", _IM_MODEL, no_thoughts="<think>\n\n</think>\n\n",
+            "Qwen3", ("qwen3",),
+            r"qwen[-_]?3(?!\.?\d|[-_]?(?:moe|vl|next|omni|embedding|\d+b-a\d))",
+            "<|im_start|>user\n", _IM_MODEL, tuned=True,
+            no_thoughts=lambda b: (
+                "<think>\n\n</think>\n\n" if b.rope_max_wavelength < 5e6 else ""
+            ),
             ends=("<|im_end|>", "<|endoftext|>"),
         ),
         # https://huggingface.co/HuggingFaceTB/SmolLM3-3B, in its mode /no_think; its template also
-        # gives the date, which would make each day's answers others.
+        # gives the date, with which answers would change daily.
         Family(
-            "SmolLM3", ("smollm3",), r"smollm[-_]?3",
+            "SmolLM3", ("smollm3",), r"smollm[-_]?3(?!\d)",
             "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
             "Reasoning Mode: /no_think\n\n## Custom Instructions\n\n"
             "You are a helpful AI assistant named SmolLM, trained by Hugging Face.\n\n"
             "<|im_end|>\n<|im_start|>user\n",
-            _IM_MODEL, no_thoughts="<think>\n\n</think>\n", quantizes=False,
+            _IM_MODEL, no_thoughts=lambda b: "<think>\n\n</think>\n", tuned=True, quantizes=False,
             ends=("<|im_end|>",), sizes=lambda b: _sizes(b, b.hidden_dim // b.num_attention_heads),
         ),
     )
 }  # fmt: skip
 """By name."""
 
+LLAMA_3_TOKENS = 128_000
+"""The least size of a vocabulary of Llama 3's."""
+
 ALL = "Gemma 1 to 4 and 3n, Llama 3, Qwen 3 and SmolLM 3"
 
 
 def family_of(backbone: Any) -> Family:
-    """Returns a backbone's family; raises `ValueError` if the engine runs none such."""
+    """Returns a backbone's family; raises `ValueError` if the engine does not run it."""
     name = type(backbone).__name__.removesuffix("Backbone")
     if name not in FAMILIES:
-        raise ValueError(f"is a {name} model; {ALL} run on the workers")
+        raise ValueError(f"the model is a {name}; {ALL} run on the workers")
     return FAMILIES[name]
 
 
@@ -154,20 +162,25 @@ def family_named(model: str) -> Family | None:
     """
     config = Path(model, "config.json")
     if "://" not in model and config.is_file():
-        found = json.loads(config.read_text())
+        try:
+            found = json.loads(config.read_text())
+        except json.JSONDecodeError:
+            return None  # what reads it says so
         return family_in(found) if _kind_in(found) else None
     last = model.lower().rstrip("/").rsplit("/", 1)[-1]
-    found = (f for f in FAMILIES.values() if re.search(rf"(?<![a-z]){f.known_as}", last))
+    found = (f for f in FAMILIES.values() if re.search(rf"(?<![a-z\d]){f.known_as}", last))
     return next(found, None)
 
 
 def family_in(config: Mapping[str, Any]) -> Family:
     """Returns the family in a configuration of Keras's or Hugging Face's; raises `ValueError`."""
     kind = _kind_in(config)
+    if kind == "llama" and config.get("vocab_size", LLAMA_3_TOKENS) < LLAMA_3_TOKENS:
+        kind = "Llama 1 or 2"  # or others that call themselves so
     for family in FAMILIES.values():
         if family.name == kind or kind in family.types:
             return family
-    raise ValueError(f"is a {kind or 'nameless'} model; {ALL} run on the workers")
+    raise ValueError(f"the model is a {kind or 'nameless one'}; {ALL} run on the workers")
 
 
 def _kind_in(config: Mapping[str, Any]) -> str:

@@ -27,11 +27,13 @@ def load_backbone(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with without_initial_values(), by_default(dtype):
         backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
+    if adapter and not family_of(backbone).learns:
+        raise ValueError(f"the adapter is for Gemma 1 to 3, not for {family_of(backbone).name}")
     if adapter:
         add_adapter(backbone, adapter)
     if quantization != "none":
         if not family_of(backbone).quantizes:
-            raise ValueError(f"keras_hub cannot quantise it: --quantization={quantization}")
+            raise ValueError(f"keras_hub cannot quantise {preset}: --quantization={quantization}")
         with warnings.catch_warnings():
             # Keras warns that layers without a kernel cannot be quantised.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method.*")

@@ -22,7 +22,7 @@ SCRIPTED, TORCH, VLLM = "scripted:", "torch:", "vllm:"
 
 PRESETS_VARIABLE = "CHATFLOW_PRESETS"
 
-_NOT_DECODERS = r"embedding|harrier|_assistant$"
+_NOT_DECODERS = r"embedding|_assistant$"
 """Presets that keras_hub has among those of the decoders, but that write no text."""
 
 
@@ -35,17 +35,21 @@ def is_instruct(preset: str) -> bool:
     (True, True)
     >>> is_instruct("gemma3-270m"), is_instruct("google/t5-v1_1-small")
     (False, False)
-
-    Qwen 3 and SmolLM 3 say instead if one is not tuned.
-
-    >>> is_instruct("hf://Qwen/Qwen3-4B"), is_instruct("Qwen/Qwen3-4B-Base")
-    (True, False)
     """
-    name = preset.lower()
     words = r"(^|[-_/:])(it|instruct|flan)([-_/]|$)|[-_]chat([-_][^/]*)?$"
-    last = name.rstrip("/").rsplit("/", 1)[-1]
-    tuned = re.match(r"qwen[-_]?3|smollm[-_]?3", last) and not re.search(r"[-_]base\b", last)
-    return bool(tuned or re.search(words, name))
+    return re.search(words, preset.lower()) is not None
+
+
+def is_tuned(preset: str) -> bool:
+    """Returns `is_instruct` for a model in chatflow's engine; Qwen 3 and SmolLM 3 say if not.
+
+    >>> is_tuned("hf://Qwen/Qwen3-4B"), is_tuned("Qwen/Qwen3-4B-Base"), is_tuned("llama3.2_1b")
+    (True, False, False)
+    """
+    family = family_named(preset)
+    of_family = family is not None and family.tuned
+    says_base = re.search(r"[-_]base([-_]|$)", preset.lower()) is not None
+    return is_instruct(preset) or (of_family and not says_base)
 
 
 def check_preset(preset: str) -> None:

@@ -118,11 +118,11 @@ def test_a_damaged_file_says_so(file):
 @pytest.mark.parametrize(
     ("content", "name", "says"),
     [
-        (b"a,b,c\n1,2,3\n", "x.csv", "a CSV table"),
-        (b"a;b;c\n1;2;3\n", "x", "a CSV table"),
+        (b"a,b,c\n1,2,3\n", "x.csv", "which column is the chat and the text: there are a, b, c"),
+        (b"chat_id;b\n1;2\n", "x.csv", "say so: --columns=text=COLUMN"),
         (b"<!DOCTYPE html><p>404", "x.jsonl", "HTML"),
         (b"<html>404</html>", "x.jsonl.gz", "is not gzip, although its name says so"),
-        (b"PAR1abc", "x", "a Parquet table"),
+        (b"PAR1abc", "x", "Parquet"),
         (b"SQLite format 3\0abc", "x", "a SQLite database"),
         (b"%PDF-1.7", "x", "a PDF"),
         (b"\x28\xb5\x2f\xfdabc", "x.zst", "zstd -d"),
@@ -140,10 +140,19 @@ def test_another_kind_of_file_is_told_in_one_sentence(file, content, name, says)
         check_input(path)
 
 
-def test_a_zip_archive_is_not_taken_for_lines(tmp_path):
+def test_a_zip_archive_is_read_file_by_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.jsonl", "w") as archive:  # stored, so that lines show
         archive.writestr("chats.jsonl", TEXT)
-    assert read(str(tmp_path / "x.jsonl"))[1][0].reason == "wrong_format"
+        archive.writestr("a/more.jsonl.gz", gzip.compress(TEXT))
+        archive.writestr("a/.hidden.jsonl", TEXT)
+        archive.writestr("__MACOSX/a/._chats.jsonl", b"\0\5\26\7")
+        archive.writestr("a/photo.pdf", b"%PDF-1.7")
+    path = str(tmp_path / "x.jsonl")
+    values, (fault,) = read(path)
+    assert values == PARSED * 2
+    assert (fault.reason, fault.part) == ("wrong_format", Range(path))
+    assert f"{path}/a/photo.pdf is a PDF" in fault.message
+    assert fault_of(path) is None
 
 
 @pytest.mark.parametrize(
@@ -245,7 +254,7 @@ def test_a_folder_is_its_json_lines_without_copies_and_hidden_files(tmp_path, fi
     assert [path.rpartition("/")[2] for path in sorted(found)] == [*names]
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UsageError, match=r"no file matches .*looked for \*\.jsonl"):
+    with pytest.raises(UsageError, match=r"no file matches .*looked for \.jsonl"):
         check_input(str(empty))
 
 

@@ -36,7 +36,10 @@ PASSES_FLAGS_ON = False
 LEAST_DISK_GB = 100
 """Smallest disk of a Vertex AI machine; also the default there."""
 
-MODELS = (*(f"google/{name}" for name in T5S if name.startswith("flan-")), *DECODERS)
+MODELS = (
+    *(f"google/{name}" for name in T5S if name.startswith("flan-")),
+    *(n for n, d in DECODERS.items() if not d.total),
+)
 
 SAVE_PROCESS_GB = 0.7
 """Memory of Python, Beam, PyTorch and transformers. Measured: 0.5."""
@@ -75,7 +78,7 @@ def needs_of(name: str, dtype: str = DTYPES[0]) -> Needs:
     """Returns what a model needs.
 
     Args:
-      name: on the hub, a folder, gs://…, a Gemma, or a local state dict (caches not counted).
+      name: on the hub, a folder, gs://…, a decoder, or a local state dict (caches not counted).
 
     Raises:
       UsageError: the model's size is not known, or no machine in `machines.toml` is large enough.
@@ -150,7 +153,7 @@ def _gb(size: float) -> str:
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "name", metavar="NAME", nargs="?", default="",
-        help="a model on the hub (google/flan-t5-xl), a folder, gs://…, a Gemma, or a state dict",
+        help="a model on the hub (google/flan-t5-xl), a folder, gs://…, a decoder, or a state dict",
     )  # fmt: skip
     add_output_flags(parser)
 

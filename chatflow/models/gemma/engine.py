@@ -157,7 +157,7 @@ class Engine:
         for match in CONTROL_TOKEN.finditer(text):
             if (control := self._control(match[0])) is None:
                 raise ValueError(
-                    f"its tokenizer has no {match[0]}, so it is not tuned to follow instructions; "
+                    f"the tokenizer has no {match[0]}, so the model is not asked as its family is; "
                     "give --model_kind=base"
                 )
             ids += [*self.encode(text[at : match.start()]), control]

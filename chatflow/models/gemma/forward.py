@@ -93,7 +93,9 @@ class Forward:
         # Gemma 3n's text model is a part of its backbone.
         self._embedding = getattr(backbone, "language_model", backbone).token_embedding
         self._turned = [
-            variable.ndim == 3 and variable.path.endswith(_TURNED)
+            self.family.name.startswith("Gemma")  # others multiply with them as they are
+            and variable.ndim == 3
+            and variable.path.endswith(_TURNED)
             for variable in self.model.variables
         ]
         self.weights = [

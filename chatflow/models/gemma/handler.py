@@ -24,7 +24,7 @@ from chatflow.weights.heads import chosen_heads, local_heads
 from chatflow.weights.presets import (
     MARKERS,
     check_preset,
-    is_instruct,
+    is_tuned,
     local_preset,
     usable_cache,
     use_jax,
@@ -59,6 +59,8 @@ class GemmaModel(EngineModel):
 
         engine = load_engine(preset, settings.dtype, instruct, settings.quantization, adapter)
         super().__init__(name, engine, most, settings.merge_seconds)
+        if heads and not engine.forward.family.learns:
+            raise UsageError(f"--heads={heads}: only for Gemma 1 to 3, not for {name}")
         self.heads = Heads.load(heads) if heads else None
         if self.heads and self.heads.weights != engine.forward.fingerprint:
             raise UsageError(
@@ -174,10 +176,10 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         self.adapter, self.heads = adapter, heads
         self.settings = settings
         self.most = batching.max_batch_size
-        self.instruct = is_instruct(preset) if instruct is None else instruct
+        self.instruct = is_tuned(preset) if instruct is None else instruct
 
     def load(self, version: Version = FIRST) -> GemmaModel:
-        """Returns a Gemma; a version replaces the preset (a folder) or the adapter (a file)."""
+        """Returns the model; a version replaces the preset (a folder) or the adapter (a file)."""
         preset, adapter = self.preset, self.adapter
         if version.path.endswith(ENDS):
             adapter = version.path
@@ -203,15 +205,20 @@ class Gemma(Kind):
         if spec.worker.dtype == "float16":
             raise UsageError(
                 f"--dtype=float16: only for torch: and vllm: models; --model={spec.name} runs in "
-                "float32 or bfloat16, because Gemma's activations are too large for float16"
+                "float32 or bfloat16, because activations can be too large for float16"
             )
         check_preset(spec.name)
         family = family_named(spec.name)
+        if family is not None and family.tuned and "thinking" in spec.name.lower():
+            raise UsageError(f"--model={spec.name}: it thinks before each answer; take another")
         if family is not None and spec.worker.quantization != "none" and not family.quantizes:
             raise UsageError(
                 f"--quantization={spec.worker.quantization}: keras_hub cannot quantise "
                 f"{family.name}; leave it out"
             )
+
+    def instruct(self, spec: ModelSpec) -> bool:
+        return is_tuned(spec.name)
 
     def adaptable(self, spec: ModelSpec) -> bool:
         check_preset(spec.name)

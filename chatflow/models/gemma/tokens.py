@@ -16,8 +16,10 @@ Encode = Callable[[str], list[int]]
 def text_tokens(tokenizer: Any) -> tuple[Encode, list[bytes]]:
     """Returns a function from a text to token ids, and the bytes that each token writes, by id.
 
-    A text never becomes control tokens, whatever it says. Tokens that never occur in a text, as
-    these, write nothing.
+    Control tokens are not found in texts, but SentencePiece's user-defined ones are, from which
+    `chat_text.as_data` protects. Tokens that never occur in a text write nothing.
+
+    Raises `ValueError` for a tokenizer of another kind.
     """
     if isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
         # One that knows no control tokens, which else are looked for in the text.
@@ -58,6 +60,8 @@ def _pieces_of_pairs(vocabulary: dict[str, int], merges: list[str]) -> list[byte
     Only single letters and what merges make occur in a text.
     """
     letters = _letters()
+    if not letters.keys() <= vocabulary.keys():
+        raise ValueError("the tokenizer is not a byte-level BPE, as that of its family is")
     in_text = {*letters, *(merge.replace(" ", "") for merge in merges)}
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for token, number in vocabulary.items():

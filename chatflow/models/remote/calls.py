@@ -139,6 +139,7 @@ class RemoteModel(LanguageModel):
             complaint = _complaint(part, outcome)
             if complaint and isinstance(outcome, Reply):
                 self._count("asked_again")
+                self._release(budget)  # it waits at the gate again, behind those who may hold one
                 first = outcome
                 budget.earlier.append(first)
                 turns += [Turn("model", first.text), Turn("user", complaint)]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from chatflow.options import WorkerSettings
 from chatflow.prompts.answers import ANALYSIS_SCHEMA, parse_analysis
 from chatflow.weights.architectures import DECODERS, architecture_of
 from chatflow.weights.families import FAMILIES, family_named
-from chatflow.weights.presets import is_instruct, use_jax
+from chatflow.weights.presets import is_instruct, is_tuned, use_jax
 
 use_jax()  # before the engine imports keras
 from chatflow.models.gemma.engine import Row  # noqa: E402
@@ -180,7 +181,7 @@ def test_lighter_weights_answer_much_alike(preset, model, settings):
     rows = [Row("the customer is\n", "the parcel is late", choices=("t", "a", "s"))]
     exact = model.engine.run(rows)[0].scores
     if "quantization" in settings and not model.engine.forward.family.quantizes:
-        with pytest.raises(ValueError, match="cannot quantise it"):
+        with pytest.raises(ValueError, match="cannot quantise"):
             load(preset, **settings)
         with pytest.raises(UsageError, match=r"--quantization=int8: .*cannot"):
             ModelSpec(preset, worker=WorkerSettings(**settings))
@@ -247,7 +248,8 @@ def test_sizes_are_those_that_keras_hub_states():
     ],
 )
 def test_a_name_tells_whether_a_model_follows_instructions(name, tuned):
-    assert is_instruct(name) is tuned
+    assert is_tuned(name) is tuned
+    assert is_instruct("Qwen/Qwen3-4B") is False  # as torch: and vllm: take it
 
 
 @pytest.mark.parametrize("given", [{"heads": "mine.heads.npz"}, {"adapter": "mine.lora.h5"}])
@@ -266,8 +268,34 @@ def test_a_family_that_cannot_be_tuned_is_named_at_launch(preset, tmp_path, caps
 
 def test_a_family_that_does_not_run_is_named_at_launch(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(UsageError, match=r"is a mistral model; Gemma 1 to 4 .*torch:"):
+    with pytest.raises(UsageError, match=r"the model is a mistral; Gemma 1 to 4 .*torch:"):
         ModelSpec(str(tmp_path))
     assert main(["size", "--model", str(tmp_path)]) == 2
-    assert "is a mistral model" in capsys.readouterr().err
-    assert family_named("hf://me/mine") is None
+    assert "the model is a mistral" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 32000}')
+    with pytest.raises(UsageError, match="the model is a Llama 1 or 2"):
+        ModelSpec(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("hf://me/mine", None), ("hf://HuggingFaceTB/SmolLM-360M", None), ("llama-30b", None),
+        ("DeepSeek-R1-Distill-Qwen-32B", None), ("Qwen3-30B-A3B", None), ("t5gemma-2b", None),
+        ("qwen3.5-4b", None), ("Qwen3-VL-4B", None), ("gemma-3-1b-it", "Gemma3"),
+        ("gemma-2b", "Gemma"), ("gemma-3n-E2B", "Gemma3n"), ("Qwen/Qwen3-30B", "Qwen3"),
+    ],
+)  # fmt: skip
+def test_a_name_tells_the_family(name, family):
+    found = family_named(name)
+    assert (found.name if found else None) == family
+
+
+def test_a_model_that_only_thinks_is_refused():
+    with pytest.raises(UsageError, match="it thinks before each answer"):
+        ModelSpec("hf://Qwen/Qwen3-4B-Thinking-2507")
+
+
+def test_a_qwen_that_never_thinks_is_not_told_so():
+    backbone = types.SimpleNamespace(rope_max_wavelength=5e6)
+    assert FAMILIES["Qwen3"].turns(backbone)[1].endswith("assistant\n")

@@ -480,6 +480,26 @@ def test_what_is_not_noted_yet_is_in_flight(fake):
     assert ledger.most_unnoted <= 4
 
 
+def test_answers_that_are_asked_again_do_not_wait_for_each_other(fake):
+    """Each of them waits for a place behind requests that wait for the ledger."""
+    said = collections.Counter()
+
+    def answer(prompt):
+        said[prompt] += 1
+        return "no json" if said.total() % 3 == 1 else ANGRY
+
+    fake.brain.answer = answer
+    for places, requests in ((1, 4), (4, 64)):
+        settings = settings_of(fake, GEMINI, max_in_flight=places)
+        model = RemoteModel(GEMINI, client_of(GEMINI, settings), settings)
+        ledger = SlowLedger(fake.brain)
+        asked = [request(f"{places} {i}", check=is_json) for i in range(requests)]
+        found = model.answer_each(asked, ledger)
+        model.close()
+        assert len(found) == ledger.noted == requests
+        assert model.counts()["asked_again"] > 0
+
+
 def test_a_fleet_shares_a_limit_through_an_envoy_rate_limit_service(fake):
     from concurrent.futures import ThreadPoolExecutor
 

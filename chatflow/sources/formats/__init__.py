@@ -1,0 +1,5 @@
+"""How other systems write chats: each module turns one format into chatflow's own JSON."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

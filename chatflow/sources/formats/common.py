@@ -1,0 +1,59 @@
+"""What the formats share: ids, times and attributes of objects whose fields may be missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Value = Mapping[str, Any]
+Ours = dict[str, Any]
+"""A chat or an event as in chatflow's own JSON; see `sources.chats`."""
+
+_FIRST_YEAR = 31_536_000  # seconds: 1971, before which a number is no time but an offset
+
+
+def dicts(value: Any) -> Iterator[Value]:
+    """Yields the objects of a list; nothing else."""
+    if isinstance(value, list):
+        yield from (item for item in value if isinstance(item, dict))
+
+
+def part(value: Any) -> Value:
+    """Returns an object, or an empty one in place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def own_id(value: Value, *names: str, name: str = "") -> str:
+    """Returns the first id that there is, then the file's name, or a hash of the content."""
+    for key in names:
+        found = value.get(key)
+        if isinstance(found, (str, int)) and not isinstance(found, bool) and found != "":
+            return str(found)
+    if name:
+        return name
+    text = json.dumps(value, sort_keys=True, default=str)
+    return f"chat-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
+
+
+def since_1970(value: Any, unit: float = 1.0) -> float | None:
+    """Returns seconds since 1970; None for what is no number, or an offset in a recording."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value / unit if value / unit >= _FIRST_YEAR else None
+
+
+def attributes(**values: Any) -> dict[str, str]:
+    """Returns attributes of those values that there are: texts, numbers, and lists of them."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            value = ", ".join(str(item) for item in value if isinstance(item, (str, int)))
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "":
+            found[key] = str(value)
+    return found
+
+
+def without_none(**fields: Any) -> Ours:
+    return {key: value for key, value in fields.items() if value is not None}

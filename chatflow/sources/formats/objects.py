@@ -1,0 +1,71 @@
+"""The formats in which a JSON object is one or more chats, or an event of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+from chatflow.sources.formats import (
+    chatwoot,
+    contact_lens,
+    cx_insights,
+    intercom,
+    openai,
+    sharegpt,
+    telegram,
+    zendesk,
+)
+from chatflow.sources.formats.common import Ours, Value
+
+
+class Format(Protocol):
+    """A module of this folder."""
+
+    TITLE: str
+
+    def fits(self, value: Value) -> bool:
+        """Returns whether an object is of this format."""
+
+    def read(self, value: Value, name: str) -> Iterator[Ours]:
+        """Yields its chats and events; `name` is the file's, of one that holds nothing else."""
+
+
+FORMATS: Mapping[str, Format] = {
+    "cx_insights": cx_insights,
+    "contact_lens": contact_lens,
+    "zendesk": zendesk,
+    "intercom": intercom,
+    "chatwoot": chatwoot,
+    "telegram": telegram,
+    "openai": openai,
+    "sharegpt": sharegpt,
+}
+"""By name. An object is of the first that it fits."""
+
+OURS = "chatflow"
+
+ALL = ("auto", OURS, "csv", "parquet", "slack", "whatsapp", *FORMATS)
+"""What `--input_format` may be."""
+
+
+class Found(NamedTuple):
+    """What an object of another format holds."""
+
+    format: str
+    values: list[Ours]
+
+
+def as_ours(value: Value, name: str = "", format: str = "auto") -> Found | None:
+    """Returns the chats and events of an object, or None if it is of chatflow's own format.
+
+    Args:
+      name: of the file that holds nothing else.
+      format: that of the object; `auto`: the first that it fits.
+    """
+    if "chat_id" in value or format == OURS:
+        return None
+    known = FORMATS if format not in FORMATS else {format: FORMATS[format]}
+    for key, reader in known.items():
+        if reader.fits(value):
+            return Found(key, [*reader.read(value, name)])
+    return None

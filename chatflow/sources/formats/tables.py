@@ -1,0 +1,325 @@
+"""Tables of messages: CSV and Parquet, a row a message, in any order of rows.
+
+Rows wait in a SQLite file on disk until the table is read, and leave it chat by chat; so memory is
+bounded by the longest chat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime
+from typing import IO, Any, NamedTuple
+
+from chatflow.errors import UsageError
+from chatflow.sources.formats.common import Ours
+
+FIELDS = {
+    "chat": "chat_id conversation_id conversation ticket_id ticket session_id thread_id case_id "
+    "dialogue_id dialog_id contact_id chat chatid interaction_id",
+    "text": "text body message content utterance comment plain_body message_text msg message_body",
+    "who": "role author_role sender_role author_type sender_type inbound direction speaker_role "
+    "speaker participant_role sender_kind user_type",
+    "user": "user_id author_id sender_id author sender from name username from_name user",
+    "at": "created_at sent_at timestamp time date datetime created created_time sent",
+    "id": "message_id comment_id utterance_id tweet_id msg_id event_id id",
+    "reply": "in_response_to_tweet_id reply_to in_reply_to parent_id",
+}
+"""What a column may be: the names by which it is known, the surest first."""
+
+REQUIRED = ("chat", "text")
+
+_PRIVACY = ("public", "private", "is_public", "is_private", "internal", "is_internal")
+"""Columns that say of a message whether the customer sees it; see `chats.is_private`."""
+
+DELIMITERS = ",;\t|"
+
+LONGEST_CELL = 16 << 20
+_LONGEST_ATTRIBUTE = 200
+
+
+class Row(NamedTuple):
+    """A row by its number in the file, from 1, without the header."""
+
+    number: int
+    cells: Mapping[str, Any]
+
+
+class Columns(NamedTuple):
+    """The column of each of our `FIELDS` that a table has."""
+
+    names: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return ",".join(f"{ours}={theirs}" for ours, theirs in self.names.items())
+
+
+def columns_of(header: Sequence[str], given: Mapping[str, str]) -> Columns:
+    """Returns which column is what: those given, and those whose names leave no doubt.
+
+    Raises `UsageError` if a column is not there, or if it is not clear which holds the chat's id or
+    the text.
+    """
+    listed = ", ".join(header)
+    for ours, theirs in given.items():
+        if theirs not in header:
+            raise UsageError(
+                f"--columns: there is no column {theirs!r} for {ours}; there are {listed}"
+            )
+    found = dict(given)
+    for ours, known in FIELDS.items():
+        near = [name for name in header if _plain(name) in known.split()]
+        near = [name for name in near if name not in found.values()]
+        if ours in found or not near:
+            continue
+        if len(near) > 1 and ours in REQUIRED:
+            raise UsageError(
+                f"several columns may be the {ours}: {', '.join(near)}; say which, e.g. "
+                f"--columns={ours}={near[0]}"
+            )
+        found[ours] = min(near, key=lambda name: known.split().index(_plain(name)))
+    if "chat" not in found and {"reply", "id"} <= found.keys():
+        needed = ["text"]
+    else:
+        needed = [*REQUIRED]
+        found.pop("reply", None)
+    if missing := [ours for ours in needed if ours not in found]:
+        example = ",".join(f"{ours}=COLUMN" for ours in missing)
+        raise UsageError(
+            f"it is not clear which column is the {' and the '.join(missing)}: there are {listed}; "
+            f"say so: --columns={example}"
+        )
+    return Columns({ours: found[ours] for ours in FIELDS if ours in found})
+
+
+def _plain(name: str) -> str:
+    """Returns a column's name as `FIELDS` have them: "Ticket ID" and "ticketId" are ticket_id."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip().lstrip("\ufeff"))
+    return re.sub(r"[\W_]+", "_", name.casefold()).strip("_")
+
+
+def given_columns(flag: str) -> dict[str, str]:
+    """Reads `--columns`; raises `UsageError`."""
+    found = {}
+    for pair in filter(None, map(str.strip, flag.split(","))):
+        ours, equals, theirs = pair.partition("=")
+        if not equals or ours.strip() not in (*FIELDS, "private"):
+            raise UsageError(
+                f"--columns: {pair!r} must be FIELD=COLUMN, and FIELD one of "
+                f"{', '.join((*FIELDS, 'private'))}"
+            )
+        found[ours.strip()] = theirs.strip()
+    return found
+
+
+def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
+    """Returns the header of a CSV table and its rows; the delimiter is that of the header."""
+    csv.field_size_limit(LONGEST_CELL)
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    first = text.readline()
+    delimiter = max(DELIMITERS, key=first.count)
+    header = [_latin(name).strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    reader = csv.reader(text, delimiter=delimiter)
+
+    def rows() -> Iterator[Row]:
+        for number, cells in enumerate(filter(None, reader), 1):
+            row: dict[str, Any] = dict(zip(header, map(_latin, cells), strict=False))
+            if len(cells) != len(header):
+                row[""] = f"{len(cells)} cells under {len(header)} columns"
+            yield Row(number, row)
+
+    return header, rows()
+
+
+def _latin(text: str) -> str:
+    """Returns a text that is not UTF-8 as Windows writes it (cp1252)."""
+    if text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text):
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+
+
+def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
+    """Returns the columns of a Parquet table and its rows; raises pyarrow's errors."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for batch in table.iter_batches(batch_size=1000):
+            for cells in batch.to_pylist():
+                number += 1
+                yield Row(number, cells)
+
+    return table.schema_arrow.names, rows()
+
+
+def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours]]:
+    """Yields the chats of a table, each with the number of its first row.
+
+    A row without a chat's id, or with too many or too few cells, is yielded as it is, at once, so
+    that it becomes a dead letter.
+    """
+    chat, reply = columns.names.get("chat"), columns.names.get("reply")
+    with grouping() as groups:
+        for number, cells in rows:
+            key = _cell(cells, chat) if chat else _cell(cells, columns.names["id"])
+            if key is None or "" in cells:
+                said = cells.get("") or f"there is no {chat or columns.names['id']}"
+                yield number, {"chat_id": None, "row": _as_json(cells), "error": said}
+                continue
+            message = _message(cells, columns)
+            parent = _cell(cells, reply) if reply and not chat else None
+            groups.add(number, str(key), message, _others(cells, columns), str(parent or ""))
+        yield from groups.chats()
+
+
+def _message(cells: Mapping[str, Any], columns: Columns) -> Ours:
+    names = columns.names
+    role = _cell(cells, names.get("who"))
+    if _plain(names.get("who", "")) == "inbound":
+        role = "customer" if str(role).strip().casefold() in ("true", "1", "yes") else "agent"
+    user = _cell(cells, names.get("user"))
+    if role is None and "who" not in names and user is None:
+        role = "customer"  # a table of what customers say, without who says it
+    found = {
+        "message_id": _cell(cells, names.get("id")),
+        "user_id": user if user is not None else role,
+        "role": role,
+        "text": _cell(cells, names["text"]) or "",
+        "sent_at": _time(_cell(cells, names.get("at"))),
+    }
+    if "private" in names:
+        found["private"] = _cell(cells, names["private"])
+    for name, value in cells.items():
+        if _plain(name) in _PRIVACY:
+            found[_plain(name)] = value
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _others(cells: Mapping[str, Any], columns: Columns) -> dict[str, str]:
+    """Returns the other cells, for the attributes of the chat."""
+    taken = {*columns.names.values(), ""}
+    found = {
+        name: str(value)
+        for name, value in cells.items()
+        if name not in taken
+        and _plain(name) not in _PRIVACY
+        and value is not None
+        and not isinstance(value, (list, dict, bytes))
+    }
+    return {name: text for name, text in found.items() if 0 < len(text) <= _LONGEST_ATTRIBUTE}
+
+
+def _cell(cells: Mapping[str, Any], name: str | None) -> Any:
+    value = cells.get(name) if name is not None else None
+    if isinstance(value, float) and value.is_integer():  # of a column with gaps
+        value = int(value)
+    return None if value == "" or value != value else value  # NaN
+
+
+def _time(value: Any) -> Any:
+    """Returns a time in a form that `sources.chats.time` reads."""
+    if isinstance(value, (datetime, date)):
+        return value.isoformat()
+    if isinstance(value, str) and re.match(r"[A-Z][a-z]{2} [A-Z][a-z]{2} ", value):
+        with contextlib.suppress(ValueError):  # "Tue Oct 31 22:08:27 +0000 2017", Twitter's
+            return datetime.strptime(value, "%a %b %d %H:%M:%S %z %Y").isoformat()
+    return value
+
+
+def _as_json(cells: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in cells.items() if key}
+
+
+class Groups:
+    """Messages that leave chat by chat, in the order of their first messages."""
+
+    def __init__(self, path: str):
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN;"
+            "CREATE TABLE rows (n INTEGER, chat TEXT, parent TEXT, message TEXT, others TEXT);"
+        )
+        self._waiting: list[tuple[int, str, str, str, str]] = []
+        self._threads = False
+
+    def add(
+        self, number: int, chat: str, message: Ours, others: Mapping[str, str], parent: str = ""
+    ) -> None:
+        """Adds a message; with a `parent` it belongs to the chat of that message."""
+        self._threads |= bool(parent)
+        texts = (json.dumps(message, default=str), json.dumps(others))
+        self._waiting.append((number, chat, parent, *texts))
+        if len(self._waiting) >= 1000:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", self._waiting)
+        self._waiting.clear()
+
+    def chats(self) -> Iterator[tuple[int, Ours]]:
+        """Yields each chat with the number of its first message."""
+        self._flush()
+        if self._threads:
+            self._to_roots()
+        self._db.executescript(
+            "CREATE TABLE firsts AS SELECT chat, min(n) AS first FROM rows GROUP BY chat;"
+            "CREATE INDEX of_chat ON rows (chat, n);"
+        )
+        query = (
+            "SELECT f.first, r.chat, r.message, r.others FROM firsts f JOIN rows r USING (chat) "
+            "ORDER BY f.first, r.n"
+        )
+        chat: tuple[int, Ours] | None = None
+        for first, key, message, others in self._db.execute(query):
+            if chat is None or chat[0] != first:
+                if chat is not None:
+                    yield chat
+                attributes = json.loads(others)
+                chat = first, {"chat_id": key, "messages": [], "attributes": attributes}
+            chat[1]["messages"].append(json.loads(message))
+        if chat is not None:
+            yield chat
+
+    def _to_roots(self) -> None:
+        """Gives each message the id of the one that its thread begins with.
+
+        Each round doubles the steps that an id is from its message, so that few are enough.
+        """
+        self._db.executescript(
+            "CREATE TABLE links AS SELECT chat AS id, parent AS up FROM rows;"
+            "CREATE INDEX by_id ON links (id);"
+            "DELETE FROM links WHERE up = '' OR up NOT IN (SELECT chat FROM rows);"
+        )
+        for _ in range(40):  # more than any thread has; a circle stays as it is
+            moved = self._db.execute(
+                "UPDATE links SET up = (SELECT l.up FROM links l WHERE l.id = links.up) "
+                "WHERE up IN (SELECT id FROM links) AND up != id"
+            ).rowcount
+            if not moved:
+                break
+        self._db.execute(
+            "UPDATE rows SET chat = coalesce((SELECT up FROM links WHERE id = rows.chat), chat)"
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+
+@contextlib.contextmanager
+def grouping() -> Iterator[Groups]:
+    """Gives `Groups` on disk, and removes them afterwards."""
+    with tempfile.TemporaryDirectory(prefix="chatflow-rows-") as folder:
+        groups = Groups(f"{folder}/rows.db")
+        try:
+            yield groups
+        finally:
+            groups.close()
