@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 COMMANDS = {
     "run": "analyse chats of files or of Pub/Sub",
     "stream": "the whole event-driven system on this machine, with a live view",
+    "import": "turn exports of other systems into chatflow's own JSON Lines",
     "publish": "send chats or messages of a file to a Pub/Sub topic",
     "tail": "print results from Pub/Sub as they come",
     "replay": "try dead letters again",

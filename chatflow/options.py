@@ -80,7 +80,7 @@ class Places(Settings):
     """What to read, and where results go."""
 
     input: str = flag(
-        "", "Chats and messages to read: globs of JSON Lines files or folders, local or gs://; or "
+        "", "Chats and messages to read: globs of files or folders, local or gs://; or "
         "Pub/Sub: projects/P/subscriptions/S or projects/P/topics/T. Separate several "
         "with commas.", _DATA,
     )  # fmt: skip

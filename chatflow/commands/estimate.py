@@ -46,10 +46,11 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.pipeline import plan
     from chatflow.running.launch import execute
     from chatflow.running.runner import beam_options, cloud_of
+    from chatflow.sources.chats import customs_by
 
     options = from_flags(parsed)
     answers = options.answers
-    sample, chats = drawn(options.input, parsed.sample, parsed.seed)
+    sample, chats = drawn(options.input, parsed.sample, parsed.seed, customs_by(options))
     with tempfile.TemporaryDirectory(prefix="chatflow-estimate-") as scratch:
         with open(f"{scratch}/sample.jsonl", "wb") as file:
             file.writelines(line + b"\n" for line in sample)

@@ -23,13 +23,15 @@ from chatflow.models.prices import Price
 from chatflow.models.spec import inference_of, name_of
 from chatflow.options import Options
 from chatflow.records import load_object
+from chatflow.sources.chats import USUAL, Customs
+from chatflow.sources.formats.objects import as_ours
 from chatflow.sources.lines import numbered
 from chatflow.sources.read import files_of, is_stream, split_inputs
 
 RESAMPLES = 2000
 
 
-def drawn(inputs: str, most: int, seed: int) -> tuple[list[bytes], int]:
+def drawn(inputs: str, most: int, seed: int, customs: Customs = USUAL) -> tuple[list[bytes], int]:
     """Returns some lines of files, drawn at random, and how many there are.
 
     Raises `UsageError` for Pub/Sub, single messages, or files that cannot be read.
@@ -40,8 +42,8 @@ def drawn(inputs: str, most: int, seed: int) -> tuple[list[bytes], int]:
     kept: list[bytes] = []
     for pattern in split_inputs(inputs):
         for path in files_of(pattern, "--input"):
-            for number, line in numbered(path, "--input"):
-                if not count and not _is_chat(line):
+            for number, line in numbered(path, "--input", customs):
+                if not count and not _is_chat(line, customs):
                     raise UsageError(
                         f"--input: {path}:{number} is no chat with messages; only whole chats can "
                         "be drawn"
@@ -54,11 +56,13 @@ def drawn(inputs: str, most: int, seed: int) -> tuple[list[bytes], int]:
     return kept, count
 
 
-def _is_chat(line: bytes) -> bool:
+def _is_chat(line: bytes, customs: Customs) -> bool:
     try:
-        return "messages" in load_object(line)
+        value = load_object(line)
     except BadInputError:
         return False
+    found = as_ours(value, format=customs.format)
+    return all("messages" in one for one in (found.values if found else [value]))
 
 
 class Asked(NamedTuple):

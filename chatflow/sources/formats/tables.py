@@ -236,7 +236,9 @@ def _time(value: Any) -> Any:
 
 
 def _as_json(cells: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key): value for key, value in cells.items() if key}
+    """Returns a row as JSON can hold it."""
+    known = (str, int, bool, type(None))
+    return {key: v if isinstance(v, known) else str(v) for key, v in cells.items() if key}
 
 
 class Groups:
