@@ -22,7 +22,7 @@ from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis
 from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
-from chatflow.sources.chats import Customs, customs_by
+from chatflow.sources.chats import USUAL, Customs, customs_by
 from chatflow.sources.parse import ParseArrivals
 from chatflow.sources.read import ReadArrivals, is_stream, split_inputs
 from chatflow.sources.results import ReadResults
@@ -172,10 +172,15 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
 
     inputs = split_inputs(options.input)
     arrivals = pipeline | "ReadArrivals" >> ReadArrivals(
-        inputs, options.id_label, options.max_line_bytes, plan.customs
+        inputs,
+        options.id_label,
+        options.max_line_bytes,
+        USUAL if plan.replay else plan.customs,  # letters are lines; what they name is not
     )
     if plan.replay:
-        opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters(options.max_line_bytes)
+        opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters(
+            options.max_line_bytes, plan.customs
+        )
         arrivals = opened.arrivals
 
     read = arrivals | "ParseArrivals" >> ParseArrivals(

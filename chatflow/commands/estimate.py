@@ -47,6 +47,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.running.launch import execute
     from chatflow.running.runner import beam_options, cloud_of
     from chatflow.sources.chats import customs_by
+    from chatflow.sources.lines import READ_WHOLE
 
     options = from_flags(parsed)
     answers = options.answers
@@ -59,6 +60,8 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
             input=f"{scratch}/sample.jsonl",
             output=f"{scratch}/out",
             answers=f"sqlite:///{scratch}/answers.db",
+            # What was read whole are lines of chatflow's own now.
+            input_format="auto" if options.input_format in READ_WHOLE else options.input_format,
         )
         planned = plan(options, cloud_of(beam_options(rest, shown=options.flags()), options))
         summary = execute(options, rest)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import IO
 
-from chatflow.errors import UsageError
+from chatflow.errors import FAILED, UsageError
 from chatflow.options import MAX_LINE_BYTES, Parser, add_flags
 
 DESCRIPTION = """
@@ -42,6 +42,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """
     from rich.console import Console
 
+    from chatflow import metrics
     from chatflow.dead_letters import dead_letter
     from chatflow.options import from_flags
     from chatflow.records import Chat, Range
@@ -61,7 +62,10 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError(f"{parsed.output} is one of the files to read; write to another")
     console = Console(stderr=True, highlight=False)
     counts: Counter[str] = Counter()
+    before = metrics.local_counts()
     first_error = ""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(letters_in)  # of an earlier import
     with (
         open(f"{parsed.output}.part", "w", encoding="utf-8") as out,
         contextlib.ExitStack() as opened,
@@ -93,9 +97,13 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
                 if counts["lines"] % 1000 == 0:
                     status.update(f"reading: {counts['chats']:,} chats")
     os.replace(f"{parsed.output}.part", parsed.output)
+    for name, count in metrics.local_counts().items():
+        if name.startswith(("formats/", "input/")) and count > before.get(name, 0):
+            counts[name] += count - before.get(name, 0)
     written = [parsed.output, *([letters_in] if letters is not None else [])]
     _show(parsed.summary == "json", counts, written, first_error)
-    return 0
+    nothing = first_error and not counts["chats"] + counts["messages_and_ends"]
+    return FAILED if nothing else 0
 
 
 def _show(as_json: bool, counts: Counter[str], written: list[str], first_error: str) -> None:

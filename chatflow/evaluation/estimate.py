@@ -59,10 +59,11 @@ def drawn(inputs: str, most: int, seed: int, customs: Customs = USUAL) -> tuple[
 def _is_chat(line: bytes, customs: Customs) -> bool:
     try:
         value = load_object(line)
-    except BadInputError:
+        found = as_ours(value, format=customs.format)
+    except (BadInputError, AttributeError, LookupError, TypeError, ValueError):
         return False
-    found = as_ours(value, format=customs.format)
-    return all("messages" in one for one in (found.values if found else [value]))
+    values = found.values if found else [value]
+    return bool(values) and all("messages" in one for one in values)
 
 
 class Asked(NamedTuple):

@@ -6,7 +6,6 @@ A field beside these that is null, empty or of another type is mended or left ou
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,7 @@ from chatflow.records import (
 )
 from chatflow.sources.formats.objects import ALL
 from chatflow.sources.formats.tables import given_columns
+from chatflow.sources.privacy import PRIVATE_KINDS, is_private, word
 from chatflow.sources.said import PLACEHOLDERS, placeholder, said
 
 ROLES: Mapping[str, str] = {
@@ -90,7 +90,7 @@ def customs_of(roles: str, placeholders: str, format: str = "auto", columns: str
             raise UsageError(
                 f"--roles: {pair!r} must be THEIRS=OURS, and OURS one of {', '.join(OURS)}"
             )
-        own[_name(theirs)] = ours.strip()
+        own[word(theirs)] = ours.strip()
     texts: list[str] = []
     if placeholders:
         try:
@@ -193,7 +193,7 @@ def _words(text: str, original: Any, customs: Customs, counts: Counter[str]) -> 
 
 def _role(value: Mapping[str, Any], customs: Customs, counts: Counter[str]) -> str | None:
     if not _KIND_FIELDS.isdisjoint(value):
-        kinds = {_name(value.get(name)) for name in _KIND_FIELDS}
+        kinds = {word(value.get(name)) for name in _KIND_FIELDS}
         if kinds & _SYSTEM_KINDS or value.get("message_type") == 2:
             return SYSTEM
     found = value.get("role")
@@ -201,72 +201,18 @@ def _role(value: Mapping[str, Any], customs: Customs, counts: Counter[str]) -> s
         if found not in (None, ""):
             counts["input/fields_dropped"] += 1
         return None
-    name = _name(str(found))
+    name = word(str(found))
     if name in customs.roles:
         return customs.roles[name]
-    if name in _PRIVATE_KINDS:
+    if name in PRIVATE_KINDS:
         return name
     counts["input/unknown_roles"] += 1
     return str(found)[:100]
 
 
-def _name(value: Any) -> str:
-    return _named(value) if isinstance(value, str) and len(value) < 100 else ""
-
-
-@functools.lru_cache(maxsize=1000)
-def _named(text: str) -> str:
-    return re.sub(r"[\s-]+", "_", text.strip().casefold())
-
-
 _KIND_FIELDS = frozenset(("type", "message_type", "event_type", "subtype"))
 
 _SYSTEM_KINDS = frozenset(("activity", "system", "event", "service", "notification"))
-_PRIVATE_KINDS = frozenset(
-    "note private private_note internal internal_note internal_comment internal_only whisper "
-    "agent_only agents_only staff_only admin_note".split()
-)
-_PRIVATE = frozenset(
-    "private isprivate privatenote isprivatenote internal isinternal internalnote isinternalnote "
-    "internalonly isnote staffonly agentonly agentsonly".split()
-)
-_PUBLIC = frozenset("public ispublic published ispublished visibletocustomer".split())
-_KINDS = frozenset(
-    "type parttype messagetype notetype commenttype kind visibility privacy scope audience "
-    "role".split()
-)
-_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
-
-
-def is_private(value: Mapping[str, Any]) -> bool:
-    """Returns whether a message is for staff alone, by the fields of many help desks.
-
-    These are Chatwoot's and Freshdesk's `private`, Zendesk's `public`, Front's `is_internal`,
-    Intercom's `part_type` "note", and others like them; on the message or among its attributes.
-    """
-    beside = value.get("attributes")
-    for fields in (value, beside if isinstance(beside, dict) else {}):
-        for key, found in fields.items():
-            means = _meaning(key) if isinstance(key, str) and len(key) < 100 else ""
-            if not means or found is None:
-                continue
-            if means == "kind":
-                if _name(found) in _PRIVATE_KINDS:
-                    return True
-            elif str(found)[:10].strip().casefold() in (_TRUE if means == "private" else _FALSE):
-                return True
-    return False
-
-
-@functools.lru_cache(maxsize=1000)
-def _meaning(key: str) -> str:
-    """Returns what a field's name says about privacy: `private`, `public`, `kind` or nothing."""
-    name = key.casefold().replace("_", "").replace("-", "")
-    if name in _PRIVATE:
-        return "private"
-    if name in _PUBLIC:
-        return "public"
-    return "kind" if name in _KINDS else ""
 
 
 def as_id(value: Any) -> Any:
@@ -329,6 +275,8 @@ def time(value: Any, counts: Counter[str]) -> datetime | None:
     """
     if value is None or value == "":
         return None
+    if isinstance(value, str):
+        value = value.strip().removesuffix(" UTC")
     try:
         found = _TIME.validate_python(_seconds(value))
         found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)

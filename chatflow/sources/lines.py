@@ -28,9 +28,11 @@ from apache_beam.io.filesystems import FileSystems
 
 from chatflow import metrics
 from chatflow.errors import UsageError, one_line
+from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.formats import slack, tables, whatsapp
+from chatflow.sources.formats.common import name_in
 from chatflow.sources.formats.objects import OURS, as_ours
 
 BLOCK = 1 << 20
@@ -40,7 +42,7 @@ RANGE = 64 << 20
 _HEAD = 64 << 10
 
 
-def ranges_of(path: str, size: int) -> list[Range]:
+def ranges_of(path: str, size: int, customs: Customs = USUAL) -> list[Range]:
     """Returns the parts in which a file is read: one, if it is compressed or not read by lines."""
     if size > RANGE:
         try:
@@ -48,7 +50,8 @@ def ranges_of(path: str, size: int) -> list[Range]:
                 head = file.read(_HEAD)
         except Exception:  # the reader says what is wrong
             return [Range(path)]
-        if not _compression(head) and not _encoding(head) and kind_of(head) == LINES:
+        by_lines = customs.format not in READ_WHOLE and kind_of(head, path) == LINES
+        if by_lines and not _compression(head) and not _encoding(head):
             starts = range(0, size, RANGE)
             return [Range(path, start, min(start + RANGE, size)) for start in starts]
     return [Range(path)]
@@ -67,12 +70,18 @@ def read_lines(
     return _Reader(part, most, customs).all(plain)
 
 
-def numbered(path: str, flag: str = "", customs: Customs = USUAL) -> Iterator[tuple[int, bytes]]:
+def numbered(
+    path: str, flag: str = "", customs: Customs | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Yields the lines of a file that are not blank, with their numbers from 1.
+
+    With `customs`, files of other formats become lines; without, each line is taken as it is.
 
     Raises `UsageError`, with the `flag` that names the file, if it cannot be read to its end.
     """
-    for arrival in read_lines(Range(path), most=LARGEST_INTEGER - 1, customs=customs):
+    plain = customs is None
+    most = LARGEST_INTEGER if plain else MAX_LINE_BYTES
+    for arrival in read_lines(Range(path), most, plain, customs or USUAL):
         if arrival.fault is not None:
             raise UsageError(f"{flag}: {arrival.fault.message}" if flag else arrival.fault.message)
         yield arrival.number, arrival.line
@@ -102,6 +111,10 @@ UNREADABLE, TRUNCATED, CORRUPT, WRONG = OF_FILES = (
 )  # fmt: skip
 """Reasons for which a file was not read, or not to its end."""
 
+_MEDIA = re.compile(
+    r"\.(?:jpe?g|png|gif|webp|heic|opus|ogg|mp3|m4a|aac|amr|mp4|mov|3gp|vcf)$", re.IGNORECASE
+)
+"""What messengers put beside a chat."""
 _ONE_OBJECT = re.compile(r"\.json(?:\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s,]*")
 _DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
@@ -148,7 +161,7 @@ class _Reader:
             yield self.fault(WRONG, f"{path} is {_HINTS[kind]}")
         elif kind == "zip":
             yield from self.of_archive(stream)
-        elif kind in _READ_WHOLE:
+        elif kind in READ_WHOLE:
             if encoding:
                 stream = io.BufferedReader(_Recoded(stream, encoding), BLOCK)
             yield from self.of_format(stream, kind)
@@ -162,8 +175,10 @@ class _Reader:
     def _kind(self, head: bytes) -> str:
         """Returns the kind of the file, as `--input_format` says, or by its beginning."""
         kind = kind_of(head, self.part.path)
-        if self.customs.format in _READ_WHOLE and kind != "zip":
+        if self.customs.format in READ_WHOLE and kind != "zip":
             return self.customs.format
+        if self.customs.format == OURS and kind not in (JSON, "zip"):
+            return LINES
         return kind
 
     def of_archive(self, stream: Any) -> Iterator[Arrival]:
@@ -182,9 +197,11 @@ class _Reader:
                     return
                 yield from self._ours(slack.read(archive), "slack", "message")
                 return
+            faults: list[Arrival] = []
             for name in names:
-                if archive.getinfo(name).flag_bits & 1:
-                    yield self.fault(UNREADABLE, f"{path}: {name} is encrypted; unpack it")
+                if _MEDIA.search(name):
+                    if not self.only_check:
+                        metrics.count("input/attachments")
                     continue
                 within = Range(f"{path}/{name}")
                 inner = _Reader(within, self.most, self.customs, self.only_check)
@@ -192,16 +209,28 @@ class _Reader:
                     with archive.open(name) as file:
                         for arrival in inner.arrivals(file, plain=False):
                             fault = arrival.fault
-                            yield arrival._replace(fault=fault and fault._replace(part=self.part))
+                            found = arrival._replace(fault=fault and fault._replace(part=self.part))
+                            if self.only_check and fault and fault.reason in OF_FILES:
+                                faults.append(found)
+                                break
+                            yield found
                 except Exception as error:
                     fault = inner.broken(error).fault
-                    yield Arrival(b"", fault=fault and fault._replace(part=self.part))
+                    found = Arrival(b"", fault=fault and fault._replace(part=self.part))
+                    if self.only_check:
+                        faults.append(found)
+                    else:
+                        yield found
                 self.about = self.about or inner.about
+            if self.only_check and faults and not self.about:
+                yield faults[0]
 
     def of_format(self, stream: Any, kind: str) -> Iterator[Arrival]:
         """Yields the chats of a table or a text."""
         if kind == "whatsapp":
             self.about = whatsapp.TITLE
+            if self.only_check:
+                return
             lines = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="\n")
             chats = enumerate(whatsapp.read(lines, self._name), 1)
             yield from self._ours(chats, "whatsapp", "chat")
@@ -223,7 +252,7 @@ class _Reader:
     def _name(self) -> str:
         """The name of the file without its ending, or of the archive that holds nothing else."""
         *folders, last = self.part.path.split("/")
-        name = last.partition(".")[0]
+        name = name_in(last)
         if name == "_chat" and folders and folders[-1].endswith(".zip"):
             return folders[-1].removesuffix(".zip")
         return name
@@ -405,14 +434,14 @@ _HINTS = {
     "html": "a page in HTML or XML; JSON is needed, one object a line",
     "binary": "not text; JSON is needed, one object a line",
 }
-_READ_WHOLE = ("csv", "parquet", "whatsapp")
+READ_WHOLE = ("csv", "parquet", "whatsapp")
 _BEGINNINGS = (
     (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"7z\xbc\xaf", "7z"),
     (b"PAR1", "parquet"), (b"SQLite format 3", "sqlite"), (b"%PDF", "pdf"),
 )  # fmt: skip
 
 
-_TABLES = (".csv", ".tsv")
+_TABLE = re.compile(r"\.[ct]sv(?:\.(?:gz|bz2|xz))?$", re.IGNORECASE)
 
 
 def kind_of(head: bytes, path: str = "") -> str:
@@ -428,15 +457,15 @@ def kind_of(head: bytes, path: str = "") -> str:
         return LINES
     if head[:1000].count(0) > 3:
         return "binary"
+    if whatsapp.fits(b"\n".join(lines[:20]).decode("utf-8", "replace")):
+        return "whatsapp"
     first = lines[0].strip()
     second = lines[1].strip() if len(lines) > 1 else b""
     if first.startswith((b"[", b"{")):
         return JSON if first.startswith(b"[") or not second or second[:1] in b'"}' else LINES
     if re.match(rb"<(!doctype|html|\?xml)", first, re.IGNORECASE):
         return "html"
-    if whatsapp.fits(b"\n".join(lines[:20]).decode("utf-8", "replace")):
-        return "whatsapp"
-    if _is_table(head, sure=path.lower().endswith(_TABLES)):
+    if _is_table(head, sure=bool(_TABLE.search(path))):
         return "csv"
     return LINES
 

@@ -16,6 +16,7 @@ from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadInputError, one_line
 from chatflow.records import Arrival, Chat, Event, load_object, validate
 from chatflow.sources.chats import USUAL, Customs, as_id, message_fields, read_chat, time
+from chatflow.sources.formats.common import name_in
 from chatflow.sources.formats.objects import as_ours
 
 _FIELDS = frozenset(("chat_id", "user_id", "message_id", "role", "sent_at", "event"))
@@ -112,6 +113,8 @@ def parse_arrival(
         values = found.values
         counts[f"formats/{found.format}"] += len(values)
         counts["input/events_left_out"] += not values
+    if found is not None and len(values) == 1 and "chat_id" in arrival.attributes:
+        values = [{**values[0], "chat_id": arrival.attributes["chat_id"]}]  # not one of its content
     given = (_with_attributes(one, arrival.attributes) for one in values)
     return [_parse(one, arrival, retention, customs, counts) for one in given]
 
@@ -121,7 +124,7 @@ _PLACE = re.compile(r", (?:line|row|element|byte) \d+$")
 
 def _file_name(source: str) -> str:
     """Returns the name, without its ending, of a file that is one object."""
-    return "" if _PLACE.search(source) else source.rpartition("/")[2].partition(".")[0]
+    return "" if _PLACE.search(source) else name_in(source)
 
 
 def _parse(

@@ -77,16 +77,16 @@ class ReadLines(beam.PTransform):
         return (
             begin
             | "Pattern" >> beam.Create([self.pattern])
-            | "Files" >> beam.FlatMap(parts_of).with_output_types(Range)
+            | "Files" >> beam.FlatMap(parts_of, customs=self.customs).with_output_types(Range)
             | "Distribute" >> beam.Reshuffle()
             | "ReadLines" >> beam.FlatMap(read).with_output_types(Arrival)
         )
 
 
-def parts_of(pattern: str) -> Iterator[Range]:
+def parts_of(pattern: str, customs: Customs = USUAL) -> Iterator[Range]:
     """Yields the parts in which the files of a pattern are read."""
     for found in _matches(pattern):
-        yield from ranges_of(found.path, found.size_in_bytes)
+        yield from ranges_of(found.path, found.size_in_bytes, customs)
 
 
 @dataclasses.dataclass

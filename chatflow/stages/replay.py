@@ -33,6 +33,7 @@ from chatflow.records import (
     open_record,
     validate,
 )
+from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.lines import read_lines
 
 
@@ -56,9 +57,11 @@ class OpenDeadLetters(beam.PTransform):
 
     Attributes:
       max_line_bytes: a longer line of a file that a letter names is a fault again.
+      customs: the format of such files.
     """
 
     max_line_bytes: int = MAX_LINE_BYTES
+    customs: Customs = USUAL
 
     def expand(self, arrivals: beam.PCollection) -> Replayed:
         opened, failed = arrivals | "OpenLetter" >> DeadLettered("replay", open_letter)
@@ -71,7 +74,7 @@ class OpenDeadLetters(beam.PTransform):
         )
         refused, unknown = unwritten | "OpenRecord" >> DeadLettered("replay", open_refused, Record)
         analyses, drafts = refused | "ByKind" >> beam.Partition(_is_draft, 2)
-        unpack = functools.partial(held_arrivals, self.max_line_bytes)
+        unpack = functools.partial(held_arrivals, self.max_line_bytes, self.customs)
         again, unpacked = held | "Payload" >> DeadLettered("replay", unpack, Arrival)
         dead_letters = (failed, unjoined, unread, unknown, unpacked) | beam.Flatten()
         return Replayed(again, analysed, analyses, drafts, dead_letters)
@@ -164,7 +167,7 @@ def open_letter(arrival: Arrival) -> Iterable[DeadLetter]:
     yield validate(DeadLetter, load_object(arrival.read()))
 
 
-def held_arrivals(most: int, letter: DeadLetter) -> Iterable[Arrival]:
+def held_arrivals(most: int, customs: Customs, letter: DeadLetter) -> Iterable[Arrival]:
     """Yields what a letter holds; if it names a part of a file, the lines in it that fit `most`."""
     if letter.payload_encoding != "file":
         yield Arrival(letter.payload_bytes(), letter.attributes or {})
@@ -174,7 +177,7 @@ def held_arrivals(most: int, letter: DeadLetter) -> Iterable[Arrival]:
     except ValueError:
         said = f"the payload is not a part of a file: {letter.payload[:200]!r}"
         raise BadInputError("bad_payload", said) from None
-    yield from read_lines(part, most)
+    yield from read_lines(part, most, customs=customs)
 
 
 def open_analysis(letter: DeadLetter) -> Iterable[AnalysedChat]:

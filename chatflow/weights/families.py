@@ -89,13 +89,13 @@ FAMILIES = {
             ),
         ),
         Family(
-            "Gemma", ("gemma", "gemma2"), r"gemma(?![-_]?[34])", _GEMMA_USER, _GEMMA_MODEL,
+            "Gemma", ("gemma", "gemma2"), r"gemma(?![-_]?[34](?!b))", _GEMMA_USER, _GEMMA_MODEL,
             ends=("<end_of_turn>",), learns=True,
         ),
         # https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4; the small ones (E2B, E4B),
         # which have inputs of each layer's own, do not think unasked.
         Family(
-            "Gemma4", ("gemma4", "gemma4_text"), r"gemma[-_]?4(?!\d)",
+            "Gemma4", ("gemma4", "gemma4_text"), r"gemma[-_]?4(?![\db])",
             "<|turn>user\n", "<turn|>\n<|turn>model\n",
             no_thoughts=lambda b: (
                 "" if b.hidden_size_per_layer_input else "<|channel>thought\n<channel|>"
@@ -114,7 +114,7 @@ FAMILIES = {
         # which do not think, have longer waves: https://huggingface.co/Qwen/Qwen3-4B-Instruct-2507.
         Family(
             "Qwen3", ("qwen3",),
-            r"qwen[-_]?3(?!\.?\d|[-_]?(?:moe|vl|next|omni|embedding|\d+b-a\d))",
+            r"qwen[-_]?3(?!\.?\d|[-_]?(?:moe|vl|next|omni|embedding|guard|reranker)|.*\d+b-a\d)",
             "<|im_start|>user\n", _IM_MODEL, tuned=True,
             no_thoughts=lambda b: (
                 "<think>\n\n</think>\n\n" if b.rope_max_wavelength < 5e6 else ""
@@ -175,7 +175,7 @@ def family_named(model: str) -> Family | None:
 def family_in(config: Mapping[str, Any]) -> Family:
     """Returns the family in a configuration of Keras's or Hugging Face's; raises `ValueError`."""
     kind = _kind_in(config)
-    if kind == "llama" and config.get("vocab_size", LLAMA_3_TOKENS) < LLAMA_3_TOKENS:
+    if kind == "llama" and (config.get("vocab_size") or LLAMA_3_TOKENS) < LLAMA_3_TOKENS:
         kind = "Llama 1 or 2"  # or others that call themselves so
     for family in FAMILIES.values():
         if family.name == kind or kind in family.types:

@@ -48,7 +48,8 @@ def is_tuned(preset: str) -> bool:
     """
     family = family_named(preset)
     of_family = family is not None and family.tuned
-    says_base = re.search(r"[-_]base([-_]|$)", preset.lower()) is not None
+    last = preset.lower().rstrip("/").rsplit("/", 1)[-1]
+    says_base = re.search(r"[-_]base([-_]|$)", last) is not None
     return is_instruct(preset) or (of_family and not says_base)
 
 

@@ -32,7 +32,7 @@ def test_an_export_becomes_our_lines_which_say_the_same_when_read_again(tmp_path
     report = run(capsys, table, output)
     letters = str(tmp_path / "chats.dead_letters.jsonl")
     assert report == {
-        "lines": 3, "chats": 2, "messages": 4, "dead_letters/bad_row": 1,
+        "lines": 3, "chats": 2, "messages": 4, "dead_letters/bad_row": 1, "formats/csv": 3,
         "input/private_notes": 1, "written": [str(output), letters],
     }  # fmt: skip
     again = tmp_path / "again.jsonl"
@@ -53,6 +53,14 @@ def test_the_report_is_a_table_and_says_how_columns_were_taken(tmp_path, table, 
     assert f"the first that could not be read: there is no ticket_id ({table}, row 5)" in said.err
 
 
+def test_an_import_of_nothing_is_none(tmp_path, capsys):
+    path = tmp_path / "x.csv"
+    path.write_text("chat_id,text\n,lost\n")
+    assert main(["import", str(path), str(tmp_path / "y.jsonl")]) == 1
+    assert "there is no chat_id" in capsys.readouterr().err
+    assert not (tmp_path / "y.jsonl.part").exists()
+
+
 def test_messages_and_ends_stay_what_they_are(tmp_path, lines, capsys):
     path = lines(
         chat("late"),
@@ -70,7 +78,6 @@ def test_messages_and_ends_stay_what_they_are(tmp_path, lines, capsys):
     ("arguments", "said"),
     [
         (["{table}", "{table}"], "is one of the files to read"),
-        (["{table}", "{folder}/none/x.jsonl"], "OUTPUT"),
         (["{folder}/none.csv", "{folder}/x.jsonl"], "no file matches"),
         (["{table}", "{folder}/x.jsonl", "--columns=chat=x"], "there is no column 'x' for chat"),
         (["{table}", "{folder}/x.jsonl", "--input_format=xml"], "--input_format=xml: must be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,14 @@ Ours = dict[str, Any]
 """A chat or an event as in chatflow's own JSON; see `sources.chats`."""
 
 _FIRST_YEAR = 31_536_000  # seconds: 1971, before which a number is no time but an offset
+
+
+_ENDING = re.compile(r"\.(?:json|txt)(?:\.(?:gz|bz2|xz))?$", re.IGNORECASE)
+
+
+def name_in(path: str) -> str:
+    """Returns the name of a file without its ending."""
+    return _ENDING.sub("", path.rpartition("/")[2])
 
 
 def dicts(value: Any) -> Iterator[Value]:
@@ -39,6 +48,8 @@ def own_id(value: Value, *names: str, name: str = "") -> str:
 
 def since_1970(value: Any, unit: float = 1.0) -> float | None:
     """Returns seconds since 1970; None for what is no number, or an offset in a recording."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value / unit if value / unit >= _FIRST_YEAR else None

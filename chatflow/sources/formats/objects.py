@@ -62,7 +62,7 @@ def as_ours(value: Value, name: str = "", format: str = "auto") -> Found | None:
       name: of the file that holds nothing else.
       format: that of the object; `auto`: the first that it fits.
     """
-    if "chat_id" in value or format == OURS:
+    if format == OURS or ("chat_id" in value and not openai.fits(value)):
         return None
     known = FORMATS if format not in FORMATS else {format: FORMATS[format]}
     for key, reader in known.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from chatflow.sources.formats.common import Ours, Value, dicts, own_id
+from chatflow.sources.formats.common import Ours, Value, dicts, own_id, without_none
 
 TITLE = "OpenAI conversations"
 
@@ -25,15 +25,23 @@ def fits(value: Value) -> bool:
 
 def read(value: Value, name: str) -> Iterator[Ours]:
     listed = next(value[key] for key in _LISTS if next(dicts(value.get(key)), None) is not None)
+    kept = ("user_id", "attributes", "revision")  # as chatflow's own chats have them
     yield {
-        "chat_id": own_id(value, "id", "conversation_id", "task_id"),
+        **{key: value[key] for key in kept if key in value},
+        "chat_id": own_id(value, "chat_id", "id", "conversation_id", "task_id"),
         "messages": [_message(message) for message in dicts(listed)],
     }
 
 
 def _message(message: Value) -> Ours:
     role = message.get("role")
-    return {"user_id": message.get("name") or role, "role": role, "text": _text(message)}
+    return without_none(
+        message_id=message.get("id"),
+        user_id=message.get("name") or role,
+        role=role,
+        text=_text(message),
+        sent_at=message.get("created_at") or message.get("timestamp"),
+    )
 
 
 def _text(message: Value) -> str:

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 
 from chatflow import metrics
+from chatflow.errors import one_line
 from chatflow.sources.formats.common import Ours, Value, dicts, part
 from chatflow.sources.formats.tables import grouping
 
@@ -29,20 +30,25 @@ def fits(names: list[str]) -> bool:
 def read(archive: zipfile.ZipFile) -> Iterator[tuple[int, Ours]]:
     """Yields the threads, and single messages as threads, each with a number.
 
-    Raises `ValueError` if a file is not JSON.
+    Raises the first error of a file that cannot be read, after the messages of all others.
     """
     names = archive.namelist()
     users: dict[str, Value] = {}
     for name in names:
         if name.rsplit("/", 1)[-1] == "users.json":
             users |= {str(u.get("id")): u for u in dicts(json.loads(archive.read(name)))}
-    number = 0
+    number, fault = 0, None
     with grouping() as groups:
         for name in sorted(names):
             if (day := _DAY.fullmatch(name)) is None:
                 continue
             channel = day["channel"]
-            for message in dicts(json.loads(archive.read(name))):
+            try:
+                messages = [*dicts(json.loads(archive.read(name)))]
+            except Exception as error:  # damaged, encrypted, or not JSON
+                fault = fault or ValueError(f"{name}: {one_line(error)}")
+                continue
+            for message in messages:
                 number += 1
                 thread = message.get("thread_ts") or message.get("ts")
                 others = {"channel": channel, "source": "slack"}
@@ -52,6 +58,8 @@ def read(archive: zipfile.ZipFile) -> Iterator[tuple[int, Ours]]:
                 yield first, _with_roles(chat)
             else:
                 metrics.count("input/system_messages", len(chat["messages"]))
+    if fault is not None:
+        raise fault
 
 
 def _with_roles(chat: Ours) -> Ours:

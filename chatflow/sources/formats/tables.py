@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 import sqlite3
@@ -19,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from chatflow.errors import UsageError
 from chatflow.sources.formats.common import Ours
+from chatflow.sources.privacy import is_private, tells_privacy
 
 FIELDS = {
     "chat": "chat_id conversation_id conversation ticket_id ticket session_id thread_id case_id "
@@ -34,9 +36,8 @@ FIELDS = {
 """What a column may be: the names by which it is known, the surest first."""
 
 REQUIRED = ("chat", "text")
-
-_PRIVACY = ("public", "private", "is_public", "is_private", "internal", "is_internal")
-"""Columns that say of a message whether the customer sees it; see `chats.is_private`."""
+PRIVATE = "private"
+"""What `--columns` may name besides: the column that marks notes for staff alone."""
 
 DELIMITERS = ",;\t|"
 
@@ -45,10 +46,11 @@ _LONGEST_ATTRIBUTE = 200
 
 
 class Row(NamedTuple):
-    """A row by its number in the file, from 1, without the header."""
+    """A row by its number from 1, without the header; `error` says what is wrong with it."""
 
     number: int
     cells: Mapping[str, Any]
+    error: str = ""
 
 
 class Columns(NamedTuple):
@@ -95,7 +97,7 @@ def columns_of(header: Sequence[str], given: Mapping[str, str]) -> Columns:
             f"it is not clear which column is the {' and the '.join(missing)}: there are {listed}; "
             f"say so: --columns={example}"
         )
-    return Columns({ours: found[ours] for ours in FIELDS if ours in found})
+    return Columns({ours: found[ours] for ours in (*FIELDS, PRIVATE) if ours in found})
 
 
 def _plain(name: str) -> str:
@@ -109,10 +111,10 @@ def given_columns(flag: str) -> dict[str, str]:
     found = {}
     for pair in filter(None, map(str.strip, flag.split(","))):
         ours, equals, theirs = pair.partition("=")
-        if not equals or ours.strip() not in (*FIELDS, "private"):
+        if not equals or ours.strip() not in (*FIELDS, PRIVATE):
             raise UsageError(
                 f"--columns: {pair!r} must be FIELD=COLUMN, and FIELD one of "
-                f"{', '.join((*FIELDS, 'private'))}"
+                f"{', '.join((*FIELDS, PRIVATE))}"
             )
         found[ours.strip()] = theirs.strip()
     return found
@@ -123,18 +125,27 @@ def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
     csv.field_size_limit(LONGEST_CELL)
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     first = text.readline()
+    while first and (not first.strip() or first.startswith("sep=")):  # as Excel marks it
+        first = text.readline()
     delimiter = max(DELIMITERS, key=first.count)
-    header = [_latin(name).strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-    reader = csv.reader(text, delimiter=delimiter)
+    reader = csv.reader(itertools.chain([first], text), delimiter=delimiter)
+    header = [_latin(name).strip() for name in next(reader, [])]
 
     def rows() -> Iterator[Row]:
         for number, cells in enumerate(filter(None, reader), 1):
+            while len(cells) > len(header) and not cells[-1]:  # a delimiter at the end
+                cells.pop()
             row: dict[str, Any] = dict(zip(header, map(_latin, cells), strict=False))
+            error = ""
             if len(cells) != len(header):
-                row[""] = f"{len(cells)} cells under {len(header)} columns"
-            yield Row(number, row)
+                error = f"{len(cells)} cells under {len(header)} columns"
+                row |= {
+                    f"cell {at}": cells[at - 1] for at in range(len(header) + 1, len(cells) + 1)
+                }
+            row.pop("", None)  # an index without a name
+            yield Row(number, row, error)
 
-    return header, rows()
+    return [name for name in header if name], rows()
 
 
 def _latin(text: str) -> str:
@@ -154,7 +165,11 @@ def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
     def rows() -> Iterator[Row]:
         number = 0
         for batch in table.iter_batches(batch_size=1000):
-            for cells in batch.to_pylist():
+            # Python has no nanoseconds.
+            kinds = [pa.timestamp("us", f.type.tz) if pa.types.is_timestamp(f.type) else f.type
+                     for f in batch.schema]  # fmt: skip
+            shown = pa.schema(list(zip(batch.schema.names, kinds, strict=True)))
+            for cells in pa.Table.from_batches([batch]).cast(shown, safe=False).to_pylist():
                 number += 1
                 yield Row(number, cells)
 
@@ -168,54 +183,64 @@ def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours]
     that it becomes a dead letter.
     """
     chat, reply = columns.names.get("chat"), columns.names.get("reply")
+    fault: Exception | None = None
     with grouping() as groups:
-        for number, cells in rows:
-            key = _cell(cells, chat) if chat else _cell(cells, columns.names["id"])
-            if key is None or "" in cells:
-                said = cells.get("") or f"there is no {chat or columns.names['id']}"
-                yield number, {"chat_id": None, "row": _as_json(cells), "error": said}
-                continue
-            message = _message(cells, columns)
-            parent = _cell(cells, reply) if reply and not chat else None
-            groups.add(number, str(key), message, _others(cells, columns), str(parent or ""))
+        try:
+            for number, cells, error in rows:
+                key = _id(cells, chat or columns.names["id"])
+                if key is None or error:
+                    said = error or f"there is no {chat or columns.names['id']}"
+                    yield number, {"chat_id": None, "row": _as_json(cells), "error": said}
+                    continue
+                message = _message(cells, columns)
+                parent = _id(cells, reply)
+                groups.add(number, str(key), message, _others(cells, columns), str(parent or ""))
+        except Exception as error:  # the rows before it are read all the same
+            fault = error
         yield from groups.chats()
+    if fault is not None:
+        raise fault
 
 
 def _message(cells: Mapping[str, Any], columns: Columns) -> Ours:
     names = columns.names
     role = _cell(cells, names.get("who"))
-    if _plain(names.get("who", "")) == "inbound":
-        role = "customer" if str(role).strip().casefold() in ("true", "1", "yes") else "agent"
-    user = _cell(cells, names.get("user"))
-    if role is None and "who" not in names and user is None:
+    if _plain(names.get("who", "")) == "inbound" and role is not None:
+        answers = {"true": "customer", "1": "customer", "false": "agent", "0": "agent"}
+        role = answers.get(str(role).strip().casefold(), role)
+    user = _id(cells, names.get("user"))
+    if "who" not in names and "user" not in names:
         role = "customer"  # a table of what customers say, without who says it
     found = {
-        "message_id": _cell(cells, names.get("id")),
+        "message_id": _id(cells, names.get("id")),
         "user_id": user if user is not None else role,
         "role": role,
         "text": _cell(cells, names["text"]) or "",
         "sent_at": _time(_cell(cells, names.get("at"))),
     }
-    if "private" in names:
-        found["private"] = _cell(cells, names["private"])
-    for name, value in cells.items():
-        if _plain(name) in _PRIVACY:
-            found[_plain(name)] = value
+    marks = {name: value for name, value in cells.items() if name != names.get("who")}
+    if PRIVATE in names:
+        mark = cells.get(names[PRIVATE])
+        marks |= {"private": mark, "visibility": mark}
+    found["private"] = True if is_private(marks) else None
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _others(cells: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     """Returns the other cells, for the attributes of the chat."""
-    taken = {*columns.names.values(), ""}
+    taken = {*columns.names.values()}
     found = {
         name: str(value)
         for name, value in cells.items()
-        if name not in taken
-        and _plain(name) not in _PRIVACY
-        and value is not None
-        and not isinstance(value, (list, dict, bytes))
+        if name not in taken and value is not None and not isinstance(value, (list, dict, bytes))
     }
     return {name: text for name, text in found.items() if 0 < len(text) <= _LONGEST_ATTRIBUTE}
+
+
+def _id(cells: Mapping[str, Any], name: str | None) -> Any:
+    """Returns an id; a whole number of a column with gaps is written 3.0."""
+    value = _cell(cells, name)
+    return value[:-2] if isinstance(value, str) and re.fullmatch(r"\d+\.0", value) else value
 
 
 def _cell(cells: Mapping[str, Any], name: str | None) -> Any:

@@ -14,7 +14,7 @@ TITLE = "Telegram chats"
 
 
 def fits(value: Value) -> bool:
-    if any("messages" in chat for chat in dicts(part(value.get("chats")).get("list"))):
+    if any("messages" in chat for chat in _listed(value)):
         return True
     first: Any = next(dicts(value.get("messages")), None)
     return (
@@ -25,12 +25,19 @@ def fits(value: Value) -> bool:
 
 
 def read(value: Value, name: str) -> Iterator[Ours]:
-    for chat in [*dicts(part(value.get("chats")).get("list"))] or [value]:
+    for chat in _listed(value) or [value]:
         yield {
             "chat_id": own_id(chat, "id", "name", name=name),
             "messages": [_message(message) for message in dicts(chat.get("messages"))],
             "attributes": attributes(name=chat.get("name"), channel="telegram"),
         }
+
+
+def _listed(value: Value) -> list[Value]:
+    """Returns the chats of an account, also those that it has left."""
+    return [
+        chat for key in ("chats", "left_chats") for chat in dicts(part(value.get(key)).get("list"))
+    ]
 
 
 def _message(message: Value) -> Ours:

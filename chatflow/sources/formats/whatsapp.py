@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import date, datetime, time
 from typing import NamedTuple
 
 from chatflow.sources.formats.common import Ours
@@ -22,9 +22,9 @@ _LINE = re.compile(
 
 class _Line(NamedTuple):
     numbers: tuple[int, int, int]
-    clock: tuple[int, int, int]
+    clock: time
     author: str
-    text: str
+    texts: list[str]
 
 
 def fits(head: str) -> bool:
@@ -45,26 +45,27 @@ def read(lines: Iterable[str], name: str) -> Iterator[Ours]:
     """
     found: list[_Line] = []
     for line in map(_plain, lines):
-        if begins := _LINE.fullmatch(line):
-            found.append(_parsed(begins))
+        if (begins := _LINE.fullmatch(line)) and (parsed := _parsed(begins)):
+            found.append(parsed)
         elif found and line.strip():  # a message of several lines
-            found[-1] = found[-1]._replace(text=f"{found[-1].text}\n{line}")
+            found[-1].texts.append(line)
     order = _order([line.numbers for line in found])
     messages = []
     for one in found:
-        message: Ours = {"user_id": one.author or "system", "text": one.text}
+        message: Ours = {"user_id": one.author or "system", "text": "\n".join(one.texts)}
         if not one.author:  # "Messages and calls are end-to-end encrypted."
             message["role"] = "system"
         if order:
             year, month, day = (one.numbers[at] for at in order)
             year += 2000 if year < 100 else 0
-            message["sent_at"] = datetime(year, month, day, *one.clock).isoformat()
+            at = datetime.combine(date(year, month, day), one.clock)
+            message["sent_at"] = at.isoformat()
         messages.append(message)
     chat_id = re.sub(r"^WhatsApp Chat (?:with|-) |^_chat$", "", name).strip() or "whatsapp"
     yield {"chat_id": chat_id, "messages": messages, "attributes": {"channel": "whatsapp"}}
 
 
-def _parsed(found: re.Match[str]) -> _Line:
+def _parsed(found: re.Match[str]) -> _Line | None:
     hour = int(found["hour"])
     if found["half"]:
         hour = hour % 12 + (12 if found["half"][0] in "pP" else 0)
@@ -72,7 +73,11 @@ def _parsed(found: re.Match[str]) -> _Line:
     if not colon or len(author) > 100:
         author, text = "", found["rest"]
     numbers = (int(found["a"]), int(found["b"]), int(found["c"]))
-    return _Line(numbers, (hour, int(found["minute"]), int(found["second"] or 0)), author, text)
+    try:
+        clock = time(hour, int(found["minute"]), int(found["second"] or 0))
+    except ValueError:  # no time, so no message
+        return None
+    return _Line(numbers, clock, author, [text])
 
 
 def _order(dates: list[tuple[int, int, int]]) -> tuple[int, int, int] | None:

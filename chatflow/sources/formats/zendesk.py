@@ -30,7 +30,9 @@ def fits(value: Value) -> bool:
 
 
 def _is_ticket(value: Value) -> bool:
-    return "requester_id" in value and ("comments" in value or "description" in value)
+    # Freshdesk's tickets have `conversations`, which are not read.
+    has_text = "comments" in value or "description" in value
+    return "requester_id" in value and has_text and "conversations" not in value
 
 
 def read(value: Value, name: str) -> Iterator[Ours]:
@@ -54,6 +56,7 @@ def _chat(ticket: Value, users: dict[str, Value]) -> Ours:
             "author_id": ticket.get("requester_id"),
             "body": ticket.get("description"),
             "created_at": ticket.get("created_at"),
+            "public": ticket.get("is_public"),
         }
         said = [_message(first, ticket, users)]
     return {
@@ -81,5 +84,5 @@ def _message(comment: Value, ticket: Value, users: dict[str, Value]) -> Ours:
         role=role,
         text=comment.get("plain_body") or comment.get("body") or comment.get("html_body") or "",
         sent_at=comment.get("created_at"),
-        private=True if comment.get("public") is False else None,
+        public=comment.get("public"),
     )

@@ -20,7 +20,7 @@ from chatflow.records import Range
 from chatflow.running.launch import execute
 from chatflow.sources.chats import customs_of
 from chatflow.sources.formats.tables import columns_of
-from chatflow.sources.lines import about, fault_of, read_lines
+from chatflow.sources.lines import about, fault_of, ranges_of, read_lines
 from chatflow.sources.parse import parse_arrival
 from chatflow.sources.read import check_input
 
@@ -95,6 +95,59 @@ def test_encodings_and_delimiters_are_found(file, change):
     chats, errors = chats_in(file(change(TICKETS), "export"))
     assert [*chats] == ["7", "8"]
     assert len(errors) == 2
+
+
+def test_a_table_that_ends_too_early_is_read_up_to_there(file):
+    packed = gzip.compress(("chat_id,role,text\n" + "".join(
+        f"{n},customer,message {n * 7919 % 1000}\n" for n in range(5000))).encode())  # fmt: skip
+    chats, errors = chats_in(file(packed[: len(packed) // 2], "export.csv.gz"))
+    assert 1000 < len(chats) < 5000
+    assert "ends too early" in errors[-1]
+
+
+def test_a_column_that_marks_notes_is_heeded(file):
+    text = "chat_id,role,text,visibility\n1,customer,late,public\n1,agent,difficult,internal\n"
+    assert said(chats_in(file(text))[0]["1"]) == [("customer", "late")]
+    ends = "chat_id,role,text,public\n1,customer,late,true,\n1,agent,difficult,false,\n"
+    assert said(chats_in(file(ends))[0]["1"]) == [("customer", "late")]
+
+
+@pytest.mark.parametrize(
+    ("mark", "private"), [("1.0", True), ("0.0", False), ("internal", True), ("", False)]
+)
+def test_a_mark_of_notes_can_be_in_any_column(file, mark, private):
+    text = f"chat_id,role,text,staff,type\n1,customer,late,,Service\n1,agent,difficult,{mark},x\n"
+    chat = chats_in(file(text), columns="private=staff")[0]["1"]
+    assert chat.messages[0].role == "customer"  # what `type` says is not its role
+    assert bool(chat.messages[1].private) is private
+
+
+def test_tables_as_pandas_and_excel_write_them(file):
+    index = ",chat_id,role,text\n0,3.0,customer,late\n1,3,agent,sorry\n"
+    assert said(chats_in(file(index))[0]["3"]) == [("customer", "late"), ("agent", "sorry")]
+    excel = "sep=;\n\nchat_id;role;text\n3;customer;late\n"
+    assert said(chats_in(file(excel))[0]["3"]) == [("customer", "late")]
+    (packed,) = chats_in(file(gzip.compress(b"chat_id,text\n3,late\n"), "x.csv.gz"))[0].values()
+    assert packed.texts_of("customer") == ["late"]
+    _, (error,) = chats_in(file("chat_id,text\n3,late,more\n"))
+    assert error == "3 cells under 2 columns"
+    (arrival,) = read_lines(Range(file("chat_id,text\n3,late,more\n")), 1000)
+    assert "more" in json.loads(arrival.line)["row"].values()
+
+
+def test_nobody_is_invented_where_an_author_is_missing(file):
+    text = "chat_id,author,text\n1,Ann,late\n1,,who is this\n"
+    _, errors = chats_in(file(text))
+    assert len(errors) == 1
+    assert "user_id: it is missing" in errors[0]
+
+
+def test_a_large_table_is_read_as_a_whole(file, monkeypatch):
+    monkeypatch.setattr("chatflow.sources.lines.RANGE", 100)
+    path = file("chat_id,text\n" + "1,late\n" * 50)
+    assert ranges_of(path, 400) == [Range(path)]
+    other = file("chat_id,text\n" + "1,late\n" * 50, "export")
+    assert ranges_of(other, 400, customs_of("", "", "csv")) == [Range(other)]
 
 
 def test_letters_of_windows_are_read(file):
@@ -234,6 +287,23 @@ def test_a_text_of_whatsapp_is_a_chat(file):
     assert chat.users() == ("Ann",)
 
 
+def test_a_text_of_whatsapp_is_found_without_marks_and_survives_odd_lines(file):
+    plain = IOS.replace("\u200e", "") + "[16/01/24, 99:10:00] Ann: no such time\n"
+    (chat,) = chats_in(file(plain, "WhatsApp Chat with Dr. Smith.txt"))[0].values()
+    assert chat.chat_id == "Dr. Smith"
+    assert "99:10:00" in chat.messages[-1].text or "99:10:00" in chat.messages[-1].original
+
+
+def test_a_zip_of_whatsapp_is_its_text_without_what_lies_beside(tmp_path):
+    path = tmp_path / "WhatsApp Chat - Ann.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("00000004-PHOTO.jpg", b"\xff\xd8\xff" + bytes(100))
+        archive.writestr("_chat.txt", IOS)
+    assert fault_of(str(path)) is None
+    (chat,) = chats_in(str(path))[0].values()
+    assert chat.chat_id == "Ann"
+
+
 def test_the_order_of_day_and_month_is_that_of_the_whole_file(file):
     (chat,) = chats_in(file(ANDROID, "WhatsApp Chat with Ann.txt"))[0].values()
     assert [m.role for m in chat.messages] == ["system", None, None]
@@ -300,6 +370,15 @@ def test_one_command_reads_what_lies_in_a_folder(tmp_path, script, capsys):
         ("bad_row", f"there is no Ticket ID ({folder}/a.csv, row 5)"),
         ("bad_row", f"4 cells under 6 columns ({folder}/a.csv, row 6)"),
     }
+
+
+def test_a_day_of_slack_that_is_damaged_costs_no_other(tmp_path):
+    path = slack(tmp_path / "export.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("help/2026-02-28.json", b"[broken")
+    chats, (error,) = chats_in(path)
+    assert len(chats) == 1
+    assert "help/2026-02-28.json" in error
 
 
 def test_an_archive_that_is_damaged_or_locked_is_said(tmp_path):

@@ -192,6 +192,15 @@ def test_a_chat_without_an_id_has_one_of_its_content():
     assert one.chat_id == two.chat_id != other.chat_id
 
 
+def test_a_chat_of_ours_may_have_messages_as_openai_has_them():
+    messages = [{**one, "timestamp": 1_772_359_200} for one in OPENAI["messages"]]
+    given = {"messages": messages, "chat_id": "7", "attributes": {"tenant": "a"}, "revision": 3}
+    ((chat,), _) = chats_of(given)
+    assert (chat.chat_id, chat.attributes, chat.revision) == ("7", {"tenant": "a"}, 3)
+    assert chat.texts_of("user") == ["My bill is wrong!"]
+    assert chat.messages[1].sent_at == datetime(2026, 3, 1, 10, tzinfo=UTC)
+
+
 def test_times_are_the_senders_and_none_is_invented():
     ((chat,), _) = chats_of(CX_INSIGHTS)
     assert [m.sent_at for m in chat.messages] == [
@@ -224,6 +233,34 @@ def test_one_ticket_is_read_as_a_page_of_them_is():
     apart = {"ticket": {**ticket, "comments": None}, "comments": ticket["comments"],
              "users": ZENDESK["users"]}  # fmt: skip
     assert chats_of(apart)[0] == page
+
+
+@pytest.mark.parametrize("public", [False, "false", 0])
+def test_a_note_of_zendesk_stays_one(public):
+    ticket = {"id": 1, "requester_id": 1, "description": "A difficult one", "is_public": public}
+    ((chat,), _) = chats_of({**ticket, "comments": [
+        {"id": 1, "author_id": 1, "body": "Late", "public": True},
+        {"id": 2, "author_id": 2, "body": "A difficult one", "public": public},
+    ]})  # fmt: skip
+    assert [m.text for m in chat.said] == ["Late"]
+    with pytest.raises(BadInputError, match="no message with words"):
+        chats_of(ticket)
+
+
+def test_a_ticket_of_freshdesk_is_not_read_by_halves():
+    ticket = {"id": 1, "requester_id": 1, "description": "Late", "conversations": [{"body": "x"}]}
+    with pytest.raises(BadInputError):
+        chats_of(ticket)
+
+
+def test_the_chats_of_an_account_are_all_read():
+    account = {"chats": {"list": [TELEGRAM]}, "left_chats": {"list": [{**TELEGRAM, "id": 5}]}}
+    assert [chat.chat_id for chat in chats_of(account)[0]] == ["4242", "5"]
+
+
+def test_the_id_of_a_pubsub_message_is_that_of_the_chat():
+    line = Arrival(json.dumps(OPENAI).encode(), {"chat_id": "7"})
+    assert parse_arrival(line, timedelta(1))[0].chat_id == "7"
 
 
 def test_chatwoots_webhooks_are_messages_and_ends():
