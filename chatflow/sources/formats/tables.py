@@ -232,7 +232,8 @@ def _others(cells: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     found = {
         name: str(value)
         for name, value in cells.items()
-        if name not in taken and value is not None and not isinstance(value, (list, dict, bytes))
+        if not (name in taken or tells_privacy(name) or isinstance(value, (list, dict, bytes)))
+        and value is not None
     }
     return {name: text for name, text in found.items() if 0 < len(text) <= _LONGEST_ATTRIBUTE}
 
