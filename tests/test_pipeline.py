@@ -660,7 +660,7 @@ def test_beam_options_are_passed_through(tmp_path, lines, script):
         (["run"], "--input is missing"),
         (["run", "--input=IN", "--model=SCRIPT"], "--output is missing"),
         (["run", "--input=/none/*.jsonl", "--output=OUT"], "no file matches '/none/*.jsonl'"),
-        (["run", "--input=EMPTY", "--output=OUT"], "looked for *.jsonl in the folder"),
+        (["run", "--input=EMPTY", "--output=OUT"], "looked for .jsonl, .json, "),
         (["run", "--input=IN", "--output=/proc/none"], "--output: '/proc/none' cannot be written"),
         (["run", "--input=IN", "--output=OUT", "--model=nope"], "unknown model 'nope'"),
         (["run", "--input=IN", "--output=OUT", "--model=EMPTY"], "has no config.json"),
@@ -708,7 +708,7 @@ def test_an_output_that_holds_the_input_is_refused(tmp_path, lines, script, caps
 def test_a_pipeline_that_fails_says_why_and_exits_with_1(tmp_path, lines, script, capsys):
     model = tmp_path / "preset"
     model.mkdir()
-    (model / "config.json").write_text('{"model_type": "no_such_model"}')
+    (model / "config.json").write_text("{}")
     flags = ["--output", f"{tmp_path}/out", "--model", str(model)]
     with earlier_results_stay(tmp_path / "out"), pytest.raises(SystemExit) as caught:
         main(["run", "--input", lines(chat("x")), *flags])
@@ -792,7 +792,7 @@ def test_a_folder_in_use_is_refused_and_a_killed_run_is_cleared_up(tmp_path, lin
 def failing(folder):
     """A model that is found and then cannot be loaded."""
     (folder / "preset").mkdir()
-    (folder / "preset" / "config.json").write_text('{"model_type": "no_such_model"}')
+    (folder / "preset" / "config.json").write_text("{}")
     return str(folder / "preset")
 
 

@@ -152,8 +152,8 @@ class _Reader:
             stream = _decompressed(stream, self.compression)
             head = stream.peek(_HEAD)
         encoding = _encoding(head)
-        is_marked = any(head.startswith(mark) for mark, _ in _MARKS)
-        if not is_marked and not _decoded(head, encoding).lstrip().startswith((b"{", b"[")):
+        text = _decoded(head, encoding)
+        if not text.lstrip().startswith((b"{", b"[")) and kind_of(text, path) not in READ_WHOLE:
             encoding = ""
         is_lines = plain or self.part.start or not file.seekable()
         kind = LINES if is_lines else self._kind(_decoded(head, encoding))
