@@ -134,7 +134,7 @@ def test_a_file_of_labels_that_is_none(command, file, says, files, capsys):
     ("command", "says"),
     [
         ("publish nowhere TOPIC", "FILE: no file matches"),
-        ("publish folder TOPIC", "looked for *.jsonl in the folder"),
+        ("publish folder TOPIC", "looked for .jsonl, .json, "),
         ("publish cut.jsonl.gz TOPIC", "FILE: PATH ends too early"),
         ("publish no.jsonl.gz TOPIC --as_messages", "FILE: PATH is not gzip"),
         ("publish CHATS TOPIC --rate=nan", "--rate=nan: must be at least 0"),
@@ -143,7 +143,7 @@ def test_a_file_of_labels_that_is_none(command, file, says, files, capsys):
         ("stream --chats cut.jsonl.gz", "--chats: PATH ends too early"),
         ("stream --rate inf", "--rate=inf: must be more than 0"),
         ("stream --console_port 70000", "--console_port: must be a whole number"),
-        ("replay --input folder --output OUT", "looked for *.jsonl in the folder"),
+        ("replay --input folder --output OUT", "looked for .jsonl, .json, "),
         ("replay --input nowhere --output OUT", "--input: no file matches"),
         ("run --input CHATS --output OUT --quiet_seconds=nan", "--quiet_seconds=nan: must be"),
         ("run --input CHATS --output OUT --quiet_seconds=1e300", "--quiet_seconds=1e+300: must be"),
