@@ -238,7 +238,7 @@ def test_what_is_not_clear_is_one_line_and_nothing_runs(file, tmp_path, capsys):
         max_size=30,
     )
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_no_row_is_lost(tmp_path, rows):
     import csv
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from conftest import read
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatflow.errors import BadInputError, UsageError
@@ -333,6 +333,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=8))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_an_object_holds_it_is_read_or_named(value):
     found = None
     with contextlib.suppress(BadInputError):
