@@ -60,7 +60,7 @@ def _is_chat(line: bytes, customs: Customs) -> bool:
     try:
         value = load_object(line)
         found = as_ours(value, format=customs.format)
-    except (BadInputError, AttributeError, LookupError, TypeError, ValueError):
+    except BadInputError:
         return False
     values = found.values if found else [value]
     return bool(values) and all("messages" in one for one in values)

@@ -11,6 +11,7 @@ import bz2
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -20,14 +21,14 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow import metrics
-from chatflow.errors import UsageError, one_line
+from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 from chatflow.sources.chats import USUAL, Customs
@@ -115,6 +116,8 @@ _MEDIA = re.compile(
     r"\.(?:jpe?g|png|gif|webp|heic|opus|ogg|mp3|m4a|aac|amr|mp4|mov|3gp|vcf)$", re.IGNORECASE
 )
 """What messengers put beside a chat."""
+_HIDDEN = re.compile(r"(?:^|/)(?:\.|__)|/$")
+"""Files of an archive that are none of its content, and its folders."""
 _ONE_OBJECT = re.compile(r"\.json(?:\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s,]*")
 _DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
@@ -132,9 +135,12 @@ class _Reader:
         self.offset, self.lines = 0, 0
         self.compression = self.about = ""
 
-    def all(self, plain: bool = False) -> Iterator[Arrival]:
+    def all(
+        self, plain: bool = False, opened: Callable[[], Any] | None = None
+    ) -> Iterator[Arrival]:
+        """Yields the lines of the file, which `opened` opens if it is part of an archive."""
         try:
-            with _raw(self.part.path) as file:
+            with opened() if opened else _raw(self.part.path) as file:
                 yield from self.arrivals(file, plain)
         except Exception as error:  # each filesystem and each compression has its own
             yield self.broken(error)
@@ -153,7 +159,8 @@ class _Reader:
             head = stream.peek(_HEAD)
         encoding = _encoding(head)
         text = _decoded(head, encoding)
-        if not text.lstrip().startswith((b"{", b"[")) and kind_of(text, path) not in READ_WHOLE:
+        is_json = text.lstrip().startswith((b"{", b"["))
+        if encoding and not is_json and kind_of(text, path) not in READ_WHOLE:
             encoding = ""
         is_lines = plain or self.part.start or not file.seekable()
         kind = LINES if is_lines else self._kind(_decoded(head, encoding))
@@ -185,12 +192,7 @@ class _Reader:
         """Yields the lines of each file of an archive, but hidden ones."""
         path = self.part.path
         with zipfile.ZipFile(stream) as archive:
-            names = [
-                name
-                for name in archive.namelist()
-                if not any(part.startswith((".", "__")) for part in name.split("/"))
-                and name[-1] != "/"
-            ]
+            names = [name for name in archive.namelist() if not _HIDDEN.search(name)]
             if slack.fits(names) or self.customs.format == "slack":
                 self.about = slack.TITLE
                 if self.only_check:
@@ -205,22 +207,13 @@ class _Reader:
                     continue
                 within = Range(f"{path}/{name}")
                 inner = _Reader(within, self.most, self.customs, self.only_check)
-                try:
-                    with archive.open(name) as file:
-                        for arrival in inner.arrivals(file, plain=False):
-                            fault = arrival.fault
-                            found = arrival._replace(fault=fault and fault._replace(part=self.part))
-                            if self.only_check and fault and fault.reason in OF_FILES:
-                                faults.append(found)
-                                break
-                            yield found
-                except Exception as error:
-                    fault = inner.broken(error).fault
-                    found = Arrival(b"", fault=fault and fault._replace(part=self.part))
-                    if self.only_check:
+                for arrival in inner.all(opened=functools.partial(archive.open, name)):
+                    fault = arrival.fault
+                    found = arrival._replace(fault=fault and fault._replace(part=self.part))
+                    if self.only_check and fault and fault.reason in OF_FILES:
                         faults.append(found)
-                    else:
-                        yield found
+                        break
+                    yield found
                 self.about = self.about or inner.about
             if self.only_check and faults and not self.about:
                 yield faults[0]
@@ -260,20 +253,19 @@ class _Reader:
     def _ours(self, chats: Iterator[tuple[int, Any]], kind: str, unit: str) -> Iterator[Arrival]:
         for number, value in chats:
             metrics.count(f"formats/{kind}")
-            line = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-            yield Arrival(line, source=f"{self.part.path}, {unit} {number}", number=number)
+            source = f"{self.part.path}, {unit} {number}"
+            yield Arrival(_as_line(value), source=source, number=number)
 
     def each(self, text: bytes, source: str, number: int = 0) -> Iterator[Arrival]:
         """Yields a line, or a line for each of the chats that an object of another format holds."""
         if b'"chat_id"' not in text and self.customs.format != OURS:
-            with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+            with contextlib.suppress(ValueError, RecursionError, BadInputError):
                 value = json.loads(text)
                 found = as_ours(value, "", self.customs.format) if isinstance(value, dict) else None
                 if found is not None and len(found.values) > 1:
                     metrics.count(f"formats/{found.format}", len(found.values))
                     for one in found.values:
-                        line = json.dumps(one, ensure_ascii=False).encode("utf-8", "replace")
-                        yield Arrival(line, source=source, number=number)
+                        yield Arrival(_as_line(one), source=source, number=number)
                     return
         yield Arrival(text, source=source, number=number)
 
@@ -335,9 +327,8 @@ class _Reader:
         path = self.part.path
         found: list[Arrival] = []
         for number, item in enumerate(items, 1):
-            line = json.dumps(item, ensure_ascii=False).encode("utf-8", "replace")
             source = path if len(items) == 1 else f"{path}, element {number}"
-            found += self.each(line, source)
+            found += self.each(_as_line(item), source)
         return found
 
     def broken(self, error: Exception) -> Arrival:
@@ -354,6 +345,10 @@ class _Reader:
             message += f"; {self.lines} lines of it were read"
         rest = Range(self.part.path, max(self.offset, self.part.start), self.part.end)
         return Arrival(b"", fault=Fault(reason, message, rest))
+
+
+def _as_line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _raw(path: str) -> Any:

@@ -13,7 +13,7 @@ import apache_beam as beam
 
 from chatflow import metrics
 from chatflow.dead_letters import DeadLettered
-from chatflow.errors import BadInputError, one_line
+from chatflow.errors import BadInputError
 from chatflow.records import Arrival, Chat, Event, load_object, validate
 from chatflow.sources.chats import USUAL, Customs, as_id, message_fields, read_chat, time
 from chatflow.sources.formats.common import name_in
@@ -103,18 +103,13 @@ def parse_arrival(
     """
     counts = Counter() if counts is None else counts
     value = load_object(arrival.read())
-    try:
-        found = as_ours(value, _file_name(arrival.source), customs.format)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BadInputError("wrong_shape", f"it is of no known format: {one_line(error)}") from None
-    if found is None:
-        values = [value]
-    else:
-        values = found.values
+    found = as_ours(value, _file_name(arrival.source), customs.format)
+    values = [value] if found is None else found.values
+    if found is not None:
         counts[f"formats/{found.format}"] += len(values)
         counts["input/events_left_out"] += not values
-    if found is not None and len(values) == 1 and "chat_id" in arrival.attributes:
-        values = [{**values[0], "chat_id": arrival.attributes["chat_id"]}]  # not one of its content
+        if len(values) == 1 and "chat_id" in arrival.attributes:  # it knows more than the content
+            values = [{**values[0], "chat_id": arrival.attributes["chat_id"]}]
     given = (_with_attributes(one, arrival.attributes) for one in values)
     return [_parse(one, arrival, retention, customs, counts) for one in given]
 

@@ -107,10 +107,11 @@ def tried(
 
 def _count_tokens(request: Request | None, said: Answer | Failure | None) -> None:
     """Counts what a model has used, in all and by its name."""
+    if request is None or said is None:
+        return
     for kind in ("prompt_tokens", "answer_tokens", "cached_tokens"):
-        if request is not None and said is not None:
-            metrics.count(kind, getattr(said, kind))
-            metrics.count(f"{kind}_of/{name_of(request.model)}", getattr(said, kind))
+        metrics.count(kind, getattr(said, kind))
+        metrics.count(f"{kind}_of/{name_of(request.model)}", getattr(said, kind))
 
 
 @payload_of.register

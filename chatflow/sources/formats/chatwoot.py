@@ -17,8 +17,6 @@ from chatflow.sources.formats.common import (
     without_none,
 )
 
-TITLE = "Chatwoot conversations and webhooks"
-
 _ROLES = {
     0: "incoming", 1: "outgoing", 2: "activity", 3: "bot",
     "incoming": "incoming", "outgoing": "outgoing", "activity": "activity", "template": "bot",

@@ -17,8 +17,6 @@ from chatflow.sources.formats.common import (
     without_none,
 )
 
-TITLE = "Amazon Contact Lens transcripts"
-
 
 def fits(value: Value) -> bool:
     of_connect = "CustomerMetadata" in value or "ContactId" in value or "InitialContactId" in value

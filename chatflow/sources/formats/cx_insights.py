@@ -19,8 +19,6 @@ from chatflow.sources.formats.common import (
     without_none,
 )
 
-TITLE = "CX Insights conversations"
-
 
 def fits(value: Value) -> bool:
     first: Any = next(dicts(value.get("entries")), None)

@@ -18,8 +18,6 @@ from chatflow.sources.formats.common import (
     without_none,
 )
 
-TITLE = "Intercom conversations"
-
 _SAID = ("comment", "open", "close", "quick_reply", "away_mode_assignment", "message")
 
 

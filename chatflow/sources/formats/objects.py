@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
+from chatflow.errors import BadInputError, one_line
 from chatflow.sources.formats import (
     chatwoot,
     contact_lens,
@@ -20,8 +21,6 @@ from chatflow.sources.formats.common import Ours, Value
 
 class Format(Protocol):
     """A module of this folder."""
-
-    TITLE: str
 
     def fits(self, value: Value) -> bool:
         """Returns whether an object is of this format."""
@@ -61,11 +60,16 @@ def as_ours(value: Value, name: str = "", format: str = "auto") -> Found | None:
     Args:
       name: of the file that holds nothing else.
       format: that of the object; `auto`: the first that it fits.
+
+    Raises `BadInputError` (`wrong_shape`) for an object that fits a format and cannot be read.
     """
     if format == OURS or ("chat_id" in value and not openai.fits(value)):
         return None
     known = FORMATS if format not in FORMATS else {format: FORMATS[format]}
-    for key, reader in known.items():
-        if reader.fits(value):
-            return Found(key, [*reader.read(value, name)])
+    try:
+        for key, reader in known.items():
+            if reader.fits(value):
+                return Found(key, [*reader.read(value, name)])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInputError("wrong_shape", f"it is of no known format: {one_line(error)}") from None
     return None

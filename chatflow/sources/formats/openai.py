@@ -10,8 +10,6 @@ from typing import Any
 
 from chatflow.sources.formats.common import Ours, Value, dicts, own_id, without_none
 
-TITLE = "OpenAI conversations"
-
 _LISTS = ("messages", "traj")
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from chatflow.sources.formats.common import Ours, Value, dicts, own_id
 
-TITLE = "ShareGPT conversations"
-
 
 def fits(value: Value) -> bool:
     first = next(dicts(value.get("conversations")), None)

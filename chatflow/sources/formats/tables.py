@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ from datetime import date, datetime
 from typing import IO, Any, NamedTuple
 
 from chatflow.errors import UsageError
-from chatflow.sources.formats.common import Ours
+from chatflow.sources.formats.common import Ours, without_none
 from chatflow.sources.privacy import is_private, tells_privacy
 
 FIELDS = {
@@ -100,6 +101,7 @@ def columns_of(header: Sequence[str], given: Mapping[str, str]) -> Columns:
     return Columns({ours: found[ours] for ours in (*FIELDS, PRIVATE) if ours in found})
 
 
+@functools.lru_cache(maxsize=1000)
 def _plain(name: str) -> str:
     """Returns a column's name as `FIELDS` have them: "Ticket ID" and "ticketId" are ticket_id."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip().lstrip("\ufeff"))
@@ -223,7 +225,7 @@ def _message(cells: Mapping[str, Any], columns: Columns) -> Ours:
         mark = cells.get(names[PRIVATE])
         marks |= {"private": mark, "visibility": mark}
     found["private"] = True if is_private(marks) else None
-    return {key: value for key, value in found.items() if value is not None}
+    return without_none(**found)
 
 
 def _others(cells: Mapping[str, Any], columns: Columns) -> dict[str, str]:

@@ -10,8 +10,6 @@ from typing import Any
 
 from chatflow.sources.formats.common import Ours, Value, attributes, dicts, own_id, part
 
-TITLE = "Telegram chats"
-
 
 def fits(value: Value) -> bool:
     if any("messages" in chat for chat in _listed(value)):

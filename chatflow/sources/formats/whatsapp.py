@@ -55,11 +55,8 @@ def read(lines: Iterable[str], name: str) -> Iterator[Ours]:
         message: Ours = {"user_id": one.author or "system", "text": "\n".join(one.texts)}
         if not one.author:  # "Messages and calls are end-to-end encrypted."
             message["role"] = "system"
-        if order:
-            year, month, day = (one.numbers[at] for at in order)
-            year += 2000 if year < 100 else 0
-            at = datetime.combine(date(year, month, day), one.clock)
-            message["sent_at"] = at.isoformat()
+        if order and (day := _date(order, one.numbers)):
+            message["sent_at"] = datetime.combine(day, one.clock).isoformat()
         messages.append(message)
     chat_id = re.sub(r"^WhatsApp Chat (?:with|-) |^_chat$", "", name).strip() or "whatsapp"
     yield {"chat_id": chat_id, "messages": messages, "attributes": {"channel": "whatsapp"}}
@@ -85,17 +82,17 @@ def _order(dates: list[tuple[int, int, int]]) -> tuple[int, int, int] | None:
     fitting = [
         order
         for order in ((0, 1, 2), (2, 1, 0), (2, 0, 1))
-        if all(_is_date(order, numbers) for numbers in dates)
+        if all(_date(order, numbers) for numbers in dates)
     ]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _is_date(order: tuple[int, int, int], numbers: tuple[int, int, int]) -> bool:
+def _date(order: tuple[int, int, int], numbers: tuple[int, int, int]) -> date | None:
+    """Returns the date that numbers are in an order, if they can be one."""
     year, month, day = (numbers[at] for at in order)
     if order[0] == 0 and year <= 31:  # a year in front has four digits
-        return False
+        return None
     try:
-        datetime(year + (2000 if year < 100 else 0), month, day)
+        return date(year + (2000 if year < 100 else 0), month, day)
     except ValueError:
-        return False
-    return True
+        return None

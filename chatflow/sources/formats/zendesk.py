@@ -19,8 +19,6 @@ from chatflow.sources.formats.common import (
     without_none,
 )
 
-TITLE = "Zendesk tickets"
-
 
 def fits(value: Value) -> bool:
     first: Any = next(dicts(value.get("tickets")), None)
