@@ -400,16 +400,17 @@ def test_requests_of_small_bundles_are_batched_together(pubsub, script):
     """One chat after the other, each in a bundle of its own: the model is asked in batches."""
     model = script(ANGRY, APOLOGY)
     sizes = {}
-    for wait in (0.0, 2.0):
+    for wait in (0.0, 4.0):
         options = pubsub.options(model=model, max_batch_duration_secs=wait)
         with pubsub.inbox() as inbox, pubsub.pipeline(options) as run:
             chats = (chat("late!", chat_id=f"{wait}-{number}") for number in range(8))
             lines = (Line(one.to_json().encode(), one.chat_id) for one in chats)
-            send(lines, pubsub.topic("events"), rate=8)
+            send(lines, pubsub.topic("events"), rate=4)
             inbox.wait(lambda inbox: len(inbox.drafts) == 8)
         sizes[wait] = run.summary.to_dict()["batch_size"]["mean"]
-    assert sizes[0.0] < 3
-    assert sizes[2.0] > 5
+    # How many chats a bundle holds without waiting depends on how busy the machine is.
+    assert sizes[0.0] < sizes[4.0]
+    assert sizes[4.0] > 5
 
 
 @pytest.mark.slow
