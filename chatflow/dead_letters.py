@@ -24,6 +24,7 @@ from chatflow.records import (
     DeadLetter,
     Draft,
     Event,
+    RawChat,
     Record,
     Response,
     load_object,
@@ -230,6 +231,7 @@ def _pair_payload(pair: tuple[Any, ...]) -> dict[str, Any]:
     return payload_of(pair[0])  # (question, answer) or (chat, user)
 
 
+@payload_of.register(RawChat)
 @payload_of.register(Analysis)
 @payload_of.register(Draft)
 @payload_of.register(Response)

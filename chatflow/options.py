@@ -152,6 +152,35 @@ class SinkSettings(Settings):
     streaming: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RedactionSettings(Settings):
+    """Which personal data to leave out of prompts and results."""
+
+    redact: str = flag(
+        "", "Personal data that placeholders such as [EMAIL_1] stand for, before a model or a sink "
+        "has it: all, or some of url, email, iban, card, ip, phone, address, id (national ids) and "
+        "name (what the chat itself calls people), divided by commas; "
+        "dlp:projects/P/locations/L/inspectTemplates/T or dlp:TYPE+TYPE also asks Google's "
+        "Sensitive Data Protection.", _DATA,
+    )  # fmt: skip
+    redact_countries: str = flag(
+        "US,GB,DE", "Countries whose national ids, addresses and phone numbers are looked for.",
+        _DATA,
+    )  # fmt: skip
+    redact_patterns: str = flag(
+        "", "TOML file with kinds of your own: NAME = 'regular expression', a line each.", _DATA
+    )  # fmt: skip
+    redact_key: str = flag(
+        "", "Where a key is, as for --webhook_secret: ids that are personal data become hashes, "
+        "and with a key nobody can find out an id by trying many.", _DATA, shown=False,
+    )  # fmt: skip
+    keep_raw: str = flag(
+        "", "Where the chats as they came are kept, with what each placeholder stands for: a "
+        "database, from which `chatflow console` fills them in, or a file prefix. Default: "
+        "nowhere.", _DATA,
+    )  # fmt: skip
+
+
 MOST_HOURS = 876_000
 """A hundred years; times before and after it must be times, too."""
 
@@ -426,7 +455,16 @@ class RemoteSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RemoteSettings, WorkerSettings, Batching, ModelSettings, Rules, SinkSettings, Places):
+class Options(
+    RemoteSettings,
+    WorkerSettings,
+    Batching,
+    ModelSettings,
+    Rules,
+    RedactionSettings,
+    SinkSettings,
+    Places,
+):
     """All flags of `chatflow run`."""
 
     accelerator: str = flag(

@@ -17,10 +17,13 @@ from chatflow.models.prices import Price, price_of
 from chatflow.models.requests import Request
 from chatflow.models.several import SeveralModelsHandler
 from chatflow.models.spec import Model, ModelSpec, inference_of
-from chatflow.options import NO_CLOUD, Cloud, Options, Rules, SinkSettings
+from chatflow.options import NO_CLOUD, Cloud, Options, RedactionSettings, Rules, SinkSettings
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
-from chatflow.records import KINDS, AnalysedChat, Analysis
+from chatflow.records import KINDS, AnalysedChat, Analysis, Arrival, DeadLetter
+from chatflow.redaction import Redactor
+from chatflow.sinks.database import Database
+from chatflow.sinks.files import Files
 from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
 from chatflow.sources.chats import USUAL, Customs, customs_by
 from chatflow.sources.parse import ParseArrivals
@@ -30,6 +33,7 @@ from chatflow.stages.analyse import AnalyseChats
 from chatflow.stages.assemble import AssembleChats
 from chatflow.stages.draft import DraftApologies, to_be_written
 from chatflow.stages.identity import TellApart
+from chatflow.stages.redact import RedactChats, RedactLogs
 from chatflow.stages.replay import OpenDeadLetters
 from chatflow.stages.skip import SkipDone
 
@@ -45,6 +49,7 @@ class Plan:
       replay: the input holds dead letters to try again.
       drafts: makes apology drafts, too; otherwise analyses only.
       prices: what each model costs, by its name, if known.
+      redactor: leaves personal data out, if that is asked for.
     """
 
     options: Options
@@ -58,6 +63,7 @@ class Plan:
     replay: bool = False
     drafts: bool = True
     prices: Mapping[str, Price | None] = dataclasses.field(default_factory=dict)
+    redactor: Redactor | None = None
 
     @property
     def watches(self) -> bool:
@@ -101,6 +107,8 @@ def plan(
                 parse_uri(uri)
             except UsageError as error:
                 raise UsageError(f"--{flag}: {error}") from None
+    if options.keep_raw:
+        check_raw(options.keep_raw)
     routes = routes_of(options, functools.partial(ModelSpec.of, cloud=cloud, streaming=streaming))
     first = look(routes)
     return Plan(
@@ -118,7 +126,19 @@ def plan(
         replay,
         drafts,
         prices_of(routes, options),
+        Redactor.of(options.take(RedactionSettings), cloud.project),
     )
+
+
+def check_raw(uri: str) -> None:
+    """Raises `UsageError` if `--keep_raw` is no place for raw chats."""
+    try:
+        sink = sink_of(uri)
+        if not isinstance(sink, (Files, Database)):
+            raise UsageError(f"{uri!r} must be a file prefix or a database")
+        sink.check_uri(uri)
+    except UsageError as error:
+        raise UsageError(f"--keep_raw: {error}") from None
 
 
 def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) -> Model:
@@ -177,9 +197,12 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         options.max_line_bytes,
         USUAL if plan.replay else plan.customs,  # letters are lines; what they name is not
     )
+    if redactor := plan.redactor:
+        arrivals = arrivals | "RedactLogs" >> beam.ParDo(RedactLogs(redactor))
+        arrivals.element_type = Arrival
     if plan.replay:
         opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters(
-            options.max_line_bytes, plan.customs
+            options.max_line_bytes, plan.customs, redactor
         )
         arrivals = opened.arrivals
 
@@ -193,6 +216,10 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         chats, shared = chats | "TellApart" >> TellApart()
         dead_letters.append(shared)
     refused = []
+    if redactor:
+        chats, raw = chats | "RedactChats" >> RedactChats(redactor)
+        if options.keep_raw:
+            refused.append(raw | "KeepRaw" >> plan.write_to([options.keep_raw]))
     if options.database:  # the console shows them to reviewers
         refused.append(chats | "WriteChats" >> plan.write_to([options.database]))
     updates = None
@@ -236,6 +263,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
 
     dead_letters += filter(None, refused)
     all_dead_letters = dead_letters | "AllDeadLetters" >> beam.Flatten()
+    if redactor:
+        all_dead_letters = all_dead_letters | "RedactLetters" >> beam.Map(redactor.letter)
+        all_dead_letters.element_type = DeadLetter
     all_dead_letters | "WriteDeadLetters" >> plan.write("dead_letters")
 
 

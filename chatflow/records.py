@@ -110,10 +110,20 @@ class Message(Record):
         return bool(self.text) and not self.private and self.role != SYSTEM
 
 
+class Redaction(Record):
+    """Where a placeholder stands: in which message, from 0, and from where to where in its text."""
+
+    message: int
+    start: int
+    end: int
+    kind: str
+
+
 class Chat(Record):
     """A whole chat; `user_id`, if given, is the user whose tone is asked for.
 
-    Of two revisions, the greater is the newer; see `newest_revision`.
+    Of two revisions, the greater is the newer; see `newest_revision`. `redacted` says where
+    placeholders stand, if personal data was looked for; see `--redact`.
     """
 
     chat_id: Id
@@ -121,6 +131,7 @@ class Chat(Record):
     user_id: Id | None = None
     attributes: dict[str, str] = Field(default_factory=dict)
     revision: int = Field(default=0, ge=0, le=LARGEST_INTEGER)
+    redacted: tuple[Redaction, ...] | None = None
 
     def users(self) -> tuple[str, ...]:
         """Returns `user_id` if set, else all customers, or without any roles the first author."""
@@ -147,6 +158,18 @@ class Chat(Record):
             (m.user_id, m.role, bool(m.private), m.original or m.text) for m in self.messages
         ]
         return hashlib.sha256(pydantic_core.to_json(content)).hexdigest()[:32]
+
+
+class RawChat(Record):
+    """A chat as it came, for `--keep_raw`, and what the placeholders of the redacted one stand for.
+
+    `chat_id` is that of the redacted chat.
+    """
+
+    chat_id: Id
+    revision: int
+    chat: Chat
+    placeholders: dict[str, str]
 
 
 def newest_revision(messages: Sequence[Message]) -> int:
@@ -270,6 +293,7 @@ class Analysis(Record):
       dropped_messages: oldest messages left out of the prompt to keep its token budget.
       cut_messages: messages of which the prompt has only the end.
       first: the opinion that this one takes the place of; see `--escalate_model`.
+      redacted: where placeholders stand in the chat; see `--redact`.
       repairs: what was repaired in the model's answer: `json`, `summary_cut`, `control_tokens`.
     """
 
@@ -289,6 +313,7 @@ class Analysis(Record):
     dropped_messages: int = 0
     cut_messages: int = 0
     first: FirstOpinion | None = None
+    redacted: tuple[Redaction, ...] | None = None
     repairs: tuple[str, ...] = ()
     model: str
     prompt_version: str

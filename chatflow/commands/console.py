@@ -46,6 +46,13 @@ def add_arguments(parser: Parser) -> None:
         help="where its password is: env:NAME, file:PATH or projects/P/secrets/S/versions/V",
     )
     parser.add_argument(
+        "--raw_database",
+        default="",
+        help="where --keep_raw of the pipeline keeps what placeholders such as [EMAIL_1] stand "
+        "for; who decides on drafts sees it filled in, and so does the customer (default: the "
+        "same database)",
+    )
+    parser.add_argument(
         "--replies",
         default="",
         help="where approved replies go: projects/P/topics/T, or a file of JSON Lines",
@@ -138,6 +145,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         database,
         known,
         replies_to(parsed.replies) if parsed.replies else None,
+        raw_database(parsed),
         parsed.undo_seconds,
         keep=timedelta(days=parsed.keep_days) if parsed.keep_days else None,
         hosts=[*people.OWN_HOSTS, parsed.host.lower(), *names],
@@ -155,6 +163,17 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
     server.serve_forever()
     return 0
+
+
+def raw_database(parsed: argparse.Namespace) -> Database | None:
+    """Returns the database that `--raw_database` names, or None; raises `UsageError`."""
+    from chatflow.database.connections import Database, password_at
+
+    if not parsed.raw_database:
+        return None
+    raw = Database(parsed.raw_database, password_at(parsed.database_password))
+    raw.upgrade()
+    return raw
 
 
 def _end_with_stdin(server: Server) -> None:

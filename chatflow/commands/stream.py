@@ -257,6 +257,8 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
             flags_of_console = [f"--database={options.database}", f"--replies={REPLIES}"]
             if place := options.database_password:
                 flags_of_console.append(f"--database_password={place}")
+            if "://" in options.keep_raw or options.keep_raw.startswith("sqlite:"):
+                flags_of_console.append(f"--raw_database={options.keep_raw}")
             if console.is_terminal and has_screen():
                 flags_of_console.append("--open_browser")
             address = stack.enter_context(console_beside(flags_of_console, parsed.console_port))

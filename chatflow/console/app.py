@@ -28,7 +28,7 @@ from chatflow.console.outbox import Publisher
 from chatflow.console.people import csrf_of
 from chatflow.console.retention import forget
 from chatflow.console.site import Console
-from chatflow.database.connections import Database
+from chatflow.database.raw import forget_raw
 from chatflow.errors import one_line
 from chatflow.records import now
 
@@ -86,12 +86,13 @@ def app(console: Console) -> Starlette:
 @contextlib.asynccontextmanager
 async def _running(console: Console) -> AsyncIterator[None]:
     """Publishes replies, looks for changes and deletes old chats while the server runs."""
-    publisher = Publisher(console.database, console.replies) if console.replies else None
-    if publisher:
+    publisher = None
+    if console.replies:
+        publisher = Publisher(console.database, console.replies, console.raw)
         publisher.start()
     tasks = [asyncio.create_task(console.changes.look())]
     if console.keep:
-        tasks.append(asyncio.create_task(_forget(console.database, console.keep)))
+        tasks.append(asyncio.create_task(_forget(console, console.keep)))
     try:
         yield
     finally:
@@ -101,13 +102,15 @@ async def _running(console: Console) -> AsyncIterator[None]:
             await run_in_threadpool(publisher.stop)
 
 
-async def _forget(database: Database, keep: timedelta) -> None:
+async def _forget(console: Console, keep: timedelta) -> None:
     """Deletes chats unchanged for `keep`, at once and then every hour."""
     while True:
         deleted = 0
         try:
+            database, raw = console.database, console.raw or console.database
             while count := await run_in_threadpool(forget, database, now() - keep):
                 deleted += count
+            await run_in_threadpool(forget_raw, raw, database, now() - keep)
         except sa.exc.SQLAlchemyError as error:
             _log.warning("old chats were not deleted, trying again: %s", one_line(error))
         if deleted:

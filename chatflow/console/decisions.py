@@ -19,6 +19,7 @@ from chatflow.database.connections import clock
 from chatflow.database.tables import chats, customers, drafts, history, outbox
 from chatflow.database.upserts import supersede
 from chatflow.records import Reply, digest, now
+from chatflow.redaction.placeholders import hide, placeholders_in
 
 REASONS = {
     "not_angry_neutral": "The customer is not angry, but neutral",
@@ -50,14 +51,22 @@ def approve(
     text: str,
     who: str,
     undo_seconds: float,
+    hidden: Mapping[str, str] = {},
 ) -> None:
     """Approves a text as the reply to a customer; it is published `undo_seconds` later.
 
     `version` (of the draft) and `seen_chat` (`mark_of` the chat) are those that the person saw.
+    What `hidden` placeholders stand for is filled in when the reply is published; until then, the
+    database has the placeholders.
     """
-    text = _checked(text)
+    text = hide(_checked(text), hidden)
     if not text:
         raise DecisionError("A reply needs a text.")
+    if unknown := [one for one in placeholders_in(text) if one not in hidden]:
+        raise DecisionError(
+            f"{unknown[0]} stands for something that was left out of this chat. Please write it "
+            "yourself, or take it out; a customer must not see it like this."
+        )
     draft, seen = _seen(connection, draft_id, seen_chat)
     written = draft["text"]
     moment = now()
@@ -104,12 +113,13 @@ def dismiss(
     reason: str,
     comment: str,
     who: str,
+    hidden: Mapping[str, str] = {},
 ) -> None:
     """Removes a draft from the inbox without a reply, for one of `REASONS`."""
     if reason not in REASONS:
         raise DecisionError("Please choose a reason.")
     _, seen = _seen(connection, draft_id, seen_chat)
-    comment = _checked(comment)
+    comment = hide(_checked(comment), hidden)
     _change(
         connection,
         draft_id,
@@ -124,9 +134,16 @@ def dismiss(
     _note(connection, draft_id, who, "dismissed", reason=reason, comment=comment or None)
 
 
-def save(connection: sa.Connection, draft_id: str, version: int, text: str, who: str) -> None:
+def save(
+    connection: sa.Connection,
+    draft_id: str,
+    version: int,
+    text: str,
+    who: str,
+    hidden: Mapping[str, str] = {},
+) -> None:
     """Saves an edited text for later, or for somebody else."""
-    text = _checked(text)
+    text = hide(_checked(text), hidden)
     _change(connection, draft_id, version, edited_text=text or None)
     _note(connection, draft_id, who, "edited", text=text)
 

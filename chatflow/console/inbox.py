@@ -208,6 +208,12 @@ def opened(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
     }
 
 
+def chat_of(connection: sa.Connection, draft_id: str) -> str:
+    """Returns the id of a draft's chat, or "" if there is no such draft."""
+    query = sa.select(drafts.c.chat_id).where(drafts.c.draft_id == draft_id)
+    return connection.execute(query).scalar_one_or_none() or ""
+
+
 def decided(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
     """Returns an approved or dismissed draft with its reply; None if there is no such draft."""
     draft = _row(connection, drafts.c.draft_id, draft_id) if draft_id else None

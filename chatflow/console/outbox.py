@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +23,11 @@ import fasteners
 import sqlalchemy as sa
 
 from chatflow.database.connections import Database, clock
+from chatflow.database.raw import values_of
 from chatflow.database.tables import outbox
 from chatflow.errors import UsageError, one_line
 from chatflow.records import Reply, now
+from chatflow.redaction.placeholders import fill, placeholders_in
 
 LEASE_SECONDS = 60.0
 """How long a publisher reserves replies; if it is killed, another one takes them after that."""
@@ -35,6 +37,8 @@ LOOK_SECONDS = 0.5
 
 MOST = 100
 """Maximum number of replies published at once."""
+
+NOT_FILLED = "what a placeholder of the reply stands for is not kept any more"
 
 _BEGINS = b'{"reply_id":'
 """How each reply in a file begins; a cut-off line without it is not chatflow's."""
@@ -166,8 +170,8 @@ def replies_to(uri: str) -> Replies:
 class Publisher:
     """Publishes replies from the outbox in its own thread; several publishers may run."""
 
-    def __init__(self, database: Database, replies: Replies):
-        self.database, self.replies = database, replies
+    def __init__(self, database: Database, replies: Replies, raw: Database | None = None):
+        self.database, self.replies, self.raw = database, replies, raw or database
         self._name = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -197,14 +201,40 @@ class Publisher:
         if not due:
             return 0
         try:
-            self.replies.send([Reply(**reply) for reply in due.values()], LEASE_SECONDS / 2)
+            due, unfilled = self._filled(due)
+            self.replies.send(list(due.values()), LEASE_SECONDS / 2)
         except Exception as error:
             sent = error.sent if isinstance(error, PartlySentError) else ()
             self._note_sent(sent)
             self._put_back([draft_id for draft_id in due if draft_id not in sent], one_line(error))
             raise
         self._note_sent(due)
+        if unfilled:
+            self._put_back(unfilled, NOT_FILLED)
+            raise LookupError(NOT_FILLED)
         return len(due)
+
+    def _filled(self, due: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Returns replies with what their placeholders stand for, and ids of those it cannot fill.
+
+        A customer must never see a placeholder.
+        """
+        found = {draft_id: Reply(**reply) for draft_id, reply in due.items()}
+        open_ = {key for key, reply in found.items() if placeholders_in(reply.text)}
+        if not open_:
+            return found, []
+        hidden = values_of(self.raw, [found[key].chat_id for key in open_])
+        for key in open_:
+            reply = found[key]
+            text = fill(reply.text, hidden.get(reply.chat_id, {}))
+            found[key] = reply.model_copy(update={"text": text})
+        unfilled = [
+            key
+            for key in open_
+            if not set(placeholders_in(Reply(**due[key]).text))
+            <= set(hidden.get(found[key].chat_id, {}))
+        ]
+        return {key: reply for key, reply in found.items() if key not in unfilled}, unfilled
 
     def _note_sent(self, ids: Collection[str]) -> None:
         """Marks replies as published; retries within the lease if the database is unavailable."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import sqlalchemy as sa
 from starlette.datastructures import FormData
@@ -29,6 +29,7 @@ def show_inbox(console: Console, request: Request) -> Response:
         return console.page(
             request,
             "inbox",
+            hidden=console.hidden_in(request, [draft["chat_id"] for draft in found]),
             wanted=wanted,
             drafts=found,
             more=more,
@@ -59,6 +60,7 @@ def show_draft(
             request,
             "draft",
             status,
+            hidden=console.hidden_in(request, [found["draft"]["chat_id"]]),
             wanted=wanted,
             **found,
             seen_chat=decisions.mark_of(found["chat"]),
@@ -106,14 +108,17 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
     text, chat = _text(form, "text"), _text(form, "seen_chat")
     wanted = inbox.Filter.of(request.query_params)
     try:
+        hidden = hidden_in_draft(console, request, draft_id)
         with console.database.write() as connection:
             if action == "approve":
-                decisions.approve(connection, *draft, chat, text, person.name, console.undo_seconds)
+                decisions.approve(
+                    connection, *draft, chat, text, person.name, console.undo_seconds, hidden
+                )
             elif action == "dismiss":
                 reason, comment = _text(form, "reason"), _text(form, "comment")
-                decisions.dismiss(connection, *draft, chat, reason, comment, person.name)
+                decisions.dismiss(connection, *draft, chat, reason, comment, person.name, hidden)
             elif action == "save":
-                decisions.save(connection, *draft, text, person.name)
+                decisions.save(connection, *draft, text, person.name, hidden)
             else:
                 decisions.undo(connection, *draft, person.name)
     except DecisionError as error:
@@ -130,15 +135,29 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
     return RedirectResponse(f"{place}{wanted.query(decided=draft_id)}", 303)
 
 
+def hidden_in_draft(console: Console, request: Request, draft_id: str) -> Mapping[str, str]:
+    """Returns what the placeholders of a draft's chat stand for."""
+    with console.database.read() as connection:
+        chat_id = inbox.chat_of(connection, draft_id)
+    return console.hidden_in(request, [chat_id]).get(chat_id, {})
+
+
 def show_history(console: Console, request: Request) -> Response:
     page = inbox.Filter.of(request.query_params).page
     who = request.query_params.get("who", "")[:200]
     with console.database.read() as connection:
         found = inbox.events(connection, who=who, page=page)
+    hidden = console.hidden_in(request, [e["chat_id"] for e in found if e["chat_id"]])
     return console.page(
-        request, "history", events=found[: inbox.PAGE], more=len(found) > inbox.PAGE, page=page,
-        who=who, reasons=decisions.REASONS,
-    )  # fmt: skip
+        request,
+        "history",
+        hidden=hidden,
+        events=found[: inbox.PAGE],
+        more=len(found) > inbox.PAGE,
+        page=page,
+        who=who,
+        reasons=decisions.REASONS,
+    )
 
 
 def show_dashboard(console: Console, request: Request) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +18,9 @@ from chatflow.console.changes import Changes
 from chatflow.console.outbox import Replies
 from chatflow.console.people import OWN_HOSTS, People, Person, Sessions, csrf_of, redacted
 from chatflow.database.connections import Database
+from chatflow.database.raw import values_of
 from chatflow.records import now
+from chatflow.redaction.placeholders import fill
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -39,6 +41,7 @@ class Console:
 
     Attributes:
       replies: where approved replies go; None leaves them to another console.
+      raw: where `--keep_raw` keeps what placeholders stand for; default: the same database.
       keep: how long unchanged chats are kept; None means forever.
       hosts: names under which the console accepts requests; refusing others prevents DNS rebinding.
     """
@@ -46,11 +49,13 @@ class Console:
     database: Database
     people: People
     replies: Replies | None = None
+    raw: Database | None = None
     undo_seconds: float = 10.0
     keep: timedelta | None = None
     hosts: Sequence[str] = OWN_HOSTS
 
     def __post_init__(self) -> None:
+        self.raw = self.raw or self.database
         self.sessions = Sessions(self.database, self.people)
         self.changes = Changes(self.database)
         source = jinja2.PackageLoader("chatflow.console", "templates")
@@ -67,9 +72,22 @@ class Console:
         self._templates.filters["utc"] = lambda moment: moment.strftime("%Y-%m-%d %H:%M UTC")
         self._attributes: tuple[float, list[str]] = (0.0, [])
 
-    def page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
+    def page(
+        self,
+        request: Request,
+        name: str,
+        status: int = 200,
+        hidden: Mapping[str, Mapping[str, str]] = {},
+        **values: Any,
+    ) -> Response:
+        """Returns a page; `hidden` has, by chat, what placeholders stand for (see `hidden_in`)."""
         person: Person | None = request.scope.get("person")
-        shown = (lambda text: text) if person and person.reads_texts else redacted
+
+        def shown(text: str | None, chat_id: str = "") -> str | None:
+            if text is None or not (person and person.reads_texts):
+                return redacted(text)
+            return fill(text, hidden.get(chat_id, {}))
+
         text = self._templates.get_template(f"{name}.html.jinja").render(
             person=person,
             people=self.people,
@@ -82,6 +100,13 @@ class Console:
             **values,
         )
         return HTMLResponse(text, status, HEADERS)  # also for responses that `Guard` does not see
+
+    def hidden_in(self, request: Request, chat_ids: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Returns, by chat, what placeholders stand for, as far as the person may know it."""
+        if not request.scope["person"].decides:
+            return {}
+        assert self.raw is not None  # set at the start
+        return values_of(self.raw, chat_ids)
 
     def known_attributes(self, connection: sa.Connection) -> list[str]:
         """Returns attributes cached for up to 30 seconds, because the query reads all chats."""

@@ -63,6 +63,16 @@ chats = sa.Table(
     _required("stored_at", UtcTime),
 )
 
+raw_chats = sa.Table(  # of --keep_raw, maybe in a database of their own
+    "raw_chats",
+    metadata,
+    _key("chat_id"),
+    _required("revision", sa.BigInteger),
+    _required("chat", JSON),
+    _required("placeholders", JSON),
+    _required("stored_at", UtcTime),
+)
+
 chat_attributes = sa.Table(
     "chat_attributes",
     metadata,
@@ -99,6 +109,7 @@ analyses = sa.Table(
     _required("dropped_messages", sa.Integer),
     _required("cut_messages", sa.Integer),
     _optional("first", JSON),
+    _optional("redacted", JSON),
     _required("repairs", JSON),
     _required("model"),
     _required("prompt_version"),

@@ -11,7 +11,17 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from chatflow.database import tables
-from chatflow.records import FAILED, Analysis, Chat, DeadLetter, Draft, Record, now, record_id
+from chatflow.records import (
+    FAILED,
+    Analysis,
+    Chat,
+    DeadLetter,
+    Draft,
+    RawChat,
+    Record,
+    now,
+    record_id,
+)
 
 NAME, VALUE = 200, 300
 """Characters kept of an attribute's name and value to find chats by; PostgreSQL limits indexes."""
@@ -22,9 +32,10 @@ def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
     by_kind: dict[type[Record], dict[str, Record]] = {}
     for record in records:
         of_kind = by_kind.setdefault(type(record), {})
-        key = record.chat_id if isinstance(record, Chat) else record_id(record)
-        if not (isinstance(record, Chat) and _is_newer(of_kind.get(key), record)):
-            of_kind[key] = record
+        if not isinstance(record, (Chat, RawChat)):
+            of_kind[record_id(record)] = record
+        elif not _is_newer(of_kind.get(record.chat_id), record):
+            of_kind[record.chat_id] = record
     # All transactions lock customers, then chats, in the order of their ids, to avoid deadlocks.
     _lock_customers(connection, records)
     for kind, write in _WRITE.items():
@@ -32,8 +43,8 @@ def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
             write(connection, [found[key] for key in sorted(found)])
 
 
-def _is_newer(known: Record | None, chat: Chat) -> bool:
-    return isinstance(known, Chat) and known.revision > chat.revision
+def _is_newer(known: Any, chat: Any) -> bool:
+    return known is not None and known.revision > chat.revision
 
 
 def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
@@ -70,6 +81,19 @@ def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
             for name, value in sorted(chat.attributes.items())
         ],
     )
+
+
+def _write_raw(connection: sa.Connection, found: Sequence[RawChat]) -> None:
+    table = tables.raw_chats
+    rows = [
+        {
+            **record.model_dump(include={"chat_id", "revision", "placeholders"}),
+            "chat": record.chat.model_dump(mode="json", exclude_none=True),
+            "stored_at": now(),
+        }
+        for record in found
+    ]
+    _upsert_rows(connection, table, rows, lambda new: new.revision >= table.c.revision)
 
 
 def search_text(chat: Chat) -> str:
@@ -115,6 +139,7 @@ def _write_dead_letters(connection: sa.Connection, found: Sequence[DeadLetter]) 
 
 _WRITE: dict[Any, Callable[[Any, Any], None]] = {
     Chat: _write_chats,
+    RawChat: _write_raw,
     Analysis: _write_analyses,
     Draft: _write_drafts,
     DeadLetter: _write_dead_letters,

@@ -149,7 +149,8 @@ def prepare(
         build(pipeline, planned)
     except ValueError as error:  # Beam's own check of its flags and of names
         raise UsageError("; ".join(filter(None, str(error).splitlines()))) from None
-    prefixes = [uri for uris in planned.destinations.values() for uri in uris if is_file(uri)]
+    written = {**planned.destinations, "keep_raw": tuple(filter(None, [options.keep_raw]))}
+    prefixes = [uri for uris in written.values() for uri in uris if is_file(uri)]
     command = " ".join(["chatflow", *shown_flags(options)])
     say = functools.partial(console.print, highlight=False, markup=False)
     with open_results(prefixes, inputs, planned.streaming, local, command) as results:
@@ -162,7 +163,7 @@ def prepare(
         else:
             check_credentials(beam_flags)
         share_files = not is_dataflow(beam_flags)
-        written = {**planned.destinations, "answers": (options.answers,) if options.answers else ()}
+        written["answers"] = tuple(filter(None, [options.answers]))
         for sink, uris in by_sink(written).items():
             sink.check(uris, planned.sink_settings, local, share_files)
         for spec in planned.routes.specs:

@@ -260,6 +260,7 @@ def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
             "tone_scores": dict(answer.tone_scores) or None,
             "dropped_messages": question.dropped_messages,
             "cut_messages": question.cut_messages,
+            "redacted": chat.redacted,
             "repairs": repairs,
             "model": answer.model,
             "prompt_version": question.prompt_version,

@@ -33,6 +33,7 @@ from chatflow.records import (
     open_record,
     validate,
 )
+from chatflow.redaction import Redactor
 from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.lines import read_lines
 
@@ -58,16 +59,21 @@ class OpenDeadLetters(beam.PTransform):
     Attributes:
       max_line_bytes: a longer line of a file that a letter names is a fault again.
       customs: the format of such files.
+      redactor: leaves out the personal data that the letters hold.
     """
 
     max_line_bytes: int = MAX_LINE_BYTES
     customs: Customs = USUAL
+    redactor: Redactor | None = None
 
     def expand(self, arrivals: beam.PCollection) -> Replayed:
         opened, failed = arrivals | "OpenLetter" >> DeadLettered("replay", open_letter)
         whole, parts = opened | "ByPart" >> beam.Partition(_is_part, 2)
         joined, unjoined = parts | "JoinParts" >> JoinParts()
         letters = (whole, joined) | "WithJoined" >> beam.Flatten()
+        if self.redactor:
+            letters = letters | "Redact" >> beam.Map(self.redactor.letter)
+            letters.element_type = DeadLetter
         held, undrafted, unwritten = letters | "ByStage" >> beam.Partition(_by_stage, 3)
         analysed, unread = undrafted | "OpenAnalysis" >> DeadLettered(
             "replay", open_analysis, AnalysedChat

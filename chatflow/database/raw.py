@@ -1,0 +1,49 @@
+"""What placeholders stand for, where `--keep_raw` keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from chatflow.database.connections import Database
+from chatflow.database.tables import chats, drafts, raw_chats
+
+MOST = 500
+"""Maximum number of chats in one statement."""
+
+
+def values_of(raw: Database, chat_ids: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns, by chat, what each placeholder stands for; chats without any are left out."""
+    ids = sorted(set(chat_ids))
+    query = sa.select(raw_chats.c.chat_id, raw_chats.c.placeholders)
+    with raw.read() as connection:
+        rows = [
+            row
+            for at in range(0, len(ids), MOST)
+            for row in connection.execute(query.where(raw_chats.c.chat_id.in_(ids[at : at + MOST])))
+        ]
+    return {row.chat_id: row.placeholders for row in rows if row.placeholders}
+
+
+def forget_raw(raw: Database, database: Database, before: datetime) -> int:
+    """Deletes raw chats stored before a moment, whose chats are gone; returns how many."""
+    last, count = "", 0
+    key = raw_chats.c.chat_id
+    while True:
+        old = sa.select(key).where(raw_chats.c.stored_at < before, key > last)
+        with raw.read() as connection:
+            ids = list(connection.execute(old.order_by(key).limit(MOST)).scalars())
+        if not ids:
+            return count
+        last = ids[-1]
+        with database.read() as connection:
+            known = sa.union(
+                sa.select(chats.c.chat_id).where(chats.c.chat_id.in_(ids)),
+                sa.select(drafts.c.chat_id).where(drafts.c.chat_id.in_(ids)),
+            )
+            gone = set(ids) - set(connection.execute(known).scalars())
+        with raw.write() as connection:
+            theirs = key.in_(sorted(gone)), raw_chats.c.stored_at < before
+            count += connection.execute(sa.delete(raw_chats).where(*theirs)).rowcount

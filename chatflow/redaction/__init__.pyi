@@ -1,0 +1,2 @@
+from .kinds import KINDS as KINDS
+from .redactor import Redactor as Redactor
