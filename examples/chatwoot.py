@@ -1,33 +1,65 @@
-"""Drafts as private notes in Chatwoot, where the staff already work.
+"""chatflow in Chatwoot: its conversations in, drafts out, as private notes where the staff work.
 
-    export CHATWOOT_TOKEN=…                                     # an agent's, or an agent bot's
+Chatwoot's webhooks go to /chatwoot here, which publishes messages and closings to the topic that
+chatflow reads. chatflow's drafts come to / and become notes that customers do not see; nothing is
+sent to them. It listens on this machine only: put a server with TLS in front of it.
+
+1. Chatwoot, Profile settings, Access token (or an agent bot's): the token that writes the notes.
+2. Settings, Integrations, Webhooks, Add new webhook: the address https://YOUR.HOST/chatwoot, with
+   "Message created" and "Conversation status changed". Newer versions call no private addresses
+   unless their settings allow it.
+3. The secret that Chatwoot (4.11.2 or newer) then shows signs its webhooks. An older one does not
+   sign: make a secret (openssl rand -hex 24), and let the address be …/chatwoot?secret=SECRET.
+   Agent bots (Settings, Bots) send the same to their address, signed from 4.13 on. Several
+   secrets are divided by blanks.
+4. Start both, chatflow with a subscription of the topic:
+
+    export CHATWOOT_TOKEN=… CHATWOOT_SECRET=…
     export HOOK_SECRET="whsec_$(openssl rand -base64 32)"       # chatflow's and this one's
-    python examples/chatwoot.py --chatwoot https://app.chatwoot.com --account 1 &
-    chatflow run --input … --output results --drafts http://localhost:8090/,results/drafts \\
-      --webhook_secret env:HOOK_SECRET
+    python examples/chatwoot.py --chatwoot https://app.chatwoot.com --account 1 \\
+      --topic projects/P/topics/events &
+    chatflow run --input projects/P/subscriptions/events --output results \\
+      --drafts http://localhost:8090/,results/drafts --webhook_secret env:HOOK_SECRET
 
-The `chat_id` of a chat has to be the number of its conversation in Chatwoot: 42, or chatwoot-42. A
-draft becomes a note that customers do not see; nothing is sent to them. What was noted is kept in a
-file, so that no draft is noted twice (but one whose answer from Chatwoot is lost, or that is noted
-in the moment in which this program is killed, may be: Chatwoot knows no idempotency keys). It
-listens on this machine only; for chatflow elsewhere put a server with TLS in front of it.
+With PUBSUB_EMULATOR_HOST, the topic is the emulator's. Without --topic only drafts are taken, and
+the `chat_id` of a chat has to be the number of its conversation: 42, or chatwoot-42.
+
+Chatwoot sends an account's webhook once, waits five seconds, and does not try again; an agent bot's
+three times, after 429 and 500 (https://github.com/chatwoot/chatwoot/issues/15920). So what comes is
+kept in a file (--spool) before it is answered, and published from there, in order, at least once;
+chatflow leaves out repeated messages. What comes while this program is down is lost: run it where
+it is started again at once. What was noted is kept, too (--noted): no draft is noted twice, but one
+whose answer from Chatwoot is lost, or that is noted in the moment in which this program is killed,
+may be (Chatwoot knows no idempotency keys).
 """
 
 import argparse
 import contextlib
+import hashlib
 import hmac
+import json
 import os
 import re
 import sqlite3
 import threading
 import time
+import urllib.parse
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import requests
 
 from chatflow import BadInputError, Draft, UsageError, parse_record
+from chatflow.records import load_object
+from chatflow.running.publishing import Line, send
+from chatflow.secrets import read_secret
 from chatflow.sinks import read_keys, signed
+from chatflow.sources.formats import as_ours
+from chatflow.sources.formats.common import part
 
+Reply = tuple[int, str, dict[str, str]]  # status, text and headers
+
+MOST_BYTES = 4_000_000  # of a webhook; an e-mail comes with its HTML
 TOLERANCE = 300  # seconds by which clocks may differ, as the specification's libraries have it
 PAUSE = {"Retry-After": "5"}  # seconds
 WHY = {
@@ -38,29 +70,136 @@ WHY = {
 }
 
 
+DRAFTED = "Draft of an apology, for review. It was not sent:"
+FLAGGED = "⚑ This customer seems angry. There is no draft"
+
+
 def note_of(draft: Draft) -> dict[str, object]:
     """The note, as Chatwoot's API takes it. Nothing here makes one that is not private."""
-    text = f"Draft of an apology, for review. It was not sent:\n\n{draft.text}"
+    text = f"{DRAFTED}\n\n{draft.text}"
     if draft.text is None:
         why = WHY.get(str(draft.flag), draft.flag)
-        text = f"⚑ This customer seems angry. There is no draft, for {why}: please write yourself."
+        text = f"{FLAGGED}, for {why}: please write yourself."
     return {"content": text, "message_type": "outgoing", "private": True}
 
 
-def is_signed(headers: dict[str, str], body: bytes, keys: tuple[bytes, ...]) -> bool:
+def is_now(seconds: str) -> bool:
+    """Whether a time of sending, since 1970, is neither long ago nor ahead."""
+    known = re.fullmatch("[0-9]{1,12}", seconds)
+    return known is not None and abs(time.time() - int(seconds)) <= TOLERANCE
+
+
+def is_any(given: str, wanted: list[str]) -> bool:
+    """Whether a text is one of these, in a time that does not tell how much of it is right."""
+    return any(hmac.compare_digest(given.encode(), one.encode()) for one in wanted)
+
+
+def is_chatflows(headers: Mapping[str, str], body: bytes, keys: tuple[bytes, ...]) -> bool:
     """Whether a webhook is chatflow's, and of now; see https://www.standardwebhooks.com."""
     key, seconds = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
-    if not re.fullmatch("[0-9]{1,12}", seconds) or abs(time.time() - int(seconds)) > TOLERANCE:
+    if not is_now(seconds):
         return False
-    given = headers.get("webhook-signature", "").split()
     wanted = signed(keys, key, int(seconds), body)["webhook-signature"].split()
-    return any(hmac.compare_digest(a.encode(), b.encode()) for a in given for b in wanted)
+    return any(is_any(given, wanted) for given in headers.get("webhook-signature", "").split())
+
+
+def is_chatwoots(headers: Mapping[str, str], query: str, body: bytes, secrets: list[str]) -> bool:
+    """Whether a webhook is Chatwoot's: signed, and of now; unsigned, with a secret in the query."""
+    given = headers.get("x-chatwoot-signature")
+    if given is None:
+        return is_any(urllib.parse.parse_qs(query).get("secret", [""])[0], secrets)
+    seconds = headers.get("x-chatwoot-timestamp", "")
+    content = f"{seconds}.".encode() + body  # as its lib/webhooks/trigger.rb
+    made = [hmac.digest(secret.encode(), content, hashlib.sha256).hex() for secret in secrets]
+    return is_now(seconds) and is_any(given.removeprefix("sha256="), made)
+
+
+class Forwarder(threading.Thread):
+    """Takes Chatwoot's webhooks into a file, and publishes from it what they say."""
+
+    def __init__(self, topic: str, account: int, secrets: list[str], spool: str):
+        super().__init__(daemon=True)
+        self.topic, self.account, self.secrets = topic, account, secrets
+        self.one_by_one, self.filled = threading.Lock(), threading.Event()
+        self.stopped = threading.Event()
+        self.spool = sqlite3.connect(spool, check_same_thread=False)
+        self.spool.execute(
+            "CREATE TABLE IF NOT EXISTS spool (number INTEGER PRIMARY KEY, chat_id TEXT, line BLOB)"
+        )
+        self.start()
+
+    def take(self, headers: Mapping[str, str], query: str, body: bytes) -> Reply:
+        """What a webhook is answered: 200 where it is kept, or says nothing for chatflow."""
+        if not is_chatwoots(headers, query, body, self.secrets):
+            return 401, "the signature or secret is wrong, or too old", {}
+        try:
+            value = load_object(body)
+            read = as_ours(value, format="chatwoot")
+        except BadInputError as error:
+            return 400, f"this is no webhook of Chatwoot: {error}", {}
+        if not isinstance(value.get("event"), str):
+            return 422, "this is no webhook of Chatwoot: it has no event", {}
+        account = part(value.get("account")).get("id", self.account)
+        if account != self.account:
+            return 422, f"this is of account {account!r}, not of --account {self.account}", {}
+        events = [event for event in (read.values if read else ()) if not self.is_ours(event)]
+        if not events:
+            return 200, f"left out: {value['event']}", {}
+        (event,) = events
+        if not re.fullmatch("[1-9][0-9]*", event["chat_id"]):
+            return 422, "this has no number of a conversation", {}
+        try:
+            self.keep(event["chat_id"], json.dumps(event, ensure_ascii=False).encode())
+        except sqlite3.Error as error:  # 500, because agent bots are sent again after no other
+            return 500, f"cannot be kept: {error}", PAUSE
+        return 200, "kept", {}
+
+    @staticmethod
+    def is_ours(event: Mapping[str, object]) -> bool:
+        """Whether a message is for the staff alone, or this program's note: so that none loops."""
+        if event.get("private") or event.get("role") == "activity":
+            return True
+        return str(event.get("text", "")).startswith((DRAFTED, FLAGGED))
+
+    def keep(self, chat_id: str, line: bytes) -> None:
+        with self.one_by_one, self.spool:
+            self.spool.execute("INSERT INTO spool (chat_id, line) VALUES (?, ?)", [chat_id, line])
+        self.filled.set()
+
+    def run(self) -> None:
+        while not self.stopped.is_set():
+            self.filled.clear()
+            try:
+                if not self.publish():
+                    self.filled.wait()
+            except Exception as error:  # whatever it is, nothing else publishes what is kept
+                print(f"not published yet, trying again: {error}", flush=True)
+                self.stopped.wait(float(PAUSE["Retry-After"]))
+
+    def publish(self) -> bool:
+        """Publishes the oldest that are kept; returns whether there were any."""
+        with self.one_by_one:
+            oldest = "SELECT number, chat_id, line FROM spool ORDER BY number LIMIT 100"
+            kept = self.spool.execute(oldest).fetchall()
+        if not kept:
+            return False
+        send((Line(line, chat_id) for _, chat_id, line in kept), self.topic)
+        with self.one_by_one, self.spool:
+            self.spool.execute("DELETE FROM spool WHERE number <= ?", [kept[-1][0]])
+        print(f"published {len(kept)} events", flush=True)
+        return True
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.filled.set()
+        self.join(5)  # what is being published meanwhile is still kept, and published again
 
 
 class Relay(ThreadingHTTPServer):
-    """Takes webhooks, and writes notes."""
+    """Takes chatflow's webhooks, and writes notes; gives Chatwoot's to the forwarder."""
 
     request_queue_size = 128
+    forwarder: Forwarder | None = None
 
     def __init__(self, port: int, account: str, token: str, keys: tuple[bytes, ...], noted: str):
         super().__init__(("127.0.0.1", port), Handler)
@@ -69,9 +208,9 @@ class Relay(ThreadingHTTPServer):
         self.noted = sqlite3.connect(noted, check_same_thread=False)
         self.noted.execute("CREATE TABLE IF NOT EXISTS noted (draft_id TEXT PRIMARY KEY)")
 
-    def take(self, headers: dict[str, str], body: bytes) -> tuple[int, str, dict[str, str]]:
-        """What a webhook is answered: 2xx where it is noted, 429 and 5xx where to try again."""
-        if not is_signed(headers, body, self.keys):
+    def take(self, headers: Mapping[str, str], body: bytes) -> Reply:
+        """What a draft is answered: 2xx where it is noted, 429 and 5xx where to try again."""
+        if not is_chatflows(headers, body, self.keys):
             return 401, "the signature is wrong, or too old", {}
         try:
             draft = parse_record(Draft, body)
@@ -86,7 +225,7 @@ class Relay(ThreadingHTTPServer):
                 return 200, "noted before", {}
             return self.write(number[1], draft)
 
-    def write(self, conversation: str, draft: Draft) -> tuple[int, str, dict[str, str]]:
+    def write(self, conversation: str, draft: Draft) -> Reply:
         if not self.safe:
             return 503, "stopped, for Chatwoot did not keep a note private", PAUSE
         try:
@@ -113,20 +252,52 @@ class Relay(ThreadingHTTPServer):
         print(f"noted {draft.draft_id} in conversation {conversation}", flush=True)
         return 200, "noted", {}
 
+    def server_close(self) -> None:
+        super().server_close()
+        if self.forwarder:
+            self.forwarder.close()
+
 
 class Handler(BaseHTTPRequestHandler):
     server: Relay
     timeout = 30
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        status, said, more = self.server.take(headers, body)
+        status, said, more = self.reply()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(said.encode())), **more}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(said.encode())
+
+    def reply(self) -> Reply:
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,12}", length):
+            return 411, "Content-Length is needed", {}
+        if int(length) > MOST_BYTES:
+            return 413, f"more than {MOST_BYTES} bytes", {}
+        body = self.rfile.read(int(length))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        path, _, query = self.path.partition("?")
+        if path.rstrip("/") != "/chatwoot":
+            return self.server.take(headers, body)
+        if self.server.forwarder is None:
+            return 404, "started without --topic: Chatwoot's webhooks are not taken", {}
+        return self.server.forwarder.take(headers, query, body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        without_secret = re.sub(r"\?[^\s\"']*", "?…", format % args)
+        super().log_message("%s", without_secret)
+
+
+def chatwoots_secrets(place: str) -> list[str]:
+    secrets = read_secret(place, "--chatwoot_secret").split()
+    if not secrets or min(map(len, secrets)) < 16:
+        raise UsageError(
+            f"--chatwoot_secret={place}: what is there is no secret of at least 16 characters; "
+            "Chatwoot shows the one of each webhook"
+        )
+    return secrets
 
 
 if __name__ == "__main__":
@@ -137,14 +308,22 @@ if __name__ == "__main__":
     parser.add_argument("--account", required=True, type=int)
     parser.add_argument("--port", type=int, default=8090)
     parser.add_argument("--webhook_secret", default="env:HOOK_SECRET", help="as chatflow's")
+    parser.add_argument("--topic", default="", help="take Chatwoot's webhooks, and publish here")
+    parser.add_argument("--chatwoot_secret", default="env:CHATWOOT_SECRET", help="of its webhooks")
     parser.add_argument("--noted", default="chatwoot-noted.sqlite3", help="file of what is noted")
+    parser.add_argument("--spool", default="chatwoot-spool.sqlite3", help="file of what is to go")
     flags = parser.parse_args()
     account = f"{flags.chatwoot.rstrip('/')}/api/v1/accounts/{flags.account}"
     try:
         token, keys = os.environ["CHATWOOT_TOKEN"], read_keys(flags.webhook_secret)
+        if not re.fullmatch("(projects/[^/]+/topics/[^/]+)?", flags.topic):
+            raise UsageError(f"--topic: {flags.topic!r} is not projects/PROJECT/topics/NAME")
+        secrets = chatwoots_secrets(flags.chatwoot_secret) if flags.topic else []
     except (KeyError, UsageError) as error:
         parser.error(f"{error} is missing" if isinstance(error, KeyError) else str(error))
     relay = Relay(flags.port, account, token, keys, flags.noted)
+    if flags.topic:
+        relay.forwarder = Forwarder(flags.topic, flags.account, secrets, flags.spool)
     with contextlib.suppress(KeyboardInterrupt), relay:
         print(f"http://127.0.0.1:{relay.server_port}/", flush=True)
         relay.serve_forever()

@@ -65,8 +65,9 @@ def _chat(value: Value, name: str) -> Ours:
 
 def _message(message: Value) -> Ours:
     sender = part(message.get("sender"))
-    kind = str(sender.get("type") or "").lower()
     role = _ROLES.get(message.get("message_type") or 0, "incoming")
+    # Webhooks of newer versions leave out that a sender is a contact.
+    kind = str(sender.get("type") or ("contact" if role == "incoming" else "")).lower()
     if kind == "agent_bot":
         role = "bot"
     return without_none(

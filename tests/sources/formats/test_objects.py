@@ -274,7 +274,9 @@ def test_chatwoots_webhooks_are_messages_and_ends():
     assert (event.chat_id, event.message.text, event.message.message_id) == (
         "5", "My bill is wrong!", "9",
     )  # fmt: skip
-    assert event.message.role == "customer"
+    assert (event.message.role, event.message.user_id) == ("customer", "contact-3")
+    ((same,), _) = chats_of({**created, "sender": {"id": 3, "name": "Ann"}})  # newer versions
+    assert same == event
     ((note,), _) = chats_of({**created, "private": True, "message_type": "outgoing"})
     assert note.message.private
     resolved = {"event": "conversation_status_changed", "id": 5, "status": "resolved",
