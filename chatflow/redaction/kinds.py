@@ -227,7 +227,7 @@ _DIAL = re.compile(
     r"llam\w+|teléfono|móvil|celular|número)\b",
     re.IGNORECASE,
 )
-_DATE = re.compile(r"\d{1,4}[./-]\d{1,2}[./-]\d{1,4}(?:[ T]\d{1,2}(?:[:.]\d\d)?)?")
+_DATE = re.compile(r"(?:19|20)\d\d-\d{5,}|\d{1,4}[./-]\d{1,2}[./-]\d{1,4}(?:[ T]\d{1,2}(?:[:.]\d\d)?)?")
 
 
 def _is_dialled(text: str, start: int, end: int) -> bool:
@@ -289,7 +289,9 @@ def nhs_numbers(text: str, countries: Sequence[str]) -> Iterator[Span]:
 
     for found in _NHS.finditer(text):
         around = text[max(0, found.start() - 80) : found.end() + 80]
-        is_meant = _HEALTH.search(around) or (" " in found[0] and "US" not in countries)
+        is_meant = _HEALTH.search(around) or (
+            " " in found[0] and not words_before(text, found.start(), _DIAL)
+        )
         if is_meant and nhs.is_valid(re.sub(r"\D", "", found[0])):
             yield found.span()
 
@@ -302,7 +304,11 @@ def numbers_of(module: str, form: str) -> Callable[[str, Sequence[str]], Iterato
     """Returns a recogniser of what has a form, and whose check digits python-stdnum finds right."""
     pattern = re.compile(rf"(?<![\w+.-])(?:{form})(?![\w-]|\.\d)", re.IGNORECASE)
 
-    def find(text: str, countries: Sequence[str]) -> Iterator[Span]:
+    _NUMBER = re.compile(r"\d")
+_WITHOUT_DIGITS = ("url", "email")
+
+
+def find(text: str, countries: Sequence[str]) -> Iterator[Span]:
         is_valid = importlib.import_module(f"stdnum.{module}").is_valid
         for found in pattern.finditer(text):
             before = text[max(0, found.start() - 60) : found.start()]
@@ -326,9 +332,17 @@ def addresses(text: str, countries: Sequence[str]) -> Iterator[Span]:
 _APART = r"(?:[ \t]*,[ \t]*|[ \t]*\n[ \t]*|[ \t]+)"
 _UNIT = r"(?:(?:apt|apartment|unit|suite|ste|flat|floor|room|rm)\.?[ ]?#?[ ]?\w{1,5}|\#[ ]?\w{1,5})"
 _STREET = (
-    r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl|"
-    r"terrace|ter|parkway|pkwy|circle|cir|highway|hwy|trail|trl|loop|close|crescent|cres|gardens|"
-    r"gdns|square|sq|row|parade|avenida|mews|grove|hill|rise|walk|park|green|view|broadway|quay|wharf)"
+    r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|parkway|pkwy|"
+    r"highway|hwy|crescent|cres|gardens|gdns)"
+)
+_OTHER_STREET = (  # which are words of their own, too
+    r"(?:Way|Place|Pl|Terrace|Ter|Circle|Cir|Trail|Trl|Loop|Close|Square|Sq|Row|Parade|Promenade|"
+    r"Mews|Grove|Hill|Rise|Walk|Park|Green|View|Broadway|Quay|Wharf)"
+)
+_NO_STREET = (
+    r"(?:across|along|the|in|an?|to|at|of|on|by|from|each|is|its|it|was|they|we|i|you|your|my|our|"
+    r"another|days?|weeks?|months?|years?|hours?|mins?|minutes?|km|miles?|quid|nights?|kilos?|"
+    r"euros?|pounds?|dollars?|times?|of|off|for|and|or|am|pm|items?|people|different|more|blocks?)"
 )
 _WORD = r"[A-ZÀ-Þ](?:[^\W\d_]|['’.-](?=[^\W\d_]))+(?!\w)"
 _CITY = rf"{_WORD}(?:[ -](?:(?:upon|on|in|under|le|of|by|the)[ -])?{_WORD}){{0,3}}"
@@ -338,20 +352,21 @@ _STATES = (
 )
 _POSTCODE = r"[A-Z]{1,2}\d[A-Z\d]?[ ]?\d[A-Z]{2}"
 _NUMBERED = (
-    rf"\d{{1,6}}[a-z]?[ ](?:(?:[NSEW]|north|south|east|west)\.?[ ])?"
-    rf"(?:(?:[A-Z0-9][\w.'’-]*)[ ]){{1,3}}{_STREET}\b\.?"
+    rf"\d{{1,6}}[a-zA-Z]?[ ](?:(?i:[NSEW]|north|south|east|west)\.?[ ])?"
+    rf"(?:(?i:(?!{_NO_STREET}\b)[a-z0-9][\w'’-]*\.?[ ]){{1,3}}(?i:{_STREET})"
+    rf"|(?:[A-Z0-9][\w.'’-]*[ ]){{1,3}}{_OTHER_STREET})\b\.?"
 )
 _ADDRESSES = {
     "US": re.compile(
         rf"(?i:\bP\.?[ ]?O\.?[ ]?box[ ]\d+)(?:{_APART}{_CITY})?"
         rf"(?:{_APART}{_STATES}(?:{_APART}\d{{5}}(?:-\d{{4}})?)?)?"
-        rf"|(?<![\w#$-])(?i:{_NUMBERED})(?:[ ](?:NW|NE|SW|SE|N|S|E|W)\b)?(?:{_APART}(?i:{_UNIT}))?"
+        rf"|(?<![\w#$-]){_NUMBERED}(?:[ ](?:NW|NE|SW|SE|N|S|E|W)\b)?(?:{_APART}(?i:{_UNIT}))?"
         rf"(?:{_APART}(?:{_CITY}|(?i:[a-z.]+(?:[ ][a-z.]+){{0,2}}(?={_APART}{_STATES}\b)))"
         rf"{_APART}(?i:{_STATES})\b(?:{_APART}\d{{5}}(?:-\d{{4}})?)?"
         rf"|{_APART}\d{{5}}(?:-\d{{4}})?(?!\d)|,[ ]{_CITY})?"
     ),
     "GB": re.compile(
-        rf"(?<![\w#£-])(?:(?i:flat|apartment|unit)[ ]\w{{1,4}},?[ ])?(?i:{_NUMBERED})"
+        rf"(?<![\w#£-])(?:(?i:flat|apartment|unit)[ ]\w{{1,4}},?[ ])?{_NUMBERED}"
         rf"(?:(?:[ ]*,[ ]*|[ ]*\n[ ]*){_CITY}){{0,3}}(?:{_APART}(?i:{_POSTCODE})\b)?"
         rf"|(?<![\w#£-])(?:(?i:flat|apartment|unit)[ ]\w{{1,4}},?[ ])?"
         rf"\d{{1,4}}[a-z]?[ ](?:[A-Z][\w'’-]*[ ]?){{1,3}}"
@@ -359,12 +374,14 @@ _ADDRESSES = {
     ),
     "DE": re.compile(
         r"(?:(?:[A-ZÄÖÜ][\w.-]*[ -]){0,2}[A-ZÄÖÜa-zäöü][\wäöüß-]*(?:straße|strasse|str\.|str|weg|"
-        r"platz|allee|gasse|ring|damm|ufer|steig|chaussee|stieg|graben|wall|markt)"
-        r"|[A-ZÄÖÜ][\wäöüß-]*[ -](?:Straße|Strasse|Str\.|Weg|Platz|Allee|Gasse|Ring|Damm|Ufer)"
+        r"platz|allee|gasse|ring|damm|ufer|steige?|promenade|chaussee|stieg|graben|wall|markt)"
+        r"|[A-ZÄÖÜ][\wäöüß-]*[ -](?:Straße|Strasse|Str\.|Weg|Platz|Allee|Gasse|Ring|Damm|"
+        r"Ufer|Promenade)"
         r"|(?:(?:Straße|Platz|Weg|Allee)[ ](?:der|des)|Am|An[ ]der|An[ ]den|Im|In[ ]der|Zum|Zur|"
         r"Auf[ ]de[mr]|Unter[ ]den|Hinter[ ]de[mr]|"
         r"Alte[rn]?|Neue[rn]?)(?:[ ][A-ZÄÖÜ][\wäöüß-]+){1,2})"
-        r"[ ]\d{1,4}[ ]?[a-hA-H]?(?![\w%€]|[.,]\d|[ ]?(?:Uhr|Euro|EUR|Tage|Minuten|Stunden|Stück))"
+        r"[ ]\d{1,4}(?:[ ]?[a-hA-H]|[–-]\d{1,4})?(?![\w%€]|[.,]\d|[ ]?"
+        r"(?:Uhr|Euro|EUR|Tage|Minuten|Stunden|Stück))"
         r"(?:[ ]*[,\n][ ]*(?:D-)?\d{5}[ ][A-ZÄÖÜ][\wäöüß-]+(?:[ ](?:a\.[ ]?d\.[ ]?\w+|(?:am|bei|"
         r"an[ ]der|im|ob[ ]der|in)[ ][A-ZÄÖÜ][\wäöüß-]+)|[ ](?:Bad|Nord|Süd|Ost|West)\b)?"
         r"|[ ](?:in|,)[ ]\d{5}[ ][A-ZÄÖÜ][\wäöüß-]+|[ ]\d{5}[ ][A-ZÄÖÜ][\wäöüß-]+)?"
@@ -439,9 +456,11 @@ def recognisers(kinds: frozenset[str], countries: tuple[str, ...]) -> dict[str, 
 
 def find(text: str, kinds: frozenset[str], countries: tuple[str, ...]) -> list[Found]:
     """Returns what is found in a text, in its order; nothing of it overlaps."""
+    has_digits = _NUMBER.search(text) is not None
     found = [
         Found(kind, start, end)
         for kind, recognise in recognisers(kinds, countries).items()
+        if has_digits or kind in _WITHOUT_DIGITS
         for start, end in recognise(text, countries)
     ]
     return without_overlaps(found)

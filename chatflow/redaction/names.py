@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-_PART = r"[A-ZÀ-ÖØ-ÞĀ-Ž][\w’'-]*[\w]"
+_PART = r"(?!I['’])[A-ZÀ-ÖØ-ÞĀ-Ž][\w’'-]*[\w]"
 _FULL = (
-    rf"(?:[A-Z]\.[ ]?){{0,3}}{_PART}"
+    rf"(?:(?:van|von|de|der|den|del|la|da|zu|bin)[ ]){{0,2}}(?:[A-Z]\.[ ]?){{0,3}}{_PART}"
     rf"(?:[ ](?:(?:van|von|de|der|den|del|la|da|dos|di|le|al|bin)[ ])*(?:{_PART}|[A-Z]\.)){{0,3}}"
 )
 _TWO = rf"(?:[A-Z]\.[ ]?){{0,3}}{_PART}(?:[ ](?:{_PART}|[A-Z]\.)){{1,3}}"
@@ -25,6 +25,7 @@ _TITLE = (
     r"[ ]){0,2}"
 )
 _NAMED = rf"[ ]+{_TITLE}(?P<name>{_FULL})"
+_FROM = r"(?=[ ]?(?:,|\(|(?:from|with|at|here|again|vom?|von|aus|hier|speaking|in)\b))"
 _THEN = (
     r"(?=[ ]?(?:[,.!:;(\n–—-]|$|(?:from|with|at|here|and|again|vom?|von|aus|und|hier|de|y|"
     r"speaking|in)\b))"
@@ -37,29 +38,37 @@ _SAYS = tuple(
         r"(?i:\b(?:my|the) (?:full |first |last |sur)?name(?:'s| is|:)|\bname's|\bname[ ]?:|"
         r"\bmein name (?:ist|lautet)|\bich hei(?:ß|ss)e|\bme llamo|\bmi nombre es|\bje m'appelle)"
         rf"[ ]+{_TITLE}(?P<name>{_FULL}|{_LOWER})",
-        # "this is Tom from returns", but not "I'm Canadian".
-        r"(?i:\b(?:this is|hier ist|hier spricht|hier schreibt|hier (?:noch ?mal|wieder)|soy|"
-        r"ich bin (?:die|der)|you(?:'re| are) (?:chatting|speaking|talking) (?:with|to))|[,.] hier)"
-        rf"{_NAMED}{_THEN}",
-        rf"(?i:\b(?:i am|i'm))[ ]+{_TITLE}(?P<name>(?!\w+(?:ian|ish|ese|can)\b){_FULL}){_THEN}",
-        rf"(?i:\b(?:it's|it is|ich bin))[ ]+{_TITLE}(?P<name>{_TWO}){_THEN}",
+        r"(?i:\b(?:(?:first|last|full) name|(?:vor|nach|familien)name|nombre)[ ]?:?)[ ]+"
+        rf"(?P<name>{_FULL})",
+        rf"(?P<name>{_FULL})(?= (?:is my name|ist mein name)\b)",
+        # "this is Tom from returns", but not "I'm Canadian" or "this is Unacceptable".
+        r"(?i:\b(?:hier spricht|hier schreibt|hier (?:noch ?mal|wieder)|soy|ich bin (?:die|der)|"
+        r"you(?:'re| are) (?:(?:chatting|speaking|talking) (?:with|to)|through to))|[,.] hier)"
+        rf"{_NAMED}",
+        rf"(?i:\b(?:this is|hier ist)){_NAMED}{_FROM}",
+        rf"(?i:\b(?:i am|i'm))[ ]+{_TITLE}"
+        rf"(?P<name>(?!\w+(?:ian|ish|elsh|ese|can|ed|ing)\b){_FULL}){_THEN}",
+        rf"(?i:\b(?:this is|hier ist|it's|it is|ich bin))[ ]+{_TITLE}(?P<name>{_TWO}){_THEN}",
         rf"(?i:\b(?:it's|it is))[ ]+{_TITLE}(?P<name>{_FULL})(?=[ ](?:from|here|again)\b)",
         rf"(?P<name>{_TWO})(?= here\b)",
+        rf"[,.!?][ ](?P<name>{_PART})(?= here(?: from\b| again\b|[,.!]))",
         # "Hi Ann," but not "Hi there," or "Dear Sir or Madam".
         r"(?i:^[\W_]*|[.!?][ ]+)(?i:hi|hello|hey|dear|(?:good )?(?:morning|afternoon|evening)|"
         r"hallo|liebe[r]?|sehr geehrte[r]?|guten (?:tag|morgen|abend)|hola|estimad[oa]|querid[oa]|"
-        r"moin|servus|thanks|thank you|thx|cheers|danke|gracias),?"
+        r"moin|servus|grü(?:ß|ss)(?: dich| gott)|thanks|thank you|thx|cheers|danke|gracias),?"
         rf"{_NAMED}(?=[ ]*(?:[,.!:;–—\n-]|$))",
         # "Thanks for waiting, Denise." and "Have a great weekend Sofia".
         r"(?i:\b(?:thanks|thank you|danke|gracias)\b)[^,.!?\n]{0,50},"
         rf"{_NAMED}(?=[.!?]|$)",
-        rf"(?i:\b(?:weekend|day|evening|wochenende|tag|abend|feierabend)),?{_NAMED}(?=\W*$)",
+        r"(?i:\b(?:great|good|nice|lovely|schönen?s?|guten) (?:weekend|day|evening|one|wochenende|"
+        rf"tag|abend|feierabend)),?{_NAMED}(?=[^\w\"”]*$)",
+        r"(?i:^(?:hi|hello|hey|hallo)) (?P<name>[a-zà-ž]{3,})(?=,|!| (?:thx|thanks|thank|danke)\b)",
         # How a message is signed.
         r"(?i:^|[.!?,][ ]+)(?i:(?:kind|best|warm|many)?[ ]?(?:regards|wishes|thanks)|thank you|"
         r"sincerely|yours(?: \w+)?|cheers|best|mit freundlichen grüßen|mfg|(?:viele|liebe|beste|"
-        r"schöne|freundliche|herzliche)n? grüße(?: aus \w+)?|lg|vg|gru(?:ß|ss)|grüße|danke|"
-        rf"saludos|gracias|atentamente)[ ]*[,.!]?[ ]*(?:[-–—][ ]*|\n\s*){_TITLE}"
-        rf"(?P<name>{_FULL})\s*(?=[,.\n]|$)",
+        r"schöne|freundliche|herzliche)n? grüße(?: aus \w+)?|lg|vg|gru(?:ß|ss)|grüße|"
+        r"hochachtungsvoll|danke|saludos|gracias|atentamente)[ ]*[,.!]?[ ]*(?:[-–—][ ]*|\n\s*)"
+        rf"{_TITLE}(?P<name>{_FULL})\s*(?:x+\s*)?(?=[,.\n]|$)",
         rf"(?i:\b(?:lg|vg|mfg|gru(?:ß|ss)|grüße|regards|cheers))(?:[^\w\n]+){_TITLE}"
         rf"(?P<name>{_FULL})(?=\W*$)",
         rf"(?i:\n|[.!?][ ])\s*[-–—~][ ]?{_TITLE}(?P<name>{_FULL})\s*$",
@@ -80,7 +89,9 @@ _NOT_NAMES = frozenset(
     "samstag sonntag danke bitte grüße hallo leute buenos días señores todos cliente soporte "
     "unknown anonymous guest visitor me client owner mr mrs ms dr herr frau order card "
     "christmas easter english german french spanish american british what why when how who "
-    "god gosh lord man mate dude boss great perfect wonderful fine right nice".split()
+    "moin ihr ihre euer eure dein deine god gosh lord man mate dude boss great perfect wonderful "
+    "fine right nice lovely love babe hun honey darling doctor professor office housing team "
+    "player student manager".split()
 )
 _KEYS = re.compile(
     r"(?:^|[_.\- ])(?:(?:first|last|full|given|family|middle|sur|display|nick|customer|client|"

@@ -25,6 +25,7 @@ from chatflow.redaction.kinds import (
     NATIONAL_IDS,
     Found,
     find,
+    recognisers,
     without_overlaps,
 )
 from chatflow.redaction.names import Names, names_in, of_id, said_in
@@ -100,15 +101,19 @@ class Redactor:
     def find(self, texts: Sequence[str], names: Names, ask: bool = True) -> list[list[Found]]:
         """Returns what is found in each text; `ask` also the service, if there is one."""
         asked = self.dlp.find(texts) if self.dlp and ask else [[] for _ in texts]
-        return [
-            without_overlaps([*self._own(text), *by_form, *service, *_of_names(names, text)])
-            for text, by_form, service in zip(
-                texts,
-                (find(text, self.kinds, self.countries) for text in texts),
-                asked,
-                strict=True,
-            )
-        ]
+        found = []
+        for text, service in zip(texts, asked, strict=True):
+            known = [Found("", *m.span()) for m in PLACEHOLDER.finditer(text)]  # they stay
+            by_form = find(text, self.kinds, self.countries)
+            by_name = (Found(NAME, start, end) for start, end, _ in names.find(text))
+            every = without_overlaps([*known, *self._own(text), *by_form, *service, *by_name])
+            found.append([one for one in every if one.kind])
+        return found
+
+    def knows(self, kind: str) -> bool:
+        """Returns whether placeholders of a kind, in capital letters, may be this one's."""
+        own = {NAME, *recognisers(self.kinds, self.countries), *(name for name, _ in self.patterns)}
+        return self.dlp is not None or kind.lower() in own
 
     def _own(self, text: str) -> Iterator[Found]:
         for kind, pattern in self.patterns:
@@ -135,7 +140,7 @@ class Redactor:
                 "user_id": chat.user_id and session.id(chat.user_id),
                 "messages": messages,
                 "attributes": session.fields(chat.attributes),
-                "redacted": tuple(_places(messages, session.kinds)),
+                "redacted": tuple(self._places(messages)),
             }
         )
         raw = None
@@ -144,6 +149,13 @@ class Redactor:
                 chat_id=made.chat_id, revision=chat.revision, chat=chat, placeholders=session.values
             )
         return Redacted(made, raw, session.counts)
+
+    def _places(self, messages: Sequence[Message]) -> Iterator[Redaction]:
+        for number, message in enumerate(messages):
+            for found in PLACEHOLDER.finditer(message.text):
+                if self.knows(found[1]):
+                    start, end = found.span()
+                    yield Redaction(message=number, start=start, end=end, kind=found[1].lower())
 
     def letter(self, letter: DeadLetter) -> DeadLetter:
         """Returns a dead letter without personal data; it can still be replayed."""
@@ -195,20 +207,16 @@ class Redactor:
         found = [name for text in texts for name in said_in(text)]
         for one in fields:
             found += names_in({key: value for key, value in one.items() if isinstance(value, str)})
-        return Names([*filter(None, map(of_id, ids)), *found])
-
-
-def _of_names(names: Names, text: str) -> Iterator[Found]:
-    for start, end, _ in names.find(text):
-        yield Found(NAME, start, end)
+        found += filter(None, map(of_id, ids))
+        return Names(name for name in found if not PLACEHOLDER.search(name))
 
 
 _IDS = frozenset(("chat_id", "user_id", "message_id", "conversation_id", "id", "from_id"))
-_AS_IT_IS = frozenset(
-    "role sent_at event revision private message_type part_type created_at updated_at analysed_at "
-    "drafted_at failed_at model prompt_version analysis_id draft_id kind payload_encoding".split()
-)
-"""Fields of our own records, and of others, that hold no words of people."""
+_NO_WORDS = re.compile(r"\d{4}-\d\d-\d\d[T ][\d:.+Z-]*|[0-9a-f]{32}|[a-z_]{1,30}")
+"""Times, hashes and words such as roles: what nobody is recognised by."""
+
+_TIMES = re.compile(r"(?:^|_)(?:at|time|timestamp|date|ts|unixtime|revision)$", re.IGNORECASE)
+"""Fields whose numbers are times."""
 
 
 class _Session:
@@ -218,8 +226,8 @@ class _Session:
         self.redactor, self.names = redactor, names
         self.values: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
-        self.kinds: set[str] = set()
         self._known: dict[tuple[str, str], str] = {}
+        self._kinds: dict[str, str] = {}  # of ids
         self._last: Counter[str] = Counter()
         different = list(dict.fromkeys(texts))
         found = redactor.find(different, names, ask)
@@ -227,7 +235,7 @@ class _Session:
         before = [m for text in different for m in PLACEHOLDER.finditer(text)]
         for match in before:  # a replayed letter has some; theirs must not be given twice
             self._last[match[1]] = max(self._last[match[1]], int(match[2]))
-        self.was_redacted = bool(before)
+        self.was_redacted = any(redactor.knows(match[1]) for match in before)
 
     def text(self, text: str) -> str:
         if text not in self._found:
@@ -247,24 +255,30 @@ class _Session:
             self._last[upper] += 1
             self._known[key] = f"[{upper}_{self._last[upper]}]"
             self.values[self._known[key]] = value
-            self.kinds.add(upper)
         self.counts[kind] += 1
         return self._known[key]
 
     def id(self, value: str) -> str:
         """Returns an id, or a hash of one that is personal data."""
+        if value not in self._kinds:
+            self._kinds[value] = self._kind_of(value)
+        if not (kind := self._kinds[value]):
+            return value
+        self.counts[kind] += 1
+        key = self.redactor.key or b"chatflow"
+        digest = hmac.new(key, " ".join(value.split()).casefold().encode(), hashlib.sha256)
+        return f"{kind}-{digest.hexdigest()[:16]}"
+
+    def _kind_of(self, value: str) -> str:
         kind = ""
         if NAME in self.redactor.kinds and (of_id(value) or self.names.find(value)):
             kind = NAME
         elif re.search(r"[^\d.]", value):  # a number alone is an id like others
             found = self.redactor.find([value], Names(()), ask=False)[0]
             kind = found[0].kind if found else ""
-        if not kind:
-            return value
-        self.counts[kind] += 1
-        key = self.redactor.key or b"chatflow"
-        digest = hmac.new(key, " ".join(value.split()).casefold().encode(), hashlib.sha256)
-        return f"{kind}-{digest.hexdigest()[:16]}"
+            if not kind and "email" in self.redactor.kinds and re.search(r"\w@\w+[\w.-]", value):
+                kind = "email"  # with something of the desk's own before or after it
+        return kind
 
     def message(self, message: Message) -> Message:
         return message.model_copy(
@@ -281,7 +295,8 @@ class _Session:
         return {self.text(key): self.field(key, value) for key, value in fields.items()}
 
     def field(self, key: str, value: str) -> str:
-        if NAME in self.redactor.kinds and names_in({key: value}):
+        is_name = NAME in self.redactor.kinds and names_in({key: value})
+        if is_name and not PLACEHOLDER.fullmatch(value.strip()):
             return self.placeholder(NAME, value.strip())
         return self.text(value)
 
@@ -292,10 +307,11 @@ class _Session:
         if isinstance(value, list):
             return [self.json(one, key) for one in value]
         if isinstance(value, str) and value:
-            if key in _AS_IT_IS:
+            if _NO_WORDS.fullmatch(value):
                 return value
             return self.id(value) if key in _IDS else self.field(key, value)
-        if isinstance(value, int) and abs(value) >= 10**8 and key not in _AS_IT_IS | _IDS:
+        is_number = isinstance(value, int) and abs(value) >= 10**8
+        if is_number and key not in _IDS and not _TIMES.search(key):
             hidden = self.text(str(value))
             return value if hidden == str(value) else hidden
         return value
@@ -308,14 +324,6 @@ def _plain(kind: str, value: str) -> str:
     if kind == "phone":
         return re.sub(r"\D", "", value)
     return re.sub(r"[\s-]", "", value).casefold()
-
-
-def _places(messages: Sequence[Message], kinds: set[str]) -> Iterator[Redaction]:
-    for number, message in enumerate(messages):
-        for found in PLACEHOLDER.finditer(message.text):
-            if found[1] in kinds:
-                start, end = found.span()
-                yield Redaction(message=number, start=start, end=end, kind=found[1].lower())
 
 
 def _texts_of(chat: Chat) -> Iterator[str]:

@@ -170,6 +170,7 @@ class Summary:
             },
             "formats": self.under("formats"),
             "input": self.under("input"),
+            "redacted": self.under("redacted"),
             "repaired": self.under("repaired"),
             "escalated": {
                 "asked": self.get("escalated"),

@@ -100,6 +100,8 @@ def counts_table(summary: Summary) -> Table:
     }
     if not values["formats"]:
         del rows["formats"]
+    if values["redacted"]:
+        rows["redacted"] = listed(_spaced(values["redacted"]))
     if values["skipped"]:
         rows["done before"] = f"{values['skipped']:,} users, whose analysis earlier results hold"
     if values["answers_known"]:

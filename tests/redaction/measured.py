@@ -14,6 +14,7 @@ from chatflow.redaction.redactor import Redactor
 
 COUNTRIES = ("US", "GB", "DE")
 LABELLED = Path(__file__).parent / "labelled.jsonl"
+HELD_OUT = Path(__file__).parent / "held_out.jsonl"
 FIXED = ("email", "card", "iban", "ip", "phone", "ssn", "nino", "nhs", "steuer_id", "url")
 """The kinds with a check digit or a fixed form."""
 
@@ -35,11 +36,11 @@ class Figures(NamedTuple):
         return self.right / self.found if self.found else 1.0
 
 
-def measured(show: bool = False, of: str = "") -> dict[str, Figures]:
+def measured(path: Path = LABELLED, show: bool = False, of: str = "") -> dict[str, Figures]:
     """Measures with the default countries; a span counts as found if nothing of it is left."""
     redactor = Redactor(frozenset(KINDS), COUNTRIES)
     counts: Counter[tuple[str, str]] = Counter()
-    for line in LABELLED.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         item: dict[str, Any] = json.loads(line)
         text = item["text"]
         found = redactor.find([text], Names([*item.get("names", ()), *said_in(text)]))[0]
@@ -65,7 +66,7 @@ def measured(show: bool = False, of: str = "") -> dict[str, Figures]:
 
 
 if __name__ == "__main__":
-    figures = measured(show=len(sys.argv) > 1, of="".join(sys.argv[2:]))
-    print(f"{'kind':10} labelled  recall  precision")
-    for kind, one in figures.items():
-        print(f"{kind:10} {one.labelled:8} {one.recall:7.3f} {one.precision:10.3f}")
+    for path in (LABELLED, HELD_OUT):
+        print(f"{path.stem:12} spans  recall  precision")
+        for kind, one in measured(path, len(sys.argv) > 1, "".join(sys.argv[2:])).items():
+            print(f"{kind:12} {one.labelled:5} {one.recall:7.3f} {one.precision:10.3f}")

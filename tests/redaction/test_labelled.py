@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from measured import COUNTRIES, FIXED, LABELLED, measured
+from measured import COUNTRIES, FIXED, HELD_OUT, LABELLED, Figures, measured
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +29,12 @@ def test_what_has_a_fixed_form_is_found(figures, kind):
 def test_what_has_no_fixed_form_is_mostly_found(figures, kind):
     assert figures[kind].recall >= 0.9
     assert figures[kind].precision >= 0.9
+
+
+def test_a_second_set_for_which_no_rule_was_made():
+    """Of each kind it has too few for a figure of its own; see LABELS.md."""
+    figures = measured(HELD_OUT)
+    fixed = Figures(*map(sum, zip(*(figures[kind] for kind in FIXED), strict=True)))
+    assert fixed.labelled >= 150
+    assert fixed.recall >= 0.95
+    assert fixed.precision >= 0.95
