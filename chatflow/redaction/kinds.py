@@ -227,7 +227,9 @@ _DIAL = re.compile(
     r"llam\w+|teléfono|móvil|celular|número)\b",
     re.IGNORECASE,
 )
-_DATE = re.compile(r"(?:19|20)\d\d-\d{5,}|\d{1,4}[./-]\d{1,2}[./-]\d{1,4}(?:[ T]\d{1,2}(?:[:.]\d\d)?)?")
+_DATE = re.compile(
+    r"(?:19|20)\d\d-\d{5,}|\d{1,4}[./-]\d{1,2}[./-]\d{1,4}(?:[ T]\d{1,2}(?:[:.]\d\d)?)?"
+)
 
 
 def _is_dialled(text: str, start: int, end: int) -> bool:
@@ -304,11 +306,7 @@ def numbers_of(module: str, form: str) -> Callable[[str, Sequence[str]], Iterato
     """Returns a recogniser of what has a form, and whose check digits python-stdnum finds right."""
     pattern = re.compile(rf"(?<![\w+.-])(?:{form})(?![\w-]|\.\d)", re.IGNORECASE)
 
-    _NUMBER = re.compile(r"\d")
-_WITHOUT_DIGITS = ("url", "email")
-
-
-def find(text: str, countries: Sequence[str]) -> Iterator[Span]:
+    def find(text: str, countries: Sequence[str]) -> Iterator[Span]:
         is_valid = importlib.import_module(f"stdnum.{module}").is_valid
         for found in pattern.finditer(text):
             before = text[max(0, found.start() - 60) : found.start()]
@@ -452,6 +450,10 @@ def recognisers(kinds: frozenset[str], countries: tuple[str, ...]) -> dict[str, 
         else:
             found[kind] = FIXED[kind]
     return found
+
+
+_NUMBER = re.compile(r"\d")
+_WITHOUT_DIGITS = ("url", "email")
 
 
 def find(text: str, kinds: frozenset[str], countries: tuple[str, ...]) -> list[Found]:
