@@ -34,6 +34,7 @@ from .records import Message as Message
 from .records import Response as Response
 from .records import Sentiment as Sentiment
 from .records import parse_record as parse_record
+from .redaction.redactor import Redactor as Redactor
 
 # A run.
 from .running.launch import launch as launch
@@ -49,5 +50,6 @@ from .sources.read import ReadMessages as ReadMessages
 from .stages.analyse import AnalyseChats as AnalyseChats
 from .stages.assemble import AssembleChats as AssembleChats
 from .stages.draft import DraftApologies as DraftApologies
+from .stages.redact import RedactChats as RedactChats
 from .stages.replay import OpenDeadLetters as OpenDeadLetters
 from .stages.respond import AskTexts as AskTexts

@@ -132,8 +132,8 @@ def listed(
 
 
 _LISTED = (
-    "draft_id", "chat_id", "user_id", "text", "edited_text", "flag", "drafted_at", "status",
-    "version", "decided_by", "decided_at", "reason",
+    "draft_id", "chat_id", "user_id", "revision", "text", "edited_text", "flag", "drafted_at",
+    "status", "version", "decided_by", "decided_at", "reason",
 )  # fmt: skip
 
 
@@ -208,10 +208,9 @@ def opened(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
     }
 
 
-def chat_of(connection: sa.Connection, draft_id: str) -> str:
-    """Returns the id of a draft's chat, or "" if there is no such draft."""
-    query = sa.select(drafts.c.chat_id).where(drafts.c.draft_id == draft_id)
-    return connection.execute(query).scalar_one_or_none() or ""
+def drafted(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
+    """Returns a draft alone, or None if it does not exist."""
+    return _row(connection, drafts.c.draft_id, draft_id)
 
 
 def decided(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
@@ -235,7 +234,7 @@ def events(
     connection: sa.Connection, draft_id: str = "", who: str = "", page: int = 0
 ) -> list[dict[str, Any]]:
     """Returns who did what, newest first; for one draft or all, by one person or all."""
-    query = sa.select(history, drafts.c.chat_id).outerjoin(
+    query = sa.select(history, drafts.c.chat_id, drafts.c.revision).outerjoin(
         drafts, drafts.c.draft_id == history.c.draft_id
     )
     if draft_id:

@@ -223,18 +223,16 @@ class Publisher:
         open_ = {key for key, reply in found.items() if placeholders_in(reply.text)}
         if not open_:
             return found, []
-        hidden = values_of(self.raw, [found[key].chat_id for key in open_])
-        for key in open_:
-            reply = found[key]
-            text = fill(reply.text, hidden.get(reply.chat_id, {}))
-            found[key] = reply.model_copy(update={"text": text})
-        unfilled = [
-            key
-            for key in open_
-            if not set(placeholders_in(Reply(**due[key]).text))
-            <= set(hidden.get(found[key].chat_id, {}))
-        ]
-        return {key: reply for key, reply in found.items() if key not in unfilled}, unfilled
+        hidden = values_of(self.raw, [(found[key].chat_id, found[key].revision) for key in open_])
+        unfilled = []
+        for key in sorted(open_):
+            reply = found.pop(key)
+            values = hidden.get((reply.chat_id, reply.revision), {})
+            if all(one in values for one in placeholders_in(reply.text)):
+                found[key] = reply.model_copy(update={"text": fill(reply.text, values)})
+            else:
+                unfilled.append(key)
+        return {key: found[key] for key in due if key in found}, unfilled
 
     def _note_sent(self, ids: Collection[str]) -> None:
         """Marks replies as published; retries within the lease if the database is unavailable."""

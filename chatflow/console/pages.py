@@ -29,7 +29,7 @@ def show_inbox(console: Console, request: Request) -> Response:
         return console.page(
             request,
             "inbox",
-            hidden=console.hidden_in(request, [draft["chat_id"] for draft in found]),
+            hidden=console.hidden_in(request, *found),
             wanted=wanted,
             drafts=found,
             more=more,
@@ -60,7 +60,7 @@ def show_draft(
             request,
             "draft",
             status,
-            hidden=console.hidden_in(request, [found["draft"]["chat_id"]]),
+            hidden=console.hidden_in(request, found["draft"], found["chat"], found["analysis"]),
             wanted=wanted,
             **found,
             seen_chat=decisions.mark_of(found["chat"]),
@@ -138,8 +138,8 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
 def hidden_in_draft(console: Console, request: Request, draft_id: str) -> Mapping[str, str]:
     """Returns what the placeholders of a draft's chat stand for."""
     with console.database.read() as connection:
-        chat_id = inbox.chat_of(connection, draft_id)
-    return console.hidden_in(request, [chat_id]).get(chat_id, {})
+        found = inbox.drafted(connection, draft_id)
+    return next(iter(console.hidden_in(request, found).values()), {})
 
 
 def show_history(console: Console, request: Request) -> Response:
@@ -147,7 +147,7 @@ def show_history(console: Console, request: Request) -> Response:
     who = request.query_params.get("who", "")[:200]
     with console.database.read() as connection:
         found = inbox.events(connection, who=who, page=page)
-    hidden = console.hidden_in(request, [e["chat_id"] for e in found if e["chat_id"]])
+    hidden = console.hidden_in(request, *(event for event in found if event["chat_id"]))
     return console.page(
         request,
         "history",

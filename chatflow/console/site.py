@@ -18,7 +18,7 @@ from chatflow.console.changes import Changes
 from chatflow.console.outbox import Replies
 from chatflow.console.people import OWN_HOSTS, People, Person, Sessions, csrf_of, redacted
 from chatflow.database.connections import Database
-from chatflow.database.raw import values_of
+from chatflow.database.raw import Hidden, Key, values_of
 from chatflow.records import now
 from chatflow.redaction.placeholders import fill
 
@@ -77,16 +77,17 @@ class Console:
         request: Request,
         name: str,
         status: int = 200,
-        hidden: Mapping[str, Mapping[str, str]] = {},
+        hidden: Mapping[Key, Mapping[str, str]] = {},
         **values: Any,
     ) -> Response:
-        """Returns a page; `hidden` has, by chat, what placeholders stand for (see `hidden_in`)."""
+        """Returns a page; `hidden` has what placeholders stand for (see `hidden_in`)."""
         person: Person | None = request.scope.get("person")
 
-        def shown(text: str | None, chat_id: str = "") -> str | None:
+        def shown(text: str | None, of: Mapping[str, Any]) -> str | None:
+            """Returns a text of a draft, chat or event as this person may see it."""
             if text is None or not (person and person.reads_texts):
                 return redacted(text)
-            return fill(text, hidden.get(chat_id, {}))
+            return fill(text, hidden.get((of["chat_id"], of["revision"]), {}))
 
         text = self._templates.get_template(f"{name}.html.jinja").render(
             person=person,
@@ -101,12 +102,12 @@ class Console:
         )
         return HTMLResponse(text, status, HEADERS)  # also for responses that `Guard` does not see
 
-    def hidden_in(self, request: Request, chat_ids: Sequence[str]) -> dict[str, dict[str, str]]:
-        """Returns, by chat, what placeholders stand for, as far as the person may know it."""
+    def hidden_in(self, request: Request, *found: Mapping[str, Any] | None) -> Hidden:
+        """Returns what placeholders of drafts and chats stand for, if the person may know it."""
         if not request.scope["person"].decides:
             return {}
         assert self.raw is not None  # set at the start
-        return values_of(self.raw, chat_ids)
+        return values_of(self.raw, [(one["chat_id"], one["revision"]) for one in found if one])
 
     def known_attributes(self, connection: sa.Connection) -> list[str]:
         """Returns attributes cached for up to 30 seconds, because the query reads all chats."""

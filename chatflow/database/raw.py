@@ -14,17 +14,25 @@ MOST = 500
 """Maximum number of chats in one statement."""
 
 
-def values_of(raw: Database, chat_ids: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Returns, by chat, what each placeholder stands for; chats without any are left out."""
-    ids = sorted(set(chat_ids))
-    query = sa.select(raw_chats.c.chat_id, raw_chats.c.placeholders)
+Key = tuple[str, int]
+"""A chat's id and revision."""
+
+Hidden = dict[Key, dict[str, str]]
+"""What each placeholder stands for, by chat and revision."""
+
+
+def values_of(raw: Database, keys: Iterable[Key]) -> Hidden:
+    """Returns what each placeholder stands for; revisions without any are left out."""
+    these = sorted(set(keys))
+    key = sa.tuple_(raw_chats.c.chat_id, raw_chats.c.revision)
+    query = sa.select(raw_chats.c.chat_id, raw_chats.c.revision, raw_chats.c.placeholders)
     with raw.read() as connection:
         rows = [
             row
-            for at in range(0, len(ids), MOST)
-            for row in connection.execute(query.where(raw_chats.c.chat_id.in_(ids[at : at + MOST])))
+            for at in range(0, len(these), MOST)
+            for row in connection.execute(query.where(key.in_(these[at : at + MOST])))
         ]
-    return {row.chat_id: row.placeholders for row in rows if row.placeholders}
+    return {(row.chat_id, row.revision): row.placeholders for row in rows if row.placeholders}
 
 
 def forget_raw(raw: Database, database: Database, before: datetime) -> int:
@@ -32,7 +40,7 @@ def forget_raw(raw: Database, database: Database, before: datetime) -> int:
     last, count = "", 0
     key = raw_chats.c.chat_id
     while True:
-        old = sa.select(key).where(raw_chats.c.stored_at < before, key > last)
+        old = sa.select(key).where(raw_chats.c.stored_at < before, key > last).distinct()
         with raw.read() as connection:
             ids = list(connection.execute(old.order_by(key).limit(MOST)).scalars())
         if not ids:

@@ -67,7 +67,7 @@ raw_chats = sa.Table(  # of --keep_raw, maybe in a database of their own
     "raw_chats",
     metadata,
     _key("chat_id"),
-    _required("revision", sa.BigInteger),
+    _key("revision", sa.BigInteger),  # placeholders are numbered anew in each
     _required("chat", JSON),
     _required("placeholders", JSON),
     _required("stored_at", UtcTime),

@@ -32,10 +32,9 @@ def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
     by_kind: dict[type[Record], dict[str, Record]] = {}
     for record in records:
         of_kind = by_kind.setdefault(type(record), {})
-        if not isinstance(record, (Chat, RawChat)):
-            of_kind[record_id(record)] = record
-        elif not _is_newer(of_kind.get(record.chat_id), record):
-            of_kind[record.chat_id] = record
+        key = key_of(record)
+        if not (isinstance(record, Chat) and _is_newer(of_kind.get(key), record)):
+            of_kind[key] = record
     # All transactions lock customers, then chats, in the order of their ids, to avoid deadlocks.
     _lock_customers(connection, records)
     for kind, write in _WRITE.items():
@@ -43,8 +42,16 @@ def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
             write(connection, [found[key] for key in sorted(found)])
 
 
-def _is_newer(known: Any, chat: Any) -> bool:
-    return known is not None and known.revision > chat.revision
+def key_of(record: Record) -> str:
+    if isinstance(record, Chat):
+        return record.chat_id
+    if isinstance(record, RawChat):
+        return f"{record.chat_id} {record.revision}"
+    return record_id(record)
+
+
+def _is_newer(known: Record | None, chat: Chat) -> bool:
+    return isinstance(known, Chat) and known.revision > chat.revision
 
 
 def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
@@ -84,7 +91,6 @@ def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
 
 
 def _write_raw(connection: sa.Connection, found: Sequence[RawChat]) -> None:
-    table = tables.raw_chats
     rows = [
         {
             **record.model_dump(include={"chat_id", "revision", "placeholders"}),
@@ -93,7 +99,7 @@ def _write_raw(connection: sa.Connection, found: Sequence[RawChat]) -> None:
         }
         for record in found
     ]
-    _upsert_rows(connection, table, rows, lambda new: new.revision >= table.c.revision)
+    _upsert_rows(connection, tables.raw_chats, rows)
 
 
 def search_text(chat: Chat) -> str:

@@ -13,7 +13,7 @@ def upgrade() -> None:
     op.create_table(
         "raw_chats",
         sa.Column("chat_id", sa.Text, primary_key=True),
-        sa.Column("revision", sa.BigInteger, nullable=False),
+        sa.Column("revision", sa.BigInteger, primary_key=True),
         sa.Column("chat", JSON, nullable=False),
         sa.Column("placeholders", JSON, nullable=False),
         sa.Column("stored_at", sa.DateTime(timezone=True), nullable=False),
