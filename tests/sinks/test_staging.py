@@ -210,7 +210,7 @@ def kill_at(monkeypatch, moment):
 
         return changed
 
-    for name in ("_move", "_delete", "write_whole", "remove_tree"):
+    for name in ("move", "_delete", "write_whole", "remove_tree"):
         monkeypatch.setattr(staging, name, limited(getattr(staging, name)))
 
 
@@ -242,7 +242,7 @@ def test_a_run_killed_at_any_change_is_all_old_or_all_new_after_the_next(root, m
 def test_a_folder_that_was_moved_meanwhile_is_finished_all_the_same(tmp_path, monkeypatch):
     put(f"{tmp_path}/one/x" + SHARD, "old\n")
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "_move", killed)
+        patch.setattr(staging, "move", killed)
         with pytest.raises(KilledError):
             run(f"{tmp_path}/one/x", x=["new\n"])
     (tmp_path / "one").rename(tmp_path / "two")
@@ -253,7 +253,7 @@ def test_a_folder_that_was_moved_meanwhile_is_finished_all_the_same(tmp_path, mo
 
 def test_an_interrupt_while_files_are_moved_does_not_stop_half_way(tmp_path, monkeypatch):
     put(f"{tmp_path}/x" + SHARD, "old\n")
-    move, moved = staging._move, []
+    move, moved = staging.move, []
 
     def interrupted(source, target):
         moved.append(target)
@@ -261,7 +261,7 @@ def test_an_interrupt_while_files_are_moved_does_not_stop_half_way(tmp_path, mon
             raise KeyboardInterrupt
         move(source, target)
 
-    monkeypatch.setattr(staging, "_move", interrupted)
+    monkeypatch.setattr(staging, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(f"{tmp_path}/x", x=["new\n"])
     assert set(files_in(str(tmp_path))) == {"x" + SHARD, "manifest.json"}
@@ -270,7 +270,7 @@ def test_an_interrupt_while_files_are_moved_does_not_stop_half_way(tmp_path, mon
 
 def test_a_stream_finishes_what_a_killed_batch_began(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "_move", killed)
+        patch.setattr(staging, "move", killed)
         with pytest.raises(KilledError):
             run(f"{tmp_path}/x", x=["new\n"])
     with opened(f"{tmp_path}/x", streaming=True):
