@@ -12,7 +12,7 @@ import functools
 import io
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
 from typing import IO, Any, Protocol
@@ -239,10 +239,14 @@ WRITERS: Mapping[str, type[Writer]] = {
 """What writes rows, by the ending of the file."""
 
 
-def ending_of(path: str, known: Iterable[str] = (".csv", ".parquet")) -> str:
+TABLES = (".csv", ".parquet")
+"""The endings of destinations that are tables; JSON Lines have records as they are."""
+
+
+def ending_of(path: str) -> str:
     """Returns a path's ending, as it is written there, if it is a table's; else ""."""
     ending = os.path.splitext(path)[1]
-    return ending if ending.lower() in known else ""
+    return ending if ending.lower() in TABLES else ""
 
 
 def writer_of(path: str) -> type[Writer]:

@@ -189,6 +189,20 @@ def test_a_pipeline_writes_beside_and_then_replaces(root, shards):
     assert found["x" + SHARD] == ANALYSIS.to_json() + "\n"
 
 
+def test_tables_are_written_beside_and_then_replace_the_earlier(root):
+    put(f"{root}/x.csv", "old\n")
+    put(f"{root}/x-other.csv", "of somebody else\n")
+    pipeline = new_pipeline()
+    records = pipeline | beam.Create([ANALYSIS]).with_output_types(type(ANALYSIS))
+    records | WriteRecords([f"{root}/x.csv"])
+    launch(pipeline)
+    found = files_in(root)
+    assert set(found) == {"x.csv", "x-other.csv", "manifest.json"}
+    assert found["x.csv"].splitlines()[1].startswith("a1,7,c,3,-1,It is late.,model,")
+    (result,) = json.loads(found["manifest.json"])["results"]
+    assert (result["path"], result["records"]) == ("x.csv", 1)
+
+
 class KilledError(BaseException):
     """Stands for the end of the process: nothing is cleared up after it."""
 
