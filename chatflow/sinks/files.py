@@ -19,13 +19,16 @@ from apache_beam.io.filebasedsink import FileBasedSink
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import BadInputError, UsageError
+from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.options import SinkSettings
 from chatflow.records import Record
 from chatflow.sinks import tables
 from chatflow.sinks.locks import take
 from chatflow.sinks.sink import Sink, Uris
 from chatflow.sinks.tables import Columns, Layout, Row, Writer, as_table, ending_of, writer_of
+
+_log = logging.getLogger(__name__)
+
 
 _MADE_AT = re.compile(rb'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
 
@@ -222,9 +225,13 @@ class _AppendDoFn(beam.DoFn):
     def _complete(self) -> None:
         file, self.file = self.file, None
         self.timer.cancel()
-        with open(file.name, "rb") as whole:
-            _put_in_place(file.name, self.prefix, whole.read())
-        file.close()
+        try:
+            with open(file.name, "rb") as whole:
+                _put_in_place(file.name, self.prefix, whole.read())
+        except Exception as error:  # its records are on the disk, and must not be written again
+            _log.error("the next run puts %s in place, for now: %s", file.name, one_line(error))
+        finally:
+            file.close()
 
 
 def hold(file: Any) -> bool:
@@ -235,7 +242,7 @@ def hold(file: Any) -> bool:
     try:
         return take(file, fcntl.LOCK_EX)
     except OSError:
-        logging.getLogger(__name__).debug("%s cannot be locked", file.name, exc_info=True)
+        _log.debug("%s cannot be locked", file.name, exc_info=True)
         return True
 
 

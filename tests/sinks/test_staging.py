@@ -18,6 +18,7 @@ from conftest import ANALYSIS, ROOT
 
 from chatflow import WriteRecords, launch, new_pipeline
 from chatflow.errors import UsageError
+from chatflow.options import SinkSettings
 from chatflow.sinks import staging
 from chatflow.sinks.files import AppendFiles, result_files
 from chatflow.sinks.staging import open_results
@@ -201,6 +202,18 @@ def test_tables_are_written_beside_and_then_replace_the_earlier(root):
     assert found["x.csv"].splitlines()[1].startswith("a1,7,c,3,-1,It is late.,model,")
     (result,) = json.loads(found["manifest.json"])["results"]
     assert (result["path"], result["records"]) == ("x.csv", 1)
+
+
+def test_a_streams_tables_are_whole_files_in_any_file_system(root):
+    pipeline = new_pipeline()
+    records = pipeline | beam.Create([ANALYSIS]).with_output_types(type(ANALYSIS))
+    records | WriteRecords([f"{root}/x.csv"], SinkSettings(streaming=True, fields=("topic",)))
+    launch(pipeline)
+    ((name, text),) = files_in(root).items()
+    assert f"{root}/{name}" in result_files(f"{root}/x.csv")
+    header, row = text.splitlines()
+    assert "field.topic" in header
+    assert row.startswith("a1,7,c,3,")
 
 
 class KilledError(BaseException):

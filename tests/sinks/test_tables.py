@@ -298,6 +298,28 @@ def test_what_a_killed_stream_wrote_becomes_a_table(tmp_path, monkeypatch):
     assert names == {".chatflow-lock", Path(found).name}
 
 
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_table_that_cannot_be_made_now_is_made_by_the_next_run(tmp_path, monkeypatch, caplog):
+    """Its records are on the disk: the bundle ends well, and they are not written again."""
+    uri = f"{tmp_path}/a.csv"
+    do = _AppendDoFn(uri, 600, 1, Layout(type(ANALYSIS)))
+    do.setup()
+    with monkeypatch.context() as patch:
+        patch.setattr("chatflow.sinks.files.move", full_disk)
+        appended(do, ANALYSIS)
+    assert "the next run puts" in caplog.text
+    assert "No space left on device" in caplog.text
+    appended(do, ANALYSIS.model_copy(update={"analysis_id": "a2"}))
+    do.teardown()
+    assert len(result_files(uri)) == 1
+    with open_results([uri], [], True, True, "test"):
+        found = [csv_rows(Path(path).read_bytes()) for path in result_files(uri)]
+    assert sorted(row["analysis_id"] for rows in found for row in rows) == ["a1", "a2"]
+
+
 def interrupted(*_):
     raise KeyboardInterrupt
 
