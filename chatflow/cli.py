@@ -22,6 +22,7 @@ COMMANDS = {
     "run": "analyse chats of files or of Pub/Sub",
     "stream": "the whole event-driven system on this machine, with a live view",
     "import": "turn exports of other systems into chatflow's own JSON Lines",
+    "export": "write conversations of a database as CSV, Parquet, JSON Lines or CX Insights",
     "publish": "send chats or messages of a file to a Pub/Sub topic",
     "tail": "print results from Pub/Sub as they come",
     "replay": "try dead letters again",

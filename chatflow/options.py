@@ -89,9 +89,9 @@ class Places(Settings):
         "earlier run in it are replaced; a stream adds to them.", _DATA,
     )  # fmt: skip
     analyses: str = flag(
-        "", "Where analyses go instead: file prefixes, Pub/Sub topics (projects/P/topics/T), "
-        "BigQuery tables (bigquery://P.DATASET.TABLE), the tables of a database (as --database) "
-        "and webhooks (https://…), divided by commas.", _DATA,
+        "", "Where analyses go instead: file prefixes, tables as files (NAME.csv, NAME.parquet), "
+        "Pub/Sub topics (projects/P/topics/T), BigQuery tables (bigquery://P.DATASET.TABLE), the "
+        "tables of a database (as --database) and webhooks (https://…), divided by commas.", _DATA,
     )  # fmt: skip
     drafts: str = flag("", "Where drafts go instead.", _DATA)
     dead_letters: str = flag("", "Where dead letters go instead.", _DATA)
@@ -138,7 +138,12 @@ class Places(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SinkSettings(Settings):
-    """How to write records; `streaming` means that they never end."""
+    """How to write records.
+
+    Attributes:
+      streaming: they never end.
+      fields: those of an analysis's `fields` that have columns of their own in CSV and Parquet.
+    """
 
     database_password: str = flag(
         "", "Where the database's password is, as for --webhook_secret; or as libpq finds it.",
@@ -150,6 +155,7 @@ class SinkSettings(Settings):
         "Workers read it when they start.", _DATA, shown=False,
     )  # fmt: skip
     streaming: bool = False
+    fields: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

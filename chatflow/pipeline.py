@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import apache_beam as beam
 
+from chatflow.choices.heads import CHAT
 from chatflow.errors import UsageError
 from chatflow.models.kept import KeptSettings
 from chatflow.models.prices import Price, price_of
@@ -18,6 +19,7 @@ from chatflow.models.requests import Request
 from chatflow.models.several import SeveralModelsHandler
 from chatflow.models.spec import Model, ModelSpec, inference_of
 from chatflow.options import NO_CLOUD, Cloud, Options, RedactionSettings, Rules, SinkSettings
+from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis, Arrival, DeadLetter
@@ -80,7 +82,16 @@ class Plan:
 
     @property
     def sink_settings(self) -> SinkSettings:
-        return dataclasses.replace(self.options.take(SinkSettings), streaming=self.streaming)
+        settings = self.options.take(SinkSettings)
+        return dataclasses.replace(settings, streaming=self.streaming, fields=self.fields)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Returns the names of an analysis's fields, as the prompts at the start declare them."""
+        asked = (prompt for pair in self.first.by_route for prompt in pair[0].every)
+        choices = (c for one in asked if isinstance(one, AnalysisPrompt) for c in one.choices)
+        names = (c.name for c in choices if c.over == CHAT and c.name != "tone")
+        return tuple(dict.fromkeys(names))
 
 
 def plan(
@@ -239,7 +250,8 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     )
     dead_letters.append(analysed.dead_letters)
 
-    analyses = analysed.analysed | "TakeAnalysis" >> beam.Map(take_analysis)
+    taken = beam.Map(take_analysis).with_output_types(Analysis)
+    analyses = analysed.analysed | "TakeAnalysis" >> taken
     if plan.replay:
         analyses = (analyses, opened.analyses) | "WithReplayedAnalyses" >> beam.Flatten()
         dead_letters.append(opened.dead_letters)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from chatflow.errors import FAILED
+from chatflow.errors import FAILED, UsageError
 from chatflow.options import Options, Parser, add_flags, from_flags
 
 if TYPE_CHECKING:
@@ -33,10 +33,17 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -> int:
     """Starts the pipeline and waits for it, unless told not to; returns the exit code."""
+    from chatflow.sinks.tables import ending_of
     from chatflow.sources.chats import customs_by
-    from chatflow.sources.read import check_input
+    from chatflow.sources.read import check_input, split_inputs
 
     options = from_flags(parsed, required=("input",))
+    for source in split_inputs(options.input) if replay else ():
+        if ending_of(source):
+            raise UsageError(
+                f"--input: {source} is a table, from which dead letters cannot be sent in again; "
+                "name their JSON Lines, or the topic or database that has them"
+            )
     if "://" not in options.input:
         check_input(
             options.input, customs_by(options)
@@ -58,7 +65,7 @@ def _first_error(summary: Summary) -> str:
     from chatflow.records import DeadLetter
     from chatflow.running.summary import read_records
 
-    letters = read_records(DeadLetter, summary.files("dead_letters"))
+    letters = read_records(DeadLetter, summary.readable("dead_letters"))
     first = next((letter for letter in letters if letter.stage == "read"), None)
     return f"; the first: {first.error}" if first else ""
 
@@ -73,6 +80,6 @@ def show_summary(summary: Summary, options: Options) -> None:
     from chatflow.running.terminal import counts_table, results_table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if options.show and any(map(summary.files, summary.destinations)):
+    if options.show and any(map(summary.readable, summary.destinations)):
         console.print(results_table(summary, options.show))
     console.print(counts_table(summary))

@@ -153,6 +153,13 @@ def parse_uri(uri: str) -> sa.URL:
     return url
 
 
+def check_there(uri: str) -> None:
+    """Raises `UsageError` for a URI that cannot be used, or an SQLite file that is not there."""
+    url = parse_uri(uri)
+    if url.drivername == "sqlite" and not Path(url.database or "").exists():
+        raise UsageError(f"{url.database}: there is no such file")
+
+
 def _configure_sqlite(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # `_begin_sqlite` begins transactions
     connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")

@@ -177,6 +177,7 @@ def prepare(
 
 def check_earlier(planned: Plan, local: bool, share_files: bool) -> None:
     """Raises `UsageError` if `--skip_done` names no results, or those that the run will replace."""
+    from chatflow.sinks.tables import ending_of
     from chatflow.sinks.write import is_file
     from chatflow.sources.read import files_of
     from chatflow.sources.results import DATABASE, check_results
@@ -191,6 +192,11 @@ def check_earlier(planned: Plan, local: bool, share_files: bool) -> None:
 
     replaced = [real(uri) for uris in planned.destinations.values() for uri in uris if is_file(uri)]
     for path in files_of(place, "--skip_done") if place else ():
+        if ending_of(path):
+            raise UsageError(
+                f"--skip_done={place}: {path} is a table, which does not hold all of a result; "
+                "name JSON Lines, e.g. 'results/*.jsonl', or a database"
+            )
         if real(path).startswith(tuple(replaced)):
             raise UsageError(
                 f"--skip_done={place}: the run would replace {path}; write the rest elsewhere"

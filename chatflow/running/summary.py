@@ -15,6 +15,7 @@ from chatflow.models.spec import inference_of
 from chatflow.pipeline import Plan
 from chatflow.records import Record, parse_record
 from chatflow.sinks.files import result_files
+from chatflow.sinks.tables import ending_of
 from chatflow.sinks.write import is_file, shown
 from chatflow.sources.lines import OF_FILES
 
@@ -212,6 +213,10 @@ class Summary:
         prefixes = () if self.kept_earlier else filter(is_file, self.destinations[kind])
         return [path for prefix in prefixes for path in result_files(prefix)]
 
+    def readable(self, kind: str) -> list[str]:
+        """Returns the files from which `read_records` reads: not tables."""
+        return [path for path in self.files(kind) if not ending_of(path)]
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
@@ -227,6 +232,7 @@ def counts_of(found: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_records(kind: type[Record], files: Iterable[str]) -> Iterator[Any]:
+    """Yields the records of files of JSON Lines."""
     for path in files:
         with FileSystems.open(path) as file:
             for line in file.read().splitlines():

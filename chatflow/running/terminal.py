@@ -22,9 +22,9 @@ def results_table(summary: Summary, most: int) -> Table:
     """Returns a table of up to `most` analyses in files, with their drafts."""
     drafts = {
         draft.analysis_id: draft_text(draft)
-        for draft in read_records(Draft, summary.files("drafts"))
+        for draft in read_records(Draft, summary.readable("drafts"))
     }
-    analyses = list(read_records(Analysis, summary.files("analyses")))
+    analyses = list(read_records(Analysis, summary.readable("analyses")))
     analyses.sort(key=lambda a: (a.sentiment, a.chat_id, a.user_id))
     table = Table(title="Analyses", show_lines=True, expand=True)
     table.add_column("chat", overflow="fold", max_width=18)

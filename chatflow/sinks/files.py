@@ -1,4 +1,4 @@
-"""Writes records to JSON Lines files."""
+"""Writes records to files: JSON Lines by a prefix, or the CSV or Parquet file that is named."""
 
 from __future__ import annotations
 
@@ -11,25 +11,32 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.io.filebasedsink import FileBasedSink
+from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from chatflow.errors import UsageError
+from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.options import SinkSettings
 from chatflow.records import Record
+from chatflow.sinks import tables
 from chatflow.sinks.locks import take
-from chatflow.sinks.sink import Sink
+from chatflow.sinks.sink import Sink, Uris
+from chatflow.sinks.tables import Columns, Layout, Row, Writer, as_table, ending_of, writer_of
+
+_log = logging.getLogger(__name__)
+
 
 _MADE_AT = re.compile(rb'"(?:analysed|drafted|failed)_at":"([^"\\]+)"')
 
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.jsonl")
+_SHARD = r"-\d{5}-of-\d{5}"
 
 
-_APPENDED = re.compile(r"-\d{8}T\d{6}Z-[0-9a-f]{12}\.jsonl")
+_APPENDED = r"-\d{8}T\d{6}Z-[0-9a-f]{12}"
 
 
 PROBE = ".chatflow-can-write"
@@ -39,16 +46,69 @@ PROBE = ".chatflow-can-write"
 @beam.typehints.with_input_types(Record)
 @dataclasses.dataclass
 class WriteFiles(beam.PTransform):
-    """Writes records to `PREFIX-00000-of-00001.jsonl`; the runner chooses the number of shards."""
+    """Writes records to `PREFIX-00000-of-00001.jsonl`; the runner chooses the number of shards.
+
+    A prefix that ends in `.csv` or `.parquet` is the one file to write, with a row a record; one
+    worker writes it.
+
+    Attributes:
+      fields: see `Layout`.
+    """
 
     prefix: str
+    fields: tuple[str, ...] = ()
 
     def expand(self, records: beam.PCollection[Record]) -> Any:
+        if layout := layout_of(self.prefix, records, self.fields):
+            sink = _TableSink(self.prefix, layout.columns)
+            return (
+                records
+                | "ToRow" >> beam.Map(layout.row).with_output_types(dict[str, Any])
+                | "WriteFiles" >> beam.io.Write(sink)
+            )
         return (
             records
             | "ToJson" >> beam.Map(Record.to_json).with_output_types(str)
             | "WriteFiles" >> beam.io.WriteToText(self.prefix, file_name_suffix=".jsonl")
         )
+
+
+def layout_of(
+    prefix: str, records: beam.PCollection[Record], fields: tuple[str, ...]
+) -> Layout | None:
+    """Returns how records are rows, or None if they are lines of JSON.
+
+    Raises `UsageError` if a table is to hold records of a kind that is not known.
+    """
+    if not ending_of(prefix):
+        return None
+    kind = records.element_type
+    if kind not in tables.KINDS.values():
+        raise UsageError(
+            f"{prefix!r}: a table has the columns of one kind of record, and these are {kind}; "
+            "declare their type, e.g. with_output_types(Analysis), or name a prefix for JSON Lines"
+        )
+    return Layout(kind, fields)
+
+
+class _TableSink(FileBasedSink):
+    """Writes rows to one file."""
+
+    def __init__(self, path: str, columns: Columns):
+        plain = CompressionTypes.UNCOMPRESSED
+        super().__init__(path, coder=None, shard_name_template="", compression_type=plain)
+        self.path, self.columns = path, columns
+
+    def open(self, temp_path: str) -> tuple[Writer, Any]:
+        file = super().open(temp_path)
+        return writer_of(self.path)(file, self.columns), file
+
+    def write_record(self, opened: tuple[Writer, Any], row: Row) -> None:
+        opened[0].write(row)
+
+    def close(self, opened: tuple[Writer, Any]) -> None:
+        opened[0].close()
+        opened[1].close()
 
 
 @beam.typehints.with_input_types(Record)
@@ -60,16 +120,22 @@ class AppendFiles(beam.PTransform):
     then a runner keeps the records of a bucket's file, and the name is derived from the content, so
     that a file that is written again after a fault replaces the first. On this machine, where a
     runner's state ends with the process, they are on the disk before their bundle ends; see
-    `recover`.
+    `recover`. With a prefix `NAME.csv` or `NAME.parquet`, files `NAME-TIME-HASH.csv` have a row a
+    record.
+
+    Attributes:
+      fields: see `Layout`.
     """
 
     prefix: str
     seconds: float = 30
     records: int = 10_000
+    fields: tuple[str, ...] = ()
 
     def expand(self, records: beam.PCollection[Record]) -> Any:
+        layout = layout_of(self.prefix, records, self.fields)
         if is_local(self.prefix):
-            append = _AppendDoFn(self.prefix, self.seconds, self.records)
+            append = _AppendDoFn(self.prefix, self.seconds, self.records, layout)
             return records | "Append" >> beam.ParDo(append)
         return (
             records
@@ -78,16 +144,16 @@ class AppendFiles(beam.PTransform):
             >> beam.GroupIntoBatches.WithShardedKey(
                 self.records, max_buffering_duration_secs=self.seconds
             )
-            | "WriteFile" >> beam.MapTuple(self.write)
+            | "WriteFile" >> beam.MapTuple(self.write, layout=layout)
         )
 
-    def write(self, _: Any, lines: Sequence[str]) -> str:
+    def write(self, _: Any, lines: Sequence[str], layout: Layout | None = None) -> str:
         content = "".join(sorted(lines)).encode()
         name = final_name(self.prefix, content)
         # Written under another name first, so that no reader sees half a file.
         scratch = f"{self.prefix}-{uuid.uuid4().hex}.part"
         with FileSystems.create(scratch) as file:
-            file.write(content)
+            file.write(as_table(name, layout, content) if layout else content)
         if FileSystems.exists(name):
             FileSystems.delete([scratch])
         else:
@@ -96,16 +162,27 @@ class AppendFiles(beam.PTransform):
 
 
 def final_name(prefix: str, content: bytes) -> str:
+    """Returns the name of a stream's file by its content, lines of JSON."""
     newest = max(_MADE_AT.findall(content), default=b"").decode()
     moment = re.sub(r"[-:]|\.\d+", "", newest)
-    return f"{prefix}-{moment}-{hashlib.sha256(content).hexdigest()[:12]}.jsonl"
+    stem, ending = _divided(prefix)
+    return f"{stem}-{moment}-{hashlib.sha256(content).hexdigest()[:12]}{ending}"
+
+
+def _divided(prefix: str) -> tuple[str, str]:
+    """Returns what the files of a prefix begin and end with."""
+    ending = ending_of(prefix)
+    return (prefix.removesuffix(ending), ending) if ending else (prefix, ".jsonl")
 
 
 class _AppendDoFn(beam.DoFn):
-    """Appends the lines of each bundle to a file, which gets its final name when it is complete."""
+    """Appends the lines of each bundle to a file, which gets its final name when it is complete.
 
-    def __init__(self, prefix: str, seconds: float, records: int):
-        self.prefix, self.seconds, self.records = prefix, seconds, records
+    For a table, the file begins with its layout, and the table is made when the file is complete.
+    """
+
+    def __init__(self, prefix: str, seconds: float, records: int, layout: Layout | None = None):
+        self.prefix, self.seconds, self.records, self.layout = prefix, seconds, records, layout
 
     def setup(self) -> None:
         self.file: Any = None
@@ -128,6 +205,8 @@ class _AppendDoFn(beam.DoFn):
                 self.timer = threading.Timer(self.seconds, self.complete, [self.file])
                 self.timer.daemon = True
                 self.timer.start()
+                if self.layout:
+                    self.file.write(self.layout.to_line())
             self.file.write("".join(self.lines).encode())
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -146,9 +225,13 @@ class _AppendDoFn(beam.DoFn):
     def _complete(self) -> None:
         file, self.file = self.file, None
         self.timer.cancel()
-        with open(file.name, "rb") as whole:
-            _put_in_place(file.name, self.prefix, whole.read())
-        file.close()
+        try:
+            with open(file.name, "rb") as whole:
+                _put_in_place(file.name, self.prefix, whole.read())
+        except Exception as error:  # its records are on the disk, and must not be written again
+            _log.error("the next run puts %s in place, for now: %s", file.name, one_line(error))
+        finally:
+            file.close()
 
 
 def hold(file: Any) -> bool:
@@ -159,7 +242,7 @@ def hold(file: Any) -> bool:
     try:
         return take(file, fcntl.LOCK_EX)
     except OSError:
-        logging.getLogger(__name__).debug("%s cannot be locked", file.name, exc_info=True)
+        _log.debug("%s cannot be locked", file.name, exc_info=True)
         return True
 
 
@@ -170,14 +253,60 @@ def recover(path: str, prefix: str) -> None:
             content = file.read()
             content = content[: content.rfind(b"\n") + 1]  # the bundle of the last did not end
             file.truncate(len(content))
-            _put_in_place(path, prefix, content)
+            try:
+                _put_in_place(path, prefix, content)
+            except (BadInputError, KeyError, ValueError) as error:
+                raise UsageError(
+                    f"--output: {path}, which a stream left, cannot be made a table: {error}; "
+                    "move it away"
+                ) from None
 
 
 def _put_in_place(path: str, prefix: str, content: bytes) -> None:
-    if content:
-        os.replace(path, final_name(prefix, content))
-    else:
+    layout = b""
+    if ending_of(prefix):
+        layout, _, content = content.partition(b"\n")
+    if not content:
         os.remove(path)
+    elif not layout:
+        os.replace(path, final_name(prefix, content))
+    else:  # a fault before the end leaves the lines, and the same name is made of them again
+        name = final_name(prefix, content)
+        with whole_file(name, f"{path}.new") as file:
+            file.write(as_table(name, Layout.parse(layout), content))
+        os.remove(path)
+
+
+@contextlib.contextmanager
+def whole_file(path: str, scratch: str = "") -> Iterator[Any]:
+    """Opens a file to write, which gets its name when all is written; after an error there is none.
+
+    Until then it is `scratch`, by default `PATH.part`.
+    """
+    scratch = scratch or f"{path}.part"
+    try:
+        with FileSystems.create(scratch, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            yield file
+            if is_local(scratch):
+                file.flush()
+                os.fsync(file.fileno())
+        move(scratch, path)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            FileSystems.delete([scratch])
+        raise
+
+
+def move(source: str, target: str) -> None:
+    """Moves a file over another; does nothing if it was moved before."""
+    if not FileSystems.exists(source):
+        return
+    if is_local(source):
+        os.replace(source, target)
+        return
+    if FileSystems.exists(target):  # not all file systems rename onto a file that is there
+        FileSystems.delete([target])
+    FileSystems.rename([source], [target])
 
 
 def to_line(record: Record) -> tuple[str, str]:
@@ -186,12 +315,11 @@ def to_line(record: Record) -> tuple[str, str]:
 
 def result_files(prefix: str) -> list[str]:
     """Returns the files that a run wrote under a prefix, sorted; raises `UsageError`."""
-    start = len(prefix)
-    return sorted(
-        path
-        for path in files_under(f"{prefix}-")
-        if _SHARD.fullmatch(path, start) or _APPENDED.fullmatch(path, start)
-    )
+    stem, ending = _divided(prefix)
+    is_table = bool(ending_of(prefix))
+    own = re.compile(f"({'' if is_table else f'{_SHARD}|'}{_APPENDED}){re.escape(ending)}")
+    found = files_under(stem if is_table else f"{stem}-")
+    return sorted(path for path in found if path == prefix or own.fullmatch(path, len(stem)))
 
 
 def files_under(prefix: str) -> dict[str, float]:
@@ -234,7 +362,9 @@ def check_writable(folder: str, flag: str) -> None:
 
 
 class Files(Sink):
-    example = "file prefixes, local or of a file system of Beam's (gs://…)"
+    example = (
+        "file prefixes (or NAME.csv, NAME.parquet), local or of a file system of Beam's (gs://…)"
+    )
 
     def takes(self, uri: str) -> bool:
         try:
@@ -243,5 +373,16 @@ class Files(Sink):
             return False
         return True
 
+    def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
+        """Refuses a table for several kinds of records."""
+        for uri, kinds in uris.items():
+            if ending_of(uri) and len(kinds) > 1:
+                raise UsageError(
+                    f"--{kinds[0]}, --{kinds[1]}: {uri!r} is a table of one kind of record; name "
+                    "a file for each"
+                )
+
     def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:
-        return AppendFiles(uri) if settings.streaming else WriteFiles(uri)
+        if settings.streaming:
+            return AppendFiles(uri, fields=settings.fields)
+        return WriteFiles(uri, settings.fields)

@@ -30,10 +30,12 @@ from chatflow.sinks.files import (
     check_writable,
     files_under,
     is_local,
+    move,
     recover,
     result_files,
 )
 from chatflow.sinks.locks import FolderLock
+from chatflow.sinks.tables import count_rows, ending_of
 
 STAGING = ".chatflow-new-"
 
@@ -93,7 +95,9 @@ class Results:
         for folder, names in self.prefixes.items():
             staging = FileSystems.join(folder, self._staging)
             new = [_name(path) for name in names for path in _files(staging, name)]
-            results = [{"path": name, **digest(FileSystems.join(staging, name))} for name in new]
+            results = [
+                {"path": name, **_described(FileSystems.join(staging, name))} for name in new
+            ]
             content = json.dumps({**about, "results": results}, ensure_ascii=False, indent=1)
             write_whole(FileSystems.join(staging, MANIFEST), content + "\n")
             old = {_name(path) for name in names for path in _files(folder, name)}
@@ -180,7 +184,8 @@ class _Staged(PTransformOverride):
         return isinstance(write, WriteFiles) and STAGING not in write.prefix
 
     def get_replacement_transform_for_applied_ptransform(self, applied: Any) -> WriteFiles:
-        return WriteFiles(self.results.staged_prefix(applied.transform.prefix))
+        write: WriteFiles = applied.transform
+        return dataclasses.replace(write, prefix=self.results.staged_prefix(write.prefix))
 
 
 def _by_folder(prefixes: Collection[str], streaming: bool) -> dict[str, list[str]]:
@@ -256,7 +261,7 @@ def roll_forward(home: str, staging: str) -> int:
     folders = {_resolve(path, home): files for path, files in marker["folders"].items()}
     for folder, files in folders.items():
         for name in files["files"]:
-            _move(FileSystems.join(folder, staging, name), FileSystems.join(folder, name))
+            move(FileSystems.join(folder, staging, name), FileSystems.join(folder, name))
         _sync(folder)
     for folder, files in folders.items():
         _delete(FileSystems.join(folder, name) for name in files["stale"])
@@ -325,6 +330,15 @@ def digest(path: str) -> dict[str, Any]:
     return {"records": lines, "bytes": size, "sha256": sha256.hexdigest()}
 
 
+def _described(path: str) -> dict[str, Any]:
+    """Returns what `digest` does; the records of a table are its rows."""
+    found = digest(path)
+    if ending_of(path):
+        with open(path, "rb") if is_local(path) else FileSystems.open(path) as file:
+            found["records"] = count_rows(path, file)
+    return found
+
+
 def write_whole(path: str, text: str) -> None:
     """Writes a file that appears whole, and stays after a power failure."""
     scratch = f"{path}.part" if is_local(path) else path
@@ -369,17 +383,6 @@ def _files(folder: str, name: str) -> list[str]:
 
 def _name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
-
-
-def _move(source: str, target: str) -> None:
-    """Moves a file over another; does nothing if it was moved before."""
-    if not FileSystems.exists(source):
-        return
-    if is_local(source):
-        os.replace(source, target)
-        return
-    _delete([target])  # not all file systems rename onto a file that is there
-    FileSystems.rename([source], [target])
 
 
 def _delete(paths: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import re
 from collections.abc import Iterator
 
@@ -44,17 +43,12 @@ class ReadResults(beam.PTransform):
 
 def check_results(uri: str, password: str, local: bool, share_files: bool) -> None:
     """Raises `UsageError` if there is no such database; opens it if the pipeline runs here."""
-    import sqlalchemy as sa
-
-    from chatflow.database.connections import Database, parse_uri, password_at
+    from chatflow.database.connections import Database, check_there, parse_uri, password_at
 
     try:
-        url = parse_uri(uri)
-        if url.get_backend_name() == "sqlite":
-            if not share_files:
-                raise UsageError("is a file of this machine, where no worker comes to")
-            if not os.path.exists(sa.make_url(uri).database or ""):
-                raise UsageError("there is no such file")
+        if parse_uri(uri).get_backend_name() == "sqlite" and not share_files:
+            raise UsageError("is a file of this machine, where no worker comes to")
+        check_there(uri)
         if local:
             with contextlib.closing(Database(uri, password_at(password))) as database:
                 database.upgrade()

@@ -80,6 +80,7 @@ class OpenDeadLetters(beam.PTransform):
         )
         refused, unknown = unwritten | "OpenRecord" >> DeadLettered("replay", open_refused, Record)
         analyses, drafts = refused | "ByKind" >> beam.Partition(_is_draft, 2)
+        analyses.element_type, drafts.element_type = Analysis, Draft
         unpack = functools.partial(held_arrivals, self.max_line_bytes, self.customs)
         again, unpacked = held | "Payload" >> DeadLettered("replay", unpack, Arrival)
         dead_letters = (failed, unjoined, unread, unknown, unpacked) | beam.Flatten()

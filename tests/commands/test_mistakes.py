@@ -145,6 +145,11 @@ def test_a_file_of_labels_that_is_none(command, file, says, files, capsys):
         ("stream --console_port 70000", "--console_port: must be a whole number"),
         ("replay --input folder --output OUT", "looked for .jsonl, .json, "),
         ("replay --input nowhere --output OUT", "--input: no file matches"),
+        ("replay --input x.csv --output OUT", "x.csv is a table, from which dead letters cannot"),
+        (
+            "run --input CHATS --analyses x.csv --drafts x.csv --dead_letters y --model SCRIPT",
+            "'x.csv' is given twice",
+        ),
         ("run --input CHATS --output OUT --quiet_seconds=nan", "--quiet_seconds=nan: must be"),
         ("run --input CHATS --output OUT --quiet_seconds=1e300", "--quiet_seconds=1e+300: must be"),
         ("run --input CHATS --output OUT --retention_hours=inf", "--retention_hours=inf: must be"),

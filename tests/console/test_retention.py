@@ -13,7 +13,9 @@ from chatflow.console.outbox import Publisher
 from chatflow.console.retention import forget
 from chatflow.database import tables
 from chatflow.database.answers import Kept, keep_answer, kept_answers
-from chatflow.records import DeadLetter
+from chatflow.database.connections import Database
+from chatflow.database.raw import forget_raw, values_of
+from chatflow.records import Chat, DeadLetter, RawChat
 
 TABLES = tables.metadata.sorted_tables
 NOW = datetime.now(UTC)
@@ -78,7 +80,7 @@ def test_what_is_old_is_deleted_with_all_that_is_known_of_it(decided):
     assert kept_chats(decided) == ["chat-1", "chat-3", "chat-5"]
     expected = dict.fromkeys(OF_CHATS, 3) | {"drafts": 2, "history": 1, "outbox": 1}
     assert counts(decided) == expected | {
-        "dead_letters": 1, "sessions": 0, "answers": 0, "spending": 0,
+        "dead_letters": 1, "sessions": 0, "answers": 0, "spending": 0, "raw_chats": 0,
     }  # fmt: skip
     with served(decided) as address:
         for path in ("/", "/?status=dismissed", "/history", "/dashboard", "/drafts/d3r0"):
@@ -223,3 +225,21 @@ def test_answers_of_models_are_deleted_when_they_are_old(database):
         )
     forget(database, NOW - timedelta(days=90))
     assert kept_answers(database, ["q0", "q1"]) == {"q1": "{}"}
+
+
+def test_raw_chats_go_with_their_chats(decided, tmp_path):
+    """Also where they are in a database of their own."""
+    raw = Database(f"sqlite:///{tmp_path}/raw.db")
+    raw.upgrade()
+    for chat_id in ("chat-0", "chat-1", "gone"):
+        for revision in (0, 1):
+            one = Chat(chat_id=chat_id, revision=revision, messages=())
+            hidden = {"[EMAIL_1]": "a@x.org"}
+            record = RawChat(chat_id=chat_id, revision=revision, chat=one, placeholders=hidden)
+            write(raw, record)
+    assert forget_raw(raw, decided, LONG_AGO) == 0
+    age(decided, "chat-0")
+    assert forget(decided, NOW - timedelta(days=90)) == 1
+    assert forget_raw(raw, decided, NOW + timedelta(days=1)) == 4
+    assert set(values_of(raw, [(c, 1) for c in ("chat-0", "chat-1", "gone")])) == {("chat-1", 1)}
+    raw.close()

@@ -18,6 +18,7 @@ from conftest import ANALYSIS, ROOT
 
 from chatflow import WriteRecords, launch, new_pipeline
 from chatflow.errors import UsageError
+from chatflow.options import SinkSettings
 from chatflow.sinks import staging
 from chatflow.sinks.files import AppendFiles, result_files
 from chatflow.sinks.staging import open_results
@@ -189,6 +190,32 @@ def test_a_pipeline_writes_beside_and_then_replaces(root, shards):
     assert found["x" + SHARD] == ANALYSIS.to_json() + "\n"
 
 
+def test_tables_are_written_beside_and_then_replace_the_earlier(root):
+    put(f"{root}/x.csv", "old\n")
+    put(f"{root}/x-other.csv", "of somebody else\n")
+    pipeline = new_pipeline()
+    records = pipeline | beam.Create([ANALYSIS]).with_output_types(type(ANALYSIS))
+    records | WriteRecords([f"{root}/x.csv"])
+    launch(pipeline)
+    found = files_in(root)
+    assert set(found) == {"x.csv", "x-other.csv", "manifest.json"}
+    assert found["x.csv"].splitlines()[1].startswith("a1,7,c,3,-1,It is late.,model,")
+    (result,) = json.loads(found["manifest.json"])["results"]
+    assert (result["path"], result["records"]) == ("x.csv", 1)
+
+
+def test_a_streams_tables_are_whole_files_in_any_file_system(root):
+    pipeline = new_pipeline()
+    records = pipeline | beam.Create([ANALYSIS]).with_output_types(type(ANALYSIS))
+    records | WriteRecords([f"{root}/x.csv"], SinkSettings(streaming=True, fields=("topic",)))
+    launch(pipeline)
+    ((name, text),) = files_in(root).items()
+    assert f"{root}/{name}" in result_files(f"{root}/x.csv")
+    header, row = text.splitlines()
+    assert "field.topic" in header
+    assert row.startswith("a1,7,c,3,")
+
+
 class KilledError(BaseException):
     """Stands for the end of the process: nothing is cleared up after it."""
 
@@ -210,7 +237,7 @@ def kill_at(monkeypatch, moment):
 
         return changed
 
-    for name in ("_move", "_delete", "write_whole", "remove_tree"):
+    for name in ("move", "_delete", "write_whole", "remove_tree"):
         monkeypatch.setattr(staging, name, limited(getattr(staging, name)))
 
 
@@ -242,7 +269,7 @@ def test_a_run_killed_at_any_change_is_all_old_or_all_new_after_the_next(root, m
 def test_a_folder_that_was_moved_meanwhile_is_finished_all_the_same(tmp_path, monkeypatch):
     put(f"{tmp_path}/one/x" + SHARD, "old\n")
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "_move", killed)
+        patch.setattr(staging, "move", killed)
         with pytest.raises(KilledError):
             run(f"{tmp_path}/one/x", x=["new\n"])
     (tmp_path / "one").rename(tmp_path / "two")
@@ -253,7 +280,7 @@ def test_a_folder_that_was_moved_meanwhile_is_finished_all_the_same(tmp_path, mo
 
 def test_an_interrupt_while_files_are_moved_does_not_stop_half_way(tmp_path, monkeypatch):
     put(f"{tmp_path}/x" + SHARD, "old\n")
-    move, moved = staging._move, []
+    move, moved = staging.move, []
 
     def interrupted(source, target):
         moved.append(target)
@@ -261,7 +288,7 @@ def test_an_interrupt_while_files_are_moved_does_not_stop_half_way(tmp_path, mon
             raise KeyboardInterrupt
         move(source, target)
 
-    monkeypatch.setattr(staging, "_move", interrupted)
+    monkeypatch.setattr(staging, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(f"{tmp_path}/x", x=["new\n"])
     assert set(files_in(str(tmp_path))) == {"x" + SHARD, "manifest.json"}
@@ -270,7 +297,7 @@ def test_an_interrupt_while_files_are_moved_does_not_stop_half_way(tmp_path, mon
 
 def test_a_stream_finishes_what_a_killed_batch_began(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "_move", killed)
+        patch.setattr(staging, "move", killed)
         with pytest.raises(KilledError):
             run(f"{tmp_path}/x", x=["new\n"])
     with opened(f"{tmp_path}/x", streaming=True):

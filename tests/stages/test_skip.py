@@ -82,8 +82,19 @@ def test_results_that_would_be_replaced_are_no_earlier_ones(tmp_path, lines, scr
     assert len(read(tmp_path / "one", "analyses")) == 1
 
 
+def test_a_table_of_results_cannot_be_read_back_and_is_refused(tmp_path, lines, script, capsys):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    path = lines(*chats(1), name="in/chats.jsonl")
+    arguments = [
+        "run", "--input", path, "--output", f"{tmp_path}/out", "--model", script(ANGRY),
+        "--skip_done", f"{tmp_path}/a.parquet",
+    ]  # fmt: skip
+    error = mistake(arguments, {}, capsys)
+    assert "a.parquet is a table, which does not hold all of a result" in error
+
+
 def test_a_database_that_is_not_there_is_told(tmp_path, lines, script):
-    with pytest.raises(UsageError, match="--skip_done: there is no such file"):
+    with pytest.raises(UsageError, match=r"--skip_done: .*x\.db: there is no such file"):
         run(
             tmp_path / "one", lines, chats(1), script(ANGRY), skip_done=f"sqlite:///{tmp_path}/x.db"
         )

@@ -5,9 +5,14 @@ https://cloud.google.com/contact-center/insights/docs/conversation-data-format
 
 from __future__ import annotations
 
+import hashlib
+import re
+import urllib.parse
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
+from chatflow.records import EPOCH, Chat
 from chatflow.sources.formats.common import (
     Ours,
     Value,
@@ -43,3 +48,58 @@ def read(value: Value, name: str) -> Iterator[Ours]:
             agent=value.get("agent_id"),
         ),
     }
+
+
+ROLES = {"customer": "CUSTOMER", "agent": "AGENT", "bot": "AUTOMATED_AGENT"}
+"""Google's words for ours."""
+
+
+def write(chat: Chat) -> Value | None:
+    """Returns what was said in a chat in this format, or None if that is nothing.
+
+    The format wants a number for each participant and a time for each message: a user's id that is
+    none becomes a hash of it, the same in all chats. A message without a time has its place in the
+    chat, in seconds since 1970, as Google's example does; `read` takes that as no time. Who has no
+    known role is a customer if the chat asks for their tone, else an agent.
+    """
+    customers = chat.users()
+    entries = [
+        {
+            "text": message.text,
+            "user_id": _number(message.user_id),
+            "role": ROLES.get(message.role or "")
+            or ("CUSTOMER" if message.user_id in customers else "AGENT"),
+            "start_timestamp_usec": (message.sent_at - EPOCH) // timedelta(microseconds=1)
+            if message.sent_at
+            else place * 1_000_000,
+        }
+        for place, message in enumerate(chat.said, 1)
+    ]
+    names = filter(None, chat.attributes.get("categories", "").split(", "))
+    categories = [{"display_name": name} for name in names]
+    made = without_none(
+        conversation_id=chat.chat_id,
+        conversation_info={"categories": categories} if categories else None,
+        agent_id=chat.attributes.get("agent"),
+        entries=entries,
+    )
+    return made if entries else None
+
+
+_LARGEST = 1 << 52
+"""Numbers below are ids as they are; twice that is the largest that all JSON readers keep."""
+
+
+def _number(user_id: str) -> int:
+    number = int(user_id) if re.fullmatch(r"0|[1-9][0-9]{,15}", user_id) else _LARGEST
+    if number < _LARGEST:
+        return number
+    return _LARGEST + int(hashlib.sha256(user_id.encode()).hexdigest()[:13], 16)
+
+
+def file_name(chat_id: str) -> str:
+    """Returns the name of a chat's file: its id, or a hash of one that cannot be a file's name."""
+    name = urllib.parse.quote(chat_id, safe=" @+=,")
+    if name.startswith(".") or name == "manifest" or len(name) > 200:
+        name = hashlib.sha256(chat_id.encode()).hexdigest()[:32]
+    return f"{name}.json"

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from chatflow.errors import BadInputError, UsageError
 from chatflow.options import NO_CLOUD, Options
 from chatflow.pipeline import plan
-from chatflow.records import Arrival, Chat, Range
+from chatflow.records import Arrival, Chat, Message, Range
 from chatflow.running.launch import execute
-from chatflow.sources.formats import FORMATS, as_ours
+from chatflow.sources.formats import FORMATS, as_ours, cx_insights
 from chatflow.sources.lines import read_lines
 from chatflow.sources.parse import parse_arrival
+from chatflow.sources.read import files_of
 
 CX_INSIGHTS = {
     "conversation_info": {"categories": [{"display_name": "Billing"}]},
@@ -199,6 +200,54 @@ def test_a_chat_of_ours_may_have_messages_as_openai_has_them():
     assert (chat.chat_id, chat.attributes, chat.revision) == ("7", {"tenant": "a"}, 3)
     assert chat.texts_of("user") == ["My bill is wrong!"]
     assert chat.messages[1].sent_at == datetime(2026, 3, 1, 10, tzinfo=UTC)
+
+
+TIMES = st.datetimes(datetime(1990, 1, 1), datetime(2090, 1, 1), timezones=st.just(UTC))
+SAID = st.builds(
+    Message,
+    user_id=st.sampled_from(["221", "c", "0", "007", "9" * 20, "ü/=1"]),
+    role=st.sampled_from(["customer", "agent", "bot"]),
+    text=st.text(st.characters(codec="utf-8", categories="L"), min_size=1),
+    sent_at=st.none() | TIMES,
+)
+
+
+@given(said=st.lists(SAID, min_size=1), chat_id=st.text("7a/. ü", min_size=1))
+@settings(deadline=None)
+def test_a_chat_as_cx_insights_says_the_same_when_it_is_read_again(said, chat_id):
+    """Its texts, roles and times, and who is the same; ids are numbers there."""
+    said = [Message(user_id="221", role="customer", text="Late"), *said]
+    made = Chat(chat_id=chat_id, messages=said, attributes={"categories": "Billing, Late"})
+    ((chat,), _) = chats_of(json.loads(made.to_json()))
+    value = cx_insights.write(chat)
+    entries = value["entries"]
+    assert all(0 <= entry["user_id"] < 2**53 for entry in entries)
+    assert len({m.user_id for m in said}) == len({entry["user_id"] for entry in entries})
+    ((again,), _) = chats_of(value)
+    assert again.chat_id == chat_id
+    assert again.attributes == chat.attributes
+    told = [[(m.role, m.text, m.sent_at) for m in one.messages] for one in (chat, again)]
+    assert told[0] == told[1]
+
+
+def test_what_was_not_said_is_not_in_cx_insights():
+    note = Message(user_id="a", role="agent", text="A difficult one", private=True)
+    joined = Message(user_id="s", role="system", text="Dana joined")
+    image = Message(user_id="c", text="")
+    said = Message(user_id="c", text="Late again!")
+    answer = Message(user_id="b", text="Sorry.")
+    chat = Chat(chat_id="7", messages=[note, joined, image])
+    assert cx_insights.write(chat) is None
+    value = cx_insights.write(chat.model_copy(update={"messages": (note, joined, said, answer)}))
+    told = [(entry["role"], entry["text"]) for entry in value["entries"]]
+    assert told == [("CUSTOMER", "Late again!"), ("AGENT", "Sorry.")]
+
+
+@pytest.mark.parametrize("chat_id", ["7", "../x", ".hidden", "manifest", "a/b", "ü" * 1000, "*?["])
+def test_a_chats_file_is_found_in_its_folder_again(tmp_path, chat_id):
+    name = cx_insights.file_name(chat_id)
+    (tmp_path / name).write_text("{}")
+    assert files_of(str(tmp_path), "--input") == [str(tmp_path / name)]
 
 
 def test_times_are_the_senders_and_none_is_invented():
