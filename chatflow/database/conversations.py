@@ -89,7 +89,7 @@ def conversations(
         query = query.where(analyses.c.sentiment.in_(list(sentiments)))
     streamed = connection.execution_options(stream_results=True, yield_per=ROWS)
     for found in streamed.execute(query).mappings():
-        chat = {name: found[chats.c[name]] for name in Chat.model_fields}
+        chat = {name: found[chats.c[name]] for name in Chat.model_fields if name in chats.c}
         analysis = {name: found[analyses.c[name]] for name in Analysis.model_fields}
         draft = {column.name: found[column] for column in drafts.c}
         yield Conversation(
