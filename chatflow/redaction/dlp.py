@@ -12,7 +12,7 @@ from typing import Any
 import requests
 import tenacity
 
-from chatflow.errors import UsageError
+from chatflow.errors import UsageError, one_line
 from chatflow.network import attempts
 from chatflow.redaction.kinds import Found, without_overlaps
 
@@ -73,18 +73,16 @@ class Dlp:
             self._inspect(batch, found)
         return [without_overlaps(one) for one in found]
 
+    def check(self) -> None:
+        """Asks the service once, as each worker will; raises `UsageError` if it refuses."""
+        try:
+            self._post(_asked_for(self, ["check"]), seconds=0)
+        except Exception as error:  # also of credentials
+            said = one_line(error)
+            raise UsageError(f"--redact=dlp:…: Sensitive Data Protection refuses: {said}") from None
+
     def _inspect(self, batch: list[tuple[int, int, str]], found: list[list[Found]]) -> None:
-        config: dict[str, Any] = {"limits": {"maxFindingsPerRequest": 3000}}
-        if self.types:
-            config["infoTypes"] = [{"name": name} for name in self.types]
-        rows = [{"values": [{"stringValue": piece}]} for *_, piece in batch]
-        asked: dict[str, Any] = {
-            "inspectConfig": config,
-            "item": {"table": {"headers": [{"name": "text"}], "rows": rows}},
-        }
-        if self.template:
-            asked["inspectTemplateName"] = self.template
-        result = self._post(asked).get("result", {})
+        result = self._post(_asked_for(self, [piece for *_, piece in batch])).get("result", {})
         if result.get("findingsTruncated"):
             halves = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             if len(batch) == 1:
@@ -102,9 +100,9 @@ class Dlp:
             start, end = at + int(span.get("start", 0)), at + int(span["end"])
             found[number].append(Found(one["infoType"]["name"].lower(), start, end))
 
-    def _post(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, asked: dict[str, Any], seconds: float = SECONDS) -> dict[str, Any]:
         passing = tenacity.retry_if_exception(_may_pass)
-        for attempt in attempts("Sensitive Data Protection", SECONDS, passing):
+        for attempt in attempts("Sensitive Data Protection", seconds, passing):
             with attempt:
                 session, address = _session()
                 answer = session.post(
@@ -113,6 +111,24 @@ class Dlp:
                 answer.raise_for_status()
                 said: dict[str, Any] = answer.json()
         return said
+
+
+def _asked_for(dlp: Dlp, texts: Sequence[str]) -> dict[str, Any]:
+    """Returns the body of a call of `content:inspect`, with a row a text.
+
+    https://cloud.google.com/sensitive-data-protection/docs/reference/rest/v2/projects.content/inspect
+    """
+    config: dict[str, Any] = {"limits": {"maxFindingsPerRequest": 3000}}
+    if dlp.types:
+        config["infoTypes"] = [{"name": name} for name in dlp.types]
+    rows = [{"values": [{"stringValue": text}]} for text in texts]
+    asked: dict[str, Any] = {
+        "inspectConfig": config,
+        "item": {"table": {"headers": [{"name": "text"}], "rows": rows}},
+    }
+    if dlp.template:
+        asked["inspectTemplateName"] = dlp.template
+    return asked
 
 
 def _may_pass(error: BaseException) -> bool:

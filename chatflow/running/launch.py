@@ -166,6 +166,8 @@ def prepare(
         written["answers"] = tuple(filter(None, [options.answers]))
         for sink, uris in by_sink(written).items():
             sink.check(uris, planned.sink_settings, local, share_files)
+        if local and planned.redactor and planned.redactor.dlp:
+            planned.redactor.dlp.check()
         for spec in planned.routes.specs:
             if local:
                 spec.kind.prepare(spec, say)

@@ -8,6 +8,7 @@ import pytest
 from conftest import chat
 from fakes import Loopback
 
+from chatflow.errors import UsageError
 from chatflow.options import RedactionSettings
 from chatflow.redaction import dlp
 from chatflow.redaction.redactor import Redactor
@@ -93,6 +94,15 @@ def test_what_nobody_redacted_goes_nowhere(service):
     with pytest.raises(dlp.requests.HTTPError, match="403"):
         redacted("BOX7")
     assert len(service.asked) == 1
+
+
+def test_at_launch_the_service_is_asked_once(service):
+    asks = Redactor.of(RedactionSettings(redact=f"dlp:{TEMPLATE}")).dlp
+    asks.check()
+    service.faults.append(403)
+    with pytest.raises(UsageError, match=r"--redact=dlp:…: .* refuses: .*403"):
+        asks.check()
+    assert len(service.asked) == 2
 
 
 def test_many_findings_are_asked_for_in_parts(service):
