@@ -17,6 +17,7 @@ from chatflow.errors import UsageError
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import Arrival, Range
 from chatflow.sources.chats import USUAL, Customs
+from chatflow.sources.formats.convokit import without_beside
 from chatflow.sources.lines import fault_of, ranges_of, read_lines
 from chatflow.sources.puller import open_puller
 
@@ -146,12 +147,17 @@ _IN_FOLDERS = re.compile(
 
 
 def _matches(pattern: str) -> list[Any]:
-    """Returns the metadata of the files of a pattern, or of a folder's files with our endings."""
-    if not _is_folder(pattern):
-        return list(FileSystems.match([pattern])[0].metadata_list)
+    """Returns the metadata of the files of a pattern, or of a folder's files with our endings.
+
+    Files that only describe others are read with these; see `formats.convokit`.
+    """
     folder = pattern.rstrip("/") or "/"
-    found = FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list
-    return [file for file in found if _IN_FOLDERS.fullmatch(FileSystems.split(file.path)[1])]
+    among = FileSystems.join(folder, "*") if _is_folder(pattern) else pattern
+    found = FileSystems.match([among])[0].metadata_list
+    if _is_folder(pattern):
+        found = [file for file in found if _IN_FOLDERS.fullmatch(FileSystems.split(file.path)[1])]
+    kept = {*without_beside([file.path for file in found])}
+    return [file for file in found if file.path in kept]
 
 
 def check_input(inputs: str, customs: Customs = USUAL) -> list[str]:

@@ -10,6 +10,7 @@ from chatflow.sources.formats import (
     chatwoot,
     contact_lens,
     cx_insights,
+    genesys,
     intercom,
     openai,
     sharegpt,
@@ -32,6 +33,7 @@ class Format(Protocol):
 FORMATS: Mapping[str, Format] = {
     "cx_insights": cx_insights,
     "contact_lens": contact_lens,
+    "genesys": genesys,
     "zendesk": zendesk,
     "intercom": intercom,
     "chatwoot": chatwoot,
@@ -43,7 +45,7 @@ FORMATS: Mapping[str, Format] = {
 
 OURS = "chatflow"
 
-ALL = ("auto", OURS, "csv", "parquet", "slack", "whatsapp", *FORMATS)
+ALL = ("auto", OURS, "csv", "parquet", "slack", "whatsapp", "convokit", *FORMATS)
 """What `--input_format` may be."""
 
 

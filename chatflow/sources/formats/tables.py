@@ -277,6 +277,7 @@ class Groups:
         self._db.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN;"
             "CREATE TABLE rows (n INTEGER, chat TEXT, parent TEXT, message TEXT, others TEXT);"
+            "CREATE TABLE notes (kind TEXT, id TEXT, note TEXT, PRIMARY KEY (kind, id));"
         )
         self._waiting: list[tuple[int, str, str, str, str]] = []
         self._threads = False
@@ -290,6 +291,17 @@ class Groups:
         self._waiting.append((number, chat, parent, *texts))
         if len(self._waiting) >= 1000:
             self._flush()
+
+    def note(self, kind: str, key: str, note: Mapping[str, str]) -> None:
+        """Keeps what is known beside the messages, e.g. of a speaker, for `noted`."""
+        if note:
+            values = (kind, key, json.dumps(note))
+            self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", values)
+
+    def noted(self, kind: str, key: str) -> dict[str, str]:
+        query = "SELECT note FROM notes WHERE kind = ? AND id = ?"
+        found = self._db.execute(query, (kind, key)).fetchone()
+        return json.loads(found[0]) if found else {}
 
     def _flush(self) -> None:
         self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", self._waiting)

@@ -50,6 +50,23 @@ CONTACT_LENS = {
     ],
 }  # fmt: skip
 
+GENESYS = {
+    "organizationId": "o", "conversationId": "c-1", "communicationId": "m-1", "mediaType": "call",
+    "transcripts": [
+        {"transcriptId": "t2", "language": "en-us", "phrases": [
+            {"phraseIndex": 0, "participantPurpose": "internal", "text": "let me look",
+             "decoratedText": "Let me look.", "startTimeMs": 1_772_359_260_000},
+            {"phraseIndex": 1, "participantPurpose": "acd", "text": "Dana was assigned",
+             "startTimeMs": 1_772_359_210_000},
+        ]},
+        {"transcriptId": "t1", "language": "en-us", "phrases": [
+            {"phraseIndex": 0, "participantPurpose": "external", "text": "my bill is wrong",
+             "decoratedText": "My bill is wrong!", "startTimeMs": 1_772_359_200_000,
+             "offset": {"milliseconds": 0}, "words": [{"word": "my"}]},
+        ]},
+    ],
+}  # fmt: skip
+
 ZENDESK = {
     "tickets": [
         {"id": 35, "subject": "Bill", "description": "My bill is wrong!", "requester_id": 1,
@@ -133,9 +150,9 @@ SHAREGPT = {
 }
 
 SAMPLES = {
-    "cx_insights": CX_INSIGHTS, "contact_lens": CONTACT_LENS, "zendesk": ZENDESK,
-    "intercom": INTERCOM, "chatwoot": CHATWOOT, "telegram": TELEGRAM, "openai": OPENAI,
-    "sharegpt": SHAREGPT,
+    "cx_insights": CX_INSIGHTS, "contact_lens": CONTACT_LENS, "genesys": GENESYS,
+    "zendesk": ZENDESK, "intercom": INTERCOM, "chatwoot": CHATWOOT, "telegram": TELEGRAM,
+    "openai": OPENAI, "sharegpt": SHAREGPT,
 }  # fmt: skip
 
 
@@ -172,6 +189,7 @@ def test_a_chat_says_what_its_customer_and_staff_said(name):
         ("cx_insights", "export-7", {"categories": "Billing"}),
         ("contact_lens", "c-1",
          {"language": "en", "channel": "CHAT", "contact_lens_sentiment": "-3.1"}),
+        ("genesys", "c-1-m-1", {"channel": "call", "conversation": "c-1", "language": "en"}),
         ("zendesk", "35", {"source_url": "https://x.zendesk.com/35.json", "subject": "Bill",
                            "status": "open", "tags": "vip, bill"}),
         ("intercom", "77", {"subject": "Bill", "channel": "email", "state": "closed",
@@ -211,6 +229,19 @@ def test_times_are_the_senders_and_none_is_invented():
     assert all(message.sent_at is None for message in chats_of(OPENAI)[0][0].messages)
     ((chat,), _) = chats_of(INTERCOM)
     assert chat.messages[0].sent_at == datetime(2026, 3, 1, 10, tzinfo=UTC)
+
+
+def test_phrases_of_a_call_are_put_in_order_though_each_side_is_a_transcript():
+    ((chat,), _) = chats_of(GENESYS)
+    assert [m.role for m in chat.messages] == ["customer", "system", "agent"]
+    assert chat.messages[0].sent_at == datetime(2026, 3, 1, 10, tzinfo=UTC)
+    offsets = json.loads(json.dumps(GENESYS))
+    for transcript in offsets["transcripts"]:
+        for phrase in transcript["phrases"]:
+            phrase["offset"] = {"milliseconds": phrase.pop("startTimeMs") - 1_772_359_200_000}
+    ((chat,), _) = chats_of(offsets)
+    assert [m.text for m in chat.said] == ["My bill is wrong!", "Let me look."]
+    assert all(message.sent_at is None for message in chat.messages)
 
 
 def test_who_is_known_of_an_author_counts_before_a_guess():
@@ -303,9 +334,9 @@ def test_one_command_reads_an_array_of_several_formats(tmp_path, script):
     path.write_text(json.dumps([*SAMPLES.values()]))
     options = Options(input=str(path), output=f"{tmp_path}/out", model=script(rule))
     counts = execute(options, []).to_dict()
-    assert (counts["lost"], counts["dead_letters"], counts["analysed"]) == (0, 0, 9)
+    assert (counts["lost"], counts["dead_letters"], counts["analysed"]) == (0, 0, 10)
     assert counts["formats"] == {name: 2 if name == "zendesk" else 1 for name in SAMPLES}
-    assert len({one["chat_id"] for one in read(f"{tmp_path}/out", "analyses")}) == 9
+    assert len({one["chat_id"] for one in read(f"{tmp_path}/out", "analyses")}) == 10
 
 
 def test_a_format_can_be_said(tmp_path):
@@ -322,7 +353,8 @@ NAMES = [
     "messages", "entries", "Transcript", "CustomerMetadata", "tickets", "ticket", "comments",
     "requester_id", "description", "conversation_parts", "source", "author", "event", "account",
     "conversations", "from", "value", "role", "content", "text", "id", "type", "from_id", "list",
-    "chats", "user_id", "body", "created_at", "sender", "message_type",
+    "chats", "user_id", "body", "created_at", "sender", "message_type", "transcripts", "phrases",
+    "conversationId", "startTimeMs", "offset",
 ]  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
