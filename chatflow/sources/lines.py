@@ -81,12 +81,17 @@ def numbered(
 
     Raises `UsageError`, with the `flag` that names the file, if it cannot be read to its end.
     """
+    return ((arrival.number, arrival.line) for arrival in whole(path, flag, customs))
+
+
+def whole(path: str, flag: str = "", customs: Customs | None = None) -> Iterator[Arrival]:
+    """Yields the lines of a file as `numbered` does, each with its place."""
     plain = customs is None
     most = LARGEST_INTEGER if plain else MAX_LINE_BYTES
     for arrival in read_lines(Range(path), most, plain, customs or USUAL):
         if arrival.fault is not None:
             raise UsageError(f"{flag}: {arrival.fault.message}" if flag else arrival.fault.message)
-        yield arrival.number, arrival.line
+        yield arrival
 
 
 def fault_of(path: str, customs: Customs = USUAL) -> Fault | None:

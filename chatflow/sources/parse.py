@@ -103,7 +103,7 @@ def parse_arrival(
     """
     counts = Counter() if counts is None else counts
     value = load_object(arrival.read())
-    found = as_ours(value, _file_name(arrival.source), customs.format)
+    found = as_ours(value, file_name(arrival.source), customs.format)
     values = [value] if found is None else found.values
     if found is not None:
         counts[f"formats/{found.format}"] += len(values)
@@ -117,7 +117,7 @@ def parse_arrival(
 _PLACE = re.compile(r", (?:line|row|element|byte) \d+$")
 
 
-def _file_name(source: str) -> str:
+def file_name(source: str) -> str:
     """Returns the name, without its ending, of a file that is one object."""
     return "" if _PLACE.search(source) else name_in(source)
 
