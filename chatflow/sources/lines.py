@@ -33,7 +33,7 @@ from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.formats import convokit, slack, tables, whatsapp
-from chatflow.sources.formats.common import name_in
+from chatflow.sources.formats.common import as_line, name_in
 from chatflow.sources.formats.objects import OURS, as_ours
 from chatflow.sources.formats.values import Element, elements, pairs
 
@@ -305,7 +305,8 @@ class _Reader:
         for number, value in chats:
             metrics.count(f"formats/{kind}")
             source = f"{self.part.path}, {unit} {number}"
-            yield Arrival(_as_line(value), source=source, number=number)
+            line = value if isinstance(value, bytes) else as_line(value)
+            yield Arrival(line, source=source, number=number)
 
     def each(self, text: bytes, source: str, number: int = 0) -> Iterator[Arrival]:
         """Yields a line, or a line for each of the chats that an object of another format holds."""
@@ -316,7 +317,7 @@ class _Reader:
                 if found is not None and len(found.values) > 1:
                     metrics.count(f"formats/{found.format}", len(found.values))
                     for one in found.values:
-                        yield Arrival(_as_line(one), source=source, number=number)
+                        yield Arrival(as_line(one), source=source, number=number)
                     return
         yield Arrival(text, source=source, number=number)
 
@@ -379,7 +380,7 @@ class _Reader:
                 fault = Fault("line_too_long", f"{message}{self.most}", self.part)
                 yield Arrival(b"", fault=fault)
             else:
-                yield from self.each(_as_line(one.value), source, self.lines)
+                yield from self.each(as_line(one.value), source, self.lines)
         if problem is not None:
             raise problem
 
@@ -405,10 +406,6 @@ def _pieces(stream: Any, encoding: str = "") -> Iterator[str]:
     """Yields the text of a stream, a block at a time."""
     blocks = iter(functools.partial(stream.read, BLOCK), b"")
     return codecs.iterdecode(blocks, encoding or "utf-8-sig", "replace")
-
-
-def _as_line(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _open_member(archive: zipfile.ZipFile, folder: str, name: str) -> Any:

@@ -23,6 +23,14 @@ def name_in(path: str) -> str:
     return _ENDING.sub("", path.rpartition("/")[2])
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def as_line(value: Any) -> bytes:
+    """Returns a value as JSON; what JSON does not have becomes a text."""
+    return _encode(value).encode("utf-8", "replace")
+
+
 def dicts(value: Any) -> Iterator[Value]:
     """Yields the objects of a list; nothing else."""
     if isinstance(value, list):
