@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chatflow.errors import UsageError
-from chatflow.records import Chat, Sentiment, load_object
+from chatflow.records import Arrival, Chat, Sentiment, load_object
 from chatflow.sources.chats import USUAL, Customs, read_chat
 from chatflow.sources.formats.objects import as_ours
 from chatflow.sources.lines import whole
-from chatflow.sources.parse import file_name
 
 TONES = {"angry": -1, "neutral": 0, "happy": 1}
 """What the words of `labels.tone` stand for, as in chatflow's own prompts."""
@@ -60,7 +59,7 @@ def read_labels(path: str, customs: Customs = USUAL) -> dict[Key, Label]:
     for arrival in whole(path, customs=customs):
         where = arrival.source.replace(", line ", ":")
         try:
-            found = [*_labels_in(load_object(arrival.line), arrival.source, customs)]
+            found = [*_labels_in(arrival, customs)]
         except Exception as error:  # whatever a line does to the parser, it is named
             raise UsageError(f"{where}: {error}") from None
         for label in found:
@@ -79,17 +78,18 @@ def read_labels(path: str, customs: Customs = USUAL) -> dict[Key, Label]:
     return labels
 
 
-def _labels_in(value: dict[str, Any], source: str, customs: Customs) -> Iterator[Label]:
+def _labels_in(arrival: Arrival, customs: Customs) -> Iterator[Label]:
     """Yields the labels of a chat, or of those that an object of another format holds."""
+    value = load_object(arrival.line)
     if value.get("chat_id") is None and "row" in value:
         raise ValueError(value.get("error"))
-    found = as_ours(value, file_name(source), customs.format)
+    found = as_ours(value, arrival.name, customs.format)
     for one in found.values if found else [value]:
         chat = read_chat(one, customs)
         about = {**value, **one} if found and len(found.values) == 1 else one
         gold = {**about.get("gold", {}), **about.get("labels", {})}
         tone = about.get("sentiment", gold.get("sentiment", TONES.get(str(gold.get("tone")))))
-        if tone is None and ", row " in source:  # other columns are attributes
+        if tone is None and ", row " in arrival.source:  # other columns are attributes
             word = chat.attributes.get("sentiment")
             tone = word and TONES.get(word.strip().casefold(), word)
         if tone is not None:

@@ -21,7 +21,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from apache_beam.io.filesystem import CompressionTypes
@@ -33,7 +33,7 @@ from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.formats import convokit, slack, tables, whatsapp
-from chatflow.sources.formats.common import as_line, name_in
+from chatflow.sources.formats.common import COMPRESSED, COMPRESSIONS, WINDOWS, as_line, name_in
 from chatflow.sources.formats.objects import OURS, as_ours
 from chatflow.sources.formats.values import Element, elements, pairs
 
@@ -60,7 +60,11 @@ def ranges_of(path: str, size: int, customs: Customs = USUAL) -> list[Range]:
 
 
 def read_lines(
-    part: Range, most: int, plain: bool = False, customs: Customs = USUAL
+    part: Range,
+    most: int,
+    plain: bool = False,
+    customs: Customs = USUAL,
+    root: str | None = None,
 ) -> Iterator[Arrival]:
     """Yields the lines of a part of a file that are not blank, and the faults.
 
@@ -68,8 +72,23 @@ def read_lines(
       most: a line of more bytes is left out, as a fault.
       plain: the lines are texts, not JSON.
       customs: the format of the file, and what the columns of a table are.
+      root: the folder of all files that are read, if not the file's; see `root_of`.
     """
-    return _Reader(part, most, customs).all(plain)
+    return _Reader(part, most, customs, root=root).all(plain)
+
+
+def root_of(inputs: Sequence[str]) -> str:
+    """Returns the folder, or the archive, in which the files of several patterns lie.
+
+    By their places in it, files of one name in several folders have names that tell them apart.
+    """
+    folders = []
+    for pattern in inputs:
+        fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        is_folder = fixed == pattern and (pattern.endswith(".zip") or os.path.isdir(pattern))
+        folders.append((fixed if is_folder else fixed.rpartition("/")[0]).rstrip("/").split("/"))
+    shared = itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in shared)
 
 
 def numbered(
@@ -124,7 +143,7 @@ _MEDIA = re.compile(
 """What messengers put beside a chat."""
 _HIDDEN = re.compile(r"(?:^|/)(?:\.|__)|/$")
 """Files of an archive that are none of its content, and its folders."""
-_ONE_OBJECT = re.compile(r"\.json(?:\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
+_ONE_OBJECT = re.compile(rf"\.json{COMPRESSED}$", re.IGNORECASE)
 _DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
@@ -142,9 +161,11 @@ class _Reader:
         customs: Customs = USUAL,
         only_check: bool = False,
         beside: Callable[[str], Any] | None = None,
+        root: str | None = None,
     ):
         self.part, self.most, self.customs = part, most, customs
         self.only_check, self.open_beside = only_check, beside or self._open_beside
+        self.root = root_of([part.path]) if root is None else root
         self.offset, self.lines = 0, 0
         self.compression = self.about = ""
         self.unit = "lines"
@@ -164,7 +185,7 @@ class _Reader:
         stream = io.BufferedReader(file, _HEAD)
         head = stream.peek(_HEAD)
         self.compression = _compression(head)
-        ending = _ENDINGS.get(path.rpartition(".")[2].lower())
+        ending = COMPRESSIONS.get(path.rpartition(".")[2].lower())
         if ending and not self.compression and head and not head.lstrip().startswith(b"{"):
             yield self.fault(CORRUPT, f"{path} is not {ending}, although its name says so")
             return
@@ -221,7 +242,7 @@ class _Reader:
                     continue
                 within = Range(f"{path}/{name}")
                 beside = functools.partial(_open_member, archive, name.rpartition("/")[0])
-                inner = _Reader(within, self.most, self.customs, self.only_check, beside)
+                inner = _Reader(within, self.most, self.customs, self.only_check, beside, self.root)
                 for arrival in inner.all(opened=functools.partial(archive.open, name)):
                     fault = arrival.fault
                     found = arrival._replace(fault=fault and fault._replace(part=self.part))
@@ -239,7 +260,7 @@ class _Reader:
             self.about = whatsapp.TITLE
             if self.only_check:
                 return
-            lines = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="\n")
+            lines = io.TextIOWrapper(stream, "utf-8-sig", WINDOWS, newline="\n")
             chats = enumerate(whatsapp.read(lines, self._name), 1)
             yield from self._ours(chats, "whatsapp", "chat")
             return
@@ -294,12 +315,16 @@ class _Reader:
 
     @property
     def _name(self) -> str:
-        """The name of the file without its ending, or of the archive that holds nothing else."""
-        *folders, last = self.part.path.split("/")
-        name = name_in(last)
-        if name == "_chat" and folders and folders[-1].endswith(".zip"):
-            return folders[-1].removesuffix(".zip")
-        return name
+        """The place of the file in `root` without endings; that of the archive of a `_chat`."""
+        path = self.part.path
+        if path.startswith(f"{self.root}/"):
+            path = path[len(self.root) + 1 :]
+        elif self.root:
+            path = path.rpartition("/")[2]
+        if name_in(path) == "_chat":
+            folder = path.rpartition("/")[0] or self.root.rpartition("/")[2]
+            path = folder if folder.endswith(".zip") else path
+        return "/".join(map(name_in, path.split("/")))
 
     def _ours(self, chats: Iterator[tuple[int, Any]], kind: str, unit: str) -> Iterator[Arrival]:
         for number, value in chats:
@@ -308,7 +333,7 @@ class _Reader:
             line = value if isinstance(value, bytes) else as_line(value)
             yield Arrival(line, source=source, number=number)
 
-    def each(self, text: bytes, source: str, number: int = 0) -> Iterator[Arrival]:
+    def each(self, text: bytes, source: str, number: int, name: str) -> Iterator[Arrival]:
         """Yields a line, or a line for each of the chats that an object of another format holds."""
         if b'"chat_id"' not in text and self.customs.format != OURS:
             with contextlib.suppress(ValueError, RecursionError, BadInputError):
@@ -319,7 +344,7 @@ class _Reader:
                     for one in found.values:
                         yield Arrival(as_line(one), source=source, number=number)
                     return
-        yield Arrival(text, source=source, number=number)
+        yield Arrival(text, source=source, number=number, name=name)
 
     def of_lines(self, stream: Any, seekable: bool) -> Iterator[Arrival]:
         """Yields lines; of one that is too long, a block at a time is kept in memory."""
@@ -342,14 +367,16 @@ class _Reader:
             text = line.rstrip(b"\r\n")
             if len(text) > self.most:
                 whole = Range(path, at, at + length)
-                message = f"the line has {length} bytes, more than --max_line_bytes={self.most}"
+                message = f"{path}: a line has {length} bytes, more than "
+                message += f"--max_line_bytes={self.most}"
                 yield Arrival(b"", fault=Fault("line_too_long", message, whole))
             elif text.removeprefix(codecs.BOM_UTF8).strip():
                 number = 0 if start else self.lines + 1
                 source = f"{path}, line {number}" if number else f"{path}, byte {at}"
+                name = ""
                 if number == 1 and _ONE_OBJECT.search(path):
-                    source = path
-                yield from self.each(text, source, number)
+                    source, name = path, self._name
+                yield from self.each(text, source, number, name)
             self.lines += 1
 
     def values(self, stream: Any, encoding: str) -> Iterator[Arrival] | None:
@@ -380,7 +407,8 @@ class _Reader:
                 fault = Fault("line_too_long", f"{message}{self.most}", self.part)
                 yield Arrival(b"", fault=fault)
             else:
-                yield from self.each(as_line(one.value), source, self.lines)
+                name = self._name if alone else ""
+                yield from self.each(as_line(one.value), source, self.lines, name)
         if problem is not None:
             raise problem
 
@@ -405,7 +433,7 @@ class _Reader:
 def _pieces(stream: Any, encoding: str = "") -> Iterator[str]:
     """Yields the text of a stream, a block at a time."""
     blocks = iter(functools.partial(stream.read, BLOCK), b"")
-    return codecs.iterdecode(blocks, encoding or "utf-8-sig", "replace")
+    return codecs.iterdecode(blocks, encoding or "utf-8-sig", "replace" if encoding else WINDOWS)
 
 
 def _open_member(archive: zipfile.ZipFile, folder: str, name: str) -> Any:
@@ -417,7 +445,6 @@ def _raw(path: str) -> Any:
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
-_ENDINGS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz"}
 _MAGIC = re.compile(
     rb"(?P<gzip>\x1f\x8b\x08)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
 )
@@ -498,7 +525,7 @@ _BEGINNINGS = (
 )  # fmt: skip
 
 
-_TABLE = re.compile(r"\.[ct]sv(?:\.(?:gz|bz2|xz))?$", re.IGNORECASE)
+_TABLE = re.compile(rf"\.[ct]sv{COMPRESSED}$", re.IGNORECASE)
 
 
 def kind_of(head: bytes, path: str = "") -> str:

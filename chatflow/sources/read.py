@@ -17,8 +17,9 @@ from chatflow.errors import UsageError
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import Arrival, Range
 from chatflow.sources.chats import USUAL, Customs
+from chatflow.sources.formats.common import COMPRESSED
 from chatflow.sources.formats.convokit import without_beside
-from chatflow.sources.lines import fault_of, ranges_of, read_lines
+from chatflow.sources.lines import fault_of, ranges_of, read_lines, root_of
 from chatflow.sources.puller import open_puller
 
 PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topics)/[^/]+)")
@@ -45,13 +46,14 @@ class ReadArrivals(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
         read: list[beam.PCollection] = []
         reader: beam.PTransform
+        root = root_of(self.inputs)
         for number, source in enumerate(self.inputs):
             if pubsub := PUBSUB_INPUT.fullmatch(source):
                 name, reader = "ReadMessages", ReadMessages(pubsub[1], self.id_label or None)
             else:
                 name, reader = (
                     "ReadLines",
-                    ReadLines(source, self.max_line_bytes, customs=self.customs),
+                    ReadLines(source, self.max_line_bytes, customs=self.customs, root=root),
                 )
             read.append(begin | f"{name}{number or ''}" >> reader)
         return read | "Flatten" >> beam.Flatten()
@@ -64,16 +66,22 @@ class ReadLines(beam.PTransform):
     Attributes:
       plain: the lines are texts, not JSON.
       customs: see `ReadArrivals`.
+      root: the folder of all inputs, if there are others; see `root_of`.
     """
 
     pattern: str
     max_line_bytes: int = MAX_LINE_BYTES
     plain: bool = False
     customs: Customs = USUAL
+    root: str | None = None
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
         read = functools.partial(
-            read_lines, most=self.max_line_bytes, plain=self.plain, customs=self.customs
+            read_lines,
+            most=self.max_line_bytes,
+            plain=self.plain,
+            customs=self.customs,
+            root=root_of([self.pattern]) if self.root is None else self.root,
         )
         return (
             begin
@@ -142,7 +150,7 @@ def _is_folder(pattern: str) -> bool:
 
 
 _IN_FOLDERS = re.compile(
-    r"(?!\.|manifest\.json)[^/]*\.(?:(?:jsonl|ndjson|json|csv|tsv)(?:\.gz|\.bz2|\.xz)?|parquet|zip)"
+    rf"(?!\.|manifest\.json)[^/]*\.(?:(?:jsonl|ndjson|json|csv|tsv){COMPRESSED}|parquet|zip)"
 )
 
 

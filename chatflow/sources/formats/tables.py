@@ -12,7 +12,6 @@ import functools
 import io
 import itertools
 import json
-import operator
 import re
 import sqlite3
 import tempfile
@@ -21,7 +20,7 @@ from datetime import date, datetime
 from typing import IO, Any, NamedTuple
 
 from chatflow.errors import UsageError
-from chatflow.sources.formats.common import Ours, as_line, without_none
+from chatflow.sources.formats.common import WINDOWS, Ours, as_line, pairs_of, without_none
 from chatflow.sources.privacy import is_private, may_mark, tells_privacy
 
 FIELDS = {
@@ -113,36 +112,25 @@ def _plain(name: str) -> str:
 
 def given_columns(flag: str) -> dict[str, str]:
     """Reads `--columns`; raises `UsageError`."""
-    found = {}
-    for pair in filter(None, map(str.strip, flag.split(","))):
-        ours, equals, theirs = pair.partition("=")
-        if not equals or ours.strip() not in (*FIELDS, PRIVATE):
-            raise UsageError(
-                f"--columns: {pair!r} must be FIELD=COLUMN, and FIELD one of "
-                f"{', '.join((*FIELDS, PRIVATE))}"
-            )
-        found[ours.strip()] = theirs.strip()
-    return found
+    return dict(pairs_of("--columns", flag, "FIELD=COLUMN", (*FIELDS, PRIVATE)))
 
 
 def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
     """Returns the header of a CSV table and its rows; the delimiter is that of the header."""
     csv.field_size_limit(LONGEST_CELL)
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    text = io.TextIOWrapper(stream, "utf-8-sig", WINDOWS, newline="")
     first = text.readline()
     while first and (not first.strip() or first.startswith("sep=")):  # as Excel marks it
         first = text.readline()
     delimiter = max(DELIMITERS, key=first.count)
     reader = csv.reader(itertools.chain([first], text), delimiter=delimiter)
-    header = [_latin(name).strip() for name in next(reader, [])]
+    header = [name.strip() for name in next(reader, [])]
 
     def rows() -> Iterator[Row]:
         width = len(header)
         for number, cells in enumerate(filter(None, reader), 1):
             while len(cells) > width and not cells[-1]:  # a delimiter at the end
                 cells.pop()
-            if not "".join(cells).isascii():
-                cells = [*map(_latin, cells)]
             row: dict[str, Any] = dict(zip(header, cells, strict=False))
             error = ""
             if len(cells) != width:
@@ -152,16 +140,6 @@ def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
             yield Row(number, row, error)
 
     return [name for name in header if name], rows()
-
-
-_NOT_UTF_8 = re.compile("[\udc80-\udcff]")
-
-
-def _latin(text: str) -> str:
-    """Returns a text that is not UTF-8 as Windows writes it (cp1252)."""
-    if not _NOT_UTF_8.search(text):
-        return text
-    return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
@@ -362,17 +340,12 @@ class Groups:
         self._flush()
         if self._threads:
             self._to_roots()
-        self._db.executescript(
-            "CREATE TABLE firsts AS SELECT chat, min(n) AS first FROM rows GROUP BY chat;"
-            "CREATE INDEX of_chat ON rows (chat, n);"
-        )
-        query = (
-            "SELECT f.first, r.chat, r.message, r.others FROM firsts f JOIN rows r USING (chat) "
-            "ORDER BY f.first, r.n"
-        )
-        for first, rows in itertools.groupby(self._db.execute(query), operator.itemgetter(0)):
-            listed = [*rows]
-            yield first, listed[0][1], [row[2] for row in listed], listed[0][3]
+        self._db.execute("CREATE INDEX of_chat ON rows (chat, n)")
+        firsts = "SELECT min(n), chat FROM rows GROUP BY chat ORDER BY 1"
+        of_chat = "SELECT message, others FROM rows WHERE chat = ? ORDER BY n"
+        for first, chat in self._db.execute(firsts):  # ids alone: sorting messages takes long
+            rows = self._db.execute(of_chat, (chat,)).fetchall()
+            yield first, chat, [message for message, _ in rows], rows[0][1]
 
     def _to_roots(self) -> None:
         """Gives each message the id of the one that its thread begins with.

@@ -294,6 +294,15 @@ def test_a_text_of_whatsapp_is_found_without_marks_and_survives_odd_lines(file):
     assert "99:10:00" in chat.messages[-1].text or "99:10:00" in chat.messages[-1].original
 
 
+def test_a_text_of_whatsapp_may_be_in_windows_letters(file):
+    text = "[15/01/24, 10:30:45] Zoë: “Größe” 42?\n[15/01/24, 10:31:02] Shop: Grüße\n"
+    (chat,) = chats_in(file(text.encode("cp1252"), "x.txt"))[0].values()
+    assert [(m.user_id, m.text) for m in chat.messages] == [
+        ("Zoë", "“Größe” 42?"),
+        ("Shop", "Grüße"),
+    ]
+
+
 def test_a_zip_of_whatsapp_is_its_text_without_what_lies_beside(tmp_path):
     path = tmp_path / "WhatsApp Chat - Ann.zip"
     with zipfile.ZipFile(path, "w") as archive:

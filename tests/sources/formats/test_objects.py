@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import zipfile
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
@@ -16,8 +17,9 @@ from chatflow.pipeline import plan
 from chatflow.records import Arrival, Chat, Range
 from chatflow.running.launch import execute
 from chatflow.sources.formats import FORMATS, as_ours
-from chatflow.sources.lines import read_lines
+from chatflow.sources.lines import read_lines, root_of
 from chatflow.sources.parse import parse_arrival
+from chatflow.sources.read import check_input
 
 CX_INSIGHTS = {
     "conversation_info": {"categories": [{"display_name": "Billing"}]},
@@ -156,9 +158,9 @@ SAMPLES = {
 }  # fmt: skip
 
 
-def chats_of(value, source=""):
+def chats_of(value, name=""):
     counts = Counter()
-    found = parse_arrival(Arrival(json.dumps(value).encode(), source=source), timedelta(1),
+    found = parse_arrival(Arrival(json.dumps(value).encode(), name=name), timedelta(1),
                           counts=counts)  # fmt: skip
     return found, counts
 
@@ -171,7 +173,7 @@ def test_every_format_has_a_sample():
 def test_a_chat_says_what_its_customer_and_staff_said(name):
     """Notes and system lines are kept, marked, and are in no prompt."""
     assert [key for key, known in FORMATS.items() if known.fits(SAMPLES[name])][:1] == [name]
-    (chat, *_), counts = chats_of(SAMPLES[name], "a/export-7.json")
+    (chat, *_), counts = chats_of(SAMPLES[name], "export-7")
     assert isinstance(chat, Chat)
     said = [message.text for message in chat.said]
     assert said[:1] == (["Hello, how can I help?"] if name == "cx_insights" else said[:1])
@@ -200,7 +202,7 @@ def test_a_chat_says_what_its_customer_and_staff_said(name):
     ],
 )  # fmt: skip
 def test_ids_and_what_else_is_known_are_kept(name, chat_id, attributes):
-    (chat, *_), _ = chats_of(SAMPLES[name], "a/export-7.json")
+    (chat, *_), _ = chats_of(SAMPLES[name], "export-7")
     assert (chat.chat_id, chat.attributes) == (chat_id, attributes)
 
 
@@ -325,7 +327,7 @@ def test_a_file_of_each_is_found_by_itself(tmp_path, name, indent):
     arrivals = [*read_lines(Range(str(path)), 100_000)]
     assert len(arrivals) == (2 if name == "zendesk" else 1)
     chats = [one for arrival in arrivals for one in parse_arrival(arrival, timedelta(1))]
-    assert chats == chats_of(SAMPLES[name], str(path))[0]
+    assert chats == chats_of(SAMPLES[name], "export")[0]
 
 
 def test_one_command_reads_an_array_of_several_formats(tmp_path, script):
@@ -347,6 +349,31 @@ def test_a_format_can_be_said(tmp_path):
     assert as_ours(OPENAI, format="chatflow") is None
     with pytest.raises(UsageError, match=r"--input_format=xml: must be one of auto, chatflow"):
         plan(Options(input="x", output="y", input_format="xml"), NO_CLOUD)
+
+
+@pytest.mark.parametrize("form", ["glob", "two", "zip", "zips"])
+def test_files_of_one_name_in_two_folders_are_two_chats(tmp_path, form):
+    for folder in ("march", "april"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.json").write_text(json.dumps(CX_INSIGHTS))
+        with zipfile.ZipFile(tmp_path / f"{folder}.zip", "w") as archive:
+            archive.write(tmp_path / folder / "1.json", "1.json")
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for folder in ("march", "april"):
+            archive.write(tmp_path / folder / "1.json", f"{folder}/1.json")
+    inputs = {
+        "glob": f"{tmp_path}/*/1.json",
+        "two": f"{tmp_path}/march/1.json,{tmp_path}/april/1.json",
+        "zip": f"{tmp_path}/export.zip",
+        "zips": f"{tmp_path}/[am]*.zip",
+    }[form]
+    paths = check_input(inputs)
+    root = root_of(inputs.split(","))
+    arrivals = [one for path in paths for one in read_lines(Range(path), 100_000, root=root)]
+    chats = [one for arrival in arrivals for one in parse_arrival(arrival, timedelta(1))]
+    assert {chat.chat_id for chat in chats} == {"march/1", "april/1"}
+    (alone,) = read_lines(Range(f"{tmp_path}/march/1.json"), 100_000)
+    assert parse_arrival(alone, timedelta(1))[0].chat_id == "1"
 
 
 NAMES = [
