@@ -113,6 +113,14 @@ def _show(as_json: bool, counts: Counter[str], written: list[str], first_error: 
     from rich.console import Console
     from rich.table import Table
 
+    from chatflow.sources.formats.objects import described
+
+    def under(prefix: str) -> dict[str, int]:
+        return {name[len(prefix) :]: n for name, n in counts.items() if name.startswith(prefix)}
+
+    if formats := under("formats/"):
+        found = described(formats, under("input/"), counts["messages"])
+        Console(stderr=True, highlight=False).print(found, soft_wrap=True, markup=False)
     table = Table(title="Imported", show_header=False)
     for name, count in counts.items():
         table.add_row(

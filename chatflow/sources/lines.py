@@ -328,7 +328,8 @@ class _Reader:
 
     def _ours(self, chats: Iterator[tuple[int, Any]], kind: str, unit: str) -> Iterator[Arrival]:
         for number, value in chats:
-            metrics.count(f"formats/{kind}")
+            if isinstance(value, bytes) or value["chat_id"] is not None:
+                metrics.count(f"formats/{kind}")
             source = f"{self.part.path}, {unit} {number}"
             line = value if isinstance(value, bytes) else as_line(value)
             yield Arrival(line, source=source, number=number)

@@ -17,6 +17,7 @@ from chatflow.pipeline import plan
 from chatflow.records import Arrival, Chat, Range
 from chatflow.running.launch import execute
 from chatflow.sources.formats import FORMATS, as_ours
+from chatflow.sources.formats.objects import described
 from chatflow.sources.lines import read_lines, root_of
 from chatflow.sources.parse import parse_arrival
 from chatflow.sources.read import check_input
@@ -339,6 +340,13 @@ def test_one_command_reads_an_array_of_several_formats(tmp_path, script):
     assert (counts["lost"], counts["dead_letters"], counts["analysed"]) == (0, 0, 10)
     assert counts["formats"] == {name: 2 if name == "zendesk" else 1 for name in SAMPLES}
     assert len({one["chat_id"] for one in read(f"{tmp_path}/out", "analyses")}) == 10
+
+
+def test_what_was_found_is_one_sentence():
+    found = described({"zendesk": 1204}, {"private_notes": 212, "fields_dropped": 3}, 10_093)
+    assert found == ("Zendesk export: 1,204 tickets; 9,881 messages, 212 private notes left out")
+    several = described({"slack": 1, "csv": 2}, {"system_messages": 1})
+    assert several == "Slack export: 1 thread; CSV export: 2 chats; 1 system message left out"
 
 
 def test_a_format_can_be_said(tmp_path):
