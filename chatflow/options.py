@@ -123,8 +123,9 @@ class Places(Settings):
     )  # fmt: skip
     input_format: str = flag(
         "auto", "The format of the input, if it is not to be found by what it begins with: "
-        "chatflow (its own JSON), csv, parquet, slack, whatsapp, or JSON of cx_insights, "
-        "contact_lens, zendesk, intercom, chatwoot, telegram, openai or sharegpt.", _DATA,
+        "chatflow (its own JSON), csv, parquet, slack, whatsapp, convokit, or JSON of "
+        "cx_insights, contact_lens, genesys, zendesk, intercom, chatwoot, telegram, openai or "
+        "sharegpt.", _DATA,
     )  # fmt: skip
     columns: str = flag(
         "", "Which column of a table is what, as FIELD=COLUMN,…; fields are chat, text, who (the "

@@ -218,7 +218,8 @@ class Arrival(NamedTuple):
 
     `attributes`, `message_id` and `published_at` are the Pub/Sub message's, empty for files.
     `source` says where in which file the line is, and `number` is the line's, from 1, or 0 if it is
-    not known. With a `fault` there is no line.
+    not known; `name` is that of a file with nothing but this line, among those that were read with
+    it. With a `fault` there is no line.
     """
 
     line: bytes
@@ -227,6 +228,7 @@ class Arrival(NamedTuple):
     published_at: datetime | None = None
     source: str = ""
     number: int = 0
+    name: str = ""
     fault: Fault | None = None
 
     def read(self) -> bytes:

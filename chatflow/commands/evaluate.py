@@ -16,7 +16,7 @@ from chatflow.options import Parser, add_flags, number
 
 DESCRIPTION = """
 Runs the pipeline on labelled chats and compares. A label is the field `sentiment`
-(-1, 0 or 1) of a chat.
+(-1, 0 or 1) of a chat; in a table, a column of this name in the chat's first row.
 
   chatflow evaluate labelled.jsonl
   chatflow evaluate labelled.jsonl --compare prompts=my-prompts --report report.html
@@ -82,8 +82,10 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.evaluation.page import write_page
     from chatflow.evaluation.tables import show
     from chatflow.evaluation.variants import answered, variants_of
+    from chatflow.options import from_flags
+    from chatflow.sources.chats import customs_by
 
-    labels = read_labels(parsed.labelled)
+    labels = read_labels(parsed.labelled, customs_by(from_flags(parsed)))
     if parsed.fit_bias and len({label.sentiment for label in labels.values()}) < len(CLASSES):
         raise UsageError(f"--fit_bias: {parsed.labelled!r} must have labels of all three tones")
     if parsed.fit_bias and parsed.inference == "remote":

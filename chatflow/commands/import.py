@@ -48,12 +48,12 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.records import Chat, Range
     from chatflow.sinks.files import check_writable
     from chatflow.sources.chats import customs_by
-    from chatflow.sources.lines import about, read_lines
+    from chatflow.sources.lines import about, read_lines, root_of
     from chatflow.sources.parse import parse_arrival
-    from chatflow.sources.read import check_input
+    from chatflow.sources.read import check_input, split_inputs
 
     customs = customs_by(from_flags(parsed))
-    paths = check_input(parsed.file, customs)
+    paths, root = check_input(parsed.file, customs), root_of(split_inputs(parsed.file))
     folder = os.path.dirname(os.path.abspath(parsed.output))
     check_writable(folder, "OUTPUT")
     letters_in = f"{parsed.output.removesuffix('.jsonl')}.dead_letters.jsonl"
@@ -75,7 +75,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         for path in paths:
             if found := about(path, customs):
                 console.print(f"{path} is {found}", soft_wrap=True)
-            for arrival in read_lines(Range(path), MAX_LINE_BYTES, customs=customs):
+            for arrival in read_lines(Range(path), MAX_LINE_BYTES, customs=customs, root=root):
                 counts["lines"] += 1
                 own: Counter[str] = Counter()
                 try:
@@ -113,6 +113,14 @@ def _show(as_json: bool, counts: Counter[str], written: list[str], first_error: 
     from rich.console import Console
     from rich.table import Table
 
+    from chatflow.sources.formats.objects import described
+
+    def under(prefix: str) -> dict[str, int]:
+        return {name[len(prefix) :]: n for name, n in counts.items() if name.startswith(prefix)}
+
+    if formats := under("formats/"):
+        found = described(formats, under("input/"), counts["messages"])
+        Console(stderr=True, highlight=False).print(found, soft_wrap=True, markup=False)
     table = Table(title="Imported", show_header=False)
     for name, count in counts.items():
         table.add_row(

@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 
 from chatflow.errors import UsageError
-from chatflow.options import Parser
+from chatflow.options import Parser, add_flags
 
 DESCRIPTION = """
-Publishes each line of a file, or of several (a glob), as a message.
+Publishes each line of a file, or of several (a glob), as a message. Of a file in another format
+that `chatflow run` reads, each chat is a line.
 
   chatflow publish chats.jsonl --topic projects/P/topics/events --rate 10 --as_messages
 """
@@ -26,7 +27,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="JSON Lines: chats, messages, anything; one file, a folder or a 'glob'",
+        help="JSON Lines (chats, messages, anything) or an export; one file, a folder or a 'glob'",
     )
     parser.add_argument("--topic", required=True, help="projects/PROJECT/topics/NAME")
     parser.add_argument(
@@ -37,12 +38,14 @@ def add_arguments(parser: Parser) -> None:
         help="send each chat as if it happened now: its single messages, then its end",
     )
     parser.add_argument("--summary", choices=("table", "json"), default="table")
+    add_flags(parser, only=("input_format", "columns"))
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from chatflow.options import from_flags
     from chatflow.running.publishing import (
         Replay,
         as_they_are,
@@ -52,18 +55,21 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         send,
     )
     from chatflow.sinks.pubsub import PUBSUB_TOPIC
+    from chatflow.sources.chats import customs_by
 
     if not (topic := PUBSUB_TOPIC.fullmatch(parsed.topic)):
         raise UsageError(f"--topic={parsed.topic}: must be projects/PROJECT/topics/NAME")
     if not 0 <= parsed.rate < math.inf:
         raise UsageError(f"--rate={parsed.rate}: must be at least 0")
-    raw = read_lines(parsed.file)
-    lines = as_they_are(raw)
+    customs = customs_by(from_flags(parsed))
+    raw = read_lines(parsed.file, customs=customs)
+    lines = as_they_are(raw, customs)
     total = sum(1 for _ in raw)  # before anything is sent, all must be there to be read
     if parsed.as_messages:
-        lines = itertools.chain(as_they_are(others_in(raw)), Replay(chats_in(raw)))
+        others = as_they_are(others_in(raw, customs), customs)
+        lines = itertools.chain(others, Replay(chats_in(raw, customs)))
         # A chat is its messages and its end.
-        total += sum(len(chat.messages) for chat in chats_in(raw))
+        total += sum(len(chat.messages) for chat in chats_in(raw, customs))
     console = Console(stderr=True)
     started = time.monotonic()
     columns = (TextColumn("published"), BarColumn(), MofNCompleteColumn())

@@ -42,7 +42,9 @@ PASSES_FLAGS_ON = True
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--chats", default="samples/chats.jsonl", help="chats to replay (default: %(default)s)"
+        "--chats",
+        default="samples/chats.jsonl",
+        help="chats to replay, in a format that `run` reads (default: %(default)s)",
     )
     parser.add_argument(
         "--rate", type=float, default=1.0, help="messages a second (default: %(default)s)"
@@ -218,13 +220,16 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     from chatflow.running.emulator import emulator, make_topics, subscription_of
     from chatflow.running.launch import failures, prepare, sigterm_interrupts
     from chatflow.running.summary import Summary
+    from chatflow.sources.chats import customs_of
     from chatflow.sources.puller import follow
 
     if not 0 < parsed.rate < math.inf:
         raise UsageError(f"--rate={parsed.rate}: must be more than 0")
-    chats, others = publishing.chats_of(publishing.read_lines(parsed.chats, "--chats"))
+    customs = customs_of(parsed.roles, parsed.placeholders, parsed.input_format, parsed.columns)
+    read = publishing.read_lines(parsed.chats, "--chats", customs)
+    chats, others = publishing.chats_of(read, customs)
     if others or not chats:
-        found = f"{len(others)} lines are not chats" if others else "has no chats"
+        found = f"{len(others)} lines or rows are not chats" if others else "has no chats"
         raise UsageError(f"--chats={parsed.chats}: {found}")
     parsed.input = subscription_of(EVENTS)
     for kind, topic in (("analyses", ANALYSES), ("drafts", DRAFTS), ("dead_letters", DEAD_LETTERS)):

@@ -6,15 +6,16 @@ import dataclasses
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from chatflow.errors import UsageError
-from chatflow.records import Chat, Sentiment, load_object
-from chatflow.sources.chats import read_chat
-from chatflow.sources.lines import numbered
+from chatflow.records import Arrival, Chat, Sentiment, load_object
+from chatflow.sources.chats import USUAL, Customs, read_chat
+from chatflow.sources.formats.objects import as_ours
+from chatflow.sources.lines import whole
 
 TONES = {"angry": -1, "neutral": 0, "happy": 1}
 """What the words of `labels.tone` stand for, as in chatflow's own prompts."""
@@ -47,37 +48,54 @@ class Label:
         return "\n".join(self.chat.texts_of(self.user_id))
 
 
-def read_labels(path: str) -> dict[Key, Label]:
-    """Returns the labels of a file of chats by (chat, user), without lines that have none.
+def read_labels(path: str, customs: Customs = USUAL) -> dict[Key, Label]:
+    """Returns the labels of a file of chats by (chat, user), without those that have none.
 
     Raises:
-      UsageError: the file cannot be read or has no label, or a line's is unusable; names the line.
+      UsageError: the file cannot be read or has no label, or a chat's is unusable; names the line.
     """
     labels: dict[Key, Label] = {}
-    lines_of: dict[Key, int] = {}
-    for number, line in numbered(path):
+    places: dict[Key, str] = {}
+    for arrival in whole(path, customs=customs):
+        where = arrival.source.replace(", line ", ":")
         try:
-            value = load_object(line)
-            chat = read_chat(value)
-            gold = {**value.get("gold", {}), **value.get("labels", {})}
-            tone = value.get("sentiment", gold.get("sentiment", TONES.get(str(gold.get("tone")))))
-            if tone is None:
-                continue
-            source = str(value.get("source", "")).split("-")[0]
-            label = Label(Sentiment(tone), source, chat, gold)
+            found = [*_labels_in(arrival, customs)]
         except Exception as error:  # whatever a line does to the parser, it is named
-            raise UsageError(f"{path}:{number}: {error}") from None
-        if len(chat.users()) != 1:
-            raise UsageError(f"{path}:{number}: has a label and several customers; give user_id")
-        key = chat.chat_id, label.user_id
-        if (earlier := lines_of.setdefault(key, number)) != number:
-            raise UsageError(f"{path}:{number}: the same chat and user as in line {earlier}")
-        labels[key] = label
+            raise UsageError(f"{where}: {error}") from None
+        for label in found:
+            if len(label.chat.users()) != 1:
+                raise UsageError(f"{where}: has a label and several customers; give user_id")
+            key = label.chat.chat_id, label.user_id
+            if key in places:
+                earlier = places[key].replace(f"{path}:", "line ")
+                raise UsageError(f"{where}: the same chat and user as in {earlier}")
+            labels[key], places[key] = label, where
     if not labels:
         raise UsageError(
-            f"{path!r} has no chat with a label; a label is the field sentiment, or tone in labels"
+            f"{path!r} has no chat with a label; a label is the field sentiment, or tone in "
+            "labels; in a table, the column sentiment"
         )
     return labels
+
+
+def _labels_in(arrival: Arrival, customs: Customs) -> Iterator[Label]:
+    """Yields the labels of a chat, or of those that an object of another format holds."""
+    value = load_object(arrival.line)
+    if value.get("chat_id") is None and "row" in value:
+        raise ValueError(value.get("error"))
+    found = as_ours(value, arrival.name, customs.format)
+    for one in found.values if found else [value]:
+        chat = read_chat(one, customs)
+        about = {**value, **one} if found and len(found.values) == 1 else one
+        gold = {**about.get("gold", {}), **about.get("labels", {})}
+        tone = about.get("sentiment", gold.get("sentiment", TONES.get(str(gold.get("tone")))))
+        if tone is None and ", row " in arrival.source:  # other columns are attributes
+            word = chat.attributes.get("sentiment")
+            tone = word and TONES.get(word.strip().casefold(), word)
+        if tone is not None:
+            number: Any = float(tone) if isinstance(tone, str) else tone
+            begins = str(about.get("source", "")).split("-")[0]
+            yield Label(Sentiment(number), begins, chat, gold)
 
 
 class NearCopy(NamedTuple):

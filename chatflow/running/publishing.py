@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from chatflow.errors import UsageError, one_line
 from chatflow.records import Arrival, Chat, Event, now
 from chatflow.sinks.pubsub import ordering_key, publisher, wait_published
+from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.lines import numbered
 from chatflow.sources.parse import parse_arrival
 from chatflow.sources.read import files_of
@@ -31,37 +32,41 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """The non-blank lines of files, read again by each iteration; raises as `numbered` does."""
+    """The non-blank lines of files, read again by each iteration; raises as `numbered` does.
+
+    Files of other formats than JSON Lines become lines, a chat each.
+    """
 
     paths: Sequence[str]
     flag: str
+    customs: Customs
 
     def __iter__(self) -> Iterator[bytes]:
         for path in self.paths:
-            for _, line in numbered(path, self.flag):
+            for _, line in numbered(path, self.flag, self.customs):
                 yield line
 
 
-def read_lines(pattern: str, flag: str = "FILE") -> Iterable[bytes]:
+def read_lines(pattern: str, flag: str = "FILE", customs: Customs = USUAL) -> Iterable[bytes]:
     """Returns the non-blank lines of files, which each iteration reads again; of pipes, a list.
 
     Raises `UsageError` if there is no file; iterating it, if one cannot be read to its end.
     """
-    lines = Lines(files_of(pattern, flag), flag)
+    lines = Lines(files_of(pattern, flag), flag, customs)
     pipes = [path for path in lines.paths if "://" not in path and not os.path.isfile(path)]
     return list(lines) if pipes else lines
 
 
-def as_they_are(lines: Iterable[bytes]) -> Iterator[Line]:
+def as_they_are(lines: Iterable[bytes], customs: Customs = USUAL) -> Iterator[Line]:
     """Yields each line as a message, whatever it contains; its chat's id is the key."""
     for line in lines:
-        read = _parse(line)
+        read = _parse(line, customs)
         yield Line(line, read[0].chat_id if read else "")
 
 
-def _parse(line: bytes) -> list[Chat | Event]:
+def _parse(line: bytes, customs: Customs) -> list[Chat | Event]:
     try:
-        return parse_arrival(Arrival(line), timedelta(0))
+        return parse_arrival(Arrival(line), timedelta(0), customs)
     except Exception:  # whatever a line does to the parser, it is sent
         return []
 
@@ -115,19 +120,21 @@ def _line(event: Event) -> bytes:
     return event.to_line().encode()
 
 
-def chats_of(lines: Iterable[bytes]) -> tuple[list[Chat], list[bytes]]:
+def chats_of(lines: Iterable[bytes], customs: Customs = USUAL) -> tuple[list[Chat], list[bytes]]:
     """Returns the whole chats among lines, and the other lines; reads them twice."""
-    return [*chats_in(lines)], [*others_in(lines)]
+    return [*chats_in(lines, customs)], [*others_in(lines, customs)]
 
 
-def chats_in(lines: Iterable[bytes]) -> Iterator[Chat]:
+def chats_in(lines: Iterable[bytes], customs: Customs = USUAL) -> Iterator[Chat]:
     """Yields the whole chats among lines."""
-    return (one for line in lines for one in _parse(line) if isinstance(one, Chat))
+    return (one for line in lines for one in _parse(line, customs) if isinstance(one, Chat))
 
 
-def others_in(lines: Iterable[bytes]) -> Iterator[bytes]:
+def others_in(lines: Iterable[bytes], customs: Customs = USUAL) -> Iterator[bytes]:
     """Yields the lines that are not whole chats."""
-    return (line for line in lines if not any(isinstance(one, Chat) for one in _parse(line)))
+    for line in lines:
+        if not any(isinstance(one, Chat) for one in _parse(line, customs)):
+            yield line
 
 
 def send(

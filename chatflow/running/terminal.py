@@ -16,6 +16,7 @@ from chatflow import metrics
 from chatflow.errors import BadInputError
 from chatflow.records import Analysis, DeadLetter, Draft, Record, Reply, open_record
 from chatflow.running.summary import DISTRIBUTIONS, TONE_STYLES, Summary, read_records
+from chatflow.sources.formats.objects import described
 
 
 def results_table(summary: Summary, most: int) -> Table:
@@ -83,7 +84,7 @@ def counts_table(summary: Summary) -> Table:
     rows = {
         "lines read": f"{values['lines_read']:,}, of these {values['chats_read']:,} chats"
         f" and {values['messages_read']:,} messages",
-        "formats": listed(_spaced(values["formats"])),
+        "found": described(values["formats"], values["input"]),
         "assembled": f"{values['chats_assembled']:,} chats and revisions of messages",
         "analysed": f"{values['analysed']:,} of {values['asked']:,} users asked about: "
         + listed(values["sentiment"]),
@@ -99,7 +100,7 @@ def counts_table(summary: Summary) -> Table:
         "lost": f"{values['lost']:,}",
     }
     if not values["formats"]:
-        del rows["formats"]
+        del rows["found"]
     if values["redacted"]:
         rows["redacted"] = listed(_spaced(values["redacted"]))
     if values["skipped"]:

@@ -28,6 +28,7 @@ from chatflow.records import (
     newest_revision,
     validate,
 )
+from chatflow.sources.formats.common import pairs_of
 from chatflow.sources.formats.objects import ALL
 from chatflow.sources.formats.tables import given_columns
 from chatflow.sources.privacy import PRIVATE_KINDS, is_private, word
@@ -83,14 +84,8 @@ def customs_of(roles: str, placeholders: str, format: str = "auto", columns: str
     """
     if format not in ALL:
         raise UsageError(f"--input_format={format}: must be one of {', '.join(ALL)}")
-    own = {}
-    for pair in filter(None, map(str.strip, roles.split(","))):
-        theirs, equals, ours = pair.rpartition("=")
-        if not equals or not theirs.strip() or ours.strip() not in OURS:
-            raise UsageError(
-                f"--roles: {pair!r} must be THEIRS=OURS, and OURS one of {', '.join(OURS)}"
-            )
-        own[word(theirs)] = ours.strip()
+    given = pairs_of("--roles", roles, "THEIRS=OURS", OURS, last=True)
+    own = {word(theirs): ours for ours, theirs in given}
     texts: list[str] = []
     if placeholders:
         try:

@@ -21,7 +21,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from apache_beam.io.filesystem import CompressionTypes
@@ -32,9 +32,10 @@ from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 from chatflow.sources.chats import USUAL, Customs
-from chatflow.sources.formats import slack, tables, whatsapp
-from chatflow.sources.formats.common import name_in
+from chatflow.sources.formats import convokit, slack, tables, whatsapp
+from chatflow.sources.formats.common import COMPRESSED, COMPRESSIONS, WINDOWS, as_line, name_in
 from chatflow.sources.formats.objects import OURS, as_ours
+from chatflow.sources.formats.values import Element, elements, pairs
 
 BLOCK = 1 << 20
 RANGE = 64 << 20
@@ -59,7 +60,11 @@ def ranges_of(path: str, size: int, customs: Customs = USUAL) -> list[Range]:
 
 
 def read_lines(
-    part: Range, most: int, plain: bool = False, customs: Customs = USUAL
+    part: Range,
+    most: int,
+    plain: bool = False,
+    customs: Customs = USUAL,
+    root: str | None = None,
 ) -> Iterator[Arrival]:
     """Yields the lines of a part of a file that are not blank, and the faults.
 
@@ -67,8 +72,23 @@ def read_lines(
       most: a line of more bytes is left out, as a fault.
       plain: the lines are texts, not JSON.
       customs: the format of the file, and what the columns of a table are.
+      root: the folder of all files that are read, if not the file's; see `root_of`.
     """
-    return _Reader(part, most, customs).all(plain)
+    return _Reader(part, most, customs, root=root).all(plain)
+
+
+def root_of(inputs: Sequence[str]) -> str:
+    """Returns the folder, or the archive, in which the files of several patterns lie.
+
+    By their places in it, files of one name in several folders have names that tell them apart.
+    """
+    folders = []
+    for pattern in inputs:
+        fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        is_folder = fixed == pattern and (pattern.endswith(".zip") or os.path.isdir(pattern))
+        folders.append((fixed if is_folder else fixed.rpartition("/")[0]).rstrip("/").split("/"))
+    shared = itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in shared)
 
 
 def numbered(
@@ -80,12 +100,17 @@ def numbered(
 
     Raises `UsageError`, with the `flag` that names the file, if it cannot be read to its end.
     """
+    return ((arrival.number, arrival.line) for arrival in whole(path, flag, customs))
+
+
+def whole(path: str, flag: str = "", customs: Customs | None = None) -> Iterator[Arrival]:
+    """Yields the lines of a file as `numbered` does, each with its place."""
     plain = customs is None
     most = LARGEST_INTEGER if plain else MAX_LINE_BYTES
     for arrival in read_lines(Range(path), most, plain, customs or USUAL):
         if arrival.fault is not None:
             raise UsageError(f"{flag}: {arrival.fault.message}" if flag else arrival.fault.message)
-        yield arrival.number, arrival.line
+        yield arrival
 
 
 def fault_of(path: str, customs: Customs = USUAL) -> Fault | None:
@@ -118,22 +143,32 @@ _MEDIA = re.compile(
 """What messengers put beside a chat."""
 _HIDDEN = re.compile(r"(?:^|/)(?:\.|__)|/$")
 """Files of an archive that are none of its content, and its folders."""
-_ONE_OBJECT = re.compile(r"\.json(?:\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
-_BETWEEN = re.compile(r"[\s,]*")
+_ONE_OBJECT = re.compile(rf"\.json{COMPRESSED}$", re.IGNORECASE)
 _DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 class _Reader:
     """Reads a part of a file; `offset` is how far, in bytes without compression, and `lines`.
 
-    With `only_check`, tables and archives are opened, but not read.
+    With `only_check`, tables and archives are opened, but not read. `beside` opens a file of the
+    same folder, if it is there.
     """
 
-    def __init__(self, part: Range, most: int, customs: Customs = USUAL, only_check: bool = False):
+    def __init__(
+        self,
+        part: Range,
+        most: int,
+        customs: Customs = USUAL,
+        only_check: bool = False,
+        beside: Callable[[str], Any] | None = None,
+        root: str | None = None,
+    ):
         self.part, self.most, self.customs = part, most, customs
-        self.only_check = only_check
+        self.only_check, self.open_beside = only_check, beside or self._open_beside
+        self.root = root_of([part.path]) if root is None else root
         self.offset, self.lines = 0, 0
         self.compression = self.about = ""
+        self.unit = "lines"
 
     def all(
         self, plain: bool = False, opened: Callable[[], Any] | None = None
@@ -150,7 +185,7 @@ class _Reader:
         stream = io.BufferedReader(file, _HEAD)
         head = stream.peek(_HEAD)
         self.compression = _compression(head)
-        ending = _ENDINGS.get(path.rpartition(".")[2].lower())
+        ending = COMPRESSIONS.get(path.rpartition(".")[2].lower())
         if ending and not self.compression and head and not head.lstrip().startswith(b"{"):
             yield self.fault(CORRUPT, f"{path} is not {ending}, although its name says so")
             return
@@ -200,13 +235,14 @@ class _Reader:
                 yield from self._ours(slack.read(archive), "slack", "message")
                 return
             faults: list[Arrival] = []
-            for name in names:
+            for name in convokit.without_beside(names):
                 if _MEDIA.search(name):
                     if not self.only_check:
                         metrics.count("input/attachments")
                     continue
                 within = Range(f"{path}/{name}")
-                inner = _Reader(within, self.most, self.customs, self.only_check)
+                beside = functools.partial(_open_member, archive, name.rpartition("/")[0])
+                inner = _Reader(within, self.most, self.customs, self.only_check, beside, self.root)
                 for arrival in inner.all(opened=functools.partial(archive.open, name)):
                     fault = arrival.fault
                     found = arrival._replace(fault=fault and fault._replace(part=self.part))
@@ -224,9 +260,14 @@ class _Reader:
             self.about = whatsapp.TITLE
             if self.only_check:
                 return
-            lines = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="\n")
+            lines = io.TextIOWrapper(stream, "utf-8-sig", WINDOWS, newline="\n")
             chats = enumerate(whatsapp.read(lines, self._name), 1)
             yield from self._ours(chats, "whatsapp", "chat")
+            return
+        if kind == "convokit":
+            self.about = convokit.TITLE
+            if not self.only_check:
+                yield from self.of_corpus(stream)
             return
         try:
             if kind == "csv":
@@ -241,22 +282,59 @@ class _Reader:
         if not self.only_check:
             yield from self._ours(tables.chats_in(rows, columns), kind, "row")
 
+    def of_corpus(self, stream: Any) -> Iterator[Arrival]:
+        """Yields the conversations of a corpus, by its utterances."""
+        plain = _Reader(self.part, self.most, Customs(format=OURS))
+        found = None
+        if stream.peek(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            found = plain.values(stream, "")
+        faults: list[Arrival] = []
+
+        def lines() -> Iterator[tuple[int, bytes]]:
+            try:
+                for arrival in found or plain.of_lines(stream, seekable=False):
+                    if arrival.fault:
+                        faults.append(arrival)
+                    else:
+                        yield arrival.number, arrival.line
+            except Exception as error:  # what was read before it is kept
+                faults.append(plain.broken(error))
+
+        yield from self._ours(convokit.read(lines(), self._beside), "convokit", "utterance")
+        yield from faults
+
+    def _beside(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yields the names and values of an object in a file beside this one, if there is one."""
+        if (opened := self.open_beside(name)) is not None:
+            with opened as file:
+                yield from pairs(_pieces(file), self.most)
+
+    def _open_beside(self, name: str) -> Any:
+        path = f"{self.part.path.removesuffix(self.part.path.rpartition('/')[2])}{name}"
+        return _raw(path) if FileSystems.exists(path) else None
+
     @property
     def _name(self) -> str:
-        """The name of the file without its ending, or of the archive that holds nothing else."""
-        *folders, last = self.part.path.split("/")
-        name = name_in(last)
-        if name == "_chat" and folders and folders[-1].endswith(".zip"):
-            return folders[-1].removesuffix(".zip")
-        return name
+        """The place of the file in `root` without endings; that of the archive of a `_chat`."""
+        path = self.part.path
+        if path.startswith(f"{self.root}/"):
+            path = path[len(self.root) + 1 :]
+        elif self.root:
+            path = path.rpartition("/")[2]
+        if name_in(path) == "_chat":
+            folder = path.rpartition("/")[0] or self.root.rpartition("/")[2]
+            path = folder if folder.endswith(".zip") else path
+        return "/".join(map(name_in, path.split("/")))
 
     def _ours(self, chats: Iterator[tuple[int, Any]], kind: str, unit: str) -> Iterator[Arrival]:
         for number, value in chats:
-            metrics.count(f"formats/{kind}")
+            if isinstance(value, bytes) or value["chat_id"] is not None:
+                metrics.count(f"formats/{kind}")
             source = f"{self.part.path}, {unit} {number}"
-            yield Arrival(_as_line(value), source=source, number=number)
+            line = value if isinstance(value, bytes) else as_line(value)
+            yield Arrival(line, source=source, number=number)
 
-    def each(self, text: bytes, source: str, number: int = 0) -> Iterator[Arrival]:
+    def each(self, text: bytes, source: str, number: int, name: str) -> Iterator[Arrival]:
         """Yields a line, or a line for each of the chats that an object of another format holds."""
         if b'"chat_id"' not in text and self.customs.format != OURS:
             with contextlib.suppress(ValueError, RecursionError, BadInputError):
@@ -265,9 +343,9 @@ class _Reader:
                 if found is not None and len(found.values) > 1:
                     metrics.count(f"formats/{found.format}", len(found.values))
                     for one in found.values:
-                        yield Arrival(_as_line(one), source=source, number=number)
+                        yield Arrival(as_line(one), source=source, number=number)
                     return
-        yield Arrival(text, source=source, number=number)
+        yield Arrival(text, source=source, number=number, name=name)
 
     def of_lines(self, stream: Any, seekable: bool) -> Iterator[Arrival]:
         """Yields lines; of one that is too long, a block at a time is kept in memory."""
@@ -290,46 +368,50 @@ class _Reader:
             text = line.rstrip(b"\r\n")
             if len(text) > self.most:
                 whole = Range(path, at, at + length)
-                message = f"the line has {length} bytes, more than --max_line_bytes={self.most}"
+                message = f"{path}: a line has {length} bytes, more than "
+                message += f"--max_line_bytes={self.most}"
                 yield Arrival(b"", fault=Fault("line_too_long", message, whole))
             elif text.removeprefix(codecs.BOM_UTF8).strip():
                 number = 0 if start else self.lines + 1
                 source = f"{path}, line {number}" if number else f"{path}, byte {at}"
+                name = ""
                 if number == 1 and _ONE_OBJECT.search(path):
-                    source = path
-                yield from self.each(text, source, number)
+                    source, name = path, self._name
+                yield from self.each(text, source, number, name)
             self.lines += 1
 
-    def values(self, stream: Any, encoding: str) -> list[Arrival] | None:
+    def values(self, stream: Any, encoding: str) -> Iterator[Arrival] | None:
         """Returns the elements of a JSON array, or objects over several lines, as lines.
 
         Returns None if it is not JSON after all, with the stream at its start.
         """
-        raw = stream.read(self.most + 1)
-        text = raw.decode(encoding or "utf-8-sig", "replace").strip()
-        if len(raw) > self.most and text[1:2] in "\r\n":  # its first line is a bracket
-            message = (
-                f"{self.part.path} is a JSON array or has objects over several lines, and more "
-                f"bytes than --max_line_bytes={self.most}; write one object a line, e.g. with "
-                "jq -c '.[]? // .'"
-            )
-            return [self.fault("line_too_long", message)]
-        items: list[Any] = []
-        decoder, at = json.JSONDecoder(), 0
+        found = elements(_pieces(stream, encoding), self.most)
         try:
-            while at < len(text):
-                value, end = decoder.raw_decode(text, at)
-                items += value if isinstance(value, list) else [value]
-                at = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]
-        except (ValueError, RecursionError):
+            first = next(found, None)
+        except (ValueError, EOFError):
             stream.seek(0)
             return None
-        path = self.part.path
-        found: list[Arrival] = []
-        for number, item in enumerate(items, 1):
-            source = path if len(items) == 1 else f"{path}, element {number}"
-            found += self.each(_as_line(item), source)
-        return found
+        return iter(()) if first is None else self._elements(first, found)
+
+    def _elements(self, first: Element, others: Iterator[Element]) -> Iterator[Arrival]:
+        path, self.unit = self.part.path, "elements"
+        try:
+            second, problem = next(others, None), None
+        except (ValueError, EOFError) as error:
+            second, problem = None, error
+        alone = second is None and problem is None
+        for one in itertools.chain([first], [second] if second else [], others):
+            self.lines += 1
+            source = path if alone else f"{path}, element {self.lines}"
+            if one.length > self.most:
+                message = f"{source} has {one.length} characters, more than --max_line_bytes="
+                fault = Fault("line_too_long", f"{message}{self.most}", self.part)
+                yield Arrival(b"", fault=fault)
+            else:
+                name = self._name if alone else ""
+                yield from self.each(as_line(one.value), source, self.lines, name)
+        if problem is not None:
+            raise problem
 
     def broken(self, error: Exception) -> Arrival:
         path = self.part.path
@@ -337,25 +419,33 @@ class _Reader:
             return self.fault(TRUNCATED, f"{path} ends too early, as after a broken download")
         if isinstance(error, _DAMAGE) or (self.compression and isinstance(error, OSError)):
             return self.fault(CORRUPT, f"{path} is damaged: {one_line(error)}")
+        if isinstance(error, json.JSONDecodeError):
+            return self.fault(CORRUPT, f"{path} is not JSON: {error.msg}")
         said = getattr(error, "strerror", None) or one_line(error)
         return self.fault(UNREADABLE, f"{path} cannot be read: {said}")
 
     def fault(self, reason: str, message: str) -> Arrival:
         if self.lines:
-            message += f"; {self.lines} lines of it were read"
+            message += f"; {self.lines} {self.unit} of it were read"
         rest = Range(self.part.path, max(self.offset, self.part.start), self.part.end)
         return Arrival(b"", fault=Fault(reason, message, rest))
 
 
-def _as_line(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+def _pieces(stream: Any, encoding: str = "") -> Iterator[str]:
+    """Yields the text of a stream, a block at a time."""
+    blocks = iter(functools.partial(stream.read, BLOCK), b"")
+    return codecs.iterdecode(blocks, encoding or "utf-8-sig", "replace" if encoding else WINDOWS)
+
+
+def _open_member(archive: zipfile.ZipFile, folder: str, name: str) -> Any:
+    path = f"{folder}/{name}" if folder else name
+    return archive.open(path) if path in archive.namelist() else None
 
 
 def _raw(path: str) -> Any:
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
-_ENDINGS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz"}
 _MAGIC = re.compile(
     rb"(?P<gzip>\x1f\x8b\x08)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
 )
@@ -429,14 +519,14 @@ _HINTS = {
     "html": "a page in HTML or XML; JSON is needed, one object a line",
     "binary": "not text; JSON is needed, one object a line",
 }
-READ_WHOLE = ("csv", "parquet", "whatsapp")
+READ_WHOLE = ("csv", "parquet", "whatsapp", "convokit")
 _BEGINNINGS = (
     (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"7z\xbc\xaf", "7z"),
     (b"PAR1", "parquet"), (b"SQLite format 3", "sqlite"), (b"%PDF", "pdf"),
 )  # fmt: skip
 
 
-_TABLE = re.compile(r"\.[ct]sv(?:\.(?:gz|bz2|xz))?$", re.IGNORECASE)
+_TABLE = re.compile(rf"\.[ct]sv{COMPRESSED}$", re.IGNORECASE)
 
 
 def kind_of(head: bytes, path: str = "") -> str:
@@ -448,16 +538,25 @@ def kind_of(head: bytes, path: str = "") -> str:
         if head.startswith(magic):
             return name
     lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
-    if not lines or any(map(_is_object, lines[:100])):
+    if not lines:
         return LINES
+    objects = (found for found in map(_object, lines[:100]) if found is not None)
+    if (first_object := next(objects, None)) is not None:
+        return "convokit" if convokit.fits(first_object) else LINES
     if head[:1000].count(0) > 3:
         return "binary"
     if whatsapp.fits(b"\n".join(lines[:20]).decode("utf-8", "replace")):
         return "whatsapp"
     first = lines[0].strip()
     second = lines[1].strip() if len(lines) > 1 else b""
-    if first.startswith((b"[", b"{")):
-        return JSON if first.startswith(b"[") or not second or second[:1] in b'"}' else LINES
+    if first.startswith(b"["):
+        with contextlib.suppress(ValueError, EOFError):
+            text = head.decode("utf-8-sig", "replace")
+            if convokit.fits(next(elements(iter([text]), len(text))).value):
+                return "convokit"
+        return JSON
+    if first.startswith(b"{"):
+        return JSON if second and second[:1] in b'"}' else LINES
     if re.match(rb"<(!doctype|html|\?xml)", first, re.IGNORECASE):
         return "html"
     if _is_table(head, sure=bool(_TABLE.search(path))):
@@ -478,11 +577,12 @@ def _is_table(head: bytes, sure: bool) -> bool:
     return False
 
 
-def _is_object(line: bytes) -> bool:
-    try:
-        return line.lstrip().startswith(b"{") and isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+def _object(line: bytes) -> dict[str, Any] | None:
+    """Returns the object that a line is, if it is one."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(line) if line.lstrip().startswith(b"{") else None
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _skip(stream: Any, count: int) -> None:

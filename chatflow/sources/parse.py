@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
@@ -16,7 +15,6 @@ from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadInputError
 from chatflow.records import Arrival, Chat, Event, load_object, validate
 from chatflow.sources.chats import USUAL, Customs, as_id, message_fields, read_chat, time
-from chatflow.sources.formats.common import name_in
 from chatflow.sources.formats.objects import as_ours
 
 _FIELDS = frozenset(("chat_id", "user_id", "message_id", "role", "sent_at", "event"))
@@ -103,7 +101,7 @@ def parse_arrival(
     """
     counts = Counter() if counts is None else counts
     value = load_object(arrival.read())
-    found = as_ours(value, _file_name(arrival.source), customs.format)
+    found = as_ours(value, arrival.name, customs.format)
     values = [value] if found is None else found.values
     if found is not None:
         counts[f"formats/{found.format}"] += len(values)
@@ -112,14 +110,6 @@ def parse_arrival(
             values = [{**values[0], "chat_id": arrival.attributes["chat_id"]}]
     given = (_with_attributes(one, arrival.attributes) for one in values)
     return [_parse(one, arrival, retention, customs, counts) for one in given]
-
-
-_PLACE = re.compile(r", (?:line|row|element|byte) \d+$")
-
-
-def _file_name(source: str) -> str:
-    """Returns the name, without its ending, of a file that is one object."""
-    return "" if _PLACE.search(source) else name_in(source)
 
 
 def _parse(

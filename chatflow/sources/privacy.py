@@ -48,6 +48,11 @@ def tells_privacy(name: str) -> bool:
     return _meaning(name) in ("private", "public")
 
 
+def may_mark(name: str) -> bool:
+    """Returns whether `is_private` looks at a field of this name."""
+    return name == "attributes" or bool(_meaning(name))
+
+
 def _yes_or_no(value: Any) -> str:
     return str(value)[:10].strip().casefold().removesuffix(".0")  # of a column with gaps
 

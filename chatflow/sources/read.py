@@ -17,7 +17,9 @@ from chatflow.errors import UsageError
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import Arrival, Range
 from chatflow.sources.chats import USUAL, Customs
-from chatflow.sources.lines import fault_of, ranges_of, read_lines
+from chatflow.sources.formats.common import COMPRESSED
+from chatflow.sources.formats.convokit import without_beside
+from chatflow.sources.lines import fault_of, ranges_of, read_lines, root_of
 from chatflow.sources.puller import open_puller
 
 PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topics)/[^/]+)")
@@ -44,13 +46,14 @@ class ReadArrivals(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
         read: list[beam.PCollection] = []
         reader: beam.PTransform
+        root = root_of(self.inputs)
         for number, source in enumerate(self.inputs):
             if pubsub := PUBSUB_INPUT.fullmatch(source):
                 name, reader = "ReadMessages", ReadMessages(pubsub[1], self.id_label or None)
             else:
                 name, reader = (
                     "ReadLines",
-                    ReadLines(source, self.max_line_bytes, customs=self.customs),
+                    ReadLines(source, self.max_line_bytes, customs=self.customs, root=root),
                 )
             read.append(begin | f"{name}{number or ''}" >> reader)
         return read | "Flatten" >> beam.Flatten()
@@ -63,16 +66,22 @@ class ReadLines(beam.PTransform):
     Attributes:
       plain: the lines are texts, not JSON.
       customs: see `ReadArrivals`.
+      root: the folder of all inputs, if there are others; see `root_of`.
     """
 
     pattern: str
     max_line_bytes: int = MAX_LINE_BYTES
     plain: bool = False
     customs: Customs = USUAL
+    root: str | None = None
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection[Arrival]:
         read = functools.partial(
-            read_lines, most=self.max_line_bytes, plain=self.plain, customs=self.customs
+            read_lines,
+            most=self.max_line_bytes,
+            plain=self.plain,
+            customs=self.customs,
+            root=root_of([self.pattern]) if self.root is None else self.root,
         )
         return (
             begin
@@ -141,17 +150,22 @@ def _is_folder(pattern: str) -> bool:
 
 
 _IN_FOLDERS = re.compile(
-    r"(?!\.|manifest\.json)[^/]*\.(?:(?:jsonl|ndjson|json|csv|tsv)(?:\.gz|\.bz2|\.xz)?|parquet|zip)"
+    rf"(?!\.|manifest\.json)[^/]*\.(?:(?:jsonl|ndjson|json|csv|tsv){COMPRESSED}|parquet|zip)"
 )
 
 
 def _matches(pattern: str) -> list[Any]:
-    """Returns the metadata of the files of a pattern, or of a folder's files with our endings."""
-    if not _is_folder(pattern):
-        return list(FileSystems.match([pattern])[0].metadata_list)
+    """Returns the metadata of the files of a pattern, or of a folder's files with our endings.
+
+    Files that only describe others are read with these; see `formats.convokit`.
+    """
     folder = pattern.rstrip("/") or "/"
-    found = FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list
-    return [file for file in found if _IN_FOLDERS.fullmatch(FileSystems.split(file.path)[1])]
+    among = FileSystems.join(folder, "*") if _is_folder(pattern) else pattern
+    found = FileSystems.match([among])[0].metadata_list
+    if _is_folder(pattern):
+        found = [file for file in found if _IN_FOLDERS.fullmatch(FileSystems.split(file.path)[1])]
+    kept = {*without_beside([file.path for file in found])}
+    return [file for file in found if file.path in kept]
 
 
 def check_input(inputs: str, customs: Customs = USUAL) -> list[str]:

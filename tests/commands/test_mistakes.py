@@ -118,8 +118,6 @@ def files(tmp_path, lines):
         ("folder", "folder cannot be read: Is a directory"),
         ("empty.jsonl", "has no chat with a label"),
         ("utf16.jsonl", "utf16.jsonl:1: chat 1 has no list of messages"),
-        ("binary.jsonl", "binary.jsonl:1: "),
-        ("nul.jsonl", "nul.jsonl:1: "),
         ("deep.jsonl", "deep.jsonl:1: "),
         ("cut.jsonl.gz", "cut.jsonl.gz ends too early"),
         ("no.jsonl.gz", "no.jsonl.gz is not gzip, although its name says so"),
@@ -128,6 +126,14 @@ def files(tmp_path, lines):
 @pytest.mark.parametrize("command", ["evaluate", "tune"])
 def test_a_file_of_labels_that_is_none(command, file, says, files, capsys):
     assert says in mistake([command, files[file]], {}, capsys)
+
+
+@pytest.mark.parametrize("file", ["binary.jsonl", "nul.jsonl"])
+@pytest.mark.parametrize(
+    ("command", "says"), [("evaluate", " is not text; JSON is needed"), ("tune", ":1: ")]
+)
+def test_a_file_of_labels_that_is_not_text(command, says, file, files, capsys):
+    assert f"{file}{says}" in mistake([command, files[file]], {}, capsys)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +145,8 @@ def test_a_file_of_labels_that_is_none(command, file, says, files, capsys):
         ("publish no.jsonl.gz TOPIC --as_messages", "FILE: PATH is not gzip"),
         ("publish CHATS TOPIC --rate=nan", "--rate=nan: must be at least 0"),
         ("stream --chats empty.jsonl", "--chats=PATH: has no chats"),
-        ("stream --chats binary.jsonl", "--chats=PATH: 10 lines are not chats"),
+        ("stream --chats binary.jsonl", "--chats: PATH is not text; JSON is needed"),
+        ("stream --chats deep.jsonl", "--chats=PATH: 1 lines or rows are not chats"),
         ("stream --chats cut.jsonl.gz", "--chats: PATH ends too early"),
         ("stream --rate inf", "--rate=inf: must be more than 0"),
         ("stream --console_port 70000", "--console_port: must be a whole number"),

@@ -97,3 +97,42 @@ def test_thousands_are_compared_in_seconds():
     found = near_copies(chats, others)
     assert len(found) == len(chats)  # the greeting is an equal message
     assert time.monotonic() - started < 5
+
+
+def test_labels_of_a_table_are_a_column(tmp_path):
+    path = tmp_path / "tickets.csv"
+    path.write_text(
+        "ticket_id,role,body,sentiment\n7,customer,It is late,-1\n8,customer,Thanks,Happy\n"
+        "7,agent,Sorry,\n9,customer,Hm,\n"
+    )
+    labels = read_labels(str(path))
+    assert {key: int(label.sentiment) for key, label in labels.items()} == {
+        ("7", "customer"): -1, ("8", "customer"): 1,
+    }  # fmt: skip
+    assert [m.text for m in labels["7", "customer"].chat.messages] == ["It is late", "Sorry"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("7,customer,It is late,0.5\n", "tickets.csv, row 1: 0.5 is not a valid Sentiment"),
+        ("7,customer,It is late,-1\n,agent,lost,\n", "tickets.csv, row 2: there is no ticket_id"),
+        ("7,customer,It is late,\n", "in a table, the column sentiment"),
+    ],
+)
+def test_what_is_wrong_with_a_label_of_a_table_is_named(tmp_path, rows, said):
+    path = tmp_path / "tickets.csv"
+    path.write_text(f"ticket_id,role,body,sentiment\n{rows}")
+    with pytest.raises(UsageError, match=said):
+        read_labels(str(path))
+
+
+def test_other_formats_may_have_labels_beside_them(tmp_path):
+    path = tmp_path / "openai.jsonl"
+    one = {"id": "7", "messages": [{"role": "user", "content": "Late!"}], "sentiment": -1}
+    ours = {"chat_id": "8", "messages": [{"role": "user", "text": "Fine."}], "sentiment": 0,
+            "attributes": {"sentiment": "4.5"}}  # fmt: skip
+    other = {**ours, "chat_id": "9", "sentiment": None}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (one, ours, other)))
+    labels = read_labels(str(path))
+    assert {key[0]: int(label.sentiment) for key, label in labels.items()} == {"7": -1, "8": 0}

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import threading
 import tracemalloc
 
@@ -15,6 +16,7 @@ from chatflow.cli import main
 from chatflow.errors import UsageError
 from chatflow.running import publishing
 from chatflow.running.publishing import Replay, as_they_are, chats_in, chats_of, read_lines
+from chatflow.sources.chats import customs_of
 
 ODD = [
     {"chat_id": "1", "messages": [{"role": "customer", "text": "x", "sent_at": at}]}
@@ -103,3 +105,55 @@ def test_publish_goes_on_after_a_line_that_is_not_a_chat(pubsub, lines, capsys):
         subscription=pubsub.subscription("events"), max_messages=100, timeout=30
     )
     assert {m.message.data for m in pulled.received_messages} >= set(others)
+
+
+TABLE = b"ticket,role,said\n7,customer,It is late\n8,customer,Thanks\n7,agent,Sorry\n"
+
+
+def test_an_export_is_published_chat_by_chat_and_lines_stay_as_they_are(pubsub, tmp_path, capsys):
+    folder = tmp_path / "exports"
+    folder.mkdir()
+    (folder / "tickets.csv").write_bytes(TABLE)
+    spaced = b'{ "chat_id" : "9",  "messages": [{"role": "user", "text": "\\u00e9"}] }'
+    openai = b'{"id": 5, "messages" : [{"role": "user", "content": "Late"}]}'
+    (folder / "chats.jsonl").write_bytes(b"\n".join((spaced, openai, b"not json", b"")))
+    topic, columns = pubsub.topic("events"), "--columns=chat=ticket,text=said"
+    assert main(["publish", str(folder), "--topic", topic, columns]) == 0
+    pulled = pubsub.subscriber.pull(
+        subscription=pubsub.subscription("events"), max_messages=100, timeout=30
+    )
+    found = {m.message.data for m in pulled.received_messages}
+    assert found >= {spaced, openai, b"not json"}
+    chats = [json.loads(data) for data in found - {spaced, openai, b"not json"}]
+    assert {one["chat_id"]: len(one["messages"]) for one in chats} == {"7": 2, "8": 1}
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--columns=chat=none", "FILE: .*tickets.csv: --columns: there is no column 'none'"),
+        ("--input_format=xml", "--input_format=xml: must be one of auto, chatflow"),
+        ("--summary=json", "FILE: .*tickets.csv: it is not clear which column is the text: "),
+    ],
+)
+def test_an_export_that_is_not_clear_is_not_published(tmp_path, capsys, flag, said):
+    (tmp_path / "tickets.csv").write_bytes(TABLE)
+    arguments = ["publish", str(tmp_path / "tickets.csv"), "--topic=projects/p/topics/x", flag]
+    assert main(arguments) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_lines_of_an_export_are_published_as_they_are_if_the_format_says_so(tmp_path):
+    (tmp_path / "tickets.csv").write_bytes(TABLE)
+    customs = customs_of("", "", "chatflow")
+    assert [*read_lines(str(tmp_path / "tickets.csv"), customs=customs)] == TABLE.splitlines()
+
+
+def test_chats_to_replay_may_be_a_table_with_roles_of_its_own(tmp_path):
+    (tmp_path / "tickets.csv").write_bytes(TABLE.replace(b"customer", b"patron"))
+    customs = customs_of("patron=customer", "", "auto", "chat=ticket,text=said")
+    chats, others = chats_of(read_lines(str(tmp_path / "tickets.csv"), customs=customs), customs)
+    assert [(one.chat_id, one.messages[0].role) for one in chats] == [
+        ("7", "customer"), ("8", "customer"),
+    ]  # fmt: skip
+    assert others == []

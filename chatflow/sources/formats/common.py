@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from chatflow.errors import UsageError
 
 Value = Mapping[str, Any]
 Ours = dict[str, Any]
@@ -15,12 +18,58 @@ Ours = dict[str, Any]
 _FIRST_YEAR = 31_536_000  # seconds: 1971, before which a number is no time but an offset
 
 
-_ENDING = re.compile(r"\.(?:json|txt)(?:\.(?:gz|bz2|xz))?$", re.IGNORECASE)
+COMPRESSIONS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz"}
+"""By the ending of a file's name."""
+COMPRESSED = rf"(?:\.(?:{'|'.join(COMPRESSIONS)}))?"
+"""A pattern of these endings."""
+
+_ENDING = re.compile(rf"\.(?:json|txt|zip){COMPRESSED}$", re.IGNORECASE)
+
+WINDOWS = "chatflow.windows"
+"""How bytes that are not UTF-8 are decoded: as Windows writes letters (cp1252)."""
+
+
+def _as_windows(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
+
+
+codecs.register_error(WINDOWS, _as_windows)
+
+
+def pairs_of(
+    flag: str, given: str, form: str, known: Sequence[str], last: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of a flag like `--columns=FIELD=COLUMN,…`, the known word first.
+
+    Args:
+      form: "FIELD=COLUMN", for the message.
+      known: what the first word of each may be, or with `last`, the last.
+
+    Raises `UsageError`.
+    """
+    for pair in filter(None, map(str.strip, given.split(","))):
+        words = pair.rpartition("=") if last else pair.partition("=")
+        ours, theirs = (words[2 if last else 0].strip(), words[0 if last else 2].strip())
+        if ours not in known or not theirs:
+            name = form.split("=")[-1 if last else 0]
+            raise UsageError(
+                f"{flag}: {pair!r} must be {form}, and {name} one of {', '.join(known)}"
+            )
+        yield ours, theirs
 
 
 def name_in(path: str) -> str:
     """Returns the name of a file without its ending."""
     return _ENDING.sub("", path.rpartition("/")[2])
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def as_line(value: Any) -> bytes:
+    """Returns a value as JSON; what JSON does not have becomes a text."""
+    return _encode(value).encode("utf-8", "replace")
 
 
 def dicts(value: Any) -> Iterator[Value]:

@@ -10,6 +10,7 @@ from chatflow.sources.formats import (
     chatwoot,
     contact_lens,
     cx_insights,
+    genesys,
     intercom,
     openai,
     sharegpt,
@@ -32,6 +33,7 @@ class Format(Protocol):
 FORMATS: Mapping[str, Format] = {
     "cx_insights": cx_insights,
     "contact_lens": contact_lens,
+    "genesys": genesys,
     "zendesk": zendesk,
     "intercom": intercom,
     "chatwoot": chatwoot,
@@ -43,8 +45,41 @@ FORMATS: Mapping[str, Format] = {
 
 OURS = "chatflow"
 
-ALL = ("auto", OURS, "csv", "parquet", "slack", "whatsapp", *FORMATS)
+ALL = ("auto", OURS, "csv", "parquet", "slack", "whatsapp", "convokit", *FORMATS)
 """What `--input_format` may be."""
+
+
+_TITLES = {
+    "csv": "CSV", "cx_insights": "CX Insights", "contact_lens": "Contact Lens",
+    "genesys": "Genesys Cloud", "whatsapp": "WhatsApp", "convokit": "ConvoKit",
+    "openai": "OpenAI", "sharegpt": "ShareGPT",
+}  # fmt: skip
+_UNITS = {"zendesk": "tickets", "slack": "threads"}
+
+
+def described(formats: Mapping[str, int], input: Mapping[str, int], messages: int = 0) -> str:
+    """Returns what was found: "Zendesk export: 1,204 tickets; 212 private notes left out".
+
+    Args:
+      formats: chats and events by format.
+      input: what was left out, by name; see `sources.chats`.
+      messages: how many there are, notes and system messages too; 0: not known.
+    """
+    found = [
+        f"{_TITLES.get(name, name.capitalize())} export: {_of(count, _UNITS.get(name, 'chats'))}"
+        for name, count in formats.items()
+    ]
+    private, system = input.get("private_notes", 0), input.get("system_messages", 0)
+    counted = [
+        _of(messages - private - system, "messages") if messages else "",
+        f"{_of(private, 'private notes')} left out" if private else "",
+        f"{_of(system, 'system messages')} left out" if system else "",
+    ]
+    return "; ".join(filter(None, (*found, ", ".join(filter(None, counted)))))
+
+
+def _of(count: int, units: str) -> str:
+    return f"{count:,} {units if count != 1 else units.removesuffix('s')}"
 
 
 class Found(NamedTuple):

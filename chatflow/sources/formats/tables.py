@@ -20,8 +20,8 @@ from datetime import date, datetime
 from typing import IO, Any, NamedTuple
 
 from chatflow.errors import UsageError
-from chatflow.sources.formats.common import Ours, without_none
-from chatflow.sources.privacy import is_private, tells_privacy
+from chatflow.sources.formats.common import WINDOWS, Ours, as_line, pairs_of, without_none
+from chatflow.sources.privacy import is_private, may_mark, tells_privacy
 
 FIELDS = {
     "chat": "chat_id conversation_id conversation ticket_id ticket session_id thread_id case_id "
@@ -44,6 +44,8 @@ DELIMITERS = ",;\t|"
 
 LONGEST_CELL = 16 << 20
 _LONGEST_ATTRIBUTE = 200
+_MOST_SEEN = 100_000
+"""How many chats are kept in memory, to leave out attributes of their later rows."""
 
 
 class Row(NamedTuple):
@@ -110,51 +112,34 @@ def _plain(name: str) -> str:
 
 def given_columns(flag: str) -> dict[str, str]:
     """Reads `--columns`; raises `UsageError`."""
-    found = {}
-    for pair in filter(None, map(str.strip, flag.split(","))):
-        ours, equals, theirs = pair.partition("=")
-        if not equals or ours.strip() not in (*FIELDS, PRIVATE):
-            raise UsageError(
-                f"--columns: {pair!r} must be FIELD=COLUMN, and FIELD one of "
-                f"{', '.join((*FIELDS, PRIVATE))}"
-            )
-        found[ours.strip()] = theirs.strip()
-    return found
+    return dict(pairs_of("--columns", flag, "FIELD=COLUMN", (*FIELDS, PRIVATE)))
 
 
 def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
     """Returns the header of a CSV table and its rows; the delimiter is that of the header."""
     csv.field_size_limit(LONGEST_CELL)
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    text = io.TextIOWrapper(stream, "utf-8-sig", WINDOWS, newline="")
     first = text.readline()
     while first and (not first.strip() or first.startswith("sep=")):  # as Excel marks it
         first = text.readline()
     delimiter = max(DELIMITERS, key=first.count)
     reader = csv.reader(itertools.chain([first], text), delimiter=delimiter)
-    header = [_latin(name).strip() for name in next(reader, [])]
+    header = [name.strip() for name in next(reader, [])]
 
     def rows() -> Iterator[Row]:
+        width = len(header)
         for number, cells in enumerate(filter(None, reader), 1):
-            while len(cells) > len(header) and not cells[-1]:  # a delimiter at the end
+            while len(cells) > width and not cells[-1]:  # a delimiter at the end
                 cells.pop()
-            row: dict[str, Any] = dict(zip(header, map(_latin, cells), strict=False))
+            row: dict[str, Any] = dict(zip(header, cells, strict=False))
             error = ""
-            if len(cells) != len(header):
-                error = f"{len(cells)} cells under {len(header)} columns"
-                row |= {
-                    f"cell {at}": cells[at - 1] for at in range(len(header) + 1, len(cells) + 1)
-                }
+            if len(cells) != width:
+                error = f"{len(cells)} cells under {width} columns"
+                row |= {f"cell {at}": cells[at - 1] for at in range(width + 1, len(cells) + 1)}
             row.pop("", None)  # an index without a name
             yield Row(number, row, error)
 
     return [name for name in header if name], rows()
-
-
-def _latin(text: str) -> str:
-    """Returns a text that is not UTF-8 as Windows writes it (cp1252)."""
-    if text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text):
-        return text
-    return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
@@ -178,86 +163,102 @@ def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
     return table.schema_arrow.names, rows()
 
 
-def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours]]:
-    """Yields the chats of a table, each with the number of its first row.
+def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours | bytes]]:
+    """Yields the chats of a table as lines, each with the number of its first row.
 
     A row without a chat's id, or with too many or too few cells, is yielded as it is, at once, so
     that it becomes a dead letter.
     """
-    chat, reply = columns.names.get("chat"), columns.names.get("reply")
+    table: _Table | None = None
     fault: Exception | None = None
     with grouping() as groups:
         try:
             for number, cells, error in rows:
-                key = _id(cells, chat or columns.names["id"])
+                table = table or _Table(columns, cells)
+                key = _id(cells, table.chat)
                 if key is None or error:
-                    said = error or f"there is no {chat or columns.names['id']}"
+                    said = error or f"there is no {table.chat}"
                     yield number, {"chat_id": None, "row": _as_json(cells), "error": said}
                     continue
-                message = _message(cells, columns)
-                parent = _id(cells, reply)
-                groups.add(number, str(key), message, _others(cells, columns), str(parent or ""))
+                parent = _id(cells, table.reply)
+                groups.add(number, str(key), table.message(cells), table.others(cells),
+                           str(parent or ""))  # fmt: skip
         except Exception as error:  # the rows before it are read all the same
             fault = error
-        yield from groups.chats()
+        yield from groups.lines()
     if fault is not None:
         raise fault
 
 
-def _message(cells: Mapping[str, Any], columns: Columns) -> Ours:
-    names = columns.names
-    role = _cell(cells, names.get("who"))
-    if _plain(names.get("who", "")) == "inbound" and role is not None:
-        answers = {"true": "customer", "1": "customer", "false": "agent", "0": "agent"}
-        role = answers.get(str(role).strip().casefold(), role)
-    user = _id(cells, names.get("user"))
-    if "who" not in names and "user" not in names:
-        role = "customer"  # a table of what customers say, without who says it
-    found = {
-        "message_id": _id(cells, names.get("id")),
-        "user_id": user if user is not None else role,
-        "role": role,
-        "text": _cell(cells, names["text"]) or "",
-        "sent_at": _time(_cell(cells, names.get("at"))),
-    }
-    marks = {name: value for name, value in cells.items() if name != names.get("who")}
-    if PRIVATE in names:
-        mark = cells.get(names[PRIVATE])
-        marks |= {"private": mark, "visibility": mark}
-    found["private"] = True if is_private(marks) else None
-    return without_none(**found)
+class _Table:
+    """Which columns are what, for all rows; `cells` are those of any row."""
 
+    def __init__(self, columns: Columns, cells: Mapping[str, Any]):
+        names = columns.names
+        self.chat, self.reply = names.get("chat") or names["id"], names.get("reply")
+        self.text, self.who, self.user = names["text"], names.get("who"), names.get("user")
+        self.at, self.id, self.private = names.get("at"), names.get("id"), names.get(PRIVATE)
+        self._inbound = _plain(self.who or "") == "inbound"
+        self._marks = [name for name in cells if may_mark(name) and name != self.who]
+        taken = {*names.values()}
+        self._others = [name for name in cells if name not in taken and not tells_privacy(name)]
 
-def _others(cells: Mapping[str, Any], columns: Columns) -> dict[str, str]:
-    """Returns the other cells, for the attributes of the chat."""
-    taken = {*columns.names.values()}
-    found = {
-        name: str(value)
-        for name, value in cells.items()
-        if not (name in taken or tells_privacy(name) or isinstance(value, (list, dict, bytes)))
-        and value is not None
-    }
-    return {name: text for name, text in found.items() if 0 < len(text) <= _LONGEST_ATTRIBUTE}
+    def message(self, cells: Mapping[str, Any]) -> Ours:
+        role = _cell(cells, self.who)
+        if self._inbound and role is not None:
+            answers = {"true": "customer", "1": "customer", "false": "agent", "0": "agent"}
+            role = answers.get(str(role).strip().casefold(), role)
+        user = _id(cells, self.user)
+        if self.who is None and self.user is None:
+            role = "customer"  # a table of what customers say, without who says it
+        found = {
+            "message_id": _id(cells, self.id),
+            "user_id": user if user is not None else role,
+            "role": role,
+            "text": _cell(cells, self.text) or "",
+            "sent_at": _time(_cell(cells, self.at)),
+        }
+        marks = {name: cells[name] for name in self._marks}
+        if self.private is not None:
+            mark = cells.get(self.private)
+            marks |= {"private": mark, "visibility": mark}
+        found["private"] = True if marks and is_private(marks) else None
+        return without_none(**found)
+
+    def others(self, cells: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the other cells, for the attributes of the chat."""
+        found = {}
+        for name in self._others:
+            value = cells[name]
+            if value is not None and not isinstance(value, (list, dict, bytes)):
+                text = value if isinstance(value, str) else str(value)
+                if 0 < len(text) <= _LONGEST_ATTRIBUTE:
+                    found[name] = text
+        return found
 
 
 def _id(cells: Mapping[str, Any], name: str | None) -> Any:
     """Returns an id; a whole number of a column with gaps is written 3.0."""
     value = _cell(cells, name)
-    return value[:-2] if isinstance(value, str) and re.fullmatch(r"\d+\.0", value) else value
+    if isinstance(value, str) and value.endswith(".0") and value[:-2].isdecimal():
+        return value[:-2]
+    return value
 
 
 def _cell(cells: Mapping[str, Any], name: str | None) -> Any:
     value = cells.get(name) if name is not None else None
+    if isinstance(value, str):
+        return value or None
     if isinstance(value, float) and value.is_integer():  # of a column with gaps
         value = int(value)
-    return None if value == "" or value != value else value  # NaN
+    return None if value != value else value  # NaN
 
 
 def _time(value: Any) -> Any:
     """Returns a time in a form that `sources.chats.time` reads."""
     if isinstance(value, (datetime, date)):
         return value.isoformat()
-    if isinstance(value, str) and re.match(r"[A-Z][a-z]{2} [A-Z][a-z]{2} ", value):
+    if isinstance(value, str) and value[:1].isalpha():
         with contextlib.suppress(ValueError):  # "Tue Oct 31 22:08:27 +0000 2017", Twitter's
             return datetime.strptime(value, "%a %b %d %H:%M:%S %z %Y").isoformat()
     return value
@@ -276,48 +277,75 @@ class Groups:
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN;"
-            "CREATE TABLE rows (n INTEGER, chat TEXT, parent TEXT, message TEXT, others TEXT);"
+            "CREATE TABLE rows (n INTEGER, chat TEXT, parent TEXT, message BLOB, others BLOB);"
+            "CREATE TABLE notes (kind TEXT, id TEXT, note BLOB, PRIMARY KEY (kind, id));"
         )
-        self._waiting: list[tuple[int, str, str, str, str]] = []
+        self._waiting: list[tuple[int, str, str, bytes, bytes | None]] = []
+        self._seen: set[str] = set()
         self._threads = False
 
     def add(
         self, number: int, chat: str, message: Ours, others: Mapping[str, str], parent: str = ""
     ) -> None:
-        """Adds a message; with a `parent` it belongs to the chat of that message."""
+        """Adds a message; with a `parent` it belongs to the chat of that message.
+
+        `others` are attributes of the chat; those of its first message count.
+        """
         self._threads |= bool(parent)
-        texts = (json.dumps(message, default=str), json.dumps(others))
-        self._waiting.append((number, chat, parent, *texts))
+        known = chat in self._seen
+        self._waiting.append(
+            (number, chat, parent, as_line(message), None if known else as_line(others))
+        )
+        if not known:
+            self._seen.add(chat)
         if len(self._waiting) >= 1000:
             self._flush()
+
+    def note(self, kind: str, key: str, note: Mapping[str, str]) -> None:
+        """Keeps what is known beside the messages, e.g. of a speaker, for `noted`."""
+        if note:
+            values = (kind, key, as_line(note))
+            self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", values)
+
+    def noted(self, kind: str, key: str) -> dict[str, str]:
+        query = "SELECT note FROM notes WHERE kind = ? AND id = ?"
+        found = self._db.execute(query, (kind, key)).fetchone()
+        return json.loads(found[0]) if found else {}
 
     def _flush(self) -> None:
         self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", self._waiting)
         self._waiting.clear()
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.clear()
 
     def chats(self) -> Iterator[tuple[int, Ours]]:
         """Yields each chat with the number of its first message."""
+        for first, key, messages, others in self._grouped():
+            read = [json.loads(message) for message in messages]
+            yield first, {"chat_id": key, "messages": read, "attributes": json.loads(others)}
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yields each chat as a line of JSON with the number of its first message."""
+        for first, key, messages, others in self._grouped():
+            listed = b", ".join(messages)
+            yield (
+                first,
+                (
+                    b'{"chat_id": %s, "messages": [%s], "attributes": %s}'
+                    % (as_line(key), listed, others)
+                ),
+            )
+
+    def _grouped(self) -> Iterator[tuple[int, str, list[bytes], bytes]]:
         self._flush()
         if self._threads:
             self._to_roots()
-        self._db.executescript(
-            "CREATE TABLE firsts AS SELECT chat, min(n) AS first FROM rows GROUP BY chat;"
-            "CREATE INDEX of_chat ON rows (chat, n);"
-        )
-        query = (
-            "SELECT f.first, r.chat, r.message, r.others FROM firsts f JOIN rows r USING (chat) "
-            "ORDER BY f.first, r.n"
-        )
-        chat: tuple[int, Ours] | None = None
-        for first, key, message, others in self._db.execute(query):
-            if chat is None or chat[0] != first:
-                if chat is not None:
-                    yield chat
-                attributes = json.loads(others)
-                chat = first, {"chat_id": key, "messages": [], "attributes": attributes}
-            chat[1]["messages"].append(json.loads(message))
-        if chat is not None:
-            yield chat
+        self._db.execute("CREATE INDEX of_chat ON rows (chat, n)")
+        firsts = "SELECT min(n), chat FROM rows GROUP BY chat ORDER BY 1"
+        of_chat = "SELECT message, others FROM rows WHERE chat = ? ORDER BY n"
+        for first, chat in self._db.execute(firsts):  # ids alone: sorting messages takes long
+            rows = self._db.execute(of_chat, (chat,)).fetchall()
+            yield first, chat, [message for message, _ in rows], rows[0][1]
 
     def _to_roots(self) -> None:
         """Gives each message the id of the one that its thread begins with.

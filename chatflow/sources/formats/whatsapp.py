@@ -58,8 +58,13 @@ def read(lines: Iterable[str], name: str) -> Iterator[Ours]:
         if order and (day := _date(order, one.numbers)):
             message["sent_at"] = datetime.combine(day, one.clock).isoformat()
         messages.append(message)
-    chat_id = re.sub(r"^WhatsApp Chat (?:with|-) |^_chat$", "", name).strip() or "whatsapp"
-    yield {"chat_id": chat_id, "messages": messages, "attributes": {"channel": "whatsapp"}}
+    folder, slash, last = name.rpartition("/")
+    last = re.sub(r"^WhatsApp Chat (?:with|-) |^_chat$", "", last).strip() or "whatsapp"
+    yield {
+        "chat_id": f"{folder}{slash}{last}",
+        "messages": messages,
+        "attributes": {"channel": "whatsapp"},
+    }
 
 
 def _parsed(found: re.Match[str]) -> _Line | None:

@@ -294,6 +294,15 @@ def test_a_text_of_whatsapp_is_found_without_marks_and_survives_odd_lines(file):
     assert "99:10:00" in chat.messages[-1].text or "99:10:00" in chat.messages[-1].original
 
 
+def test_a_text_of_whatsapp_may_be_in_windows_letters(file):
+    text = "[15/01/24, 10:30:45] Zoë: “Größe” 42?\n[15/01/24, 10:31:02] Shop: Grüße\n"
+    (chat,) = chats_in(file(text.encode("cp1252"), "x.txt"))[0].values()
+    assert [(m.user_id, m.text) for m in chat.messages] == [
+        ("Zoë", "“Größe” 42?"),
+        ("Shop", "Grüße"),
+    ]
+
+
 def test_a_zip_of_whatsapp_is_its_text_without_what_lies_beside(tmp_path):
     path = tmp_path / "WhatsApp Chat - Ann.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -314,6 +323,114 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(file):
         chats_in(file(unclear, "x.txt"))
     )
     assert all(message.sent_at is None for message in chat.messages)
+
+
+UTTERANCES = [
+    {"id": "u3", "speaker": "ann", "conversation_id": "u1", "reply_to": "u2", "text": "Monday!",
+     "timestamp": 1772359320, "meta": {"parsed": [{"rt": 0}], "score": 4}, "vectors": []},
+    {"id": "u4", "speaker": "bob", "conversation_id": "u4", "reply_to": None, "text": "Thanks",
+     "timestamp": "None", "meta": {}},
+    {"id": "u1", "speaker": "ann", "conversation_id": "u1", "reply_to": None,
+     "timestamp": "1772359200", "text": "My bag is gone", "meta": {}},
+    {"id": "u2", "speaker": "air", "conversation_id": "u1", "reply_to": "u1",
+     "timestamp": 1772359260.5, "text": "Since when?", "meta": {}},
+]  # fmt: skip
+CORPUS = {
+    "utterances.jsonl": "".join(json.dumps(one) + "\n" for one in UTTERANCES),
+    "conversations.json": json.dumps({"u1": {"meta": {"topic": "bags"}, "vectors": []}, "u4": {}}),
+    "speakers.json": json.dumps({
+        "ann": {"meta": {"role": "customer"}}, "air": {"meta": {"role": "agent"}},
+        "bob": {"meta": {}, "vectors": []},
+    }),
+    "corpus.json": "{}",
+    "index.json": json.dumps({"utterances-index": {"score": ["<class 'int'>"]}, "version": 1}),
+}  # fmt: skip
+
+
+def corpus_as(form, tmp_path):
+    folder = tmp_path / "air-corpus"
+    folder.mkdir()
+    for name, text in CORPUS.items():
+        (folder / name).write_text(text)
+    if form == "file":
+        return str(folder / "utterances.jsonl")
+    if form == "array":  # of the first version
+        (folder / "utterances.json").write_text(json.dumps(UTTERANCES, indent=1))
+        (folder / "utterances.jsonl").unlink()
+    if form == "zip":
+        path = tmp_path / "air-corpus.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in CORPUS:
+                archive.write(folder / name, f"air-corpus/{name}")
+        return str(path)
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["file", "array", "folder", "zip"])
+def test_a_corpus_of_convokit_is_its_conversations(tmp_path, form):
+    (path,) = check_input(corpus_as(form, tmp_path))
+    assert about(path) == "a corpus of ConvoKit"
+    chats, errors = chats_in(path)
+    assert errors == []
+    assert [*chats] == ["u1", "u4"]
+    assert said(chats["u1"]) == [
+        ("customer", "My bag is gone"), ("agent", "Since when?"), ("customer", "Monday!"),
+    ]  # fmt: skip
+    assert chats["u1"].attributes == {"topic": "bags"}
+    assert chats["u1"].messages[2].attributes == {"score": "4"}
+    assert chats["u1"].messages[0].sent_at == datetime(2026, 3, 1, 10, tzinfo=UTC)
+    assert chats["u4"].messages[0].sent_at is None
+
+
+def test_utterances_alone_of_an_earlier_version_follow_what_they_reply_to(file):
+    lines = [
+        {"id": "b", "user": "x", "root": "a", "reply-to": "a", "text": "second", "timestamp": 5},
+        {"id": "c", "user": "y", "root": "a", "reply-to": "b", "text": "third", "timestamp": 9},
+        {"id": "a", "user": "y", "root": "a", "reply-to": None, "text": "first", "timestamp": 0},
+    ]
+    chats, _ = chats_in(file("".join(json.dumps(one) + "\n" for one in lines), "utterances.jsonl"))
+    assert [m.text for m in chats["a"].messages] == ["first", "second", "third"]
+    assert all(message.sent_at is None for message in chats["a"].messages)
+
+
+def test_what_is_broken_in_a_corpus_costs_nothing_else(tmp_path):
+    path = corpus_as("file", tmp_path)
+    with open(path, "a") as utterances:
+        utterances.write('{"broken\n{"id": "u9", "speaker": "ann", "text": "lost"}\n[1]\n')
+    (tmp_path / "air-corpus" / "speakers.json").write_text('{"ann": {"meta": {"role": "customer"')
+    chats, errors = chats_in(path)
+    assert [*chats] == ["u1", "u4"]
+    assert "Unterminated string" in errors[0]
+    assert errors[1:3] == ["there is no conversation_id", "it is not an object"]
+    assert "speakers.json" in errors[3]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["1", "2", "", None, 3]),
+            st.sampled_from(["ann", "bob", "", None]),
+            st.text(max_size=10) | st.none(),
+            st.integers() | st.none() | st.text(max_size=5),
+            st.integers(0, 9) | st.none(),
+        ),
+        max_size=20,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_utterance_is_lost(tmp_path, rows):
+    path = tmp_path / "utterances.jsonl"
+    with path.open("w") as out:
+        for number, (chat, speaker, text, at, to) in enumerate(rows):
+            one = {"id": f"u{number}", "conversation_id": chat, "speaker": speaker, "text": text,
+                   "timestamp": at, "reply_to": f"u{to}"}  # fmt: skip
+            out.write(json.dumps(one) + "\n")
+    arrivals = [*read_lines(Range(str(path)), 1_000_000, customs=customs_of("", "", "convokit"))]
+    values = [json.loads(arrival.line) for arrival in arrivals]
+    bad = [value for value in values if value["chat_id"] is None]
+    ids = {m["message_id"] for value in values if value["chat_id"] for m in value["messages"]}
+    assert len(bad) == sum(chat in ("", None) for chat, *_ in rows)
+    assert len(bad) + len(ids) == len(rows)
 
 
 def slack(path):
@@ -363,7 +480,7 @@ def test_one_command_reads_what_lies_in_a_folder(tmp_path, script, capsys):
     rule = {"task": "analysis", "answer": {"sentiment": 0, "summary": "A bill is wrong."}}
     options = Options(input=str(folder), output=f"{tmp_path}/out", model=script(rule))
     counts = execute(options, []).to_dict()
-    assert counts["formats"] == {"csv": 4, "slack": 1}
+    assert counts["formats"] == {"csv": 2, "slack": 1}
     assert (counts["lost"], counts["analysed"]) == (0, 3)
     letters = read(f"{tmp_path}/out", "dead_letters")
     assert {(one["reason"], one["error"]) for one in letters} >= {

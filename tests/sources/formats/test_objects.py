@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import zipfile
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
@@ -16,9 +17,10 @@ from chatflow.pipeline import plan
 from chatflow.records import Arrival, Chat, Message, Range
 from chatflow.running.launch import execute
 from chatflow.sources.formats import FORMATS, as_ours, cx_insights
-from chatflow.sources.lines import read_lines
+from chatflow.sources.formats.objects import described
+from chatflow.sources.lines import read_lines, root_of
 from chatflow.sources.parse import parse_arrival
-from chatflow.sources.read import files_of
+from chatflow.sources.read import check_input, files_of
 
 CX_INSIGHTS = {
     "conversation_info": {"categories": [{"display_name": "Billing"}]},
@@ -48,6 +50,23 @@ CONTACT_LENS = {
         {"Id": "3", "ParticipantId": "p2", "Type": "MESSAGE", "ContentType": "text/markdown",
          "AbsoluteTime": "2026-03-01T10:02:00Z", "Content": "Let me look."},
         {"Id": "4", "ParticipantId": "p1", "Type": "ATTACHMENT"},
+    ],
+}  # fmt: skip
+
+GENESYS = {
+    "organizationId": "o", "conversationId": "c-1", "communicationId": "m-1", "mediaType": "call",
+    "transcripts": [
+        {"transcriptId": "t2", "language": "en-us", "phrases": [
+            {"phraseIndex": 0, "participantPurpose": "internal", "text": "let me look",
+             "decoratedText": "Let me look.", "startTimeMs": 1_772_359_260_000},
+            {"phraseIndex": 1, "participantPurpose": "acd", "text": "Dana was assigned",
+             "startTimeMs": 1_772_359_210_000},
+        ]},
+        {"transcriptId": "t1", "language": "en-us", "phrases": [
+            {"phraseIndex": 0, "participantPurpose": "external", "text": "my bill is wrong",
+             "decoratedText": "My bill is wrong!", "startTimeMs": 1_772_359_200_000,
+             "offset": {"milliseconds": 0}, "words": [{"word": "my"}]},
+        ]},
     ],
 }  # fmt: skip
 
@@ -134,15 +153,15 @@ SHAREGPT = {
 }
 
 SAMPLES = {
-    "cx_insights": CX_INSIGHTS, "contact_lens": CONTACT_LENS, "zendesk": ZENDESK,
-    "intercom": INTERCOM, "chatwoot": CHATWOOT, "telegram": TELEGRAM, "openai": OPENAI,
-    "sharegpt": SHAREGPT,
+    "cx_insights": CX_INSIGHTS, "contact_lens": CONTACT_LENS, "genesys": GENESYS,
+    "zendesk": ZENDESK, "intercom": INTERCOM, "chatwoot": CHATWOOT, "telegram": TELEGRAM,
+    "openai": OPENAI, "sharegpt": SHAREGPT,
 }  # fmt: skip
 
 
-def chats_of(value, source=""):
+def chats_of(value, name=""):
     counts = Counter()
-    found = parse_arrival(Arrival(json.dumps(value).encode(), source=source), timedelta(1),
+    found = parse_arrival(Arrival(json.dumps(value).encode(), name=name), timedelta(1),
                           counts=counts)  # fmt: skip
     return found, counts
 
@@ -155,7 +174,7 @@ def test_every_format_has_a_sample():
 def test_a_chat_says_what_its_customer_and_staff_said(name):
     """Notes and system lines are kept, marked, and are in no prompt."""
     assert [key for key, known in FORMATS.items() if known.fits(SAMPLES[name])][:1] == [name]
-    (chat, *_), counts = chats_of(SAMPLES[name], "a/export-7.json")
+    (chat, *_), counts = chats_of(SAMPLES[name], "export-7")
     assert isinstance(chat, Chat)
     said = [message.text for message in chat.said]
     assert said[:1] == (["Hello, how can I help?"] if name == "cx_insights" else said[:1])
@@ -173,6 +192,7 @@ def test_a_chat_says_what_its_customer_and_staff_said(name):
         ("cx_insights", "export-7", {"categories": "Billing"}),
         ("contact_lens", "c-1",
          {"language": "en", "channel": "CHAT", "contact_lens_sentiment": "-3.1"}),
+        ("genesys", "c-1-m-1", {"channel": "call", "conversation": "c-1", "language": "en"}),
         ("zendesk", "35", {"source_url": "https://x.zendesk.com/35.json", "subject": "Bill",
                            "status": "open", "tags": "vip, bill"}),
         ("intercom", "77", {"subject": "Bill", "channel": "email", "state": "closed",
@@ -183,7 +203,7 @@ def test_a_chat_says_what_its_customer_and_staff_said(name):
     ],
 )  # fmt: skip
 def test_ids_and_what_else_is_known_are_kept(name, chat_id, attributes):
-    (chat, *_), _ = chats_of(SAMPLES[name], "a/export-7.json")
+    (chat, *_), _ = chats_of(SAMPLES[name], "export-7")
     assert (chat.chat_id, chat.attributes) == (chat_id, attributes)
 
 
@@ -260,6 +280,19 @@ def test_times_are_the_senders_and_none_is_invented():
     assert all(message.sent_at is None for message in chats_of(OPENAI)[0][0].messages)
     ((chat,), _) = chats_of(INTERCOM)
     assert chat.messages[0].sent_at == datetime(2026, 3, 1, 10, tzinfo=UTC)
+
+
+def test_phrases_of_a_call_are_put_in_order_though_each_side_is_a_transcript():
+    ((chat,), _) = chats_of(GENESYS)
+    assert [m.role for m in chat.messages] == ["customer", "system", "agent"]
+    assert chat.messages[0].sent_at == datetime(2026, 3, 1, 10, tzinfo=UTC)
+    offsets = json.loads(json.dumps(GENESYS))
+    for transcript in offsets["transcripts"]:
+        for phrase in transcript["phrases"]:
+            phrase["offset"] = {"milliseconds": phrase.pop("startTimeMs") - 1_772_359_200_000}
+    ((chat,), _) = chats_of(offsets)
+    assert [m.text for m in chat.said] == ["My bill is wrong!", "Let me look."]
+    assert all(message.sent_at is None for message in chat.messages)
 
 
 def test_who_is_known_of_an_author_counts_before_a_guess():
@@ -345,7 +378,7 @@ def test_a_file_of_each_is_found_by_itself(tmp_path, name, indent):
     arrivals = [*read_lines(Range(str(path)), 100_000)]
     assert len(arrivals) == (2 if name == "zendesk" else 1)
     chats = [one for arrival in arrivals for one in parse_arrival(arrival, timedelta(1))]
-    assert chats == chats_of(SAMPLES[name], str(path))[0]
+    assert chats == chats_of(SAMPLES[name], "export")[0]
 
 
 def test_one_command_reads_an_array_of_several_formats(tmp_path, script):
@@ -354,9 +387,16 @@ def test_one_command_reads_an_array_of_several_formats(tmp_path, script):
     path.write_text(json.dumps([*SAMPLES.values()]))
     options = Options(input=str(path), output=f"{tmp_path}/out", model=script(rule))
     counts = execute(options, []).to_dict()
-    assert (counts["lost"], counts["dead_letters"], counts["analysed"]) == (0, 0, 9)
+    assert (counts["lost"], counts["dead_letters"], counts["analysed"]) == (0, 0, 10)
     assert counts["formats"] == {name: 2 if name == "zendesk" else 1 for name in SAMPLES}
-    assert len({one["chat_id"] for one in read(f"{tmp_path}/out", "analyses")}) == 9
+    assert len({one["chat_id"] for one in read(f"{tmp_path}/out", "analyses")}) == 10
+
+
+def test_what_was_found_is_one_sentence():
+    found = described({"zendesk": 1204}, {"private_notes": 212, "fields_dropped": 3}, 10_093)
+    assert found == ("Zendesk export: 1,204 tickets; 9,881 messages, 212 private notes left out")
+    several = described({"slack": 1, "csv": 2}, {"system_messages": 1})
+    assert several == "Slack export: 1 thread; CSV export: 2 chats; 1 system message left out"
 
 
 def test_a_format_can_be_said(tmp_path):
@@ -369,11 +409,37 @@ def test_a_format_can_be_said(tmp_path):
         plan(Options(input="x", output="y", input_format="xml"), NO_CLOUD)
 
 
+@pytest.mark.parametrize("form", ["glob", "two", "zip", "zips"])
+def test_files_of_one_name_in_two_folders_are_two_chats(tmp_path, form):
+    for folder in ("march", "april"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.json").write_text(json.dumps(CX_INSIGHTS))
+        with zipfile.ZipFile(tmp_path / f"{folder}.zip", "w") as archive:
+            archive.write(tmp_path / folder / "1.json", "1.json")
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for folder in ("march", "april"):
+            archive.write(tmp_path / folder / "1.json", f"{folder}/1.json")
+    inputs = {
+        "glob": f"{tmp_path}/*/1.json",
+        "two": f"{tmp_path}/march/1.json,{tmp_path}/april/1.json",
+        "zip": f"{tmp_path}/export.zip",
+        "zips": f"{tmp_path}/[am]*.zip",
+    }[form]
+    paths = check_input(inputs)
+    root = root_of(inputs.split(","))
+    arrivals = [one for path in paths for one in read_lines(Range(path), 100_000, root=root)]
+    chats = [one for arrival in arrivals for one in parse_arrival(arrival, timedelta(1))]
+    assert {chat.chat_id for chat in chats} == {"march/1", "april/1"}
+    (alone,) = read_lines(Range(f"{tmp_path}/march/1.json"), 100_000)
+    assert parse_arrival(alone, timedelta(1))[0].chat_id == "1"
+
+
 NAMES = [
     "messages", "entries", "Transcript", "CustomerMetadata", "tickets", "ticket", "comments",
     "requester_id", "description", "conversation_parts", "source", "author", "event", "account",
     "conversations", "from", "value", "role", "content", "text", "id", "type", "from_id", "list",
-    "chats", "user_id", "body", "created_at", "sender", "message_type",
+    "chats", "user_id", "body", "created_at", "sender", "message_type", "transcripts", "phrases",
+    "conversationId", "startTimeMs", "offset",
 ]  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
