@@ -115,7 +115,7 @@ def cell(value: Any) -> Any:
         return None
     if isinstance(value, tuple) and all(isinstance(item, Quotation) for item in value):
         return cell("\n".join(item.text for item in value))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not any(isinstance(item, Record) for item in value):
         return cell(", ".join(map(str, value)))
     return cell(pydantic_core.to_json(value, exclude_none=True, inf_nan_mode="null").decode())
 

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import csv
 import gzip
 import json
 import re
@@ -147,6 +148,35 @@ def test_letters_are_replayed_as_they_are(planted, script):
     assert {one["kind"] for one in analysis["redacted"]} >= {"card", "iban"}
     # What was redacted before does not take the place of the raw chat.
     assert PLANTED["card"] in dump(folder / "raw.db").decode()
+
+
+def test_raw_chats_in_files(tmp_path, lines, script):
+    flags = [f"--input={lines(whole('1'))}", f"--output={tmp_path}/out", "--redact=email,name"]
+    kept = f"--keep_raw={tmp_path}/raw/chats"
+    table = f"--analyses={tmp_path}/out/analyses.csv"
+    assert main(["run", *flags, kept, table, f"--model={script(ANGRY, APOLOGY)}"]) == 0
+    (path,) = (tmp_path / "raw").glob("chats*.jsonl")
+    raw = json.loads(path.read_text())
+    assert raw["chat"]["messages"][0]["text"] == SAID
+    assert raw["placeholders"]["[EMAIL_1]"] == PLANTED["email"]
+    with open(tmp_path / "out" / "analyses.csv", encoding="utf-8-sig", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert {one["kind"] for one in json.loads(row["redacted"])} == {"email", "name"}
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("projects/p/topics/t", "'projects/p/topics/t' must be a file prefix or a database"),
+        ("sqlite:///nowhere/x.db", "there is no folder"),
+    ],
+)
+def test_mistakes_in_keep_raw(lines, script, place, said, capsys):
+    flags = ["--output=out", "--redact=all", f"--keep_raw={place}", f"--model={script(ANGRY)}"]
+    assert main(["run", f"--input={lines(whole('1'))}", *flags]) == 2
+    found = capsys.readouterr().err
+    assert "--keep_raw: " in found
+    assert said in found
 
 
 @pytest.fixture
