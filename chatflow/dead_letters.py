@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -231,12 +232,18 @@ def _pair_payload(pair: tuple[Any, ...]) -> dict[str, Any]:
     return payload_of(pair[0])  # (question, answer) or (chat, user)
 
 
-@payload_of.register(RawChat)
 @payload_of.register(Analysis)
 @payload_of.register(Draft)
 @payload_of.register(Response)
 def _record_payload(record: Record) -> dict[str, Any]:
     return {"payload": record.to_json(), "chat_id": getattr(record, "chat_id", None)}
+
+
+@payload_of.register
+def _raw_payload(raw: RawChat) -> dict[str, Any]:
+    """A letter is no place for what is kept apart."""
+    fields = {"chat_id": raw.chat_id, "revision": raw.revision}
+    return {"payload": json.dumps(fields), "chat_id": raw.chat_id}
 
 
 def _chat_id_in(line: bytes) -> str | None:

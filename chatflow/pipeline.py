@@ -22,7 +22,7 @@ from chatflow.options import NO_CLOUD, Cloud, Options, RedactionSettings, Rules,
 from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
-from chatflow.records import KINDS, AnalysedChat, Analysis, Arrival, DeadLetter
+from chatflow.records import KINDS, AnalysedChat, Analysis, DeadLetter
 from chatflow.redaction import Redactor
 from chatflow.sinks.database import Database
 from chatflow.sinks.files import Files
@@ -209,8 +209,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         USUAL if plan.replay else plan.customs,  # letters are lines; what they name is not
     )
     if redactor := plan.redactor:
-        arrivals = arrivals | "RedactLogs" >> beam.ParDo(RedactLogs(redactor))
-        arrivals.element_type = Arrival
+        arrivals = hushed(arrivals, "RedactLogsOfArrivals", redactor)
     if plan.replay:
         opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters(
             options.max_line_bytes, plan.customs, redactor
@@ -222,6 +221,8 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     )
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
+    if redactor:
+        chats = hushed(chats, "RedactLogsOfChats", redactor)
     dead_letters = [read.dead_letters, assembled.dead_letters]
     if not plan.streaming:
         chats, shared = chats | "TellApart" >> TellApart()
@@ -230,6 +231,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     if redactor:
         chats, raw = chats | "RedactChats" >> RedactChats(redactor)
         if options.keep_raw:
+            raw = hushed(raw, "RedactLogsOfRaw", redactor)
             refused.append(raw | "KeepRaw" >> plan.write_to([options.keep_raw]))
     if options.database:  # the console shows them to reviewers
         refused.append(chats | "WriteChats" >> plan.write_to([options.database]))
@@ -279,6 +281,13 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         all_dead_letters = all_dead_letters | "RedactLetters" >> beam.Map(redactor.letter)
         all_dead_letters.element_type = DeadLetter
     all_dead_letters | "WriteDeadLetters" >> plan.write("dead_letters")
+
+
+def hushed(elements: beam.PCollection, label: str, redactor: Redactor) -> beam.PCollection:
+    """Returns the same elements, of a step that keeps personal data out of logs."""
+    same = elements | label >> beam.ParDo(RedactLogs(redactor))
+    same.element_type = elements.element_type
+    return same
 
 
 def take_analysis(analysed: AnalysedChat) -> Analysis:

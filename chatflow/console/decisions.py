@@ -16,10 +16,10 @@ from rapidfuzz.distance import Levenshtein
 
 from chatflow.database import tables
 from chatflow.database.connections import clock
-from chatflow.database.tables import chats, customers, drafts, history, outbox
+from chatflow.database.tables import analyses, chats, customers, drafts, history, outbox
 from chatflow.database.upserts import supersede
 from chatflow.records import Reply, digest, now
-from chatflow.redaction.placeholders import hide, placeholders_in
+from chatflow.redaction.placeholders import hide, like_placeholders, placeholders_in
 
 REASONS = {
     "not_angry_neutral": "The customer is not angry, but neutral",
@@ -62,12 +62,10 @@ def approve(
     text = hide(_checked(text), hidden)
     if not text:
         raise DecisionError("A reply needs a text.")
-    if unknown := [one for one in placeholders_in(text) if one not in hidden]:
-        raise DecisionError(
-            f"{unknown[0]} stands for something that was left out of this chat. Please write it "
-            "yourself, or take it out; a customer must not see it like this."
-        )
     draft, seen = _seen(connection, draft_id, seen_chat)
+    query = sa.select(analyses.c.redacted).where(analyses.c.analysis_id == draft["analysis_id"])
+    is_redacted = connection.execute(query).scalar_one_or_none() is not None
+    used = _placeholders(text, draft, seen, hidden) if hidden or is_redacted else []
     written = draft["text"]
     moment = now()
     distance = None if written is None else Levenshtein.normalized_distance(written, text)
@@ -94,10 +92,26 @@ def approve(
         sa.insert(outbox).values(
             draft_id=draft_id,
             reply=reply.model_dump(mode="json"),
+            placeholders=used or None,
             publish_after=clock(connection) + timedelta(seconds=undo_seconds),
         )
     )
     _note(connection, draft_id, who, "approved", text=text)
+
+
+def _placeholders(
+    text: str, draft: Mapping[str, Any], chat: Mapping[str, Any] | None, hidden: Mapping[str, str]
+) -> list[str]:
+    """Returns the placeholders of a reply; raises `DecisionError` if one cannot be filled in."""
+    said = [draft["text"] or "", *(message["text"] for message in (chat or {}).get("messages", ()))]
+    known = {*hidden, *(one for part in said for one in placeholders_in(part))}
+    found = like_placeholders(text, known)
+    if unknown := [one for one in found if one not in hidden]:
+        raise DecisionError(
+            f"{unknown[0]} stands for something that was left out of this chat. Please write it "
+            "yourself, or take it out; a customer must not see it like this."
+        )
+    return found
 
 
 _OF_DRAFT = (

@@ -27,7 +27,7 @@ from chatflow.database.raw import values_of
 from chatflow.database.tables import outbox
 from chatflow.errors import UsageError, one_line
 from chatflow.records import Reply, now
-from chatflow.redaction.placeholders import fill, placeholders_in
+from chatflow.redaction.placeholders import fill
 
 LEASE_SECONDS = 60.0
 """How long a publisher reserves replies; if it is killed, another one takes them after that."""
@@ -37,6 +37,9 @@ LOOK_SECONDS = 0.5
 
 MOST = 100
 """Maximum number of replies published at once."""
+
+UNFILLED_SECONDS = 600.0
+"""Seconds until a reply is tried again whose placeholders could not be filled in."""
 
 NOT_FILLED = "what a placeholder of the reply stands for is not kept any more"
 
@@ -197,11 +200,10 @@ class Publisher:
 
     def publish(self) -> int:
         """Publishes due replies and returns how many; after an error they stay in the outbox."""
-        due = self._take()
+        due = self._filled(self._take())
         if not due:
             return 0
         try:
-            due, unfilled = self._filled(due)
             self.replies.send(list(due.values()), LEASE_SECONDS / 2)
         except Exception as error:
             sent = error.sent if isinstance(error, PartlySentError) else ()
@@ -209,30 +211,35 @@ class Publisher:
             self._put_back([draft_id for draft_id in due if draft_id not in sent], one_line(error))
             raise
         self._note_sent(due)
-        if unfilled:
-            self._put_back(unfilled, NOT_FILLED)
-            raise LookupError(NOT_FILLED)
         return len(due)
 
-    def _filled(self, due: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Returns replies with what their placeholders stand for, and ids of those it cannot fill.
+    def _filled(self, due: Mapping[str, Any]) -> dict[str, Reply]:
+        """Returns replies with what their placeholders stand for.
 
-        A customer must never see a placeholder.
+        One that cannot be filled in is tried again later; no customer may see a placeholder.
         """
-        found = {draft_id: Reply(**reply) for draft_id, reply in due.items()}
-        open_ = {key for key, reply in found.items() if placeholders_in(reply.text)}
+        found = {draft_id: Reply(**row.reply) for draft_id, row in due.items()}
+        open_ = [draft_id for draft_id, row in due.items() if row.placeholders]
         if not open_:
-            return found, []
-        hidden = values_of(self.raw, [(found[key].chat_id, found[key].revision) for key in open_])
+            return found
+        keys = [(found[draft_id].chat_id, found[draft_id].revision) for draft_id in open_]
+        try:
+            hidden, error = values_of(self.raw, keys), NOT_FILLED
+        except sa.exc.SQLAlchemyError as fault:
+            hidden, error = {}, one_line(fault)
         unfilled = []
-        for key in sorted(open_):
-            reply = found.pop(key)
-            values = hidden.get((reply.chat_id, reply.revision), {})
-            if all(one in values for one in placeholders_in(reply.text)):
-                found[key] = reply.model_copy(update={"text": fill(reply.text, values)})
+        for draft_id, key in zip(open_, keys, strict=True):
+            values = hidden.get(key, {})
+            if set(due[draft_id].placeholders) <= set(values):
+                text = fill(found[draft_id].text, values)
+                found[draft_id] = found[draft_id].model_copy(update={"text": text})
             else:
-                unfilled.append(key)
-        return {key: found[key] for key in due if key in found}, unfilled
+                unfilled.append(draft_id)
+                del found[draft_id]
+        if unfilled:
+            _log.warning("%d replies are not sent: %s", len(unfilled), error)
+            self._put_back(unfilled, error, UNFILLED_SECONDS)
+        return found
 
     def _note_sent(self, ids: Collection[str]) -> None:
         """Marks replies as published; retries within the lease if the database is unavailable."""
@@ -271,21 +278,22 @@ class Publisher:
                 .where(outbox.c.draft_id.in_(ids), *free)  # another may have been faster
                 .values(leased_by=self._name, leased_until=lease, attempts=outbox.c.attempts + 1)
             )
-            query = sa.select(outbox.c.draft_id, outbox.c.reply).where(
+            query = sa.select(outbox.c.draft_id, outbox.c.reply, outbox.c.placeholders).where(
                 outbox.c.draft_id.in_(ids),
                 outbox.c.leased_by == self._name,
                 outbox.c.leased_until == lease,
             )
             return {
-                row.draft_id: row.reply
+                row.draft_id: row
                 for row in connection.execute(query.order_by(outbox.c.publish_after))
             }
 
-    def _put_back(self, ids: Sequence[str], error: str) -> None:
-        """Releases the lease; undo stays impossible, because some replies may have been sent."""
+    def _put_back(self, ids: Sequence[str], error: str, seconds: float = 0) -> None:
+        """Releases the lease in `seconds`; undo stays impossible, as some may have been sent."""
         with self.database.write() as connection:
+            until = clock(connection) + timedelta(seconds=seconds) if seconds else None
             connection.execute(
                 sa.update(outbox)
                 .where(outbox.c.draft_id.in_(ids), outbox.c.leased_by == self._name)
-                .values(leased_until=None, error=error)
+                .values(leased_until=until, error=error)
             )

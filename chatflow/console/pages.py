@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import sqlalchemy as sa
 from starlette.datastructures import FormData
@@ -24,20 +25,26 @@ from chatflow.records import LARGEST_INTEGER, now
 def show_inbox(console: Console, request: Request) -> Response:
     wanted = inbox.Filter.of(request.query_params)
     person: Person = request.scope["person"]
+    decided_id = request.query_params.get("decided", "")
     with console.database.read() as connection:
         found, more = inbox.listed(connection, wanted, person.reads_texts)
-        return console.page(
-            request,
-            "inbox",
-            hidden=console.hidden_in(request, *found),
-            wanted=wanted,
-            drafts=found,
-            more=more,
-            waiting=inbox.waiting(connection),
-            known_attributes=console.known_attributes(connection),
-            decided=inbox.decided(connection, request.query_params.get("decided", "")),
-            inbox=inbox,
-        )
+        shown: dict[str, Any] = {
+            "waiting": inbox.waiting(connection),
+            "known_attributes": console.known_attributes(connection),
+            "decided": inbox.decided(connection, decided_id),
+        }
+    # After the block, because it may need a connection of the same pool.
+    hidden = console.hidden_in(request, *found)
+    return console.page(
+        request,
+        "inbox",
+        hidden=hidden,
+        wanted=wanted,
+        drafts=found,
+        more=more,
+        inbox=inbox,
+        **shown,
+    )
 
 
 def show_draft(
@@ -56,23 +63,24 @@ def show_draft(
             raise HTTPException(404, "There is no such draft.")
         texts = request.scope["person"].reads_texts
         before, after = inbox.neighbours(connection, wanted, draft_id, texts)
-        return console.page(
-            request,
-            "draft",
-            status,
-            hidden=console.hidden_in(request, found["draft"], found["chat"], found["analysis"]),
-            wanted=wanted,
-            **found,
-            seen_chat=decisions.mark_of(found["chat"]),
-            before=before,
-            after=after,
-            problem=problem,
-            saved=request.query_params.get("saved") == draft_id and not problem,
-            typed={name: _text(form or FormData(), name) for name in TYPED},
-            reasons=decisions.REASONS,
-            characters=decisions.CHARACTERS,
-            decided=inbox.decided(connection, request.query_params.get("decided", "")),
-        )
+        decided = inbox.decided(connection, request.query_params.get("decided", ""))
+    return console.page(
+        request,
+        "draft",
+        status,
+        hidden=console.hidden_in(request, found["draft"], found["chat"], found["analysis"]),
+        wanted=wanted,
+        **found,
+        seen_chat=decisions.mark_of(found["chat"]),
+        before=before,
+        after=after,
+        problem=problem,
+        saved=request.query_params.get("saved") == draft_id and not problem,
+        typed={name: _text(form or FormData(), name) for name in TYPED},
+        reasons=decisions.REASONS,
+        characters=decisions.CHARACTERS,
+        decided=decided,
+    )
 
 
 TYPED = ("text", "reason", "comment")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -19,8 +20,11 @@ from chatflow.console.outbox import Replies
 from chatflow.console.people import OWN_HOSTS, People, Person, Sessions, csrf_of, redacted
 from chatflow.database.connections import Database
 from chatflow.database.raw import Hidden, Key, values_of
+from chatflow.errors import one_line
 from chatflow.records import now
 from chatflow.redaction.placeholders import fill
+
+_log = logging.getLogger(__name__)
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -89,11 +93,15 @@ class Console:
                 return redacted(text)
             return fill(text, hidden.get((of["chat_id"], of["revision"]), {}))
 
+        def filled(text: str, of: Mapping[str, Any]) -> str:
+            return fill(text, hidden.get((of["chat_id"], of["revision"]), {}))
+
         text = self._templates.get_template(f"{name}.html.jinja").render(
             person=person,
             people=self.people,
             csrf=csrf_of(request.scope["session"]),
             shown=shown,
+            filled=filled,
             path=request.url.path,
             moment=now(),
             asked=request.scope["asked"],
@@ -107,7 +115,11 @@ class Console:
         if not request.scope["person"].decides:
             return {}
         assert self.raw is not None  # set at the start
-        return values_of(self.raw, [(one["chat_id"], one["revision"]) for one in found if one])
+        try:
+            return values_of(self.raw, [(one["chat_id"], one["revision"]) for one in found if one])
+        except sa.exc.SQLAlchemyError as error:
+            _log.warning("placeholders are not filled in: %s", one_line(error))
+            return {}
 
     def known_attributes(self, connection: sa.Connection) -> list[str]:
         """Returns attributes cached for up to 30 seconds, because the query reads all chats."""

@@ -68,7 +68,7 @@ raw_chats = sa.Table(  # of --keep_raw, maybe in a database of their own
     metadata,
     _key("chat_id"),
     _key("revision", sa.BigInteger),  # placeholders are numbered anew in each
-    _required("chat", JSON),
+    _optional("chat", JSON),  # of the newest revision alone
     _required("placeholders", JSON),
     _required("stored_at", UtcTime),
 )
@@ -191,6 +191,7 @@ outbox = sa.Table(
     metadata,
     _key("draft_id"),  # a draft has at most one reply
     _required("reply", JSON),
+    _optional("placeholders", JSON),  # of its text, to be filled in when it is sent
     _required("publish_after", UtcTime),  # until then, the approval can be undone
     _optional("leased_by"),
     _optional("leased_until", UtcTime),

@@ -99,7 +99,15 @@ def _write_raw(connection: sa.Connection, found: Sequence[RawChat]) -> None:
         }
         for record in found
     ]
-    _upsert_rows(connection, tables.raw_chats, rows)
+    table = tables.raw_chats
+    _upsert_rows(connection, table, rows)
+    newer = table.alias("newer")
+    is_old = sa.exists().where(
+        newer.c.chat_id == table.c.chat_id, newer.c.revision > table.c.revision
+    )
+    of_these = table.c.chat_id.in_(sorted({record.chat_id for record in found}))
+    # Each revision holds the ones before it.
+    connection.execute(sa.update(table).where(of_these, is_old).values(chat=None))
 
 
 def search_text(chat: Chat) -> str:

@@ -106,6 +106,8 @@ def failures(planned: Plan) -> Iterator[None]:
             raise KeyboardInterrupt from None
         logging.getLogger(__name__).debug("the pipeline failed", exc_info=error)
         last = str(error).strip().splitlines()[-1:] or [""]
+        if planned.redactor:
+            last = [planned.redactor.line(last[0])]
         print(
             f"chatflow: the pipeline failed: {type(error).__name__}: {last[0]} "
             "(--debug shows the whole traceback)",

@@ -140,7 +140,10 @@ def read_chat(
     chat = validate(Chat, whole)
     messages = _in_order(_first_of_each_id(_with_text(chat.messages, counts), counts), counts)
     revision = chat.revision if "revision" in whole else newest_revision(messages)
-    return check_chat(chat.model_copy(update={"messages": messages, "revision": revision}))
+    update: dict[str, Any] = {"messages": messages, "revision": revision}
+    if isinstance(value.get("redacted"), list):  # of a dead letter; where, is found anew
+        update["redacted"] = ()
+    return check_chat(chat.model_copy(update=update))
 
 
 def message_fields(

@@ -11,7 +11,7 @@ import apache_beam as beam
 from chatflow import metrics
 from chatflow.records import Chat, RawChat
 from chatflow.redaction import Redactor
-from chatflow.redaction.logs import redact_logs, stop_redacting
+from chatflow.redaction.logs import redact_logs
 
 
 class RedactedChats(NamedTuple):
@@ -49,6 +49,9 @@ class _RedactDoFn(beam.DoFn):
     def __init__(self, redactor: Redactor):
         self.redactor = redactor
 
+    def setup(self) -> None:
+        redact_logs(self.redactor.line)
+
     def process(self, chat: Chat) -> Iterable[Any]:
         redacted = self.redactor.chat(chat)
         metrics.count("chats_redacted", bool(redacted.counts))
@@ -60,7 +63,10 @@ class _RedactDoFn(beam.DoFn):
 
 
 class RedactLogs(beam.DoFn):
-    """Passes all elements on; while it is set up, no log line of its process has personal data."""
+    """Passes all elements on; once it is set up, no log line of its process has personal data.
+
+    It stands in each stage that has chats as they came, because stages may run in other processes.
+    """
 
     def __init__(self, redactor: Redactor):
         self.redactor = redactor
@@ -70,6 +76,3 @@ class RedactLogs(beam.DoFn):
 
     def process(self, element: Any) -> Iterable[Any]:
         yield element
-
-    def teardown(self) -> None:
-        stop_redacting()
