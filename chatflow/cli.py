@@ -116,6 +116,8 @@ def _start_logging(debug: bool) -> None:
     kind = logging.Formatter if debug else ShortFormatter
     handler.setFormatter(kind("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
+    if not debug:
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it speaks when it is imported
 
 
 class ShortFormatter(logging.Formatter):

@@ -344,9 +344,22 @@ def test_what_pubsub_does_not_take_waits_in_the_spool(chatwoot, relay, pubsub, m
 def test_a_topic_that_is_made_later_gets_what_waits(chatwoot, relay, pubsub, monkeypatch):
     monkeypatch.setattr(publishing, "GIVE_UP_SECONDS", 0.5)
     topic = pubsub.topic("later")
+    failed, made = threading.Event(), threading.Event()
+    publish = example.send
+
+    def send_or_wait(lines, topic):
+        """Fails without a topic, and then waits until it has a subscription, too."""
+        if failed.is_set():
+            made.wait(60)
+        failed.set()
+        return publish(lines, topic)
+
+    monkeypatch.setattr(example, "send", send_or_wait)
     with relay(chatwoot.address, topic=topic) as address:
         assert deliver(f"{address}chatwoot", created(7, "Late!")).text == "kept"
+        assert failed.wait(60)
         make_topics([topic])
+        made.set()
         got = pubsub.subscriber.pull(
             subscription=pubsub.subscription("later"), max_messages=1, timeout=60
         )
