@@ -263,7 +263,7 @@ class ModelSettings(Settings):
     )  # fmt: skip
     models: str = flag(
         "", "YAML file that says by an attribute of the chats (tenant, language) which model, "
-        "prompts and thresholds they have; see docs/systems.md.", _MODEL,
+        "prompts and thresholds they have; see docs/how-to/models.md.", _MODEL,
     )  # fmt: skip
     draft_model: str = flag(
         "", "Another model that writes the drafts, named as --model is; where it runs, its name "

@@ -89,7 +89,7 @@ def read_examples(
                 found.append(example)
     if not found:
         raise UsageError(
-            f"{', '.join(paths)} has no chat with a label; see README.md, Teach it your chats"
+            f"{', '.join(paths)} has no chat with a label; see docs/how-to/tune-and-evaluate.md"
         )
     return found
 
