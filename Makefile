@@ -85,7 +85,7 @@ NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-
 $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
-.PHONY: help setup demo demo-remote stream test test-fast lint evaluate eval bench bench-model bench-remote \
+.PHONY: help setup demo demo-remote stream test test-fast lint audit evaluate eval bench bench-model bench-remote \
   console docs screenshots lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
@@ -144,18 +144,27 @@ test: setup ## Run all tests, in three processes
 test-fast: setup ## Run the tests that need nothing real: no model, browser, emulator or server
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadfile --fast
 
-lint: setup .venv-lint/.done ## Check style, types, who imports whom, images, scripts and Terraform
+lint: setup .venv-lint/.done ## Check style, types, prose, who imports whom, images, workflows, Terraform
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(LINT)/lint-imports --no-logo
 	$(LINT)/hadolint infra/docker/*.Dockerfile
 	$(LINT)/shellcheck .ci/run
+	$(LINT)/zizmor --offline --quiet .github
+	$(BIN)/python docs/prose.py
 	@if command -v terraform >/dev/null; then terraform fmt -check -diff -recursive infra/terraform; \
 	  else echo 'terraform is missing: see https://developer.hashicorp.com/terraform/install'; \
 	  test "$$CHATFLOW_REQUIRE_ALL" != 1; fi
 	$(LINT)/checkov --directory infra --framework terraform dockerfile --compact --quiet \
 	  --skip-download
+
+# Not part of lint: it asks the package index, and an advisory may appear without a change here.
+# --strict, because without it a service that does not answer counts as no finding.
+audit: .venv-lint/.done ## Look up known vulnerabilities of the locked packages; needs pypi.org
+	@for lock in requirements.lock infra/docker/*.lock infra/lint.lock; do echo "$$lock:"; \
+	  $(LINT)/pip-audit --strict --disable-pip --require-hashes -r $$lock || failed=1; done; \
+	  test -z "$$failed"
 
 .venv-lint/.done: infra/lint.lock
 	$(call INSTALL,.venv-lint,infra/lint.lock)
