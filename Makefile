@@ -85,7 +85,7 @@ NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-
 $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
-.PHONY: help setup demo demo-remote stream test test-fast lint audit evaluate eval bench bench-model bench-remote \
+.PHONY: help setup demo demo-remote stream test test-fast lint evaluate eval bench bench-model bench-remote \
   console docs screenshots lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
@@ -144,7 +144,7 @@ test: setup ## Run all tests, in three processes
 test-fast: setup ## Run the tests that need nothing real: no model, browser, emulator or server
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadfile --fast
 
-lint: setup .venv-lint/.done ## Check style, types, prose, who imports whom, images, workflows, Terraform
+lint: setup .venv-lint/.done ## Check style, types, who imports whom, images, scripts and Terraform
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -159,8 +159,9 @@ lint: setup .venv-lint/.done ## Check style, types, prose, who imports whom, ima
 	$(LINT)/checkov --directory infra --framework terraform dockerfile --compact --quiet \
 	  --skip-download
 
-# Not part of lint: it asks the package index, and an advisory may appear without a change here.
+# Not a part of lint: it asks the package index, and an advisory may appear without a change here.
 # --strict, because without it a service that does not answer counts as no finding.
+.PHONY: audit
 audit: .venv-lint/.done ## Look up known vulnerabilities of the locked packages; needs pypi.org
 	@for lock in requirements.lock infra/docker/*.lock infra/lint.lock; do echo "$$lock:"; \
 	  $(LINT)/pip-audit --strict --disable-pip --require-hashes -r $$lock || failed=1; done; \

@@ -42,7 +42,7 @@ _RULES = {
     r"\bof its own\b": "write 'its own …', 'a separate …' or leave it out",
     r"\bby which\b": "write 'with which', 'that …' or two sentences",
     r"\bthat which\b": "write 'what', or name the thing",
-    r"\bdivided by (commas|spaces)\b": "write 'separate … with'",
+    r"\bdivided by (commas|spaces|blanks)\b": "write 'separate … with'",
     r"\b(no|not any|never any) more(?=[.,;:)]|$)": "write 'no longer', before the verb",
     r"\b(whatsoever|thereof|therein|whereby|hereby|herein|thereby)\b": "use the usual word",
     r"\b(utilize|utilise|leverage|in order to)s?\b": "use the shorter word",
@@ -52,8 +52,8 @@ RULES = tuple((re.compile(pattern), remedy) for pattern, remedy in _RULES.items(
 
 _NOT_VERBS = frozenset("This Its His As Always Perhaps Sometimes Thus Plus Yes Unless Less".split())
 _NOT_PROSE = re.compile(r"#\s*(noqa|type:|fmt:|pragma|!|checkov|shellcheck|syntax=)")
-_UNREAD = re.compile(r"``.*?``|`[^`]*`|\"[^\"]*\"|“[^”]*”|https?://\S+", re.DOTALL)
-_SENTENCE = re.compile(r"(?<=[.!?])[\"')*]*\s+(?=[A-Z`\"'(*\[…])")
+_UNREAD = re.compile(r"``.*?``|`[^`]*`|\"[^\"]*\"|“[^”]*”|https?://[^\s)>]*[^\s)>.,;:]", re.DOTALL)
+_SENTENCE = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)[\"')*]*\s+")
 _ITEM = re.compile(r"\s*([-*+]|\d+\.)\s|\s*[\w`,. *]+: |\s*>>> |\s*\|")
 
 
