@@ -151,11 +151,21 @@ lint: setup .venv-lint/.done ## Check style, types, who imports whom, images, sc
 	$(LINT)/lint-imports --no-logo
 	$(LINT)/hadolint infra/docker/*.Dockerfile
 	$(LINT)/shellcheck .ci/run
+	$(LINT)/zizmor --offline --quiet .github
+	$(BIN)/python docs/prose.py
 	@if command -v terraform >/dev/null; then terraform fmt -check -diff -recursive infra/terraform; \
 	  else echo 'terraform is missing: see https://developer.hashicorp.com/terraform/install'; \
 	  test "$$CHATFLOW_REQUIRE_ALL" != 1; fi
 	$(LINT)/checkov --directory infra --framework terraform dockerfile --compact --quiet \
 	  --skip-download
+
+# Not a part of lint: it asks the package index, and an advisory may appear without a change here.
+# --strict, because without it a service that does not answer counts as no finding.
+.PHONY: audit
+audit: .venv-lint/.done ## Look up known vulnerabilities of the locked packages; needs pypi.org
+	@for lock in requirements.lock infra/docker/*.lock infra/lint.lock; do echo "$$lock:"; \
+	  $(LINT)/pip-audit --strict --disable-pip --require-hashes -r $$lock || failed=1; done; \
+	  test -z "$$failed"
 
 .venv-lint/.done: infra/lint.lock
 	$(call INSTALL,.venv-lint,infra/lint.lock)

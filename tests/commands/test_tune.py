@@ -35,7 +35,7 @@ def chat_of(text, number):
 
 
 def labelled(count, first=0):
-    """Chats whose tone one word says, each with text of its own, up to 84 of them."""
+    """Chats whose tone one word says, each with different text, up to 84 of them."""
     rng = random.Random(first)
     others = "the is and it said agent customer".split()
     pairs = list(itertools.combinations_with_replacement(others, 2))

@@ -48,7 +48,7 @@ def chromium():
 
 @pytest.fixture
 def window(chromium):
-    """Opens pages, each with cookies of its own; what they complain of fails the test."""
+    """Opens pages, each with separate cookies; what they complain of fails the test."""
     complaints, contexts = [], []
 
     def opened(address, **settings):
@@ -462,7 +462,7 @@ def test_signing_in(sqlite, window, token, tmp_path):
 def typing(sqlite, window, token, tmp_path):
     """Somebody who has typed a reply and a comment when their session ended, and pressed a button.
 
-    Gives the page; there they can sign in again.
+    Returns the page; there they can sign in again.
     """
     write(sqlite, *angry_chat(1))
 

@@ -228,7 +228,7 @@ def test_a_mistake_in_the_file_is_one_clear_line(
     assert "--models" in found
 
 
-# Room for so many models.
+# How many models have room (max_models).
 
 
 class Loads(ScriptedModelHandler):

@@ -94,7 +94,7 @@ def test_broken_weights_are_refused_once_and_the_old_go_on(broken, caplog):
 
 
 def test_weights_that_cannot_be_loaded_are_tried_again_later(monkeypatch):
-    """A service that is away for a moment is no broken file."""
+    """A service that is away for a moment is not a broken file."""
     away = [True]
 
     def load(wanted):
@@ -237,7 +237,7 @@ def test_a_route_that_cannot_be_looked_at_leaves_the_others_theirs(tmp_path, scr
         f"  - {{keys: [b], model_updates: '{tmp_path}/b/*.jsonl'}}\n"
     )
     both = routes(models=str(file), model=script(ANGRY, APOLOGY))
-    assert len(both.specs) == 2  # each takes up weights of its own
+    assert len(both.specs) == 2  # each takes up its own weights
     first = look(both)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "new.jsonl").write_text("")

@@ -397,7 +397,7 @@ def test_the_emulator_restarted_in_the_middle(monkeypatch):
 
 @pytest.mark.slow
 def test_requests_of_small_bundles_are_batched_together(pubsub, script):
-    """One chat after the other, each in a bundle of its own: the model is asked in batches."""
+    """One chat after the other, each in a separate bundle: the model is asked in batches."""
     model = script(ANGRY, APOLOGY)
     sizes = {}
     for wait in (0.0, 4.0):
@@ -602,7 +602,7 @@ def test_publish_sends_lines_as_they_are(pubsub, lines):
 
 @pytest.mark.slow
 def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
-    """With an emulator of its own, as a newcomer runs it; a draft is approved; then Ctrl-C."""
+    """With its own emulator, as a newcomer runs it; a draft is approved; then Ctrl-C."""
     start_emulator().stop()  # it can be started here
     source = lines(*(chat("late!", "sorry", chat_id=str(n)) for n in range(10)))
     environment = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}

@@ -34,7 +34,7 @@ def t5(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flan(t5, tmp_path_factory):
-    """The same as Google's Flan-T5 are on the hub: with an output of its own."""
+    """The same as Google's Flan-T5 are on the hub: with a separate output."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("flan") / "flan"
@@ -210,7 +210,7 @@ def memory(name):
 
 
 def converting(folder, path, results):
-    """Writes a model as float16; gives by how much the process's memory grew meanwhile."""
+    """Writes a model as float16; returns by how much the process's memory grew meanwhile."""
     torch.set_num_threads(1)  # the others' threads are not there after a fork
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory("VmRSS")
