@@ -138,6 +138,7 @@ def relay(tmp_path, monkeypatch):
             assert not relay.forwarder.is_alive()
             relay.forwarder.spool.close()
 
+    start.example = example
     return start
 
 
@@ -345,6 +346,7 @@ def test_a_topic_that_is_made_later_gets_what_waits(chatwoot, relay, pubsub, mon
     monkeypatch.setattr(publishing, "GIVE_UP_SECONDS", 0.5)
     topic = pubsub.topic("later")
     failed, made = threading.Event(), threading.Event()
+    example = relay.example
     publish = example.send
 
     def send_or_wait(lines, topic):
