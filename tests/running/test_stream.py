@@ -635,9 +635,10 @@ def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, t
     ("arguments", "says"),
     [
         (["run", "--input=projects/p/subscription/x", "--output=x"], "no file matches"),
-        (["run", "--input=pubsub://x", "--output=x"], "is no Pub/Sub path"),
-        (["run", "--input=projects/p/topics/", "--output=x"], "is no Pub/Sub path"),
-        (["run", "--input=projects/proj/topics/x,a.jsonl", "--output=x"], "run them apart"),
+        (["run", "--input=pubsub://x", "--output=x"], "is not a Pub/Sub path"),
+        (["run", "--input=projects/p/topics/", "--output=x"], "is not a Pub/Sub path"),
+        (["run", "--input=projects/proj/topics/x,a.jsonl", "--output=x"],
+         "use a separate run for each"),
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=redis://x", "--output=x"],
          "nothing writes to 'redis://x'"),
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=projects/p/topic/x",
