@@ -183,9 +183,7 @@ def newest_revision(messages: Sequence[Message]) -> int:
 
 
 def revision_of(newest: int, messages: int) -> int:
-    """Returns the revision of a chat by the time of its newest message, in microseconds since 1970,
-    and its number of messages.
-    """
+    """Returns the revision of a chat from its newest time, in µs, and its number of messages."""
     return max(newest // 1000, 0) + messages
 
 
