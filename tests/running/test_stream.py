@@ -642,7 +642,7 @@ def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, t
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=redis://x", "--output=x"],
          "nothing writes to 'redis://x'"),
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=projects/p/topic/x",
-          "--drafts=y", "--dead_letters=projects/p/topics"], "is no topic"),
+          "--drafts=y", "--dead_letters=projects/p/topics"], "is not a topic"),
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=x"], "--drafts"),
         (["run", "--input=IN", "--quiet_seconds=7200", "--retention_hours=1"], "less than"),
         (["run", "--input=IN", "--quiet_seconds=0"], "--quiet_seconds=0.0: must be at least"),
