@@ -108,7 +108,7 @@ def test_a_database_of_a_newer_chatflow_is_refused(database):
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
         ("postgresql://me@h", "names no database"),
-        ("what", "is no database"),
+        ("what", "is not a database"),
     ],
 )
 def test_other_uris_are_refused(uri, said):
