@@ -63,7 +63,7 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Begins a transaction that is stored as a whole or not at all; SQLite has one at a time."""
+        """Begins a transaction that is stored whole or not at all; SQLite has one at a time."""
         with self._engine.begin() as connection:
             yield connection
 
