@@ -111,7 +111,7 @@ class Places(Settings):
     )  # fmt: skip
     id_label: str = flag(
         "", "Attribute of Pub/Sub messages whose value identifies repeated ones, which the runner "
-        "drops if it can (Dataflow does). Any runner also drops repeated message_ids.", _DATA,
+        "drops if it can (Dataflow does). chatflow itself drops repeated message_ids.", _DATA,
     )  # fmt: skip
     roles: str = flag(
         "", "Roles that your system has and chatflow does not know, as THEIRS=OURS,…; OURS is "
@@ -325,7 +325,7 @@ class Batching(Settings):
     )  # fmt: skip
     batch_buckets: str = flag(
         "", "In streams, prompt lengths in tokens, e.g. 256,512, that separate batches of shorter "
-        "from batches of longer prompts; default: one batch for all lengths.", _MODEL,
+        "from batches of longer prompts; default: all lengths are batched together.", _MODEL,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -361,7 +361,7 @@ class WorkerSettings(Settings):
     )  # fmt: skip
     dtype: str = flag(
         "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else the precision of "
-        "--state_dict_path, else float32. float16: only for torch: models.",
+        "--state_dict_path, else float32. float16: for torch: models.",
         _WORKER, choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     quantization: str = flag(
@@ -429,9 +429,9 @@ class RemoteSettings(Settings):
     )  # fmt: skip
     thinking: str = flag(
         "auto", "How much a Gemini or OpenAI model thinks before it answers; you pay for these "
-        "tokens. A level (minimal, low, medium, high); a number of tokens (a budget for Gemini "
-        "2.5, for other models only room in the answer's limit); none: the model decides; auto: "
-        "as little as possible.", _REMOTE,
+        "tokens. A level (minimal, low, medium, high); a number of tokens (Gemini 2.5; others only "
+        "get more room for it); none: the model decides; auto: as little as possible.",
+        _REMOTE,
     )  # fmt: skip
     service_tier: str = flag(
         "standard", "flex: half the price, but answers may take minutes (raise --request_timeout) "

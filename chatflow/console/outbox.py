@@ -38,7 +38,7 @@ LOOK_SECONDS = 0.5
 MOST = 100
 """Maximum number of replies published at once."""
 
-NOT_FILLED = "a placeholder in the reply cannot be filled in: its value was deleted"
+NOT_FILLED = "a placeholder in the reply cannot be filled in: its value is not stored"
 
 _BEGINS = b'{"reply_id":'
 """The beginning of each reply in a file; a cut-off line without it is not from chatflow."""

@@ -221,7 +221,7 @@ def test_a_customer_never_sees_a_placeholder(planted, databases, tmp_path):
     assert (tmp_path / "replies.jsonl").read_text() == ""
     with database.read() as connection:
         (error,) = connection.exec_driver_sql("SELECT error FROM outbox").scalars()
-    assert error == "a placeholder in the reply cannot be filled in: its value was deleted"
+    assert error == "a placeholder in the reply cannot be filled in: its value is not stored"
     with database.write() as connection:
         connection.exec_driver_sql("UPDATE outbox SET leased_until = NULL")
     assert Publisher(database, replies, raw).publish() == 1
