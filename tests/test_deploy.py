@@ -61,7 +61,7 @@ def cloud(google):
 
 
 def make(*arguments, code=0, **variables):
-    """Runs make; gives what it prints."""
+    """Runs make; returns what it prints."""
     given = [f"{name}={value}" for name, value in variables.items()]
     done = subprocess.run(
         ["make", "--no-print-directory", "-C", ROOT, *arguments, *given],

@@ -94,7 +94,7 @@ def test_broken_weights_are_refused_once_and_the_old_go_on(broken, caplog):
 
 
 def test_weights_that_cannot_be_loaded_are_tried_again_later(monkeypatch):
-    """A service that is away for a moment is no broken file."""
+    """A service that is away for a moment is not a broken file."""
     away = [True]
 
     def load(wanted):

@@ -360,7 +360,7 @@ def with_window(letter, window=beam.DoFn.WindowParam):
 
 
 def test_responses_have_a_payload_too(hook):
-    """Those of `AskTexts`, which is no part of the pipeline of chats."""
+    """Those of `AskTexts`, which is not part of the pipeline of chats."""
     hook.behave = lambda *_: Answer(404)
     said = Response(
         response_id="r", text="a", response="b", model="m", prompt_version="v", responded_at=now()

@@ -210,7 +210,7 @@ def memory(name):
 
 
 def converting(folder, path, results):
-    """Writes a model as float16; gives by how much the process's memory grew meanwhile."""
+    """Writes a model as float16; returns by how much the process's memory grew meanwhile."""
     torch.set_num_threads(1)  # the others' threads are not there after a fork
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory("VmRSS")
