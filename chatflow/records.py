@@ -331,7 +331,7 @@ FAILED: Flag = "failed"
 
 
 class Draft(Record):
-    """An apology for support staff to review, or a flag, so that a person has to write it.
+    """An apology for support staff to review, or a flag that says why a person has to write it.
 
     chatflow never sends it. It has either a text or a flag, because a bad draft is worse than none.
 
@@ -416,9 +416,8 @@ class DeadLetter(Record):
 
     Attributes:
       stage: where it failed: `read`; `assemble` (messages to a chat); `identity` (chats that share
-        an id); `prompt`, `model` or `answer`
-        of an analysis; `draft_prompt`, `draft_model` or `draft_answer`; `write` (a sink refused a
-        record); `replay` (of a dead letter).
+        an id); `prompt`, `model` or `answer` of an analysis; `draft_prompt`, `draft_model` or
+        `draft_answer`; `write` (a sink refused a record); `replay` (of a dead letter).
       reason: a short code, e.g. `not_json`.
       payload: the original element; its encoding is `base64` if it is not UTF-8; `gzip`
         (compressed, then base64) if it is too large for its sink; or `file` if it names the part
