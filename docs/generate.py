@@ -20,7 +20,7 @@ from chatflow.sinks.bigquery import columns
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
 README = ROOT / "README.md"
-SYSTEMS = ROOT / "docs" / "systems.md"
+SYSTEMS = ROOT / "docs" / "explanation" / "origins.md"
 PLACE = r"(<!-- {0}: .*? -->\n).*?(<!-- end of {0} -->)"
 
 
@@ -122,7 +122,7 @@ def sizes_table() -> str:
 
 
 def models_tables() -> str:
-    """Returns the tables of what models need, of docs/systems.md."""
+    """Returns the tables of what models need, of docs/explanation/origins.md."""
     lines: list[str] = []
     for title, rows in info.tables([info.needs_of(name) for name in info.MODELS]):
         head = list(rows[0])

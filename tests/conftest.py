@@ -114,7 +114,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: collecting what is not used looks through it no more."""
+    """Imported modules stay: the garbage collector does not look through them again."""
     gc.collect()
     gc.freeze()
 
@@ -196,7 +196,7 @@ def draft_prompt() -> DraftPrompt:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[..., str]:
-    """Writes rules to a file; gives the value of --model for it."""
+    """Writes rules to a file; returns the value of --model for it."""
 
     def write(*rules: Mapping[str, Any]) -> str:
         path = tmp_path / "script.jsonl"
@@ -208,7 +208,7 @@ def script(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Callable[..., str]:
-    """Writes an input file of lines (text, bytes, or values as JSON); gives its path."""
+    """Writes an input file of lines (text, bytes, or values as JSON); returns its path."""
 
     def write(*values: Any, name: str = "chats.jsonl") -> str:
         path = tmp_path / name

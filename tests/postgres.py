@@ -15,7 +15,7 @@ INSTALL = "install PostgreSQL's server (Debian: apt-get install postgresql)"
 
 
 class MissingError(Exception):
-    """There is no PostgreSQL server here; the message says what to install."""
+    """PostgreSQL is not installed here; the message says what to install."""
 
 
 @contextlib.contextmanager

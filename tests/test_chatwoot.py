@@ -116,7 +116,7 @@ def chatwoot():
 
 @pytest.fixture
 def relay(tmp_path, monkeypatch):
-    """Starts the relay; gives its address."""
+    """Starts the relay; returns its address."""
     monkeypatch.setenv("HOOK_SECRET", SECRET)
     spec = importlib.util.spec_from_file_location("chatwoot", RELAY)
     example = importlib.util.module_from_spec(spec)

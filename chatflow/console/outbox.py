@@ -1,7 +1,7 @@
 """Outbox: publishes approved replies to a topic or a file, each once.
 
-An approval and its reply are stored in one transaction, and publishers read replies from there, so
-a crash cannot leave one without the other
+An approval and its reply are stored in one transaction, and publishers read replies from the
+database. So a crash cannot leave one without the other
 (https://microservices.io/patterns/data/transactional-outbox.html).
 """
 
@@ -41,10 +41,10 @@ MOST = 100
 UNFILLED_SECONDS = 600.0
 """Seconds until a reply is tried again whose placeholders could not be filled in."""
 
-NOT_FILLED = "what a placeholder of the reply stands for is not kept any more"
+NOT_FILLED = "a placeholder in the reply cannot be filled in: its value is not stored"
 
 _BEGINS = b'{"reply_id":'
-"""How each reply in a file begins; a cut-off line without it is not chatflow's."""
+"""The beginning of each reply in a file; a cut-off line without it is not from chatflow."""
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ReplyFile:
     """A file of JSON lines that holds each reply once: a known reply is not written again."""
 
     def __init__(self, path: str):
-        """Raises `UsageError` if the file cannot be written or contains anything else."""
+        """Raises `UsageError` if the file cannot be written or contains anything but replies."""
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise UsageError(f"--replies={path}: there is no folder {self.path.parent}")
@@ -85,7 +85,7 @@ class ReplyFile:
         except OSError as error:
             raise UsageError(f"--replies={path}: cannot be written: {error}") from None
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"--replies={path}: has a line that is no reply") from None
+            raise UsageError(f"--replies={path}: has a line that is not a reply") from None
 
     def send(self, replies: Sequence[Reply], seconds: float) -> None:
         if not self._lock.acquire(timeout=seconds):
@@ -101,9 +101,9 @@ class ReplyFile:
             self._lock.release()
 
     def _read(self, file: Any) -> None:
-        """Reads the ids that others have written; removes a line that was cut off."""
+        """Reads the ids that other processes wrote; removes a line that was cut off."""
         file.seek(0, os.SEEK_END)
-        if file.tell() < self._read_to:  # somebody started the file anew
+        if file.tell() < self._read_to:  # somebody emptied or replaced the file
             self._read_to = 0
             self._ids.clear()
         file.seek(self._read_to)
@@ -115,7 +115,7 @@ class ReplyFile:
                     raise
                 file.truncate(self._read_to)
                 break
-            if not line.endswith(b"\n"):  # complete, but for its line end
+            if not line.endswith(b"\n"):  # complete except for its line end
                 file.write(b"\n")
                 line += b"\n"
             self._ids.add(found)
@@ -124,7 +124,7 @@ class ReplyFile:
 
 
 class ReplyTopic:
-    """A Pub/Sub topic; as for other records, messages have an attribute `id` and are ordered."""
+    """A Pub/Sub topic; like other records, messages have an attribute `id` and are ordered."""
 
     def __init__(self, topic: str):
         self.topic = topic
@@ -164,8 +164,8 @@ def replies_to(uri: str) -> Replies:
             return ReplyTopic(topic[1])
     if "://" in uri or uri.startswith("projects/"):
         raise UsageError(
-            f"--replies={uri}: replies go to a topic (projects/PROJECT/topics/NAME) or to a file "
-            "of this machine"
+            f"--replies={uri}: must be a topic (projects/PROJECT/topics/NAME) or a file on this "
+            "machine"
         )
     return ReplyFile(uri)
 
@@ -183,7 +183,7 @@ class Publisher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread when it has published what it has taken."""
+        """Ends the thread after it has published the replies that it has taken."""
         self._stop.set()
         self._thread.join()
 
@@ -199,7 +199,7 @@ class Publisher:
                 pause = min(2 * pause, 30)
 
     def publish(self) -> int:
-        """Publishes due replies and returns how many; after an error they stay in the outbox."""
+        """Publishes due replies and returns how many; after an error, they stay in the outbox."""
         due = self._filled(self._take())
         if not due:
             return 0
@@ -214,7 +214,7 @@ class Publisher:
         return len(due)
 
     def _filled(self, due: Mapping[str, Any]) -> dict[str, Reply]:
-        """Returns replies with what their placeholders stand for.
+        """Returns replies with their placeholders filled in.
 
         One that cannot be filled in is tried again later; no customer may see a placeholder.
         """

@@ -1,4 +1,4 @@
-"""The pages and their form handlers: functions of the console and a request."""
+"""Serves the pages and handles their forms, with functions of the console and a request."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def show_draft(
     problem: str = "",
     form: FormData | None = None,
 ) -> Response:
-    """Shows a draft beside its chat; after a failed decision, with the values of its form."""
+    """Shows a draft and its chat; after a failed decision, also the values of its form."""
     wanted = inbox.Filter.of(request.query_params)
     draft_id = request.path_params["draft_id"]
     with console.database.read() as connection:
@@ -104,7 +104,7 @@ ACTIONS = ("approve", "dismiss", "save", "undo")
 
 
 def decide(console: Console, request: Request, form: FormData) -> Response:
-    """Makes the decision of a form, and goes on to the next draft; or shows why it failed."""
+    """Stores the decision of a form and goes on to the next draft, or shows why it failed."""
     person: Person = request.scope["person"]
     if not person.decides:
         raise HTTPException(403, f"Your role, {person.role}, may not decide on drafts.")
@@ -112,7 +112,7 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
     try:
         draft = draft_id, _number(form, "version")
     except ValueError:
-        raise HTTPException(400, "This form is not complete.") from None
+        raise HTTPException(400, "This form is incomplete.") from None
     text, chat = _text(form, "text"), _text(form, "seen_chat")
     wanted = inbox.Filter.of(request.query_params)
     try:
@@ -211,7 +211,7 @@ _OWN_PAGE = re.compile(r"/(?![/\\]).*")  # browsers read two slashes as another 
 def sign_in(console: Console, request: Request, form: FormData) -> Response:
     to, person = _text(form, "to"), console.people.of_token(_text(form, "token").strip())
     if person is None:
-        return show_sign_in(console, request, 403, "Nobody has this token.", to)
+        return show_sign_in(console, request, 403, "That token isn't valid.", to)
     response = RedirectResponse(to if _OWN_PAGE.fullmatch(to) else "/", 303)
     value = console.sessions.begin(person)
     age = int(SESSION.total_seconds())

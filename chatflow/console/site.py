@@ -1,4 +1,4 @@
-"""Console: the parts that pages are made from, and how a page is rendered."""
+"""Console: holds the parts that pages need, and renders pages."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Console:
     """The parts and settings that the pages need.
 
     Attributes:
-      replies: where approved replies go; None leaves them to another console.
-      raw: where `--keep_raw` keeps what placeholders stand for; default: the same database.
+      replies: where approved replies go; if None, another console has to send them.
+      raw: the database of `--keep_raw`, with the values of placeholders; default: the same one.
       keep: how long unchanged chats are kept; None means forever.
       hosts: names under which the console accepts requests; refusing others prevents DNS rebinding.
     """
@@ -70,7 +70,7 @@ class Console:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters["percent"] = lambda x: "–" if x is None else f"{100 * x:.0f} %"
+        self._templates.filters["percent"] = lambda x: "–" if x is None else f"{100 * x:.0f}%"
         self._templates.filters["duration"] = duration
         self._templates.filters["iso"] = lambda moment: moment.isoformat(timespec="seconds")
         self._templates.filters["utc"] = lambda moment: moment.strftime("%Y-%m-%d %H:%M UTC")
@@ -84,7 +84,7 @@ class Console:
         hidden: Mapping[Key, Mapping[str, str]] = {},
         **values: Any,
     ) -> Response:
-        """Returns a page; `hidden` has what placeholders stand for (see `hidden_in`)."""
+        """Returns a page; `hidden` has the values of placeholders (see `hidden_in`)."""
         person: Person | None = request.scope.get("person")
 
         def shown(text: str | None, of: Mapping[str, Any]) -> str | None:
@@ -108,10 +108,10 @@ class Console:
             publishes=self.replies is not None,
             **values,
         )
-        return HTMLResponse(text, status, HEADERS)  # also for responses that `Guard` does not see
+        return HTMLResponse(text, status, HEADERS)  # `Guard` does not see all responses
 
     def hidden_in(self, request: Request, *found: Mapping[str, Any] | None) -> Hidden:
-        """Returns what placeholders of drafts and chats stand for, if the person may know it."""
+        """Returns the values of placeholders in drafts and chats, if the person may see them."""
         if not request.scope["person"].decides:
             return {}
         assert self.raw is not None  # set at the start
@@ -122,7 +122,7 @@ class Console:
             return {}
 
     def known_attributes(self, connection: sa.Connection) -> list[str]:
-        """Returns attributes cached for up to 30 seconds, because the query reads all chats."""
+        """Returns attributes, cached for up to 30 seconds because the query reads all chats."""
         asked, known = self._attributes
         if time.monotonic() - asked > 30 or not known:
             known = inbox.known_attributes(connection)
@@ -131,7 +131,7 @@ class Console:
 
 
 def duration(seconds: float | None) -> str:
-    """Returns seconds as people say them: 8 s, 3 min, 2.5 h, 4 days."""
+    """Returns a duration for people: 8 s, 3 min, 2.5 h, 4 days."""
     if seconds is None:
         return "–"
     for unit, size in (("days", 172_800), ("h", 7200), ("min", 120)):

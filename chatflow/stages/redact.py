@@ -1,4 +1,4 @@
-"""RedactChats: puts placeholders in the place of personal data, before a model has a chat."""
+"""RedactChats: replaces personal data with placeholders before any model gets a chat."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class RedactedChats(NamedTuple):
 @beam.typehints.with_input_types(Chat)
 @dataclasses.dataclass
 class RedactChats(beam.PTransform):
-    """Redacts chats; what they came with is in `raw`, to be kept or not.
+    """Redacts chats; the originals are in `raw`, so that they can be stored if wanted.
 
-    An error of a service that is asked fails the bundle, so that the runner tries it again: a dead
-    letter would hold what nobody has redacted.
+    If the redacting service fails, the bundle fails too, so that the runner tries it again. A dead
+    letter would contain personal data.
 
     Outputs:
       `chats`: without personal data.
-      `raw`: a `RawChat` per chat that had not been redacted before.
+      `raw`: a `RawChat` per chat that was not redacted before.
     """
 
     redactor: Redactor

@@ -327,7 +327,7 @@ def _reset(request: web.Request) -> web.Response:
 
 
 def make_certificate(path: Path) -> Path:
-    """Writes a self-signed certificate for loopback, and its key beside it; gives that path."""
+    """Writes a self-signed certificate for loopback, and its key beside it; returns that path."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

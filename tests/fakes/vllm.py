@@ -43,7 +43,7 @@ class Place:
         self.folder = folder
 
     def install(self) -> dict[str, str]:
-        """Makes the package; gives the environment in which Beam starts it."""
+        """Makes the package; returns the environment in which Beam starts it."""
         place = self.folder / "vllm" / "entrypoints" / "openai"
         place.mkdir(parents=True)
         (self.folder / "vllm" / "__init__.py").write_text("")

@@ -261,7 +261,7 @@ def test_a_customer_never_sees_a_placeholder(planted, databases, tmp_path):
     with database.read() as connection:
         query = f"SELECT error FROM outbox WHERE draft_id = '{draft_id}'"
         (error,) = connection.exec_driver_sql(query).scalars()
-    assert error == "what a placeholder of the reply stands for is not kept any more"
+    assert error == "a placeholder in the reply cannot be filled in: its value is not stored"
     assert Publisher(database, replies, raw).publish() == 0  # it is tried again later
     with database.write() as connection:
         connection.exec_driver_sql("UPDATE outbox SET leased_until = NULL")

@@ -27,7 +27,7 @@ from chatflow.stages.ask import Answered, Unanswered, tried
 
 @pytest.fixture
 def model(tmp_path):
-    """Writes a script under a name; gives the value of a flag for it."""
+    """Writes a script under a name; returns the value of a flag for it."""
 
     def write(name, *rules):
         path = tmp_path / f"{name}.jsonl"

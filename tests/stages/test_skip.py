@@ -1,4 +1,4 @@
-"""Chats that earlier results hold are left out; what has changed is asked about anew."""
+"""Chats that are in earlier results are skipped; changed ones are asked about again."""
 
 import pytest
 from conftest import APOLOGY, chat, mistake, read

@@ -608,5 +608,5 @@ def test_a_text_that_is_too_long_is_a_dead_letter(script):
 
 def test_texts_are_asked_of_one_model(script):
     model = Model(SeveralModelsHandler({"x": ModelSpec(script({"answer": "x"})).handler()}))
-    with pytest.raises(UsageError, match="AskTexts: model: asks one model"):
+    with pytest.raises(UsageError, match="AskTexts: model: must be a single model"):
         AskTexts(model, load_template(EXAMPLES / "prompts" / "respond.jinja"))

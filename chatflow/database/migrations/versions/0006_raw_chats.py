@@ -1,4 +1,4 @@
-"""Keeps chats as they came, and says where placeholders stand for personal data."""
+"""Stores original chats, and the positions of placeholders for personal data."""
 
 import sqlalchemy as sa
 from alembic import op
