@@ -431,7 +431,7 @@ def test_what_is_no_model_is_refused(t5, tmp_path):
     [
         (["--model=torch:./none"], "--model=torch:./none: no such folder"),
         (["--model=torch:EMPTY"], "has no config.json"),
-        (["--model=torch:kaggle://a/b"], "no name of the Hugging Face hub"),
+        (["--model=torch:kaggle://a/b"], "not a name on the Hugging Face hub"),
         (["--model=torch:T5", "--state_dict_path=none.pt"], "--state_dict_path=none.pt: no such"),
         (["--model=torch:T5", "--state_dict_path=EMPTY"], "no such file"),
         (["--model=torch:T5", "--inference=remote"], "runs on the workers"),
