@@ -266,7 +266,7 @@ def test_a_value_beyond_float16_is_said(t5, tmp_path, capsys):
     out = tmp_path / "out"
     said = mistake_of(large, out / "t5.pt", capsys)
     assert "encoder.block.1.layer.1.DenseReluDense.wo.weight holds 7e+04" in said
-    assert "take --dtype=bfloat16" in said
+    assert "use --dtype=bfloat16" in said
     assert os.listdir(out) == []
     save(large, out / "t5.pt", "--dtype=bfloat16")
     assert sorted(os.listdir(out)) == ["t5.pt", "t5.pt.sha256"]

@@ -404,7 +404,7 @@ def test_output_weights_of_its_own_are_kept(t5, tmp_path):
             lambda sd: sd["lm_head.weight"][0].fill_(torch.inf),
             "weights lm_head.weight are not all finite",
         ),
-        (lambda sd: sd.update(step=7), "holds no state dict"),
+        (lambda sd: sd.update(step=7), "is not a state dict"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused(t5, tmp_path, change, says):
