@@ -702,7 +702,7 @@ def test_prompts_for_a_remote_model_need_a_block_json(fake, tmp_path, lines, cap
     base = ROOT / "prompts" / "base"
     arguments = flags(fake, lines(chat("late")), tmp_path, "--prompts", str(base))
     assert main(arguments) == 2
-    assert "json, by which remote models are asked" in capsys.readouterr().err
+    assert "json, which remote models need" in capsys.readouterr().err
 
 
 def test_the_location_and_the_project_are_those_of_the_flags_else_the_environments(monkeypatch):
