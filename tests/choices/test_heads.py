@@ -81,7 +81,7 @@ def pickled(path):
 def test_a_file_that_is_broken_or_none_of_heads_is_said_to_be_so(path, broken):
     tiny_heads(path, base())
     broken(path)
-    with pytest.raises(UsageError, match=r"--heads=mine\.heads\.npz: is no file of heads: "):
+    with pytest.raises(UsageError, match=r"--heads=mine\.heads\.npz: is not a file of heads: "):
         base(path)
 
 
