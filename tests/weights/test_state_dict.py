@@ -275,7 +275,7 @@ def test_a_value_beyond_float16_is_said(t5, tmp_path, capsys):
 def test_what_is_there_is_only_replaced_when_told_to(t5, tmp_path, capsys):
     path = tmp_path / "t5.pt"
     path.write_text("of another")
-    assert f"PATH={path} is there already; --overwrite" in mistake_of(t5, path, capsys)
+    assert f"PATH={path} exists already; --overwrite" in mistake_of(t5, path, capsys)
     assert path.read_text() == "of another"
     save(t5, path, "--overwrite")
     assert len(read(path)) == 54
