@@ -41,7 +41,7 @@ class RefreshedModel(LanguageModel):
 
     Requests keep using the old weights until the new ones are loaded and tried. Loading needs room
     for both. Weights that cannot be loaded are refused and tried again after `RETRY_SECONDS`;
-    weights that fail a trial are refused until they are written anew.
+    weights that fail a trial are refused until they are written again.
 
     Args:
       load: returns a model with a version of the weights.

@@ -103,7 +103,7 @@ class Request:
       task: `analysis` or `apology`.
       model: the key of the model to ask, if the pipeline has several.
       version: of its weights; a model with older ones loads these.
-      otherwise: the same question to another model, which is asked if this one gives no answer.
+      otherwise: the same question to another model, which is asked if this one does not answer.
     """
 
     id: str

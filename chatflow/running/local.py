@@ -449,7 +449,7 @@ class _Timers:
         return sorted(due, key=lambda timer: timer.timestamp)
 
     def next(self, domain: str) -> _Timer | None:
-        """Returns the soonest timer that was neither cleared nor set anew."""
+        """Returns the soonest timer that was neither cleared nor set again."""
         while waiting := self._waiting[domain]:
             timer = waiting[0][2]
             state = self.states.get(timer.encoded_key)

@@ -193,7 +193,7 @@ resource "google_monitoring_alert_policy" "alerts" {
   }
 
   alert_strategy {
-    auto_close = "1800s" # the minimum; a job that has ended does not report any more
+    auto_close = "1800s" # the minimum; a job that has ended stops reporting
   }
 
   depends_on = [google_project_service.apis]

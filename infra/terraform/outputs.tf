@@ -1,4 +1,4 @@
-# `terraform output -json` gives all of it to scripts.
+# `terraform output -json` prints all of these for scripts.
 
 output "project" {
   value       = var.project

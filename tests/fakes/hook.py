@@ -47,7 +47,7 @@ class Hook(Loopback):
     Attributes:
       received: all requests, also those that were refused.
       behave: returns the answer to a request, from it and its number among those of its id.
-      most: most requests at once.
+      most: the most requests at once so far.
     """
 
     def __init__(self, behave: Callable[[Received, int], Behaviour] = lambda *_: Answer()):

@@ -500,7 +500,7 @@ def _without_last_layer(states: States) -> States:
 
 
 def _pooled(states: np.ndarray, pieces: np.ndarray) -> States:
-    """Returns the states of pieces of so many tokens each."""
+    """Returns the states of pieces; `pieces` has the number of tokens of each."""
     sums = np.concatenate(
         [np.zeros((1, *states.shape[1:])), np.cumsum(states, axis=0, dtype=float)]
     )
