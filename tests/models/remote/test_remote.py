@@ -629,7 +629,7 @@ def test_what_came_from_a_cache_costs_less():
     [
         ("not TOML", "--prices="),
         ('[gemini]\ninput = "much"', "input is 'much'"),
-        ("[gemini]\nminute = 1", "unknown ['minute']"),
+        ("[gemini]\nminute = 1", "unknown fields ['minute']"),
         ("gemini = 3", "not a table of input, output, cached and hour"),
     ],
 )
