@@ -177,7 +177,7 @@ def test_drafts_are_private_notes(chatwoot, relay, lines, script, tmp_path):
             for letter in read(tmp_path / "first", "dead_letters")
         }
         assert "Chatwoot answered 404" in payloads["77"]
-        assert "chat_id 'x' is no conversation of Chatwoot" in payloads["x"]
+        assert "chat_id 'x' is not a conversation of Chatwoot" in payloads["x"]
         assert set(chatwoot.notes()) == {"1", "2", "3", "77"}
         said = "Draft of an apology, for review. It was not sent:\n\nWe are sorry that it is late."
         assert chatwoot.notes()["1"] == said
@@ -196,7 +196,7 @@ def test_a_flagged_draft_says_that_a_person_has_to_write(chatwoot, relay):
     with relay(chatwoot.address) as address:
         assert send(address, of("4", text=None, flag="ungrounded")).status_code == 200
     assert chatwoot.notes()["4"] == (
-        "⚑ This customer seems angry. There is no draft, for what it wrote was about something "
+        "⚑ This customer seems angry. There is no draft, because what it wrote was about something "
         "else: please write yourself."
     )
 
@@ -408,8 +408,8 @@ def test_an_old_chatwoot_has_the_secret_in_its_address(chatwoot, relay, capfd):
         ({}, 422, "it has no event"),
         ({"event": 7}, 422, "it has no event"),
         (chat("Late!").to_json().encode(), 422, "it has no event"),
-        ({**created("../1", "Late!")}, 422, "no number of a conversation"),
-        ({**created(7, "Late!"), "conversation": {}}, 422, "no number of a conversation"),
+        ({**created("../1", "Late!")}, 422, "no conversation number"),
+        ({**created(7, "Late!"), "conversation": {}}, 422, "no conversation number"),
         ({**created(7, "Late!"), "account": {"id": 6}}, 422, "account 6, not of --account 5"),
         (status(7, "open"), 200, "left out: conversation_status_changed"),
         (status(7, "snoozed"), 200, "left out: conversation_status_changed"),

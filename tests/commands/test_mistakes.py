@@ -343,5 +343,5 @@ def test_an_emulator_that_is_gone_is_named(lines, script, monkeypatch, capsys):
     arguments = ["stream", "--chats", lines(chat("x")), "--model", script(ANGRY)]
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert "PUBSUB_EMULATOR_HOST=127.0.0.1:1: no emulator can be used there: " in said.err
+    assert "PUBSUB_EMULATOR_HOST=127.0.0.1:1: no emulator answers there: " in said.err
     assert "Traceback" not in said.err + said.out

@@ -995,11 +995,11 @@ def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--host 0.0.0.0", "--host=0.0.0.0: others can reach it, so they have to sign in"),
+        ("--host 0.0.0.0", "--host=0.0.0.0: others can reach it, so they must sign in"),
         ("--host nowhere.invalid", "--host=nowhere.invalid: "),
         (
             "--allowed_hosts Desk.example.com",
-            "--allowed_hosts=desk.example.com: others can reach it by that name, so they have to",
+            "--allowed_hosts=desk.example.com: others can reach it by that name, so they must",
         ),
         ("--allowed_hosts *", "--allowed_hosts=*: others can reach it"),
         ("--users /nowhere.toml", "--users=/nowhere.toml: cannot be read"),
@@ -1008,7 +1008,7 @@ def test_behind_a_proxy_users_have_the_roles_of_the_file(sqlite, users):
         ("--undo_seconds nan", "--undo_seconds"),
         ("--undo_seconds -1", "--undo_seconds"),
         ("--keep_days 0", "--keep_days"),
-        ("--redact boss", "--redact: 'boss' is no role"),
+        ("--redact boss", "--redact: 'boss' is not a role"),
         ("--trusted_proxies x", "--trusted_proxies: 'x' does not appear to be"),
         ("--replies gs://b/replies", "--replies=gs://b/replies: must be a topic"),
         (
