@@ -62,11 +62,20 @@ def build() -> int:
     """Builds the site from the pages; returns the exit code."""
     stage(PAGES)
     command = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
-    if code := subprocess.run(command, cwd=ROOT).returncode:
-        return code
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said = COLOURS.sub("", done.stdout).partition("Traceback ")[0]
+    print("\n".join(line[:160] for line in said.splitlines()))  # a table's line may be long
+    if done.returncode:
+        print(f"the site has warnings, with lines of {PAGES.relative_to(ROOT)}", file=sys.stderr)
+        return done.returncode
     for page in PAGES.rglob("*.md"):  # llms.txt links to them
         shutil.copy(page, SITE / page.relative_to(PAGES))
     return 0
+
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 if __name__ == "__main__":

@@ -109,13 +109,14 @@ def test_all_commands_of_a_page_are_run_or_say_why_not(page):
 @pytest.mark.parametrize("page", filter(is_run, SITE_PAGES), ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, tmp_path):
     """Word for word, in one shell, in a folder with nothing but the samples."""
-    shutil.copytree(SAMPLES.parent, tmp_path / "samples")
-    commands = [text for reason, text in blocks_of(page) if not reason]
+    folder, script = tmp_path / "folder", tmp_path / "commands.sh"
+    shutil.copytree(SAMPLES.parent, folder / "samples")
+    script.write_text("".join(commands for reason, commands in blocks_of(page) if not reason))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     shell = subprocess.Popen(
-        ["bash", "-e", "-o", "pipefail", "-v", "-c", "\n".join(commands)],
-        cwd=tmp_path, env=environment, start_new_session=True, stdin=subprocess.DEVNULL,
+        ["bash", "-e", "-v", "-o", "pipefail", str(script)],
+        cwd=folder, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        start_new_session=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
