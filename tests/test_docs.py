@@ -23,10 +23,12 @@ from chatflow.options import Options
 from chatflow.running.runner import LOCAL_RUNNER
 from chatflow.running.summary import Summary
 
+MADE = generated()
 
-@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
 def test_generated_files_are_those_of_the_code(path):
-    assert path.read_text() == generated()[path], "run `make docs`"
+    assert path.read_text() == MADE[path], "run `make docs`"
 
 
 def test_each_generated_table_is_on_a_page():
