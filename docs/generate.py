@@ -503,7 +503,7 @@ def _first_sentence(page: str) -> str:
     paragraphs = [p.strip() for p in text.split("\n\n")]
     first = next(p for p in paragraphs if p and not p.startswith(("#", "!", "|", "```")))
     first = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(first.split()))
-    return re.split(r"(?<=[.:!?]) (?=[A-Z`])", first, maxsplit=1)[0]
+    return re.split(r"(?<=[.:!?])(?<!e\.g\.)(?:$| )", first, maxsplit=1)[0].rstrip(":.") + "."
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
