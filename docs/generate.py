@@ -152,7 +152,8 @@ def _command(name: str, module: types.ModuleType) -> str:
     module.add_arguments(parser)
     groups = [group for group in parser._action_groups if group.title in GROUPS]
     of_all = [action.dest for group in groups for action in group._group_actions]
-    if own := [action for action in parser._actions if action.container not in groups]:
+    own = [action for action in parser._actions if action.container not in groups]
+    if own := [action for action in own if action.help != argparse.SUPPRESS]:
         lines += ["", table(("argument", "default", ""), map(_argument, own))]
     left_out = [name for name in Options.defaults() if name not in of_all]
     if len(of_all) > len(left_out):
@@ -179,11 +180,15 @@ def _described(description: str) -> str:
 
 def _argument(action: argparse.Action) -> tuple[str, str, str]:
     name = action.option_strings[0] if action.option_strings else str(action.metavar)
-    given = action.default in (None, "", [], "==SUPPRESS==") or not action.option_strings
-    default = "" if given else as_text(action.default)
+    has_default = action.option_strings and action.default not in (None, "", [])
+    default = as_text(action.default) if has_default else ""
     help = re.sub(r"\s*\(default: (%\(default\)s|true|[\d.]+)\)", "", action.help or "")
+    help = help.replace("%%", "%").rstrip(".")
     choices = f"One of {codes(action.choices)}." if action.choices else ""
-    return code(name), code(default), f"{plain(help.replace('%%', '%'))} {choices}".strip()
+    if not re.match(r"\w+:", help):  # a value and what it means
+        help = help[:1].upper() + help[1:]
+    meaning = f"{plain(help)}." if help else ""
+    return code(name), code(default), f"{meaning} {choices}".strip()
 
 
 # Records
