@@ -87,7 +87,7 @@ $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT R
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
 .PHONY: help setup demo demo-remote stream test test-fast lint evaluate eval bench bench-model bench-remote \
-  console docs screenshots lock clean wheel $(NEEDS_CLOUD)
+  console docs docs-serve screenshots lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -187,8 +187,12 @@ bench-model: setup ## Measure the model on this machine, beside keras_hub, llama
 bench-remote: setup ## Measure the remote path beside Beam's own handlers, on the stand-in
 	$(BIN)/python bench/remote.py
 
-docs: setup ## Regenerate what comes from code: README's options, template, table schemas
+docs: setup ## Write what is made from code (reference, template, table schemas); build out/site
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/make_site.py
+
+docs-serve: docs ## Serve the documentation at http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory out/site 8000
 
 LOCK    = PATH="$(BIN):$$PATH" uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
 COMPILE = $(LOCK) --universal
@@ -271,4 +275,4 @@ status: ## Print the state of the newest job, or of JOB_ID=, and chatflow's coun
 	  gcloud beta dataflow metrics list $$job --source=user $(PLACE)
 
 clean: ## Remove what the targets made; the model stays in its cache
-	rm -rf $(VENV) .venv-lint out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lint .cache out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Takes the README's pictures of the console: the sample chats, by the real embedded Gemma.
+"""Takes the pictures of the console: the sample chats, by the real embedded Gemma.
 
     make screenshots
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "console")]
 
 from consoles import Visitor, served  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402

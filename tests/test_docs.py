@@ -1,4 +1,4 @@
-"""What the README and the package promise, and what docs/generate.py makes, is there."""
+"""What the README, the site and the package promise, and what docs/generate.py makes, is there."""
 
 import importlib
 import json
@@ -11,21 +11,79 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLES, required
-from generate import README, generated
+from generate import DOCS, README, TABLES, generated
+from make_site import PAGES, SITE
 
 import chatflow
 from chatflow.options import Options
 from chatflow.running.runner import LOCAL_RUNNER
+from chatflow.running.summary import Summary
+
+MADE = generated()
 
 
-@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
 def test_generated_files_are_those_of_the_code(path):
-    assert path.read_text() == generated()[path], "run `make docs`"
+    assert path.read_text() == MADE[path], "run `make docs`"
+
+
+def test_each_generated_table_is_on_a_page():
+    text = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    assert not [name for name in TABLES if f"<!-- {name}: " not in text]
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+SITE_PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def test_all_pages_are_in_the_navigation_and_in_llms_txt():
+    pages = {path.relative_to(DOCS).as_posix() for path in SITE_PAGES}
+    nav = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(nav) == sorted(pages)
+    assert {*re.findall(r"\]\((.*?)\): \S", (DOCS / "llms.txt").read_text())} == pages
 
 
 @pytest.mark.slow
-def test_the_readmes_example_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere():
+    done = subprocess.run(
+        [sys.executable, str(DOCS / "make_site.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in SITE_PAGES:
+        built = SITE / page.relative_to(DOCS).with_suffix(".html")
+        loaded = re.findall(
+            r"<(?:link|script|img)\b[^>]*?(?:href|src)=\"?(https?:[^\" >]*)", built.read_text()
+        )
+        assert not loaded, page
+    for page in PAGES.rglob("*.md"):
+        assert (SITE / page.relative_to(PAGES)).read_text() == page.read_text()
+
+
+def test_the_reference_names_all_counters_reasons_and_keys_of_the_summary():
+    text = (DOCS / "reference" / "metrics.md").read_text()
+    named = {*re.findall(r"[a-z_]+(?:/[a-z_]+)*", text)}
+    code = "".join(path.read_text() for path in (ROOT / "chatflow").rglob("*.py"))
+    counters = re.findall(r"metrics\.(?:count|observe)\(\s*f?\"([a-z_/]+)", code)
+    counters += re.findall(r"counts\[\"(input/[a-z_]+)", code)
+    reasons = re.findall(r"(?:Input|Answer|Model|Element)Error\(\s*\"([a-z_]+)\"", code)
+    reasons += re.findall(r"\bFault\(\s*(?:Kind\.\w+, )?\"([a-z_]+)\"", code)
+    keys = Summary({}, {}, 1.0, {}).to_dict()
+    assert len(counters) > 30
+    assert len(reasons) > 30
+    wanted = {name.rstrip("/") for name in (*counters, *reasons, *keys)}
+    assert sorted(wanted - named) == []
+
+
+@pytest.mark.slow
+def test_the_example_of_the_python_page_runs(tmp_path):
+    page = DOCS / "reference" / "python.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     code = code.replace("beam.Pipeline()", f"beam.Pipeline(runner={LOCAL_RUNNER!r})")
     (tmp_path / "example.py").write_text(code)
     done = subprocess.run(
