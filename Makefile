@@ -1,4 +1,4 @@
-# The front door. `make` alone prints what there is. DRY_RUN=1 prints what a target would run.
+# `make` alone prints the list of targets. DRY_RUN=1 prints the commands of a target.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,8 +12,8 @@ SHELL  := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
-# For Google Cloud: given on the command line, in the environment, or in settings.mk (see
-# infra/settings.mk.example). Names are those that infra/terraform makes.
+# For Google Cloud: set on the command line, in the environment, or in settings.mk (see
+# infra/settings.mk.example). The names are those that infra/terraform creates.
 -include settings.mk
 
 comma := ,
@@ -35,11 +35,11 @@ INPUT      ?= projects/$(PROJECT)/subscriptions/$(NAME)-events
 TEMPLATE   ?=
 ARGS       ?=
 SIZE_ARGS  ?=
-# Make keeps the blanks before a comment.
+# Remove the spaces that make keeps before a comment.
 $(foreach name,PROJECT REGION NAME INFERENCE MODEL GPU WORKERS WEIGHTS TAG BUCKET REPOSITORY \
   SUBNETWORK DATASET INPUT PRESETS,$(eval override $(name) := $(strip $($(name)))))
 
-# Images differ by what the model runs on.
+# Each kind of model and hardware has its own image.
 VARIANT     := $(strip $(if $(filter remote,$(INFERENCE)),remote,$(if $(filter vllm:%,$(MODEL)),vllm,\
   $(if $(filter torch:%,$(MODEL)),torch$(if $(GPU),-gpu),$(if $(GPU),gpu,cpu)))))
 IN_IMAGE    := $(if $(filter cpu gpu,$(VARIANT))$(PRESETS),$(WEIGHTS),none)
@@ -47,7 +47,8 @@ MODEL_IMAGE := $(REPOSITORY)/model:$(VARIANT)-$(IN_IMAGE)
 IMAGE       ?= $(REPOSITORY)/pipeline:$(TAG)-$(VARIANT)
 TEMPLATES   := gs://$(BUCKET)/templates
 
-# Files are a batch, with files as results; a subscription is a stream, with topics and tables.
+# Files are read as a batch, with results in files; a subscription as a stream, with results in
+# topics and tables.
 TOPIC  := projects/$(PROJECT)/topics/$(NAME)
 STREAM := $(findstring /subscriptions/,$(INPUT))$(findstring /topics/,$(INPUT))
 OUTPUT ?= gs://$(BUCKET)/results/$(shell date +%Y-%m-%dT%H%M%S)
@@ -57,7 +58,7 @@ SINKS  := $(if $(STREAM),\
   --dead_letters=$(TOPIC)-dead-letters$(comma)bigquery://$(DATASET).dead_letters,\
   --output=$(OUTPUT))
 
-# A batch may run beside the stream.
+# A batch has another name, because it may run at the same time as the stream.
 JOB_NAME ?= $(NAME)$(if $(STREAM),,-batch)
 JOB := --runner=DataflowRunner --project=$(PROJECT) --region=$(REGION) --job_name=$(JOB_NAME) \
   --temp_location=gs://$(BUCKET)-temp/temp --staging_location=gs://$(BUCKET)/staging \
@@ -67,7 +68,7 @@ JOB := --runner=DataflowRunner --project=$(PROJECT) --region=$(REGION) --job_nam
   $(if $(DATAFLOW_ENDPOINT),--dataflow_endpoint=$(DATAFLOW_ENDPOINT)) \
   --inference=$(INFERENCE) --model=$(MODEL) --input='$(INPUT)' $(SINKS)
 
-# Machines, hints and threads as the model needs them; ARGS go before them.
+# Machines, hints and threads that fit the model; ARGS override them.
 CHATFLOW = $(if $(PRESETS),CHATFLOW_PRESETS=$(PRESETS)) $(BIN)/chatflow
 FIT = fitted=$$($(CHATFLOW) size --inference=$(INFERENCE) --model=$(MODEL) \
   $(if $(GPU),--accelerator=$(GPU)) $(SIZE_ARGS) --summary=flags) &&
@@ -93,10 +94,10 @@ help: ## Print this list
 	@echo '  Google Cloud: PROJECT= REGION= are needed; INFERENCE=on_worker|remote MODEL= GPU=nvidia-l4'
 	@echo '  WORKERS= INPUT= NAME= and others have defaults; DRY_RUN=1 prints the commands.'
 
-setup: $(VENV)/.done ## Make .venv with all that is needed; the command is .venv/bin/chatflow
+setup: $(VENV)/.done ## Make .venv with everything needed; the command is .venv/bin/chatflow
 
-# An environment with what a lock file names, by its hashes; $$uv comes from the package index where
-# it is missing.
+# Installs the packages of a lock file into an environment, with checked hashes; installs uv from
+# the package index if it is missing.
 define INSTALL
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@if command -v uv >/dev/null; then uv=uv; else \
@@ -106,8 +107,8 @@ define INSTALL
 	@touch $@
 endef
 
-# PyTorch's build for processors; where its index is out of reach, the package index has one that is
-# larger, or (PIP_FIND_LINKS) a file is at hand.
+# PyTorch's build for CPUs. If its index cannot be reached, pip takes the larger build of the package
+# index, or a local file (PIP_FIND_LINKS).
 TORCH := torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -133,29 +134,39 @@ demo-remote: setup ## The same with a remote model: Gemini's client against a st
 stream: setup ## Run the event-driven system with live messages, on the Pub/Sub emulator
 	$(BIN)/chatflow stream --chats samples/chats.jsonl
 
-console: setup ## Serve the staff's page on DATABASE=, sqlite:///out/chatflow.db by default
+console: setup ## Serve the staff's page for DATABASE= (default: sqlite:///out/chatflow.db)
 	@mkdir -p out
 	$(BIN)/chatflow console --database '$(DATABASE)' --replies '$(REPLIES)' $(ARGS)
 
-# What is imported is compiled once, not anew by each of the many processes that tests start.
+# Python keeps bytecode, so that the many processes of the tests do not compile it again.
 test: setup ## Run all tests, in three processes
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 3 --dist loadfile
 
-test-fast: setup ## Run the tests that need nothing real: no model, browser, emulator or server
+test-fast: setup ## Run the tests that need no real model, browser, emulator or server
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadfile --fast
 
-lint: setup .venv-lint/.done ## Check style, types, who imports whom, images, scripts and Terraform
+lint: setup .venv-lint/.done ## Check style, types, imports, images, scripts and Terraform
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(LINT)/lint-imports --no-logo
 	$(LINT)/hadolint infra/docker/*.Dockerfile
 	$(LINT)/shellcheck .ci/run
+	$(LINT)/zizmor --offline --quiet .github
+	$(BIN)/python docs/prose.py
 	@if command -v terraform >/dev/null; then terraform fmt -check -diff -recursive infra/terraform; \
 	  else echo 'terraform is missing: see https://developer.hashicorp.com/terraform/install'; \
 	  test "$$CHATFLOW_REQUIRE_ALL" != 1; fi
 	$(LINT)/checkov --directory infra --framework terraform dockerfile --compact --quiet \
 	  --skip-download
+
+# Not a part of lint: it asks the package index, and an advisory may appear without a change here.
+# --strict, because without it a service that does not answer counts as no finding.
+.PHONY: audit
+audit: .venv-lint/.done ## Look up known vulnerabilities of the locked packages; needs pypi.org
+	@for lock in requirements.lock infra/docker/*.lock infra/lint.lock; do echo "$$lock:"; \
+	  $(LINT)/pip-audit --strict --disable-pip --require-hashes -r $$lock || failed=1; done; \
+	  test -z "$$failed"
 
 .venv-lint/.done: infra/lint.lock
 	$(call INSTALL,.venv-lint,infra/lint.lock)
@@ -185,10 +196,10 @@ docs-serve: docs ## Serve the documentation at http://127.0.0.1:8000
 
 LOCK    = PATH="$(BIN):$$PATH" uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
 COMPILE = $(LOCK) --universal
-screenshots: setup ## Take the pictures of the console anew, with the real Gemma
+screenshots: setup ## Take the README's pictures of the console again, with the real Gemma
 	$(BIN)/python docs/screenshots.py
 
-lock: setup ## Resolve the dependencies anew, for development, images and linters
+lock: setup ## Update the lock files for development, images and linters
 	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
 	$(COMPILE) -c requirements.lock --extra gemma pyproject.toml -o infra/docker/requirements-cpu.lock
 	$(COMPILE) -c requirements.lock --extra gpu pyproject.toml -o infra/docker/requirements-gpu.lock
@@ -202,17 +213,17 @@ wheel: setup ## Build the package into dist/
 	rm -rf dist
 	$(BIN)/hatchling build -t wheel
 
-# Google Cloud, in the order in which they are needed.
+# Google Cloud, in the order of use.
 
 TERRAFORM := terraform -chdir=infra/terraform
 TF_VARS   := -var=project=$(PROJECT) -var=region=$(REGION) -var=name=$(NAME) \
   $(if $(filter remote,$(INFERENCE)),-var=remote_models=true) $(TF_ARGS)
 
-infra-plan: ## Show what Terraform would make in the project
+infra-plan: ## Show what Terraform would create in the project
 	$(TERRAFORM) init -input=false
 	$(TERRAFORM) plan $(TF_VARS)
 
-infra-apply: ## Make topics, buckets, tables, accounts, images' repository and alerts
+infra-apply: ## Create topics, buckets, tables, accounts, the image repository and alerts
 	$(TERRAFORM) init -input=false
 	$(TERRAFORM) apply $(TF_VARS)
 
@@ -243,7 +254,7 @@ deploy: setup ## Start the job on Dataflow; TEMPLATE=1: from the template
 	$(FIT) $(if $(TEMPLATE),$(BIN)/python infra/template/launch.py $(TEMPLATES)/$(NAME).json \
 	  $(JOB) $$fitted $(ARGS),$(RUN) --no_wait_until_finish)
 
-update: setup ## Replace the running stream by this version, after Dataflow has found it compatible
+update: setup ## Replace the running stream with this version, if Dataflow finds it compatible
 	$(FIND) true
 	$(FIT) $(RUN) --update --dataflow_service_options=graph_validate_only --summary=json >/dev/null
 	$(FIT) $(RUN) --update --no_wait_until_finish

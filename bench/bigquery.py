@@ -1,4 +1,4 @@
-"""How long it takes until rows are stored: chatflow's connection beside the client's own writer.
+"""Measures how long rows take to be stored, by chatflow's connection and by Google's writer.
 
   python bench/bigquery.py
 
@@ -37,7 +37,7 @@ def ours(client: Any, stream: str) -> Append:
 
 
 def googles(client: Any, stream: str) -> Append:
-    """As in Google's samples: a stream that is kept open, and a future for each request."""
+    """Appends as in Google's samples: a stream that is kept open, and a future for each request."""
     schema = bq.ProtoSchema(proto_descriptor=bigquery.descriptor(Analysis))
     data = bq.AppendRowsRequest.ProtoData(writer_schema=schema)
     writer = AppendRowsStream(client, bq.AppendRowsRequest(write_stream=stream, proto_rows=data))

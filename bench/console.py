@@ -1,13 +1,13 @@
-"""The console under load: what is lost or doubled when processes are killed, and how fast it is.
+"""Measures the console under load: its speed, and what is lost or doubled by killed processes.
 
   python bench/console.py                          # all of it, on SQLite and on PostgreSQL
   python bench/console.py --soak 600 --drafts 0    # ten minutes of the soak alone
-  python bench/console.py --soak 0 --drafts 10000  # how fast the pages are, with so many drafts
+  python bench/console.py --soak 0 --drafts 10000  # the speed of the pages with 10,000 drafts
 
-In the soak, workers write the same records over and over, people review drafts by HTTP, several
-of them the same ones, and two console processes publish to one file, of which one is killed
-(SIGKILL) again and again. What is found in the end is checked; the exit code is 1 where something
-was lost or doubled. `--json` prints the figures as a line of JSON.
+In the soak, workers write the same records over and over, people review drafts by HTTP (several
+people the same draft), and two console processes publish to one file. One of the two is killed
+(SIGKILL) again and again. At the end the data are checked; the exit code is 1 if something was
+lost or doubled. `--json` prints the figures as a line of JSON.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from chatflow.sinks import database as sql
 
 SIDES = ("SQLite", "PostgreSQL")
 TARGET = 0.1
-"""Seconds that the inbox may take."""
+"""The most seconds that the inbox may take."""
 
 KINDS = {"chats": Chat, "analyses": Analysis, "drafts": Draft}
 REVISIONS = 4
@@ -59,14 +59,14 @@ WORDS = "parcel late broken refund driver street cold wrong missing order vouche
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What happens in a soak.
+    """The load of a soak.
 
     Attributes:
       kill_every: seconds from one SIGKILL to the next, of either console in turn.
       lease: the console's own LEASE_SECONDS, if not None.
-      least: actions of which there is to be one at least; readers stay for them, a minute at most.
-      chats_per_second: how many new chats there are, of four revisions each.
-      pause: of a writer after a bundle, and of a reader after a page; seconds, in the mean.
+      least: actions that must happen at least once; readers stay for them, a minute at most.
+      chats_per_second: new chats a second, of four revisions each.
+      pause: of a writer after a bundle, and of a reader after a page; mean seconds.
       in_processes: writers are processes and not threads.
     """
 
@@ -86,7 +86,7 @@ class Load:
 
 
 def records_of(began: datetime, number: int, revision: int) -> dict[str, Record]:
-    """A revision of a chat, by kind; always the same. One in five is not angry: no draft."""
+    """Returns a chat's revision by kind, always the same. One in five is not angry: no draft."""
     key = {"chat_id": f"chat-{number}", "user_id": f"customer-{number}", "revision": revision}
     noise = random.Random(number)
     moment = began - timedelta(minutes=50) + timedelta(seconds=number / 20 + revision)
@@ -127,7 +127,7 @@ Written = set[tuple[str, int, int]]
 
 @dataclasses.dataclass
 class WriterReport:
-    """What a writer did. `waited`: what the database said before it was tried again."""
+    """The result of a writer. `waited` has the database's messages before retries."""
 
     written: Written = dataclasses.field(default_factory=set)
     records: int = 0
@@ -139,7 +139,7 @@ class WriterReport:
 def write(
     uri: str, load: Load, began: datetime, seed: int, give: Callable[[WriterReport], None]
 ) -> None:
-    """A worker: bundles of one kind or of all, in no order, that others write, too."""
+    """Writes as a worker does: bundles of one or all kinds, in no order, that others also write."""
     report = WriterReport()
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: report.waited.append(record.getMessage()[:200])  # type: ignore[method-assign]
@@ -172,7 +172,7 @@ def write(
 
 @contextlib.contextmanager
 def writing(uri: str, load: Load, began: datetime) -> Iterator[list[WriterReport]]:
-    """Writers at work; their reports are there at the end."""
+    """Runs writers; yields a list that has their reports at the end."""
     context = multiprocessing.get_context("fork")
     kind: Any = context.Process if load.in_processes else threading.Thread
     queue: Any = context.Queue()
@@ -192,7 +192,7 @@ def writing(uri: str, load: Load, began: datetime) -> Iterator[list[WriterReport
 
 
 class Served:
-    """A `chatflow console` in a process of its own, which may be killed and started again."""
+    """A `chatflow console` in a separate process, which can be killed and restarted."""
 
     START = (
         "import sys; from chatflow.cli import main; from chatflow.console import outbox\n"
@@ -219,7 +219,7 @@ class Served:
 
     def _start(self) -> None:
         assert self.process.stdout
-        with contextlib.suppress(IndexError):  # it was killed before it said its address
+        with contextlib.suppress(IndexError):  # it was killed before it printed its address
             self.address = self.process.stdout.readline().split()[1].rstrip("/")
 
     def wait(self) -> None:
@@ -252,16 +252,16 @@ def served(count: int, *args: Any, **fields: Any) -> Iterator[list[Served]]:
 # Those who review.
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
-"""What the console answered; it is not known where the process was killed before it did."""
+"""The outcome of a request; unknown if the process was killed before it answered."""
 
 
 @dataclasses.dataclass
 class Seen:
-    """What all readers saw.
+    """The observations of all readers.
 
     Attributes:
-      seconds: of requests that were answered, by kind.
-      attempts: draft, action and text (or comment), and what was answered.
+      seconds: of answered requests, by kind.
+      attempts: draft, action and text (or comment), and the answer.
       errors: connections that failed, by kind of failure.
       statuses: answers by status.
     """
@@ -278,12 +278,12 @@ class Seen:
         return sum(map(len, self.seconds.values()))
 
     def done(self) -> set[str]:
-        """Actions that were done, of some draft."""
+        """Returns the actions that succeeded, of some draft."""
         return {action for _, action, _, answer in self.attempts if answer == YES}
 
 
 class Reader(threading.Thread):
-    """Somebody who looks at lists and reviews drafts, mostly those on top, as others do."""
+    """A person who looks at lists and reviews drafts, mostly those on top, as others do."""
 
     def __init__(self, number: int, consoles: list[Served], load: Load, until: float, seen: Seen):
         super().__init__()
@@ -312,7 +312,7 @@ class Reader(threading.Thread):
         time.sleep(self.load.pause * 2 * self.noise.random())
 
     def ask(self, kind: str, path: str, form: dict[str, str] | None = None) -> httpx.Response | str:
-        """An answer; or `NO` where the console was not reached, `UNKNOWN` where it was killed."""
+        """Returns an answer; `NO` if the console was not reached, `UNKNOWN` if it was killed."""
         if not self.consoles[self.mine].address:
             self.mine = (self.mine + 1) % len(self.consoles)
         address = self.consoles[self.mine].address
@@ -395,7 +395,7 @@ def rows(database: Database, table: sa.Table) -> list[dict[str, Any]]:
 def check(
     database: Database, replies: Path, began: datetime, written: Written, seen: Seen
 ) -> list[str]:
-    """What was lost or doubled, or is otherwise not as it should be; nothing, if all is well."""
+    """Returns what was lost, doubled or is otherwise wrong; an empty list if all is well."""
     drafts = {row["draft_id"]: row for row in rows(database, tables.drafts)}
     return [
         *_check_records(database, drafts, began, written),
@@ -407,7 +407,7 @@ def check(
 def _check_records(
     database: Database, drafts: dict[str, dict[str, Any]], began: datetime, written: Written
 ) -> Iterator[str]:
-    """All that was written is there once, the newest revision of it."""
+    """Yields errors unless every written record is stored once, in its newest revision."""
     newest_chat: dict[int, int] = {}
     newest: dict[int, int] = {}
     wanted: dict[str, dict[str, Any]] = {"analyses": {}, "drafts": {}}
@@ -448,15 +448,15 @@ def _check_records(
         number = int(draft["chat_id"].removeprefix("chat-"))
         is_old = draft["revision"] < newest.get(number, 0)
         if is_old and draft["status"] == tables.WAITING:
-            yield f"{key} waits, though there is revision {newest[number]}"
+            yield f"{key} waits, although revision {newest[number]} exists"
         if not is_old and draft["status"] == tables.SUPERSEDED:
-            yield f"{key} is superseded, though nothing is newer"
+            yield f"{key} is superseded, although nothing is newer"
 
 
 def _check_decisions(
     history: list[dict[str, Any]], drafts: dict[str, dict[str, Any]], seen: Seen
 ) -> Iterator[str]:
-    """Each draft was decided once, or once after each undo; as the readers were told."""
+    """Yields errors unless each draft was decided once, or once after each undo, as answered."""
     answered = {
         said: collections.Counter((d, DONE[a], t) for d, a, t, s in seen.attempts if s == said)
         for said in (YES, UNKNOWN)
@@ -468,7 +468,7 @@ def _check_decisions(
     for key in happened.keys() | answered[YES].keys():
         least = answered[YES][key]
         if not least <= happened[key] <= least + answered[UNKNOWN][key]:
-            yield f"{key} was answered {least} times, and is there {happened[key]} times"
+            yield f"{key} was answered {least} times, but is stored {happened[key]} times"
     status = dict.fromkeys(drafts, tables.WAITING)
     texts: dict[str, str] = {}
     for event in history:
@@ -482,15 +482,15 @@ def _check_decisions(
     for key, draft in drafts.items():
         found = draft["status"]
         if (tables.WAITING if found == tables.SUPERSEDED else found) != status[key]:
-            yield f"{key} is {found}, though it was {status[key]} last"
+            yield f"{key} is {found}, although it was {status[key]} last"
         if found == tables.APPROVED and (draft["edited_text"] or draft["text"]) != texts[key]:
-            yield f"{key} has not the text that was approved"
+            yield f"{key} does not have the approved text"
 
 
 def _check_replies(
     database: Database, drafts: dict[str, dict[str, Any]], replies: Path
 ) -> Iterator[str]:
-    """Each approved draft has one reply in the file, with the text that was approved."""
+    """Yields errors unless each approved draft has one reply in the file, with its text."""
     lines = [json.loads(line) for line in replies.read_text().splitlines()]
     ids = collections.Counter(line["draft_id"] for line in lines)
     approved = {
@@ -499,7 +499,7 @@ def _check_replies(
         if draft["status"] == tables.APPROVED
     }
     if twice := [key for key, count in ids.items() if count > 1]:
-        yield f"{len(twice)} replies are there more than once, such as {twice[0]}"
+        yield f"{len(twice)} replies were published more than once, such as {twice[0]}"
     if lost := approved.keys() - ids.keys():
         yield f"{len(lost)} replies were lost, such as {min(lost)}"
     if more := ids.keys() - approved.keys():
@@ -516,7 +516,7 @@ def _check_replies(
 
 
 def soak(uri: str, folder: Path, load: Load, say: Callable[[str], None]) -> dict[str, Any]:
-    """Writers, readers and kills; what was seen, and what is wrong in the end."""
+    """Runs writers, readers and kills; returns the figures, and what is wrong at the end."""
     replies, log = folder / "replies.jsonl", folder / "consoles.log"
     seen, kills = Seen(), 0
     flags = ("--replies", str(replies), "--undo_seconds", str(load.undo_seconds))
@@ -532,7 +532,7 @@ def soak(uri: str, folder: Path, load: Load, say: Callable[[str], None]) -> dict
         while (moment := time.monotonic()) < until:
             if moment >= next_kill:
                 for console in consoles:
-                    console.wait()  # so that one of them is always there
+                    console.wait()  # so that one of them always answers
                 console = consoles[kills % len(consoles)]
                 console.kill()
                 console.start()
@@ -608,7 +608,7 @@ def soak(uri: str, folder: Path, load: Load, say: Callable[[str], None]) -> dict
 
 
 def pages(uri: str, folder: Path, drafts: int, requests: int) -> dict[str, Any]:
-    """Seconds of a page's GET, one after another, by page: p50 and p95."""
+    """Returns p50 and p95 of the seconds of GETs, one after another, by page."""
     began = now()
     database = Database(uri)
     database.upgrade()
@@ -653,7 +653,7 @@ def pages(uri: str, folder: Path, drafts: int, requests: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def databases(sides: Iterable[str], folder: Path, out: Console) -> Iterator[dict[str, Any]]:
-    """By side: makes a new database of a name, gives its URI."""
+    """Yields, by side, a function that creates a database of a name and returns its URI."""
     made: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         if "SQLite" in sides:
@@ -681,13 +681,13 @@ def bench() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--soak", type=float, default=120, help="seconds; 0: none")
-    parser.add_argument("--drafts", type=int, default=10_000, help="that wait; 0: no pages")
-    parser.add_argument("--requests", type=int, default=200, help="of each page")
+    parser.add_argument("--drafts", type=int, default=10_000, help="drafts that wait; 0: no pages")
+    parser.add_argument("--requests", type=int, default=200, help="requests of each page")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--writers", type=int, default=8)
     parser.add_argument("--readers", type=int, default=50)
     parser.add_argument("--kill_every", type=float, default=20, help="seconds")
-    parser.add_argument("--pause", type=float, default=0.25, help="seconds, in the mean")
+    parser.add_argument("--pause", type=float, default=0.25, help="mean seconds")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     load = Load(

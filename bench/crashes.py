@@ -1,9 +1,9 @@
-"""Kills runs at random moments, and looks by id whether anything is missing afterwards.
+"""Kills runs at random moments, and checks by id whether anything is missing afterwards.
 
   python bench/crashes.py --kills 200
 
 Half of the runs are batches into a folder that has results of an earlier run; half are a stream
-that writes files, on Pub/Sub's emulator. SIGKILL, so that nothing can be finished or cleared up.
+that writes files, on Pub/Sub's emulator. The signal is SIGKILL, so that no run can clean up.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
-    """Kills a process and all that it started; returns whether it still ran."""
+    """Kills a process and its children; returns whether it was still running."""
     ran = process.poll() is None
     if ran:
         os.killpg(process.pid, signal.SIGKILL)
@@ -84,7 +84,7 @@ def batches(folder: Path, kills: int, chance: random.Random) -> collections.Coun
         with source.open("a") as file:
             file.write(chat(chats) + "\n")
         process = start(folder, *flags)
-        # Most moments are of the start; half of the kills come when results are written.
+        # A run spends most time starting; so half of the kills wait until results are written.
         time.sleep(chance.uniform(*chance.choice([(0, takes), (0.75 * takes, 1.1 * takes)])))
         counts["killed" if kill(process) else "ended before"] += 1
         found = ids(results)

@@ -3,8 +3,8 @@
     python bench/formats.py                    # 1 GB each: about 5 minutes and 2 GB of disk
     python bench/formats.py --megabytes 100 --chats
 
-Makes a file of each format: `csv` (a row a message; those of a chat are far apart), `jsonl` and
-`array` (a chat a line or an element). Each is read in a process of its own, up to our lines; with
+Makes a file of each format: `csv` (a row per message; those of a chat are far apart), `jsonl` and
+`array` (a chat per line or element). A separate process reads each, up to our lines; with
 `--chats` once more, up to the chats in them. Prints a table and a line of JSON.
 """
 

@@ -1,12 +1,12 @@
-"""The engine on a GPU, with random weights of real shapes: no download is needed.
+"""Measures the engine on a GPU, with random weights of real shapes: no download is needed.
 
     python bench/gpu.py                   # Gemma 3 1B and 4B in bfloat16
     python bench/gpu.py --shapes tiny     # tries the script itself, anywhere
 
-Chats per second (a prompt of 512 tokens, 64 greedy tokens) of the handler of the talks
-(one prompt at a time, `generate`, `max_length=1024`), of keras_hub's `generate` in batches
-and of chatflow, at batch 1 to 64; the share of the memory bandwidth bound at each, and of
-the best throughput. Prints a line of JSON with the date and the card.
+Measures chats per second (a prompt of 512 tokens, 64 greedy tokens) of the handler of the
+talks (one prompt at a time, `generate`, `max_length=1024`), of keras_hub's `generate` in
+batches and of chatflow, at batch 1 to 64; and the share of the memory bandwidth bound at
+each, and of the best throughput. Prints a line of JSON with the date and the card.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def best(function: Callable[[], Any], times: int = 3) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written in a second."""
+    """Returns the bytes read and written in a second."""
     source = jnp.ones(1 << 28 if jax.default_backend() != "cpu" else 1 << 26, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
     return 2 * source.nbytes / best(lambda: copy(source).block_until_ready())
@@ -126,9 +126,9 @@ def bench() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--shapes", default="1b,4b", help="divided by commas, of 1b, 4b, tiny")
+    parser.add_argument("--shapes", default="1b,4b", help="1b, 4b, tiny; separated with commas")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--batches", default="1,8,64", help="divided by commas")
+    parser.add_argument("--batches", default="1,8,64", help="separated with commas")
     flags = parser.parse_args()
     batches = [int(rows) for rows in flags.batches.split(",")]
     figures = []

@@ -1,9 +1,9 @@
-"""How the cost of a chat grows with its length and with the batch, as a plot.
+"""Plots how the cost of a chat grows with its length and with the batch.
 
     python bench/growth.py                # about 10 minutes on two cores; writes bench/growth.svg
     python bench/growth.py --whole        # also chats whose prompts are not cut, alone: longer
 
-A chat of 10 to 1,000 messages, analysed (tone and summary) in batches of 1 to 64 with the
+Analyses a chat of 10 to 1,000 messages (tone and summary) in batches of 1 to 64 with the
 embedded model. Prompts have the default budget, so that the oldest messages of a long chat are
 left out. Prints a line of JSON.
 """
@@ -33,7 +33,7 @@ from chatflow.sources.chats import read_chat
 HERE = Path(__file__).parent
 LENGTHS = (10, 30, 100, 300, 1000)
 BATCHES = (1, 4, 16, 64)
-LONGEST_POINT = 25_000  # tokens; a larger one is left out, and said
+LONGEST_POINT = 25_000  # tokens; larger ones are left out, with a message
 
 
 def chat_of(messages: int, texts: list[str], number: int) -> Chat:
@@ -71,7 +71,7 @@ def bench() -> None:
             print(f"{length} messages, batch {batch}: left out, {tokens:,} tokens", file=sys.stderr)
             return
         if batch < BATCHES[-1]:
-            model.answer(requests)  # compiles; the largest would take long, and hardly differ
+            model.answer(requests)  # compiles; for the largest it would take long and change little
         started = time.perf_counter()
         model.answer(requests)
         found["seconds_per_chat"] = (time.perf_counter() - started) / batch

@@ -1,16 +1,16 @@
-"""What a chat costs on this machine: chatflow's engine beside what its users come from.
+"""Measures what a chat costs on this machine, with chatflow's engine and with others.
 
     python bench/model.py                 # all sides, in one run: about 15 minutes on two cores
     python bench/model.py --sides keras_hub,chatflow
 
 Two comparisons. Engine: the same prompts, of mixed lengths, and the same number of greedy
 tokens. Task: one analysis (tone and summary) a chat, each side as its users run it: chatflow
-by one reading, with all that heads choose, and the draft composed; few_shot is chatflow as it
-was before, by two prompts and a sentence that the model writes; the handler of the talks by
-theirs, the others by one prompt with nine examples that ends in JSON.
+with one reading, all choices of the heads, and a composed draft; few_shot, an earlier chatflow,
+with two prompts and a sentence that the model writes; the handler of the talks with its own
+prompts; the others with one prompt of nine examples that ends in JSON.
 
-llama-cpp-python and transformers run in environments of their own, `.venv-bench-*`, which
-are made when they are missing. `--json` prints the figures as a line of JSON.
+llama-cpp-python and transformers run in separate environments, `.venv-bench-*`, which are
+made if they are missing. `--json` prints the figures as a line of JSON.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ SUMMARIES = [
 
 
 def chats() -> list[Chat]:
-    """31 of the samples, and twelve messages of the longest: a longer one among them would
-    take keras_hub's `generate` an hour, because it feeds all but the shortest prompt of a batch
-    token by token."""
+    """Returns 31 of the samples, and twelve messages of the longest. With a longer one,
+    keras_hub's `generate` would take an hour, because it feeds all but the shortest prompt of a
+    batch token by token."""
     read = [read_chat(json.loads(line)) for line in SAMPLES.read_text().splitlines()]
     longest = max(read, key=lambda chat: len(chat.messages))
     return [*read[:31], longest.model_copy(update={"messages": longest.messages[:12]})]
 
 
 def json_prompt(chat: Chat, user_id: str) -> str:
-    """Nine examples with their JSON, and the chat: what one writes for a base model."""
+    """Returns a usual prompt for a base model: nine examples with their JSON, and the chat."""
     text = dict(load_folder("base")["analysis"].sources)["examples.jinja"].split("#}\n", 1)[1]
     shown = []
     for example, summary in zip(text.strip().split("\n\n"), SUMMARIES, strict=True):
@@ -92,7 +92,7 @@ def json_prompt(chat: Chat, user_id: str) -> str:
 
 
 def copy_bandwidth() -> float:
-    """GB/s read and written by two threads that copy 800 MB."""
+    """Returns the GB/s that two threads read and write while they copy 800 MB."""
     source = np.ones(200_000_000, np.float32)
     target = np.empty_like(source)
     halves = [slice(0, 100_000_000), slice(100_000_000, None)]
@@ -109,7 +109,7 @@ def copy_bandwidth() -> float:
 
 
 def python_of(side: str) -> str:
-    """The interpreter of a side, its environment made if it is missing."""
+    """Returns the Python interpreter of a side; makes its environment if it is missing."""
     if side not in OWN_ENVIRONMENT:
         return sys.executable
     folder = HERE.parent / f".venv-bench-{side}"
@@ -124,7 +124,7 @@ def python_of(side: str) -> str:
 
 
 def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
-    """What all sides are given."""
+    """Returns the input of all sides."""
     import pickle
 
     use_jax()
@@ -176,7 +176,7 @@ def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
 def run(side: str, work: dict[str, Any], folder: str) -> dict[str, Any]:
     path = Path(folder) / "work.json"
     path.write_text(json.dumps(work))
-    # Every side compiles anew.
+    # Every side compiles again.
     cache = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
     out = subprocess.run(
         [python_of(side), str(HERE / "sides.py"), side, str(path)],
@@ -190,7 +190,7 @@ def run(side: str, work: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def valid(answers: list[str]) -> float:
-    """The share of answers that are an analysis as they stand: no repair."""
+    """Returns the share of answers that are an analysis without any repair."""
 
     def whole(answer: str) -> bool:
         try:
@@ -202,7 +202,7 @@ def valid(answers: list[str]) -> float:
 
 
 def same(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """The share of answers that are the same, token for token, up to an end token."""
+    """Returns the share of answers that are the same, token for token, up to an end token."""
     pairs = list(zip(ours, theirs, strict=False))
     return sum(a == b[: len(a)] for a, b in pairs) / len(pairs)
 
@@ -273,10 +273,10 @@ def bench() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--sides", default=",".join(TASK), help="divided by commas")
+    parser.add_argument("--sides", default=",".join(TASK), help="separated with commas")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument(
-        "--quantization", default="none", choices=("none", "int8"), help="of chatflow's"
+        "--quantization", default="none", choices=("none", "int8"), help="only for chatflow"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     flags = parser.parse_args()

@@ -1,16 +1,16 @@
-"""The remote path beside Beam's own handlers, against the same stand-in service on loopback.
+"""Measures the remote path and Beam's own handlers, with the same stand-in service on loopback.
 
     python bench/remote.py            # all parts, seven minutes
     python bench/remote.py --quick    # tries the script itself
 
-The stand-in (tests/fakes) runs in a process of its own and answers after 200 ms. Each side is a
+The stand-in (tests/fakes) runs in a separate process and answers after 200 ms. Each side is a
 Beam pipeline of `RunInference` on the same runner, timed as a whole after a first one of two
-prompts: google-genai and aiplatform are the real ones on both sides. Beam's handlers run as they
-give right results: one prompt a call (a batch is one call, whose answers are those to its first
-prompt, or are lost), with `with_exception_handling`. Parts:
+prompts. Both sides use the real google-genai and aiplatform. Beam's handlers run in the way that
+returns right results: one prompt per call (a batch is one call, whose answers are those to its
+first prompt, or are lost), with `with_exception_handling`. Parts:
 
 - throughput without faults, and with 429 for 10 % of calls and a Retry-After of one second;
-- what is lost of 64 prompts under single faults, with Beam's batches of eight, too;
+- what is lost of 64 prompts under single faults, also with Beam's batches of eight;
 - a quota of 40 calls a second: how much of it is used, and how much is refused.
 """
 
@@ -54,7 +54,7 @@ TOKENS = 64
 
 
 class StandIn:
-    """The stand-in in a process of its own."""
+    """The stand-in in a separate process."""
 
     def __enter__(self) -> StandIn:
         self._process = subprocess.Popen(
@@ -86,7 +86,7 @@ class StandIn:
 
 @contextlib.contextmanager
 def beams_handlers_at(address: str) -> Iterator[None]:
-    """Lets Beam's handlers as they are find the stand-in, without credentials."""
+    """Makes Beam's unchanged handlers call the stand-in, without credentials."""
     from google.cloud import aiplatform
 
     os.environ["GOOGLE_VERTEX_BASE_URL"] = address
@@ -103,7 +103,7 @@ def beams_handlers_at(address: str) -> Iterator[None]:
     google.auth.default = before
 
 
-# A side makes, of numbers of prompts, a handler and its elements; and reads an inference.
+# A side returns a handler, and a function from a prompt's number to its element.
 
 
 def ours(name: str, address: str) -> tuple[Any, Callable[[int], Any]]:
@@ -136,7 +136,7 @@ def beams_vertex(batch: int = 1) -> tuple[Any, Callable[[int], Any]]:
 
     def element(number: int) -> dict[str, Any]:
         limits = {"max_tokens": TOKENS, "temperature": 0}
-        if batch > 1:  # chat completions are one a call
+        if batch > 1:  # a chat completion is one call
             return {"prompt": prompt(number), **limits}
         message = {"role": "user", "content": prompt(number)}
         return {"@requestFormat": "chatCompletions", "messages": [message], **limits}
@@ -171,7 +171,7 @@ def note_dead(item: Any) -> None:
 def run(
     handler: Any, element: Callable[[int], Any], count: int, threads: int = 1
 ) -> dict[str, Any]:
-    """One pipeline: answered, failed (as a value or a dead letter), lost, doubled, seconds."""
+    """Runs one pipeline; returns how many were answered, failed, lost and doubled, and seconds."""
     RESULTS.clear()
     infer: Any = RunInference(KeyedModelHandler(handler))
     beams = not isinstance(handler, RemoteLanguageModelHandler)
@@ -207,7 +207,7 @@ def run(
 
 
 def throughput(stand_in: StandIn, options: argparse.Namespace) -> dict[str, Any]:
-    """By fault and side."""
+    """Returns the figures by fault and side."""
     faults = {"no faults": {}, "10 % 429": {"rates": {"429": 0.1}, "retry_after": 1}}
     few, many = (6, 64) if options.quick else (120, 2000)
     figures: dict[str, Any] = {}
@@ -245,7 +245,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 def losses(stand_in: StandIn, options: argparse.Namespace) -> dict[str, Any]:
-    """By fault and side: what became of 64 prompts."""
+    """Returns by fault and side what happened to 64 prompts."""
     count = 8 if options.quick else 64
     figures: dict[str, Any] = {}
     for fault, behaviour in LOSSES.items():
@@ -270,7 +270,7 @@ def losses(stand_in: StandIn, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def quota(stand_in: StandIn, options: argparse.Namespace) -> dict[str, Any]:
-    """What is used of 40 calls a second, in half a minute that begins after ten seconds."""
+    """Returns the share used of 40 calls a second, in half a minute after ten seconds."""
     figures = {}
     since, until, count = (1, 3, 120) if options.quick else (10, 40, 2000)
     for name, model in (("Gemini", GEMINI), ("endpoint", ENDPOINT)):
@@ -340,7 +340,7 @@ def bench() -> None:
 
 
 if __name__ == "__main__":
-    # Beam takes what is in the main module to its workers as copies, also RESULTS.
+    # Beam copies the contents of the main module to its workers, also RESULTS.
     import remote
 
     remote.bench()

@@ -1,7 +1,7 @@
-"""One side of `bench/model.py`: loads a model, does the work of a file, prints figures as JSON.
+"""Runs one side of `bench/model.py`: loads a model, does a file's work, prints figures as JSON.
 
-Each side runs in a process of its own; those of other libraries in an environment of their
-own, so that nothing of chatflow is imported here at the top.
+Each side runs in a separate process; those of other libraries in a separate environment, so
+nothing of chatflow is imported here at the top.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def cut(items: Sequence[Any], size: int) -> list[list[Any]]:
 
 
 class Side:
-    """A model by some library. What a library cannot do is not defined."""
+    """A model in some library. A method that the library cannot support is not defined."""
 
     compilations = 0
 
@@ -40,11 +40,11 @@ class Side:
         self.work = work
 
     def generate(self, prompts: list[Ids], tokens: int) -> list[Ids]:
-        """So many greedy tokens after each prompt, in one batch."""
+        """Returns `tokens` greedy tokens after each prompt, in one batch."""
         raise NotImplementedError
 
     def task(self, numbers: list[int]) -> list[str]:
-        """The answers to some of the chats, in one batch."""
+        """Returns the answers to some of the chats, in one batch."""
         raise NotImplementedError
 
 
@@ -63,14 +63,14 @@ class Jax(Side):
 def keras_generate(
     model: Any, prompts: Sequence[Ids], length: int, stop: Ids | None = None
 ) -> list[Ids]:
-    """What a Gemma 3 of keras_hub writes behind each prompt, up to a length of both."""
+    """Returns what keras_hub's Gemma 3 writes after each prompt, up to a total length."""
     import numpy as np
 
     ids = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     mask = np.arange(length)[None] < np.array([len(p) for p in prompts])[:, None]
-    images = np.zeros((len(prompts), 0, 1, 1, 3))  # it asks for some, even if there are none
+    images = np.zeros((len(prompts), 0, 1, 1, 3))  # it needs this input, even without images
     given = {"token_ids": ids, "padding_mask": mask, "images": images}
     out = np.asarray(model.generate(given, stop_token_ids=stop)["token_ids"])
     return [row[len(p) :].tolist() for row, p in zip(out, prompts, strict=True)]
@@ -110,7 +110,7 @@ class Talks(Keras):
 
 
 class Llama(Side):
-    """llama-cpp-python on the GGUF: its grammar, its cache of the longest known prefix."""
+    """llama-cpp-python on the GGUF, with its grammar and its cache of the longest known prefix."""
 
     def __init__(self, work: dict[str, Any]):
         super().__init__(work)
@@ -176,7 +176,7 @@ class Transformers(Side):
 
 
 class FewShot(Jax):
-    """chatflow's engine and its earlier prompts: tone and summary behind examples."""
+    """chatflow's engine with its earlier prompts: tone and summary after examples."""
 
     heads, questions_name = "", "few_shot"
 
@@ -211,7 +211,7 @@ class FewShot(Jax):
 
 
 class Ours(FewShot):
-    """chatflow as it is: one reading, all choices, and the summary and the draft composed."""
+    """chatflow today: one reading, all choices, and the summary and the draft composed."""
 
     heads, questions_name = "support-2", "questions"
 

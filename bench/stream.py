@@ -1,6 +1,6 @@
-"""How fast events go through the pipeline, and how long a chat waits for its analysis.
+"""Measures how fast events pass the pipeline, and how long a chat waits for its analysis.
 
-The model is scripted, so what is measured is all but the model. All parts in one run:
+The model is scripted, so this measures everything but the model. All parts in one run:
 
     python bench/stream.py                # events a second, latency; Beam's runner beside ours
     python bench/stream.py --soak 600     # ten minutes at a steady rate, with memory
@@ -50,7 +50,7 @@ SAMPLES = Path(__file__).parent.parent / "samples" / "chats.jsonl"
 
 
 def chats(count: int) -> list[Chat]:
-    """Chats of five messages; one in four is angry."""
+    """Returns chats of five messages; one in four is angry."""
     return [
         Chat(
             chat_id=f"chat-{number}",
@@ -68,7 +68,7 @@ def chats(count: int) -> list[Chat]:
 
 
 def bounded(folder: Path, model: str, count: int, profile: bool = False) -> dict[str, Any]:
-    """Events of a file through the whole pipeline on FnApiRunner."""
+    """Measures the whole pipeline on FnApiRunner, with events from a file."""
     path = folder / "events.jsonl"
     lines = [line.data for line in publish.Replay(chats(count), at_once=50)]
     path.write_bytes(b"\n".join(lines))
@@ -92,7 +92,7 @@ def bounded(folder: Path, model: str, count: int, profile: bool = False) -> dict
 
 
 def print_profile(profiler: cProfile.Profile) -> None:
-    """Time by package and module, without what they call."""
+    """Prints the time by package and module, without the time of what they call."""
     by_module: dict[str, float] = {}
     for (file, _, function), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
         parts = Path(file).parts
@@ -108,7 +108,7 @@ def print_profile(profiler: cProfile.Profile) -> None:
 
 
 class Pipeline:
-    """`chatflow run` on topics of its own, in a process of its own."""
+    """`chatflow run` with separate topics, in a separate process."""
 
     def __init__(self, name: str, *flags: str):
         base = f"projects/chatflow-bench/topics/{name}"
@@ -129,7 +129,7 @@ class Pipeline:
         return int(kilobytes.split()[1]) / 1024
 
     def stop(self) -> dict[str, Any]:
-        """Drains it; its counts, where it prints them in time."""
+        """Drains it; returns its counts if it prints them in time."""
         self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired, ValueError, IndexError):
             counts: dict[str, Any] = json.loads(
@@ -153,7 +153,7 @@ def running(name: str, *flags: str) -> Iterator[tuple[Pipeline, Any]]:
 def live(
     name: str, talk: list[Chat], rate: float, most: float, *flags: str, soak: bool = False
 ) -> dict[str, Any]:
-    """Chats at a steady rate, in events a second; seconds from last message to analysis."""
+    """Sends chats at a steady rate of events a second; returns seconds from message to analysis."""
     sent: dict[tuple[str, int], float] = {}
     seen: dict[str, float] = {}
     memory: list[tuple[float, float]] = []
@@ -218,7 +218,7 @@ def bench() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--chats", type=int, default=2000, help="of the bounded run, or replayed")
+    parser.add_argument("--chats", type=int, default=2000, help="chats to run, or to replay")
     parser.add_argument("--rate", type=float, default=50, help="events a second, live")
     parser.add_argument("--soak", type=float, default=0, help="seconds at the rate")
     parser.add_argument("--profile", action="store_true")

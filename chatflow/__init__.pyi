@@ -31,6 +31,7 @@ from .records import DeadLetter as DeadLetter
 from .records import Draft as Draft
 from .records import Event as Event
 from .records import Message as Message
+from .records import Record as Record
 from .records import Response as Response
 from .records import Sentiment as Sentiment
 from .records import parse_record as parse_record

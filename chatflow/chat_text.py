@@ -44,9 +44,9 @@ def estimate_tokens(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class KeptMessages:
-    """The messages that fit a prompt, oldest first; how many were dropped and how many cut.
+    """The messages that fit a prompt, oldest first, and how many were dropped and cut.
 
-    `places` are their places among all messages of the chat.
+    `places` are their positions among all messages of the chat.
     """
 
     messages: tuple[Message, ...]
@@ -56,12 +56,12 @@ class KeptMessages:
 
 
 def keep(chat: Chat, user_id: str, budget: int) -> KeptMessages:
-    """Keeps what tells most of a chat within `budget` estimated tokens.
+    """Keeps the messages that say most about a chat, within `budget` estimated tokens.
 
-    First the user's newest message, of which only the end stays if it alone exceeds the budget.
-    Then the user's first message of some words, for it says the matter; the end of the chat, up to
-    two thirds of the budget, and its beginning; and of the middle, what the user says, and what
-    has numbers.
+    First comes the user's newest message; if it alone exceeds the budget, only its end is kept.
+    Then come the user's first message that is not too short, because it usually says what the chat
+    is about; the end of the chat, up to two thirds of the budget; and its beginning. From the
+    middle, the user's messages come first, then those with numbers.
     """
     said = {at: message for at, message in enumerate(chat.messages) if message.is_said}
     cost = {at: estimate_tokens(m.text) + estimate_tokens(m.user_id) + 3 for at, m in said.items()}

@@ -1,4 +1,4 @@
-"""The command line: finds the command and turns errors into exit codes."""
+"""Runs the command line: finds the command and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from chatflow.options import Parser, unknown
 _log = logging.getLogger(__name__)
 
 COMMANDS = {
-    "run": "analyse chats of files or of Pub/Sub",
-    "stream": "the whole event-driven system on this machine, with a live view",
+    "run": "analyse chats from files or Pub/Sub",
+    "stream": "run the whole event-driven system on this machine, with a live view",
     "import": "turn exports of other systems into chatflow's own JSON Lines",
     "export": "write conversations of a database as CSV, Parquet, JSON Lines or CX Insights",
     "publish": "send chats or messages of a file to a Pub/Sub topic",
-    "tail": "print results from Pub/Sub as they come",
+    "tail": "print results from Pub/Sub as they arrive",
     "replay": "try dead letters again",
     "evaluate": "measure tone, summaries and drafts on labelled chats",
-    "estimate": "what all chats would cost and take, by a sample of them",
+    "estimate": "estimate the cost and time of all chats from a sample",
     "tune": "train an adapter on your own labelled chats",
-    "console": "the web page on which support staff review drafts",
-    "size": "which machines a model needs, how many, and what they cost",
+    "console": "serve the web page where support staff review drafts",
+    "size": "show which machines a model needs, how many, and what they cost",
     "model": "fetch, convert and measure models",
 }
 """What each command does; its module is `chatflow.commands.NAME`."""
@@ -41,13 +41,13 @@ Every other flag is Beam's and goes to the runner, e.g.
 Without --runner the pipeline runs in this process. With one, --no_wait_until_finish
 starts the job and ends.
 
-Exit codes: 0 done (also with dead letters: they are counted and can be replayed),
+Exit codes: 0 done (even with dead letters: they are counted and can be replayed),
 1 the pipeline failed, 2 a wrong flag or file, 130 interrupted.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; what goes wrong is one line on stderr."""
+    """Runs a command and returns its exit code; prints an error as one line on stderr."""
     _print_anything()
     try:
         parsed, rest = _parser().parse_known_args(arguments)
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_of_credentials(error):
             _say(
                 f"the credentials of Google Cloud cannot be used: {one_line(error)}; run `gcloud "
-                "auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key"
+                "auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key "
+                "file"
             )
             return USAGE
         _say(f"{explained(error)}; --debug shows the whole traceback")
@@ -82,13 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def explained(error: Exception) -> str:
-    """Returns one line for an error that no command expects: of machine, service, or chatflow."""
+    """Returns one line for an error that no command expects.
+
+    It says whether the cause is this machine, a service or chatflow.
+    """
     if _is_a(error, "google.api_core.exceptions", "GoogleAPIError"):
         return f"Google Cloud: {one_line(error)}"
     if isinstance(error, OSError):
         return of_machine(error)
     if isinstance(error, MemoryError):
-        return "this machine has not enough memory for it"
+        return "this machine does not have enough memory for this"
     said = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
     return f"internal error: {said}; please report it"
 
@@ -100,7 +104,10 @@ def _is_of_credentials(error: Exception) -> bool:
 
 
 def _is_a(error: Exception, module: str, name: str) -> bool:
-    """Returns whether an error is of a class, which whoever raised it has imported."""
+    """Returns whether an error is of a class, without importing its module.
+
+    If the error is of that class, whoever raised it has imported the module.
+    """
     return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 
@@ -116,10 +123,12 @@ def _start_logging(debug: bool) -> None:
     kind = logging.Formatter if debug else ShortFormatter
     handler.setFormatter(kind("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
+    if not debug:
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it speaks when it is imported
 
 
 class ShortFormatter(logging.Formatter):
-    """Writes a record that has a traceback, e.g. of Beam's retries, as its first and last line."""
+    """Writes log records; of a traceback, e.g. of a retry by Beam, the first and last line."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -128,7 +137,7 @@ class ShortFormatter(logging.Formatter):
 
 
 def _print_anything() -> None:
-    """Lets both streams print any character in any locale, also where they are closed."""
+    """Lets stdout and stderr print any character in any locale, even if they are closed."""
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         if stream is None:
@@ -138,7 +147,7 @@ def _print_anything() -> None:
 
 
 def _drop_unprinted() -> None:
-    """Drops what stdout does not take; else Python tries again when it ends, with a traceback."""
+    """Drops output that stdout does not take; else Python tries again at exit, with a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -159,7 +168,7 @@ class CommandParser(Parser):
         """Returns the parsed flags and those for Beam.
 
         Raises:
-          UsageError: an argument is unknown, which is said first, or missing, or has a wrong value.
+          UsageError: an argument is unknown (reported first), is missing, or has a wrong value.
         """
         module = importlib.import_module(self.module)
         self.description = textwrap.dedent(module.DESCRIPTION).strip()
@@ -173,7 +182,7 @@ class CommandParser(Parser):
         self.add_switch("debug", help="log everything, show tracebacks")
         required = [action for action in self._actions if action.required]
         for action in required:
-            action.required = False  # argparse would say that it is missing before what is unknown
+            action.required = False  # argparse would report missing flags before unknown ones
         arguments = list(sys.argv[1:] if args is None else args)
         parsed, rest = super().parse_known_args(arguments, namespace)
         if rest:
@@ -186,7 +195,10 @@ class CommandParser(Parser):
         return parsed, rest
 
     def _check(self, rest: Sequence[str], arguments: Sequence[str], passes_on: bool) -> None:
-        """Raises `UsageError` for the first flag, else argument, that neither it nor Beam knows."""
+        """Raises `UsageError` for the first flag or argument that is unknown here and to Beam.
+
+        Flags come first.
+        """
         known, else_see = self.flags(), f"see {self.prog} --help"
         if passes_on:
             from chatflow.running.runner import not_beams
@@ -200,7 +212,7 @@ class CommandParser(Parser):
             raise UsageError(self._unexpected(rest[0], arguments))
 
     def _unexpected(self, argument: str, arguments: Sequence[str]) -> str:
-        """Returns what to say of an argument that nothing takes, e.g. a pattern without quotes."""
+        """Returns the message for an unexpected argument, e.g. a pattern without quotes."""
         before = arguments[: arguments.index(argument)]
         flag = next((text for text in before[-2:] if text.startswith("--")), "").split("=")[0]
         positional = [_name_of(action) for action in self._actions if not action.option_strings]
@@ -215,13 +227,11 @@ class CommandParser(Parser):
             return f"{said}; {takes}see {self.prog} --help"
         pattern = os.path.join(os.path.dirname(argument), f"*{ending}")
         quoted = f"'{pattern}'" if name == "FILE" else f"{name} '{pattern}'"
-        return (
-            f"{said}: the shell made several arguments of a pattern; put it into quotes: {quoted}"
-        )
+        return f"{said}: the shell expanded a pattern; put it into quotes: {quoted}"
 
 
 _PATTERNS = ("--input", "--chats", "FILE")
-"""Arguments that name many files by one pattern."""
+"""Arguments that can be a pattern of many files."""
 
 
 def _name_of(action: argparse.Action) -> str:

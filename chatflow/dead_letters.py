@@ -1,4 +1,4 @@
-"""One idiom for failure in every stage: a failed element becomes a dead letter to try again."""
+"""Turns elements that fail in any stage into dead letters, which can be tried again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -53,7 +54,7 @@ class DeadLettered(beam.PTransform, Generic[InputT, OutputT]):
     """Runs a plain function as a step: its results go on, its errors become dead letters.
 
     Attributes:
-      stage: names the step in dead letters and counters.
+      stage: the name of the step in dead letters and counters.
       function: takes an element, and the side input if there is one; returns its results.
       output_type: the type of one result, for Beam's type checks.
     """
@@ -92,7 +93,7 @@ class _DeadLetteredDoFn(beam.DoFn, Generic[InputT, OutputT]):
 def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
     """Returns the dead letter of a failed element and counts it by stage and reason.
 
-    It raises nothing, because the element could then stop a stream.
+    It never raises an error, because the element could then stop a stream.
     """
     if isinstance(error, ElementError):
         reason, answer = error.reason, error.answer
@@ -118,7 +119,7 @@ def dead_letter(stage: str, element: Any, error: Exception) -> DeadLetter:
 def refused(record: Record, error: Exception) -> DeadLetter:
     """Returns the dead letter of a record that a sink refuses.
 
-    Raises the error if the record is a dead letter, which has no other place to go.
+    Raises the error if the record is itself a dead letter, which cannot go anywhere else.
     """
     if isinstance(record, DeadLetter):
         raise error
@@ -129,18 +130,18 @@ def check_size(record: Record, size: int, limit: int) -> None:
     """Raises `ElementError`: `too_large`, if a record has more bytes than its sink takes."""
     if size > limit:
         kind = type(record).__name__
-        said = f"the {kind} has {size:,} bytes, and its destination takes {limit:,} at most"
+        said = f"the {kind} has {size:,} bytes; its destination takes at most {limit:,}"
         raise ElementError("too_large", said)
 
 
 def fitted(letter: DeadLetter, limit: int, part_bytes: int = 0) -> list[DeadLetter]:
     """Returns a dead letter as letters of at most `limit` bytes of JSON; nothing is cut.
 
-    That is the letter itself, or the letter with its payload compressed, or parts to `join`. The
-    parts are the same when the letter is made again, which has another `failed_at`.
+    That is the letter itself, the letter with its payload compressed, or parts to `join`. If the
+    letter is made again, with another `failed_at`, its parts are the same.
 
     Args:
-      part_bytes: how much a part holds, if not `PART_BYTES`; base64 adds a third.
+      part_bytes: the bytes in a part, if not `PART_BYTES`; base64 adds a third.
     """
     if len(letter.to_json().encode()) <= limit:
         return [letter]
@@ -173,13 +174,16 @@ PART_BYTES = 6_000_000
 """The most bytes of a part before base64; with it, a part is small enough for every sink."""
 
 ID_CHARACTERS = 1024
-"""The longest chat id beside a part; the part's letter has any."""
+"""The longest chat id that a part repeats; the whole letter always has it."""
 
 
 def join(parts: Iterable[DeadLetter]) -> DeadLetter:
-    """Returns the letter whose parts these are, in any order; raises `BadInputError`: `bad_parts`.
+    """Returns the letter that these parts, in any order, make up.
 
     The payloads, one after the other, are the letter's JSON without `failed_at`, compressed.
+
+    Raises:
+      BadInputError: `bad_parts`.
     """
     first, *others = sorted(parts, key=lambda letter: letter.part or 0)
     whole = b"".join(letter.payload_bytes() for letter in (first, *others))
@@ -195,7 +199,7 @@ def _hash(whole: bytes) -> str:
 
 @functools.singledispatch
 def payload_of(element: Any) -> dict[str, Any]:
-    """Returns the `DeadLetter` fields with the element, so that `replay` can send it again."""
+    """Returns the `DeadLetter` fields that hold the element, so that `replay` can send it again."""
     raise TypeError(f"no payload is known for {type(element).__name__}")
 
 
@@ -231,12 +235,18 @@ def _pair_payload(pair: tuple[Any, ...]) -> dict[str, Any]:
     return payload_of(pair[0])  # (question, answer) or (chat, user)
 
 
-@payload_of.register(RawChat)
 @payload_of.register(Analysis)
 @payload_of.register(Draft)
 @payload_of.register(Response)
 def _record_payload(record: Record) -> dict[str, Any]:
     return {"payload": record.to_json(), "chat_id": getattr(record, "chat_id", None)}
+
+
+@payload_of.register
+def _raw_payload(raw: RawChat) -> dict[str, Any]:
+    """A letter is no place for what is kept apart."""
+    fields = {"chat_id": raw.chat_id, "revision": raw.revision}
+    return {"payload": json.dumps(fields), "chat_id": raw.chat_id}
 
 
 def _chat_id_in(line: bytes) -> str | None:

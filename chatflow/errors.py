@@ -1,4 +1,4 @@
-"""The errors of chatflow: one for the person who starts it, one for a single element."""
+"""Defines chatflow's errors: one for the person who starts it, one for a single element."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class UsageError(Exception):
 def one_line(error: Exception) -> str:
     """Returns the text of an error as one line of at most 300 characters."""
     text = str(error)
-    if len(error.args) > 1 and text == str(error.args):  # Google's, which holds another error
+    if len(error.args) > 1 and text == str(error.args):  # one of Google's that wraps another
         text = ": ".join(str(part).rstrip(".") for part in error.args)
     return " ".join(text.split())[:300]
 
 
 def of_machine(error: OSError) -> str:
-    """Returns what this machine refuses, as one line: the file, the reason and the remedy."""
-    if error.filename is None or error.strerror is None:  # e.g. of a connection
+    """Returns an error of the operating system as one line: the file, the reason and the remedy."""
+    if error.filename is None or error.strerror is None:  # e.g. a broken connection
         return f"{type(error).__name__}: {one_line(error)}"
     remedy = REMEDIES.get(error.errno or 0, "")
     return f"{os.fsdecode(error.filename)}: {error.strerror}{remedy}"
 
 
 REMEDIES = {
-    errno.ENOSPC: "; make room there",
-    errno.EMFILE: "; `ulimit -n 4096` lets a process open more",
+    errno.ENOSPC: "; free some space there",
+    errno.EMFILE: "; `ulimit -n 4096` lets a process open more files",
 }
 
 

@@ -1,7 +1,7 @@
-"""Counters and distributions: Beam's, and a copy in this process for the progress display.
+"""Counts in Beam's metrics, and in a copy in this process for the progress display.
 
-Beam's direct runner shows its metrics only after a run. A local run happens in the command line's
-process, which can show the copy meanwhile; nobody reads it on the workers of a cluster.
+Beam's direct runner shows its metrics only after a run. A local run happens in the process of the
+command line, which shows the copy while it runs. On the workers of a cluster, nobody reads it.
 """
 
 from __future__ import annotations

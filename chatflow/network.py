@@ -1,4 +1,4 @@
-"""Event-loop threads, sessions, TLS and retries for clients of services."""
+"""Provides event-loop threads, sessions, TLS and retries to clients of services."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LoopThread:
             try:
                 await last()
             finally:
-                self.loop.call_later(0.1, self.loop.stop)  # google-genai closes when deleted, too
+                self.loop.call_later(0.1, self.loop.stop)  # google-genai also closes when deleted
 
         ending = asyncio.run_coroutine_threadsafe(end(), self.loop)
         if threading.current_thread() is not self._thread:  # a finalizer runs in any thread
@@ -154,10 +154,10 @@ def attempts(
     retry: Callable[[tenacity.RetryCallState], bool] = tenacity.retry_if_exception_type(),
     first: int = logging.WARNING,
 ) -> tenacity.Retrying:
-    """Returns attempts, for `for attempt in attempts(…): with attempt: …`.
+    """Returns attempts for a loop: `for attempt in attempts(…): with attempt: …`.
 
-    Errors that do not match `retry` are raised at once; the last one is raised when the time is
-    over. `first` is the log level of the first fault.
+    Errors that do not match `retry` are raised at once. When the time is up, the last error is
+    raised. `first` is the log level of the first fault.
     """
 
     def log(state: tenacity.RetryCallState) -> None:

@@ -85,51 +85,51 @@ class Places(Settings):
         "with commas.", _DATA,
     )  # fmt: skip
     output: str = flag(
-        "", "Folder for analyses*.jsonl, drafts*.jsonl and dead_letters*.jsonl. Those of an "
-        "earlier run in it are replaced; a stream adds to them.", _DATA,
+        "", "Folder for analyses*.jsonl, drafts*.jsonl and dead_letters*.jsonl. A run on files "
+        "replaces those of an earlier run; a stream adds to them.", _DATA,
     )  # fmt: skip
     analyses: str = flag(
         "", "Where analyses go instead: file prefixes, tables as files (NAME.csv, NAME.parquet), "
-        "Pub/Sub topics (projects/P/topics/T), BigQuery tables (bigquery://P.DATASET.TABLE), the "
-        "tables of a database (as --database) and webhooks (https://…), divided by commas.", _DATA,
+        "Pub/Sub topics (projects/P/topics/T), BigQuery tables (bigquery://P.DATASET.TABLE), "
+        "databases (as for --database) or webhooks (https://…). Separate several with commas.",
+        _DATA,
     )  # fmt: skip
     drafts: str = flag("", "Where drafts go instead.", _DATA)
     dead_letters: str = flag("", "Where dead letters go instead.", _DATA)
     database: str = flag(
-        "", "Database of `chatflow console`: chats, analyses, drafts and dead letters go there, "
-        "besides the other destinations: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
-        _DATA,
+        "", "Database of `chatflow console`: sqlite:///FILE or "
+        "postgresql+psycopg://USER@HOST/NAME. Chats, analyses, drafts and dead letters go there "
+        "and to the other destinations.", _DATA,
     )  # fmt: skip
     skip_done: str = flag(
-        "", "Earlier results, as a glob or folder of files or a database: chats whose analysis is "
-        "in them, made of the same content by the same prompt and model, are left out. For "
-        "batches.", _DATA,
+        "", "Earlier results: a glob or folder of files, or a database. Skips chats that have an "
+        "analysis there with the same content, prompt and model. Only for input from files.", _DATA,
     )  # fmt: skip
     answers: str = flag(
-        "", "Database, as --database, in which each answer of a model is kept as soon as it is "
-        "there: no question is asked and paid for twice, also after a run that was stopped.", _DATA,
+        "", "Database, as for --database, that keeps each model answer as soon as it arrives, so "
+        "that no question is paid for twice, even after a run was stopped.", _DATA,
     )  # fmt: skip
     id_label: str = flag(
-        "", "Attribute of Pub/Sub messages by whose value the runner leaves out repeated ones "
-        "(Dataflow does; everywhere, messages are told apart by their message_id).", _DATA,
+        "", "Attribute of Pub/Sub messages whose value identifies repeated ones, which the runner "
+        "drops if it can (Dataflow does). chatflow itself drops repeated message_ids.", _DATA,
     )  # fmt: skip
     roles: str = flag(
-        "", "Roles that your system has and chatflow does not know, as THEIRS=OURS,…; ours are "
-        "customer, agent, bot and system.", _DATA,
+        "", "Roles that your system has and chatflow does not know, as THEIRS=OURS,…; OURS is "
+        "customer, agent, bot or system.", _DATA,
     )  # fmt: skip
     placeholders: str = flag(
-        "", "File with texts that your system writes in the place of words, such as \"This message "
-        "was deleted\"; a text a line, beside those that are known.", _DATA,
+        "", "File with more texts that your system writes instead of words, such as \"This message "
+        "was deleted\", one per line.", _DATA,
     )  # fmt: skip
     input_format: str = flag(
-        "auto", "The format of the input, if it is not to be found by what it begins with: "
+        "auto", "Format of the input; auto: recognised by how each file begins. Otherwise "
         "chatflow (its own JSON), csv, parquet, slack, whatsapp, convokit, or JSON of "
         "cx_insights, contact_lens, genesys, zendesk, intercom, chatwoot, telegram, openai or "
         "sharegpt.", _DATA,
     )  # fmt: skip
     columns: str = flag(
-        "", "Which column of a table is what, as FIELD=COLUMN,…; fields are chat, text, who (the "
-        "role), user, at, id, reply and private. Columns whose names leave no doubt need none.",
+        "", "Which column of a table holds which field, as FIELD=COLUMN,…; fields are chat, text, "
+        "who (the role), user, at, id, reply and private. Not needed for columns with usual names.",
         _DATA,
     )  # fmt: skip
     max_line_bytes: int = flag(
@@ -142,16 +142,16 @@ class SinkSettings(Settings):
     """How to write records.
 
     Attributes:
-      streaming: they never end.
-      fields: those of an analysis's `fields` that have columns of their own in CSV and Parquet.
+      streaming: whether the records come from a stream, which never ends.
+      fields: names of an analysis's `fields` that get their own columns in CSV and Parquet.
     """
 
     database_password: str = flag(
-        "", "Where the database's password is, as for --webhook_secret; or as libpq finds it.",
-        _DATA, shown=False,
+        "", "Where the password of the database is, in a form that --webhook_secret takes. "
+        "Default: where libpq looks for it.", _DATA, shown=False,
     )  # fmt: skip
     webhook_secret: str = flag(
-        "", "Where the secret is by which webhooks are signed, never the secret itself: env:NAME, "
+        "", "Where the secret that signs webhooks is, never the secret itself: env:NAME, "
         "file:PATH (local or gs://…), or projects/P/secrets/S/versions/V of Secret Manager. "
         "Workers read it when they start.", _DATA, shown=False,
     )  # fmt: skip
@@ -164,32 +164,32 @@ class RedactionSettings(Settings):
     """Which personal data to leave out of prompts and results."""
 
     redact: str = flag(
-        "", "Personal data that placeholders such as [EMAIL_1] stand for, before a model or a sink "
-        "has it: all, or some of url, email, iban, card, ip, phone, address, id (national ids) and "
-        "name (what the chat itself calls people), divided by commas; "
+        "", "Personal data to replace with placeholders such as [EMAIL_1] before any model or sink "
+        "gets it: all, or some of url, email, iban, card, ip, phone, address, id (national ids) "
+        "and name (what the chat itself calls people). "
         "dlp:projects/P/locations/L/inspectTemplates/T or dlp:TYPE+TYPE also asks Google's "
-        "Sensitive Data Protection.", _DATA,
+        "Sensitive Data Protection. Separate several with commas.", _DATA,
     )  # fmt: skip
     redact_countries: str = flag(
-        "US,GB,DE", "Countries whose national ids, addresses and phone numbers are looked for.",
+        "US,GB,DE", "Countries whose national ids, addresses and phone numbers to look for.",
         _DATA,
     )  # fmt: skip
     redact_patterns: str = flag(
-        "", "TOML file with kinds of your own: NAME = 'regular expression', a line each.", _DATA
+        "", "TOML file with your own kinds of personal data: NAME = 'regular expression', one per "
+        "line.", _DATA,
     )  # fmt: skip
     redact_key: str = flag(
-        "", "Where a key is, as for --webhook_secret: ids that are personal data become hashes, "
-        "and with a key nobody can find out an id by trying many.", _DATA, shown=False,
+        "", "Where a key is, in a form that --webhook_secret takes. Ids that are personal data "
+        "become hashes; without the key nobody can find an id by trying many.", _DATA, shown=False,
     )  # fmt: skip
     keep_raw: str = flag(
-        "", "Where the chats as they came are kept, with what each placeholder stands for: a "
-        "database, from which `chatflow console` fills them in, or a file prefix. Default: "
-        "nowhere.", _DATA,
+        "", "Where to keep the original chats and what each placeholder stands for: a database, "
+        "from which `chatflow console` fills them in, or a file prefix. Default: nowhere.", _DATA,
     )  # fmt: skip
 
 
 MOST_HOURS = 876_000
-"""A hundred years; times before and after it must be times, too."""
+"""A hundred years: a time plus or minus that many hours is still valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,20 +197,20 @@ class Rules(Settings):
     """When to analyse a chat that arrives as single messages, and how much of it to keep."""
 
     quiet_seconds: float = flag(
-        60.0, "A chat that comes as single messages is analysed when nothing was said in it for "
-        "so long (event time), and when it is closed.", _CHATS, least=0.001,
+        60.0, "A chat that arrives as single messages is analysed when it is closed, or when it "
+        "has had no message for this many seconds (event time).", _CHATS, least=0.001,
     )  # fmt: skip
     every_messages: int = flag(
-        20, "While it goes on, it is analysed each time after so many messages; 0: never.",
-        _CHATS, least=0,
+        20, "While such a chat goes on, it is also analysed each time this many messages have "
+        "arrived; 0: never.", _CHATS, least=0,
     )  # fmt: skip
     max_messages: int = flag(
-        500, "Newest messages of a chat that are kept; older ones are dropped, and counted.",
+        500, "Number of newest messages of a chat to keep; older ones are dropped and counted.",
         _CHATS, least=1,
     )  # fmt: skip
     retention_hours: float = flag(
-        24.0, "A chat is forgotten so long after its last message; a message whose sent_at is "
-        "further than this before its publication is dated by its publication.",
+        24.0, "How long a chat is kept after its last message. A message whose sent_at is further "
+        "than this before its publication gets the time of its publication instead.",
         _CHATS, least=0.001,
     )  # fmt: skip
 
@@ -243,8 +243,8 @@ class ModelSettings(Settings):
     )
     model: str = flag(
         DEFAULT_MODEL,
-        "The model. On the worker: gemma3-270m (embedded, needs no download), a preset of "
-        "keras_hub of Gemma, Llama 3, Qwen 3 or SmolLM 3 (gemma3_instruct_1b, qwen3_4b_en, …), a "
+        "The model. On the worker: gemma3-270m (embedded, needs no download), a keras_hub preset "
+        "of Gemma, Llama 3, Qwen 3 or SmolLM 3 (gemma3_instruct_1b, qwen3_4b_en, …), a "
         "folder, hf://…, kaggle://… or gs://…; torch:NAME for "
         "T5 and other text models on PyTorch, vllm:NAME for one that vLLM serves on the worker's "
         "GPU (google/flan-t5-small, google/gemma-3-1b-it, a folder, gs://…). "
@@ -262,48 +262,49 @@ class ModelSettings(Settings):
         "model's kind.", _MODEL,
     )  # fmt: skip
     models: str = flag(
-        "", "YAML file that says by an attribute of the chats (tenant, language) which model, "
-        "prompts and thresholds they have; see docs/systems.md.", _MODEL,
+        "", "YAML file that chooses model, prompts and thresholds by an attribute of the chats, "
+        "such as tenant or language; see docs/how-to/models.md.", _MODEL,
     )  # fmt: skip
     draft_model: str = flag(
-        "", "Another model that writes the drafts, named as --model is; where it runs, its name "
-        "says.", _MODEL,
+        "", "Another model that writes the drafts, named as for --model; its name decides where "
+        "it runs.", _MODEL,
     )  # fmt: skip
     escalate_model: str = flag(
-        "", "Another model that analyses anew the chats of which the first is not sure.", _MODEL
+        "", "Another model that analyses again the chats that the first one is not sure of.", _MODEL
     )  # fmt: skip
     escalate_below: str = flag(
-        "", "How sure the first model has to be, by field, or --escalate_model is asked: e.g. "
+        "", "Confidence of the first model, by field, below which --escalate_model is asked, e.g. "
         "tone:0.8,resolved:0.7.", _MODEL,
     )  # fmt: skip
     fallback_model: str = flag(
-        "", "Another model that is asked where the first refuses to answer, or cannot.", _MODEL
+        "", "Another model to ask when the first one refuses to answer, or cannot.", _MODEL
     )  # fmt: skip
     model_updates: str = flag(
-        "", "Files among which the newest is what the model's weights come from, e.g. "
+        "", "Glob of files, the newest of which holds the model's weights, e.g. "
         "gs://B/models/*/SHA256SUMS.json for folders, gs://B/adapters/*.lora.h5 or "
-        "gs://B/*.pt: taken up at the start, and in streams while they run.", _MODEL,
+        "gs://B/*.pt. Loaded at the start; streams also load newer ones while they run.", _MODEL,
     )  # fmt: skip
     prompt_updates: bool = flag(
-        False, "In streams, read the templates again, and take up what is new.", _MODEL,
+        False, "In streams, read the templates again while they run, and use new ones.", _MODEL,
 
     )  # fmt: skip
     update_seconds: float = flag(
-        60.0, "Between two looks for new weights and templates.", _MODEL, least=0.1,
+        60.0, "Seconds between two checks for new weights and templates.", _MODEL, least=0.1,
     )  # fmt: skip
     state_dict_path: str = flag(
-        "", "Weights of a torch: model, instead of its folder's: a state dict of PyTorch's "
-        "(torch.save) or a file of safetensors, local or gs://.", _WORKER,
+        "", "Weights of a torch: model, instead of those in its folder: a PyTorch state dict "
+        "(torch.save) or a safetensors file, local or gs://.", _WORKER,
     )  # fmt: skip
     adapter: str = flag(
-        "", "LoRA weights of a Gemma 1 to 3 on the worker, as `chatflow tune` makes them, "
-        "*.lora.h5, local or gs://.",
+        "", "LoRA weights that `chatflow tune` made for a Gemma 1 to 3 on the worker: a *.lora.h5 "
+        "file, local or gs://.",
         _WORKER,
     )  # fmt: skip
     heads: str = flag(
-        "auto", "What chooses tone, fields and sentences from the states of a Gemma 1 to 3 on the "
-        "worker, as `chatflow tune` makes it, *.heads.npz, local or gs://; auto: chatflow's own, "
-        "if the model has some; none: the tone is scored behind examples.",
+        "auto", "Heads that `chatflow tune` made, which choose tone, fields and sentences from the "
+        "hidden states of a Gemma 1 to 3 on the worker: a *.heads.npz file, local or gs://. auto: "
+        "chatflow's own heads, if there are some for the model; none: the tone is scored after "
+        "examples in the prompt.",
         _WORKER,
     )  # fmt: skip
 
@@ -314,17 +315,17 @@ class Batching(Settings):
 
     max_batch_size: int = flag(
         32,
-        "Most requests in one batch to a model on the worker; to vLLM, at once.",
+        "Most requests in one batch to a model on the worker; with vLLM, most requests at once.",
         _MODEL,
         least=1,
     )
     max_batch_duration_secs: float = flag(
-        0.2, "In streams, how long a request waits for others to fill its batch; 0: only those "
-        "of its bundle.", _MODEL, least=0,
+        0.2, "In streams, how long a request waits for others to fill its batch; 0: a batch holds "
+        "only requests of one bundle.", _MODEL, least=0,
     )  # fmt: skip
     batch_buckets: str = flag(
-        "", "In streams, lengths of prompts in tokens, e.g. 256,512, between which requests are "
-        "batched apart; default: together.", _MODEL,
+        "", "In streams, prompt lengths in tokens, e.g. 256,512, that separate batches of shorter "
+        "from batches of longer prompts; default: all lengths are batched together.", _MODEL,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -352,38 +353,38 @@ ONE_BUNDLE = Batching(max_batch_size=16, max_batch_duration_secs=0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerSettings(Settings):
-    """How a worker keeps a model; a request may wait `merge_seconds` for those of other callers."""
+    """How a worker runs a model; a request may wait `merge_seconds` for those of other callers."""
 
     max_prompt_tokens: int = flag(
-        1536, "Budget of one prompt; the oldest messages are left out first, and the record "
-        "says so.", _MODEL, least=64,
+        1536, "Most tokens of one prompt. The oldest messages are left out first, and the record "
+        "says how many.", _MODEL, least=64,
     )  # fmt: skip
     dtype: str = flag(
-        "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else that of "
+        "auto", "Precision of the weights; auto: bfloat16 on an accelerator, else the precision of "
         "--state_dict_path, else float32. float16: for torch: models.",
         _WORKER, choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     quantization: str = flag(
-        "none", "Weights of 8 bits, by Keras: a quarter of the memory of float32, answers that "
-        "differ a little.", _WORKER, choices=("none", "int8"),
+        "none", "int8: Keras stores the weights in 8 bits, in a quarter of the memory of float32; "
+        "answers differ a little.", _WORKER, choices=("none", "int8"),
     )  # fmt: skip
     large_model: bool = flag(
         True, "One copy of the weights serves all processes of a worker; false: each process "
         "loads its own.", _WORKER,
     )  # fmt: skip
     model_copies: int = flag(
-        1, "Copies of the weights by worker, which take requests in turn.", _WORKER, least=1,
+        1, "Copies of the weights per worker, which take requests in turn.", _WORKER, least=1,
     )  # fmt: skip
     vllm_args: str = flag(
-        "", "Flags of vLLM's server, e.g. tensor-parallel-size=2,gpu-memory-utilization=0.9; they "
-        "go before chatflow's.", _WORKER,
+        "", "Flags for vLLM's server, e.g. tensor-parallel-size=2,gpu-memory-utilization=0.9; they "
+        "override chatflow's.", _WORKER,
     )  # fmt: skip
     merge_seconds: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_copies > 1 and not self.large_model:
-            raise UsageError("--model_copies: only with --large_model=true, which counts them")
+            raise UsageError("--model_copies: only with --large_model=true")
 
 
 ONE_COPY = WorkerSettings()
@@ -393,7 +394,7 @@ ONE_COPY = WorkerSettings()
 class RemoteSettings(Settings):
     """Where a service is and how to call it; sent to the workers.
 
-    `project` and `location` are for Gemini models; the name of an endpoint contains its own.
+    `project` and `location` are for Gemini models; an endpoint's name contains both.
     """
 
     project: str = ""
@@ -402,45 +403,46 @@ class RemoteSettings(Settings):
         "GOOGLE_CLOUD_LOCATION.", _REMOTE,
     )  # fmt: skip
     api_endpoint: str = flag(
-        "", "Address of the service: of a server that speaks OpenAI's protocol, with its path "
-        "(http://localhost:11434/v1), or of the Vertex AI API instead of Google's. An address "
-        "with http:// gets none of Google's credentials.", _REMOTE,
+        "", "Address of the service: a server that speaks OpenAI's protocol, with its path "
+        "(http://localhost:11434/v1), or another address for the Vertex AI API. Google's "
+        "credentials are never sent to an http:// address.", _REMOTE,
     )  # fmt: skip
     api_key: str = flag(
         "", "Where the key of an openai: or anthropic: model is: env:NAME, file:PATH or "
         "projects/P/secrets/S/versions/V.", _REMOTE,
     )  # fmt: skip
     endpoint_override: str = flag(
-        "", "Address at which an endpoint answers: of a Private Service Connect forwarding rule, "
-        "or any other. The endpoint is not looked up then.", _REMOTE,
+        "", "Address at which an endpoint answers, e.g. that of a Private Service Connect "
+        "forwarding rule. The endpoint is then not looked up.", _REMOTE,
     )  # fmt: skip
     request_format: str = flag(
-        "chat_completions", "What an endpoint is sent: instances of chat completions (Model "
-        "Garden's vLLM containers); the same as a raw prediction (containers with OpenAI's "
-        "route); or instances with a prompt.", _REMOTE,
+        "chat_completions", "What to send to an endpoint. chat_completions: instances of chat "
+        "completions (Model Garden's vLLM containers); raw_predict: the same as a raw prediction "
+        "(containers with OpenAI's route); prompt: instances with a prompt.", _REMOTE,
         choices=("chat_completions", "raw_predict", "prompt"),
     )  # fmt: skip
     response_format: str = flag(
-        "response_format", "How an endpoint or vLLM is told the JSON schema of its answer: as "
-        "OpenAI, as vLLM from 0.12 on, as vLLM before, or not at all.", _REMOTE,
+        "response_format", "How to tell an endpoint or vLLM the JSON schema of its answer. "
+        "response_format: as for OpenAI; structured_outputs: as for vLLM from 0.12 on; "
+        "guided_json: as for earlier vLLM; none: not at all.", _REMOTE,
         choices=("response_format", "structured_outputs", "guided_json", "none"),
     )  # fmt: skip
     thinking: str = flag(
-        "auto", "How much a Gemini or OpenAI model thinks before it answers, which is paid for: "
-        "a level (minimal, low, medium, high), a number of tokens (Gemini 2.5; elsewhere only "
-        "the room for them), none to leave it to the model, or auto for as little as it takes.",
+        "auto", "How much a Gemini or OpenAI model thinks before it answers; you pay for these "
+        "tokens. A level (minimal, low, medium, high); a number of tokens (Gemini 2.5; others only "
+        "get more room for it); none: the model decides; auto: as little as possible.",
         _REMOTE,
     )  # fmt: skip
     service_tier: str = flag(
-        "standard", "flex: half the price, for answers that may take minutes (raise "
-        "--request_timeout) and are refused more often; Gemini at --location=global, and OpenAI.",
+        "standard", "flex: half the price, but answers may take minutes (raise --request_timeout) "
+        "and calls are refused more often. For Gemini at --location=global, and for OpenAI.",
         _REMOTE, choices=("standard", "flex"),
     )  # fmt: skip
     max_in_flight: int = flag(
-        16, "Most calls at once to a remote model, by worker process.", _REMOTE, least=1
+        16, "Most calls at once to a remote model, per worker process.", _REMOTE, least=1
     )
     max_requests_per_second: float = flag(
-        0.0, "Most calls a second to a remote model, by worker process; 0: as many as it takes.",
+        0.0, "Most calls per second to a remote model, per worker process; 0: no limit.",
         _REMOTE, least=0,
     )  # fmt: skip
     rate_limit_service: str = flag(
@@ -448,12 +450,12 @@ class RemoteSettings(Settings):
         "(domain chatflow, descriptor model).", _REMOTE,
     )  # fmt: skip
     request_timeout: float = flag(
-        60.0, "Seconds for one call to a remote model or to vLLM, to the last byte of its answer.",
-        _REMOTE, least=0.1,
+        60.0, "Most seconds for one call to a remote model or to vLLM, until the last byte of its "
+        "answer.", _REMOTE, least=0.1,
     )  # fmt: skip
     retry_seconds: float = flag(
-        120.0, "What failed calls for one prompt, and the waiting after them, may take, before "
-        "it becomes a dead letter.", _REMOTE, least=0,
+        120.0, "Most seconds that failed calls for one prompt and the pauses after them may take; "
+        "then it becomes a dead letter.", _REMOTE, least=0,
     )  # fmt: skip
 
     @property
@@ -483,13 +485,12 @@ class Options(
         "", "Resource hint of the inference steps, e.g. 16GB.", _WORKER
     )  # fmt: skip
     max_cost_usd: float = flag(
-        0.0, "US dollars, by the table of --prices, after which a run asks no model any more; what "
-        "is left becomes dead letters (over_budget). Needs --answers. 0: any sum.", _REMOTE,
-        least=0,
+        0.0, "US dollars, by the prices in --prices, after which a run stops asking models; the "
+        "rest becomes dead letters (over_budget). Needs --answers. 0: no limit.", _REMOTE, least=0,
     )  # fmt: skip
     check_endpoint: bool = flag(
-        True, "At launch, ask whether the model is there, at no cost; where the service cannot "
-        "be reached from here, the job is started all the same.", _REMOTE,
+        True, "At launch, check that the model exists, at no cost. If the service cannot be "
+        "reached from this machine, the job starts anyway.", _REMOTE,
 
     )  # fmt: skip
     prices: str = flag(
@@ -497,10 +498,10 @@ class Options(
         "chatflow/models/prices.toml.", _REMOTE,
     )  # fmt: skip
     summary: str = flag(
-        "table", "What is printed at the end: a table of results and counts, or the counts as "
-        "one line of JSON.", _RUN, choices=("table", "json"),
+        "table", "What to print at the end: a table of results and counts, or the counts as one "
+        "line of JSON.", _RUN, choices=("table", "json"),
     )  # fmt: skip
-    show: int = flag(100, "Most results in the table.", _RUN)
+    show: int = flag(100, "Most results to show in the table.", _RUN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -537,7 +538,7 @@ def as_text(value: Any) -> str:
 
 
 def unknown(flag: str, known: Iterable[str], otherwise: str) -> str:
-    """Returns what to say of an unknown flag: which known one is meant, or `otherwise`."""
+    """Returns the message for an unknown flag, with the closest known one or else `otherwise`."""
     close = difflib.get_close_matches(flag.split("=")[0], known, n=1)
     return f"unknown flag {flag}; " + (f"did you mean {close[0]}?" if close else otherwise)
 
@@ -546,7 +547,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises `UsageError` for wrong flags and accepts booleans in every spelling.
 
     Attributes:
-      commands: names of which the first argument must be one; empty if there are none.
+      commands: the names that the first argument can be; empty if the parser has no commands.
     """
 
     commands: tuple[str, ...] = ()

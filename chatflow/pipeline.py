@@ -1,4 +1,4 @@
-"""The whole pipeline graph; a chat passes through it from top to bottom."""
+"""Builds the whole pipeline graph; a chat passes through it from top to bottom."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chatflow.options import NO_CLOUD, Cloud, Options, RedactionSettings, Rules,
 from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
-from chatflow.records import KINDS, AnalysedChat, Analysis, Arrival, DeadLetter
+from chatflow.records import KINDS, AnalysedChat, Analysis, DeadLetter
 from chatflow.redaction import Redactor
 from chatflow.sinks.database import Database
 from chatflow.sinks.files import Files
@@ -47,11 +47,11 @@ class Plan:
     Attributes:
       first: the prompts and weights at the start.
       destinations: the URIs to write to, by kind of record.
-      streaming: the input never ends.
-      replay: the input holds dead letters to try again.
-      drafts: makes apology drafts, too; otherwise analyses only.
+      streaming: whether the input never ends.
+      replay: whether the input holds dead letters to try again.
+      drafts: whether to make apology drafts in addition to analyses.
       prices: what each model costs, by its name, if known.
-      redactor: leaves personal data out, if that is asked for.
+      redactor: replaces personal data, if the options ask for it.
     """
 
     options: Options
@@ -102,14 +102,15 @@ def plan(
 ) -> Plan:
     """Checks sources, destinations, model and prompts, and returns the plan.
 
-    `cloud` is the project and location of a remote model whose name lacks them; workers get it.
+    `cloud` is the project and location for remote models whose names do not contain them; it is
+    sent to the workers.
 
     Raises:
       UsageError: an unknown model, source or destination; a mistake in the prompts or the prices.
     """
     streaming = is_stream(options.input)
     if options.skip_done and streaming:
-        raise UsageError("--skip_done: only with files; a stream is read once (see --answers)")
+        raise UsageError("--skip_done: only with files; in a stream, use --answers")
     for flag in ("database", "answers"):
         if uri := getattr(options, flag):
             from chatflow.database.connections import parse_uri
@@ -142,7 +143,7 @@ def plan(
 
 
 def check_raw(uri: str) -> None:
-    """Raises `UsageError` if `--keep_raw` is no place for raw chats."""
+    """Raises `UsageError` if `--keep_raw` is not a place that can hold raw chats."""
     try:
         sink = sink_of(uri)
         if not isinstance(sink, (Files, Database)):
@@ -156,7 +157,7 @@ def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) 
     """Returns the model for both inference steps: a single one, or several by key."""
     expected: dict[str, list[Request]] = {spec.key: [] for spec in routes.specs}
     for prompt in itertools.chain.from_iterable(p.every for pair in first.by_route for p in pair):
-        # In a stream somebody waits for the first answers, so warm up the model while it loads.
+        # In a stream, the first answers are wanted soon, so warm up the model while it loads.
         if streaming or prompt.model.updates:
             expected[prompt.model.key].append(prompt.probe)
     handlers = {spec.key: spec.handler(expected[spec.key]) for spec in routes.specs}
@@ -168,7 +169,7 @@ def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) 
 
 
 def prices_of(routes: Routes, options: Options) -> dict[str, Price | None]:
-    """Returns by name what each model costs, if that is known."""
+    """Returns what each model costs, by name; None if that is not known."""
     return {
         spec.name: price_of(spec.name, options.prices, spec.kind.tier(spec))
         for spec in routes.specs
@@ -181,7 +182,7 @@ def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
     if not options.answers:
         if most:
             raise UsageError(
-                "--max_cost_usd: give --answers=DATABASE, too, where workers book what they spend"
+                "--max_cost_usd: also give --answers=DATABASE, where workers record what they spend"
             )
         return None
     prices = prices_of(routes, options)
@@ -190,7 +191,7 @@ def kept_of(routes: Routes, options: Options) -> KeptSettings | None:
             prices[name] = Price()  # its tokens cost nothing
         elif most and (price is None or price.hour):
             raise UsageError(
-                f"--max_cost_usd: no price by tokens is known of {name}; give it in --prices"
+                f"--max_cost_usd: no price by tokens is known of {name}; add one in --prices"
             )
     known = {name: price for name, price in prices.items() if price is not None}
     run = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S} {uuid.uuid4().hex[:8]}"
@@ -206,11 +207,10 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         inputs,
         options.id_label,
         options.max_line_bytes,
-        USUAL if plan.replay else plan.customs,  # letters are lines; what they name is not
+        USUAL if plan.replay else plan.customs,  # dead letters are always chatflow's own JSON
     )
     if redactor := plan.redactor:
-        arrivals = arrivals | "RedactLogs" >> beam.ParDo(RedactLogs(redactor))
-        arrivals.element_type = Arrival
+        arrivals = hushed(arrivals, "RedactLogsOfArrivals", redactor)
     if plan.replay:
         opened = arrivals | "OpenDeadLetters" >> OpenDeadLetters(
             options.max_line_bytes, plan.customs, redactor
@@ -222,6 +222,8 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     )
     assembled = read.events | "AssembleChats" >> AssembleChats(rules)
     chats = (read.chats, assembled.ok) | "AllChats" >> beam.Flatten()
+    if redactor:
+        chats = hushed(chats, "RedactLogsOfChats", redactor)
     dead_letters = [read.dead_letters, assembled.dead_letters]
     if not plan.streaming:
         chats, shared = chats | "TellApart" >> TellApart()
@@ -230,8 +232,9 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
     if redactor:
         chats, raw = chats | "RedactChats" >> RedactChats(redactor)
         if options.keep_raw:
+            raw = hushed(raw, "RedactLogsOfRaw", redactor)
             refused.append(raw | "KeepRaw" >> plan.write_to([options.keep_raw]))
-    if options.database:  # the console shows them to reviewers
+    if options.database:  # the console shows the chats to reviewers
         refused.append(chats | "WriteChats" >> plan.write_to([options.database]))
     updates = None
     if plan.watches:
@@ -279,6 +282,13 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
         all_dead_letters = all_dead_letters | "RedactLetters" >> beam.Map(redactor.letter)
         all_dead_letters.element_type = DeadLetter
     all_dead_letters | "WriteDeadLetters" >> plan.write("dead_letters")
+
+
+def hushed(elements: beam.PCollection, label: str, redactor: Redactor) -> beam.PCollection:
+    """Returns the same elements, of a step that keeps personal data out of logs."""
+    same = elements | label >> beam.ParDo(RedactLogs(redactor))
+    same.element_type = elements.element_type
+    return same
 
 
 def take_analysis(analysed: AnalysedChat) -> Analysis:

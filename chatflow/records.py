@@ -1,4 +1,4 @@
-"""The records that pass through chatflow, and their JSON.
+"""Defines the records that pass through chatflow, and their JSON.
 
 Records are immutable. On the wire, a record is one JSON object in UTF-8; ids are strings (integers
 are accepted); times are RFC 3339 in UTC.
@@ -31,13 +31,13 @@ from pydantic import (
 from chatflow.errors import BadInputError
 
 SUMMARY_CHARACTERS = 512
-"""The longest summary of an `Analysis`, as the talk's prompt asks for."""
+"""The longest summary of an `Analysis`; the prompt of the talk asks for the same."""
 
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 LARGEST_INTEGER = 2**63 - 1
-"""The largest signed integer of 64 bits, as databases have them."""
+"""The largest signed integer of 64 bits, which databases can hold."""
 
 
 class Sentiment(IntEnum):
@@ -72,7 +72,7 @@ Time = Annotated[
 ]
 
 SYSTEM = "system"
-"""The role of what nobody said: "Dana joined the chat"."""
+"""The role of messages that nobody said, such as "Dana joined the chat"."""
 
 
 class Record(BaseModel):
@@ -89,10 +89,10 @@ class Message(Record):
     """One message of a chat; a single message in a stream also has the `chat_id`, see `Event`.
 
     Attributes:
-      text: the words of its author; "" if there are none, e.g. for an image.
+      text: the words of its author; "" if it has none, e.g. an image.
       role: `customer`, `agent`, `bot` or `system`, or another system's word.
       private: a note for staff, which the customer does not see.
-      original: the text as it came, if the words are less; see `sources.said`.
+      original: the text as it arrived, if `text` is only a part of it; see `sources.said`.
     """
 
     user_id: Id
@@ -106,12 +106,12 @@ class Message(Record):
 
     @property
     def is_said(self) -> bool:
-        """Returns whether it was said in the chat; prompts hold nothing else."""
+        """Returns whether somebody said it in the chat; prompts hold only such messages."""
         return bool(self.text) and not self.private and self.role != SYSTEM
 
 
 class Redaction(Record):
-    """Where a placeholder stands: in which message, from 0, and from where to where in its text."""
+    """The position of a placeholder: the message, from 0, and the start and end in its text."""
 
     message: int
     start: int
@@ -122,8 +122,8 @@ class Redaction(Record):
 class Chat(Record):
     """A whole chat; `user_id`, if given, is the user whose tone is asked for.
 
-    Of two revisions, the greater is the newer; see `newest_revision`. `redacted` says where
-    placeholders stand, if personal data was looked for; see `--redact`.
+    A newer revision has a greater number; see `newest_revision`. `redacted` lists the positions of
+    placeholders, if personal data was looked for; see `--redact`.
     """
 
     chat_id: Id
@@ -134,7 +134,7 @@ class Chat(Record):
     redacted: tuple[Redaction, ...] | None = None
 
     def users(self) -> tuple[str, ...]:
-        """Returns `user_id` if set, else all customers, or without any roles the first author."""
+        """Returns `user_id` if set, else all customers; if nobody has a role, the first author."""
         if self.user_id is not None:
             return (self.user_id,)
         said = self.said
@@ -153,7 +153,7 @@ class Chat(Record):
         return [m.text for m in self.messages if m.user_id == user_id and m.is_said]
 
     def content(self) -> str:
-        """Returns a hash of who said what; it tells apart chats under the same id."""
+        """Returns a hash of who said what, which tells apart different chats with the same id."""
         content = [
             (m.user_id, m.role, bool(m.private), m.original or m.text) for m in self.messages
         ]
@@ -161,7 +161,7 @@ class Chat(Record):
 
 
 class RawChat(Record):
-    """A chat as it came, for `--keep_raw`, and what the placeholders of the redacted one stand for.
+    """An original chat, for `--keep_raw`, and what the placeholders in the redacted one stand for.
 
     `chat_id` is that of the redacted chat.
     """
@@ -173,17 +173,17 @@ class RawChat(Record):
 
 
 def newest_revision(messages: Sequence[Message]) -> int:
-    """Returns the revision of a chat: when its newest message was sent, plus their number.
+    """Returns the revision of a chat: the time of its newest message plus the number of messages.
 
     The time is in milliseconds since 1970. So the same messages have the same revision, and one
-    more message has a greater one, even if it is late.
+    more message makes it greater, even if the message is late.
     """
     newest = max((m.sent_at for m in messages if m.sent_at), default=EPOCH)
     return revision_of((newest - EPOCH) // timedelta(microseconds=1), len(messages))
 
 
 def revision_of(newest: int, messages: int) -> int:
-    """Returns the revision of so many messages, the newest of them at so many microseconds."""
+    """Returns the revision of a chat from its newest time, in µs, and its number of messages."""
     return max(newest // 1000, 0) + messages
 
 
@@ -206,7 +206,7 @@ class Range(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why a part of a file was not read: a short code, what to tell people, and where it is."""
+    """Why a part of a file was not read: a short code, a message for people, and the part."""
 
     reason: str
     message: str
@@ -216,10 +216,10 @@ class Fault(NamedTuple):
 class Arrival(NamedTuple):
     """A line of JSON as it arrived.
 
-    `attributes`, `message_id` and `published_at` are the Pub/Sub message's, empty for files.
-    `source` says where in which file the line is, and `number` is the line's, from 1, or 0 if it is
-    not known; `name` is that of a file with nothing but this line, among those that were read with
-    it. With a `fault` there is no line.
+    `attributes`, `message_id` and `published_at` come from the Pub/Sub message; they are empty for
+    files. `source` is the file and the place of the line in it, and `number` is the line's number
+    from 1, or 0 if it is not known. `name` is the name of the file, relative to the other inputs,
+    if the file holds only this line. With a `fault`, the line is empty.
     """
 
     line: bytes
@@ -259,7 +259,7 @@ class Event(Record):
 
 
 class FieldValue(Record):
-    """What was chosen for a chat: one value, or all that apply, and how probable that is."""
+    """What was chosen for a chat: one value, or all that apply, and the probability of it."""
 
     value: str | tuple[str, ...]
     confidence: float | None = None
@@ -274,7 +274,7 @@ class Quotation(Record):
 
 
 class FirstOpinion(Record):
-    """What the model said that was not sure enough, so that another one was asked."""
+    """The answer of a model that was not sure enough, so that another model was asked."""
 
     sentiment: Sentiment
     confidence: float | None = None
@@ -285,17 +285,17 @@ class Analysis(Record):
     """How one user of one chat feels, and what the chat is about.
 
     Attributes:
-      summary_source: `model`, or `quotations`: composed of what the chat says.
+      summary_source: `model`, or `quotations` if the summary is composed of the chat's sentences.
       quotations: what a composed summary quotes.
       fields: what else was chosen, by name: `topic`, `resolved`, …; see `choices.toml`.
-      language: that of the user's words, in ISO 639-1, if it is known.
-      unproven_language: true if nothing is known of how good the model is in this language.
+      language: the language of the user's words, in ISO 639-1, if it is known.
+      unproven_language: true if the model was not measured in this language.
       tone_scores: log-probability of each tone word, before `tone_bias`; for models that score it.
       confidence: probability of the sentiment from (scores - bias) / `tone_temperature`.
       dropped_messages: oldest messages left out of the prompt to keep its token budget.
       cut_messages: messages of which the prompt has only the end.
-      first: the opinion that this one takes the place of; see `--escalate_model`.
-      redacted: where placeholders stand in the chat; see `--redact`.
+      first: the first model's opinion, which this analysis replaces; see `--escalate_model`.
+      redacted: the positions of placeholders in the chat; see `--redact`.
       repairs: what was repaired in the model's answer: `json`, `summary_cut`, `control_tokens`.
     """
 
@@ -331,21 +331,22 @@ FAILED: Flag = "failed"
 
 
 class Draft(Record):
-    """An apology for support staff to review, or a flag, so that a person has to write it.
+    """An apology for support staff to review, or a flag that says why a person has to write it.
 
     chatflow never sends it. It has either a text or a flag, because a bad draft is worse than none.
 
     Attributes:
       flag: why a customer who seems angry has no text. `low_confidence`: the model is not sure
-        enough of the anger. `third_party`: it is at somebody else. `no_evidence`: nothing that the
-        customer wrote can be quoted for it. `unproven_language`: see `Analysis`. `ungrounded`: it
-        wrote of what the customer did not. `refused_phrase`: it wrote what no draft may say.
-        `accuses_customer`: it says of the customer what the customer says of us. `failed`: in
-        databases only; a dead letter says what went wrong.
+        enough of the anger. `third_party`: the customer is angry at somebody else. `no_evidence`:
+        nothing that the customer wrote can be quoted as evidence. `unproven_language`: see
+        `Analysis`. `ungrounded`: the model wrote of something that the customer did not mention.
+        `refused_phrase`: it wrote a phrase that no draft may contain. `accuses_customer`: it says
+        of the customer what the customer says of us. `failed`: in databases only; a dead letter
+        says what went wrong.
       grievances: what went wrong for the customer, the main one first, if that was chosen.
       evidence: the customer's words that a composed text quotes.
-      confidence: how probable it is that the customer is angry, and at the company.
-      model: the one that wrote the text, or would have written it.
+      confidence: the probability that the customer is angry, and that the company is the target.
+      model: the model that wrote the text, or would have written it.
     """
 
     draft_id: str
@@ -373,8 +374,8 @@ class Draft(Record):
 class Reply(Record):
     """A text that a person approved to be sent to a customer; the console's event.
 
-    `reply_id` is the id of the draft, which has at most one reply; `edited` means that the text is
-    not the model's.
+    `reply_id` is the id of the draft, which has at most one reply; `edited` means that a person
+    changed the model's text.
     """
 
     reply_id: str
@@ -395,8 +396,8 @@ class Response(Record):
     """A model's response to a text that is not a chat; see `stages.respond`.
 
     The same Pub/Sub message, or the same text of a file, always has the same `response_id`.
-    `message_id` and `attributes` are the Pub/Sub message's. `finish_reason` is `stop`, or `length`
-    if the response was cut at its limit.
+    `message_id` and `attributes` come from the Pub/Sub message. `finish_reason` is `stop`, or
+    `length` if the response was cut at its limit.
     """
 
     response_id: str
@@ -415,17 +416,16 @@ class DeadLetter(Record):
 
     Attributes:
       stage: where it failed: `read`; `assemble` (messages to a chat); `identity` (chats that share
-        an id); `prompt`, `model` or `answer`
-        of an analysis; `draft_prompt`, `draft_model` or `draft_answer`; `write` (a sink refused a
-        record); `replay` (of a dead letter).
+        an id); `prompt`, `model` or `answer` of an analysis; `draft_prompt`, `draft_model` or
+        `draft_answer`; `write` (a sink refused a record); `replay` (of a dead letter).
       reason: a short code, e.g. `not_json`.
-      payload: the element as it came; `base64` if it is not UTF-8; `gzip`, compressed and then
-        base64, if it is too large for its sink; `file`, the part of a file that was not read, as
-        `Range` writes it.
-      attributes: the Pub/Sub message's.
+      payload: the original element; its encoding is `base64` if it is not UTF-8; `gzip`
+        (compressed, then base64) if it is too large for its sink; or `file` if it names the part
+        of a file that was not read, as `Range` writes it.
+      attributes: those of the Pub/Sub message.
       answer: the model's raw answer, if any.
-      part: from 1 to `parts`, if the letter is a part of one that is too large even if compressed;
-        the payload is then a part of that letter, see `dead_letters.join`.
+      part: from 1 to `parts`, if the letter is a part of one that is too large even if compressed.
+        The payload is then a part of that letter; see `dead_letters.join`.
       whole_id: the same in all parts of a letter.
     """
 
@@ -449,7 +449,7 @@ class DeadLetter(Record):
         return self
 
     def payload_bytes(self) -> bytes:
-        """Returns the payload as it came; raises `BadInputError`: `bad_payload`."""
+        """Returns the original payload; raises `BadInputError`: `bad_payload`."""
         if self.payload_encoding in ("utf-8", "file"):
             return self.payload.encode()
         try:
@@ -489,7 +489,7 @@ def digest(*texts: str) -> str:
 
 
 class AnalysedChat(NamedTuple):
-    """A chat with its analysis; `read` is what it was made of, if a model has read the chat."""
+    """A chat with its analysis; `read` is what the model read and chose, if heads were used."""
 
     chat: Chat
     analysis: Analysis
@@ -573,15 +573,15 @@ def _why_no_customer(chat: Chat) -> str:
         return f"the customers of chat {chat.chat_id} wrote no words"
     roles = ", ".join(sorted({m.role for m in chat.messages if m.role})[:10])
     return (
-        f"chat {chat.chat_id} has no message of a customer; its roles are {roles}; "
-        "--roles=THEIRS=customer says which of them is one"
+        f"chat {chat.chat_id} has no message from a customer; its roles are {roles}; "
+        "say with --roles=THEIRS=customer which role is the customer"
     )
 
 
 class Identity(NamedTuple):
-    """What an id is made from; the same input always has the same id, and other content another.
+    """What an id is made from: the same input always has the same id, different input another.
 
-    `content` is that of `Chat.content`.
+    `content` is what `Chat.content` returns.
     """
 
     chat_id: str

@@ -1,4 +1,4 @@
-"""Reads secrets. Flags say where a secret is, never the secret, because flags are shown."""
+"""Reads secrets. Flags say where a secret is, never the secret itself, because flags are shown."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_secret(place: str, flag: str) -> str:
     except KeyError:
         raise UsageError(f"{flag}={place}: there is no such variable") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{flag}={place}: is no text") from None
+        raise UsageError(f"{flag}={place}: the secret is not text in UTF-8") from None
     except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{flag}={place}: cannot be read: {one_line(error)}") from None
 

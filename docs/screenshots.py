@@ -59,7 +59,7 @@ def spread(database: Database) -> None:
 
 
 def decide(database: Database, replies: ReplyFile) -> str:
-    """Two people work; gives a draft that still waits."""
+    """Lets two people work; returns a draft that still waits."""
     drafts = tables.drafts
     with database.read() as connection:
         rows = connection.execute(sa.select(drafts).order_by(drafts.c.drafted_at)).mappings().all()

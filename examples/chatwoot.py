@@ -1,36 +1,36 @@
-"""chatflow in Chatwoot: its conversations in, drafts out, as private notes where the staff work.
+"""Connects Chatwoot: publishes its conversations for chatflow, writes drafts as private notes.
 
 Chatwoot's webhooks go to /chatwoot here, which publishes messages and closings to the topic that
-chatflow reads. chatflow's drafts come to / and become notes that customers do not see; nothing is
-sent to them. It listens on this machine only: put a server with TLS in front of it.
+chatflow reads. chatflow's drafts come to / and become notes that customers do not see. Nothing is
+sent to customers. It listens on this machine only: put a server with TLS in front of it.
 
 1. Chatwoot, Profile settings, Access token (or an agent bot's): the token that writes the notes.
 2. Settings, Integrations, Webhooks, Add new webhook: the address https://YOUR.HOST/chatwoot, with
    "Message created" and "Conversation status changed". Newer versions call no private addresses
    unless their settings allow it.
-3. The secret that Chatwoot (4.11.2 or newer) then shows signs its webhooks. An older one does not
-   sign: make a secret (openssl rand -hex 24), and let the address be …/chatwoot?secret=SECRET.
-   Agent bots (Settings, Bots) send the same to their address, signed from 4.13 on. Several
-   secrets are divided by blanks.
+3. The secret that Chatwoot (4.11.2 or newer) then shows signs its webhooks. Older versions do not
+   sign: make a secret (openssl rand -hex 24), and use the address …/chatwoot?secret=SECRET.
+   Agent bots (Settings, Bots) send the same to their address, signed from 4.13 on. Separate
+   several secrets with spaces.
 4. Start both, chatflow with a subscription of the topic:
 
     export CHATWOOT_TOKEN=… CHATWOOT_SECRET=…
-    export HOOK_SECRET="whsec_$(openssl rand -base64 32)"       # chatflow's and this one's
+    export HOOK_SECRET="whsec_$(openssl rand -base64 32)"       # for chatflow and this program
     python examples/chatwoot.py --chatwoot https://app.chatwoot.com --account 1 \\
       --topic projects/P/topics/events &
     chatflow run --input projects/P/subscriptions/events --output results \\
       --drafts http://localhost:8090/,results/drafts --webhook_secret env:HOOK_SECRET
 
-With PUBSUB_EMULATOR_HOST, the topic is the emulator's. Without --topic only drafts are taken, and
-the `chat_id` of a chat has to be the number of its conversation: 42, or chatwoot-42.
+With PUBSUB_EMULATOR_HOST, the topic is the emulator's. Without --topic it only takes drafts, and
+the `chat_id` of a chat must be the number of its conversation: 42, or chatwoot-42.
 
-Chatwoot sends an account's webhook once, waits five seconds, and does not try again; an agent bot's
-three times, after 429 and 500 (https://github.com/chatwoot/chatwoot/issues/15920). So what comes is
-kept in a file (--spool) before it is answered, and published from there, in order, at least once;
-chatflow leaves out repeated messages. What comes while this program is down is lost: run it where
-it is started again at once. What was noted is kept, too (--noted): no draft is noted twice, but one
-whose answer from Chatwoot is lost, or that is noted in the moment in which this program is killed,
-may be (Chatwoot knows no idempotency keys).
+Chatwoot sends an account's webhook once, waits five seconds, and does not retry. It sends an agent
+bot's up to three times, after 429 and 500 (https://github.com/chatwoot/chatwoot/issues/15920). So
+each event is kept in a file (--spool) before it is answered, and published from there, in order, at
+least once; chatflow leaves out repeated messages. Events that come while this program is down are
+lost: run it where it is restarted at once. The ids of drafts with a note are kept, too (--noted),
+so that none has two. A draft may still have two if Chatwoot's answer is lost, or if this program
+is killed while it writes the note, because Chatwoot has no idempotency keys.
 """
 
 import argparse
@@ -60,7 +60,7 @@ from chatflow.sources.formats.common import part
 Reply = tuple[int, str, dict[str, str]]  # status, text and headers
 
 MOST_BYTES = 4_000_000  # of a webhook; an e-mail comes with its HTML
-TOLERANCE = 300  # seconds by which clocks may differ, as the specification's libraries have it
+TOLERANCE = 300  # seconds that clocks may differ, as in the specification's libraries
 PAUSE = {"Retry-After": "5"}  # seconds
 WHY = {
     "low_confidence": "it is not sure enough that this customer is angry",
@@ -75,27 +75,27 @@ FLAGGED = "⚑ This customer seems angry. There is no draft"
 
 
 def note_of(draft: Draft) -> dict[str, object]:
-    """The note, as Chatwoot's API takes it. Nothing here makes one that is not private."""
+    """Returns a note for Chatwoot's API. Nothing here makes one that is not private."""
     text = f"{DRAFTED}\n\n{draft.text}"
     if draft.text is None:
         why = WHY.get(str(draft.flag), draft.flag)
-        text = f"{FLAGGED}, for {why}: please write yourself."
+        text = f"{FLAGGED}, because {why}: please write yourself."
     return {"content": text, "message_type": "outgoing", "private": True}
 
 
 def is_now(seconds: str) -> bool:
-    """Whether a time of sending, since 1970, is neither long ago nor ahead."""
+    """Returns whether a time of sending, since 1970, is about now."""
     known = re.fullmatch("[0-9]{1,12}", seconds)
     return known is not None and abs(time.time() - int(seconds)) <= TOLERANCE
 
 
 def is_any(given: str, wanted: list[str]) -> bool:
-    """Whether a text is one of these, in a time that does not tell how much of it is right."""
+    """Returns whether a text is one of these, in constant time."""
     return any(hmac.compare_digest(given.encode(), one.encode()) for one in wanted)
 
 
 def is_chatflows(headers: Mapping[str, str], body: bytes, keys: tuple[bytes, ...]) -> bool:
-    """Whether a webhook is chatflow's, and of now; see https://www.standardwebhooks.com."""
+    """Returns whether chatflow sent a webhook just now; see https://www.standardwebhooks.com."""
     key, seconds = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
     if not is_now(seconds):
         return False
@@ -104,18 +104,18 @@ def is_chatflows(headers: Mapping[str, str], body: bytes, keys: tuple[bytes, ...
 
 
 def is_chatwoots(headers: Mapping[str, str], query: str, body: bytes, secrets: list[str]) -> bool:
-    """Whether a webhook is Chatwoot's: signed, and of now; unsigned, with a secret in the query."""
+    """Returns whether Chatwoot sent it: signed just now, or unsigned with a secret in the query."""
     given = headers.get("x-chatwoot-signature")
     if given is None:
         return is_any(urllib.parse.parse_qs(query).get("secret", [""])[0], secrets)
     seconds = headers.get("x-chatwoot-timestamp", "")
-    content = f"{seconds}.".encode() + body  # as its lib/webhooks/trigger.rb
+    content = f"{seconds}.".encode() + body  # as in Chatwoot's lib/webhooks/trigger.rb
     made = [hmac.digest(secret.encode(), content, hashlib.sha256).hex() for secret in secrets]
     return is_now(seconds) and is_any(given.removeprefix("sha256="), made)
 
 
 class Forwarder(threading.Thread):
-    """Takes Chatwoot's webhooks into a file, and publishes from it what they say."""
+    """Writes Chatwoot's webhooks into a file, and publishes their events from it."""
 
     def __init__(self, topic: str, account: int, secrets: list[str], spool: str):
         super().__init__(daemon=True)
@@ -129,16 +129,16 @@ class Forwarder(threading.Thread):
         self.start()
 
     def take(self, headers: Mapping[str, str], query: str, body: bytes) -> Reply:
-        """What a webhook is answered: 200 where it is kept, or says nothing for chatflow."""
+        """Returns the answer to a webhook: 200 if it is kept, or is not for chatflow."""
         if not is_chatwoots(headers, query, body, self.secrets):
             return 401, "the signature or secret is wrong, or too old", {}
         try:
             value = load_object(body)
             read = as_ours(value, format="chatwoot")
         except BadInputError as error:
-            return 400, f"this is no webhook of Chatwoot: {error}", {}
+            return 400, f"this is not a webhook of Chatwoot: {error}", {}
         if not isinstance(value.get("event"), str):
-            return 422, "this is no webhook of Chatwoot: it has no event", {}
+            return 422, "this is not a webhook of Chatwoot: it has no event", {}
         account = part(value.get("account")).get("id", self.account)
         if account != self.account:
             return 422, f"this is of account {account!r}, not of --account {self.account}", {}
@@ -147,16 +147,16 @@ class Forwarder(threading.Thread):
             return 200, f"left out: {value['event']}", {}
         (event,) = events
         if not re.fullmatch("[1-9][0-9]*", event["chat_id"]):
-            return 422, "this has no number of a conversation", {}
+            return 422, "this has no conversation number", {}
         try:
             self.keep(event["chat_id"], json.dumps(event, ensure_ascii=False).encode())
-        except sqlite3.Error as error:  # 500, because agent bots are sent again after no other
+        except sqlite3.Error as error:  # 500: after others, Chatwoot does not retry an agent bot
             return 500, f"cannot be kept: {error}", PAUSE
         return 200, "kept", {}
 
     @staticmethod
     def is_ours(event: Mapping[str, object]) -> bool:
-        """Whether a message is for the staff alone, or this program's note: so that none loops."""
+        """Returns whether a message is a private note; without these, no note can loop."""
         if event.get("private") or event.get("role") == "activity":
             return True
         return str(event.get("text", "")).startswith((DRAFTED, FLAGGED))
@@ -172,12 +172,12 @@ class Forwarder(threading.Thread):
             try:
                 if not self.publish():
                     self.filled.wait()
-            except Exception as error:  # whatever it is, nothing else publishes what is kept
+            except Exception as error:  # go on after any error: only this thread publishes
                 print(f"not published yet, trying again: {error}", flush=True)
                 self.stopped.wait(float(PAUSE["Retry-After"]))
 
     def publish(self) -> bool:
-        """Publishes the oldest that are kept; returns whether there were any."""
+        """Publishes the oldest events kept; returns whether there were any."""
         with self.one_by_one:
             oldest = "SELECT number, chat_id, line FROM spool ORDER BY number LIMIT 100"
             kept = self.spool.execute(oldest).fetchall()
@@ -192,11 +192,11 @@ class Forwarder(threading.Thread):
     def close(self) -> None:
         self.stopped.set()
         self.filled.set()
-        self.join(5)  # what is being published meanwhile is still kept, and published again
+        self.join(5)  # events that are just being published stay, and are published again
 
 
 class Relay(ThreadingHTTPServer):
-    """Takes chatflow's webhooks, and writes notes; gives Chatwoot's to the forwarder."""
+    """Takes chatflow's webhooks, and writes notes; passes Chatwoot's to the forwarder."""
 
     request_queue_size = 128
     forwarder: Forwarder | None = None
@@ -209,16 +209,16 @@ class Relay(ThreadingHTTPServer):
         self.noted.execute("CREATE TABLE IF NOT EXISTS noted (draft_id TEXT PRIMARY KEY)")
 
     def take(self, headers: Mapping[str, str], body: bytes) -> Reply:
-        """What a draft is answered: 2xx where it is noted, 429 and 5xx where to try again."""
+        """Returns the answer to a draft: 2xx if it has its note, 429 or 5xx to try again."""
         if not is_chatflows(headers, body, self.keys):
             return 401, "the signature is wrong, or too old", {}
         try:
             draft = parse_record(Draft, body)
         except BadInputError as error:
-            return 422, f"this is no draft: {error}", {}
+            return 422, f"this is not a draft: {error}", {}
         number = re.fullmatch(r"(?:chatwoot-)?([1-9]\d*)", draft.chat_id, re.ASCII)
         if number is None:
-            return 422, f"chat_id {draft.chat_id!r} is no conversation of Chatwoot", {}
+            return 422, f"chat_id {draft.chat_id!r} is not a conversation of Chatwoot", {}
         with self.one_by_one:
             known = self.noted.execute("SELECT 1 FROM noted WHERE draft_id = ?", [draft.draft_id])
             if known.fetchone():
@@ -227,7 +227,7 @@ class Relay(ThreadingHTTPServer):
 
     def write(self, conversation: str, draft: Draft) -> Reply:
         if not self.safe:
-            return 503, "stopped, for Chatwoot did not keep a note private", PAUSE
+            return 503, "stopped, because Chatwoot did not keep a note private", PAUSE
         try:
             answer = requests.post(
                 f"{self.account}/conversations/{conversation}/messages",
@@ -282,7 +282,7 @@ class Handler(BaseHTTPRequestHandler):
         if path.rstrip("/") != "/chatwoot":
             return self.server.take(headers, body)
         if self.server.forwarder is None:
-            return 404, "started without --topic: Chatwoot's webhooks are not taken", {}
+            return 404, "started without --topic, so it does not take Chatwoot's webhooks", {}
         return self.server.forwarder.take(headers, query, body)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -294,8 +294,8 @@ def chatwoots_secrets(place: str) -> list[str]:
     secrets = read_secret(place, "--chatwoot_secret").split()
     if not secrets or min(map(len, secrets)) < 16:
         raise UsageError(
-            f"--chatwoot_secret={place}: what is there is no secret of at least 16 characters; "
-            "Chatwoot shows the one of each webhook"
+            f"--chatwoot_secret={place}: must hold secrets of at least 16 characters; Chatwoot "
+            "shows the secret of each webhook"
         )
     return secrets
 
@@ -304,14 +304,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--chatwoot", required=True, help="its address, https://…")
+    parser.add_argument("--chatwoot", required=True, help="Chatwoot's address, https://…")
     parser.add_argument("--account", required=True, type=int)
     parser.add_argument("--port", type=int, default=8090)
-    parser.add_argument("--webhook_secret", default="env:HOOK_SECRET", help="as chatflow's")
+    parser.add_argument("--webhook_secret", default="env:HOOK_SECRET", help="as in chatflow run")
     parser.add_argument("--topic", default="", help="take Chatwoot's webhooks, and publish here")
     parser.add_argument("--chatwoot_secret", default="env:CHATWOOT_SECRET", help="of its webhooks")
-    parser.add_argument("--noted", default="chatwoot-noted.sqlite3", help="file of what is noted")
-    parser.add_argument("--spool", default="chatwoot-spool.sqlite3", help="file of what is to go")
+    parser.add_argument("--noted", default="chatwoot-noted.sqlite3", help="file of noted drafts")
+    parser.add_argument("--spool", default="chatwoot-spool.sqlite3", help="file of unsent events")
     flags = parser.parse_args()
     account = f"{flags.chatwoot.rstrip('/')}/api/v1/accounts/{flags.account}"
     try:

@@ -1,4 +1,4 @@
-"""Messages of a Pub/Sub topic through Flan-T5, each response to another topic, as they come.
+"""Sends messages of a Pub/Sub topic through Flan-T5, and the responses to another topic.
 
     python examples/respond.py --model torch:google/flan-t5-small \\
       --messages_topic projects/P/topics/messages \\
@@ -46,7 +46,7 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--messages_topic", default="", help="read from now on")
+    source.add_argument("--messages_topic", default="", help="reads messages from now on")
     source.add_argument("--messages_subscription", default="", help="loses nothing between runs")
     parser.add_argument("--responses_topic", required=True)
     parser.add_argument("--dead_letters", required=True, help="a topic, or a prefix of files")

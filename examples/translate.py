@@ -1,4 +1,4 @@
-"""Texts of files, line by line, through T5: translations, summaries, any of its tasks.
+"""Runs a task of T5, such as translation or summary, on each line of files.
 
     python examples/translate.py --model torch:google/flan-t5-small \\
       --input 'sentences/*.txt' --output out --task 'translate English to German'
@@ -43,7 +43,7 @@ def main(flags: argparse.Namespace, beam_flags: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--input", required=True, help="files with a text a line, local or gs://")
+    parser.add_argument("--input", required=True, help="files, a text per line; local or gs://")
     parser.add_argument("--output", required=True, help="folder for responses and dead letters")
     parser.add_argument("--task", default="summarize", help="what to do (default: %(default)s)")
     parser.add_argument("--model", default="torch:google/flan-t5-small")

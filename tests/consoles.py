@@ -23,7 +23,7 @@ LOCAL = People("ada")
 
 @contextlib.contextmanager
 def served(database: Database, people: People = LOCAL, **fields) -> Iterator[str]:
-    """A console on a database; gives its address."""
+    """A console on a database; yields its address."""
     listener = listen("127.0.0.1", 0)
     server = Server(Console(database, people, **fields), listener)
     thread = threading.Thread(target=server.serve_forever)
@@ -96,7 +96,7 @@ class Visitor:
         return self.post(f"/drafts/{draft_id}/{action}", self.form(f"/drafts/{draft_id}") | fields)
 
     def approve_one(self) -> str:
-        """Approves the first draft of the inbox as it is; gives its id."""
+        """Approves the first draft of the inbox as it is; returns its id."""
         draft_id = re.search(r'id="draft-([^"]+)"', self.get("/").text)[1]
         page = self.get(f"/drafts/{draft_id}").text
         text = html.unescape(re.search(r"<textarea[^>]*>([^<]*)<", page)[1])

@@ -79,7 +79,7 @@ def scripted():
 
 
 class LoadedGemma(GemmaModelHandler):
-    """Gives the model that all tests share, which does not travel."""
+    """Returns the model that all tests share, which does not travel."""
 
     loaded = None
 
@@ -110,7 +110,7 @@ def on_worker(gemma, monkeypatch, heads):
 
 @pytest.fixture(scope="module")
 def on_pytorch(tmp_path_factory):
-    """A random T5, with a tone_bias by which it tells two chats from each other."""
+    """A random T5, with a tone_bias that makes it tell two chats apart."""
     pytest.importorskip("torch").set_num_threads(1)  # others of a busy machine are waited for
     folder = tmp_path_factory.mktemp("t5")
     for seed in range(20):
@@ -144,7 +144,7 @@ def remote(vertex, name):
 
 
 class LoadedVllm(VllmModelHandler):
-    """Gives the server that all tests share, which does not travel."""
+    """Returns the server that all tests share, which does not travel."""
 
     loaded = None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def served(model: Path) -> Iterator[str]:
-    """Starts the server on a free port; gives its address, with the path of the protocol."""
+    """Starts the server on a free port; yields its address, with the path of the protocol."""
     command = [sys.executable, __file__, str(model)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

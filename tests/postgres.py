@@ -1,4 +1,4 @@
-"""A PostgreSQL of its own for tests: the real server, on a free port, gone afterwards."""
+"""A separate PostgreSQL for tests: the real server, on a free port, gone afterwards."""
 
 import contextlib
 import os
@@ -15,12 +15,12 @@ INSTALL = "install PostgreSQL's server (Debian: apt-get install postgresql)"
 
 
 class MissingError(Exception):
-    """There is no PostgreSQL server here; the message says what to install."""
+    """PostgreSQL is not installed here; the message says what to install."""
 
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """Starts a server with an empty cluster; gives the URI of its database, without a name.
+    """Starts a server with an empty cluster; yields the URI of its database, without a name.
 
     Raises:
       MissingError: its programs are not here.

@@ -8,7 +8,7 @@ from chatflow.cli import main
 
 
 def save(folder, path, *flags, capsys=None):
-    """Runs the command; gives its summary."""
+    """Runs the command; returns its summary."""
     if capsys is not None:
         capsys.readouterr()
     assert main(["model", "save-state-dict", str(folder), str(path), "--summary=json", *flags]) == 0

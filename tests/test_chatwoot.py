@@ -116,7 +116,7 @@ def chatwoot():
 
 @pytest.fixture
 def relay(tmp_path, monkeypatch):
-    """Starts the relay; gives its address."""
+    """Starts the relay; returns its address."""
     monkeypatch.setenv("HOOK_SECRET", SECRET)
     spec = importlib.util.spec_from_file_location("chatwoot", RELAY)
     example = importlib.util.module_from_spec(spec)
@@ -138,6 +138,7 @@ def relay(tmp_path, monkeypatch):
             assert not relay.forwarder.is_alive()
             relay.forwarder.spool.close()
 
+    start.example = example
     return start
 
 
@@ -176,7 +177,7 @@ def test_drafts_are_private_notes(chatwoot, relay, lines, script, tmp_path):
             for letter in read(tmp_path / "first", "dead_letters")
         }
         assert "Chatwoot answered 404" in payloads["77"]
-        assert "chat_id 'x' is no conversation of Chatwoot" in payloads["x"]
+        assert "chat_id 'x' is not a conversation of Chatwoot" in payloads["x"]
         assert set(chatwoot.notes()) == {"1", "2", "3", "77"}
         said = "Draft of an apology, for review. It was not sent:\n\nWe are sorry that it is late."
         assert chatwoot.notes()["1"] == said
@@ -195,7 +196,7 @@ def test_a_flagged_draft_says_that_a_person_has_to_write(chatwoot, relay):
     with relay(chatwoot.address) as address:
         assert send(address, of("4", text=None, flag="ungrounded")).status_code == 200
     assert chatwoot.notes()["4"] == (
-        "⚑ This customer seems angry. There is no draft, for what it wrote was about something "
+        "⚑ This customer seems angry. There is no draft, because what it wrote was about something "
         "else: please write yourself."
     )
 
@@ -344,9 +345,23 @@ def test_what_pubsub_does_not_take_waits_in_the_spool(chatwoot, relay, pubsub, m
 def test_a_topic_that_is_made_later_gets_what_waits(chatwoot, relay, pubsub, monkeypatch):
     monkeypatch.setattr(publishing, "GIVE_UP_SECONDS", 0.5)
     topic = pubsub.topic("later")
+    failed, made = threading.Event(), threading.Event()
+    example = relay.example
+    publish = example.send
+
+    def send_or_wait(lines, topic):
+        """Fails without a topic, and then waits until it has a subscription, too."""
+        if failed.is_set():
+            made.wait(60)
+        failed.set()
+        return publish(lines, topic)
+
+    monkeypatch.setattr(example, "send", send_or_wait)
     with relay(chatwoot.address, topic=topic) as address:
         assert deliver(f"{address}chatwoot", created(7, "Late!")).text == "kept"
+        assert failed.wait(60)
         make_topics([topic])
+        made.set()
         got = pubsub.subscriber.pull(
             subscription=pubsub.subscription("later"), max_messages=1, timeout=60
         )
@@ -393,8 +408,8 @@ def test_an_old_chatwoot_has_the_secret_in_its_address(chatwoot, relay, capfd):
         ({}, 422, "it has no event"),
         ({"event": 7}, 422, "it has no event"),
         (chat("Late!").to_json().encode(), 422, "it has no event"),
-        ({**created("../1", "Late!")}, 422, "no number of a conversation"),
-        ({**created(7, "Late!"), "conversation": {}}, 422, "no number of a conversation"),
+        ({**created("../1", "Late!")}, 422, "no conversation number"),
+        ({**created(7, "Late!"), "conversation": {}}, 422, "no conversation number"),
         ({**created(7, "Late!"), "account": {"id": 6}}, 422, "account 6, not of --account 5"),
         (status(7, "open"), 200, "left out: conversation_status_changed"),
         (status(7, "snoozed"), 200, "left out: conversation_status_changed"),

@@ -61,7 +61,7 @@ def cloud(google):
 
 
 def make(*arguments, code=0, **variables):
-    """Runs make; gives what it prints."""
+    """Runs make; returns what it prints."""
     given = [f"{name}={value}" for name, value in variables.items()]
     done = subprocess.run(
         ["make", "--no-print-directory", "-C", ROOT, *arguments, *given],
@@ -212,7 +212,7 @@ def test_results_of_another_run_are_left_alone(cloud, capsys):
     output = {"OUTPUT": "gs://proj-1-chatflow/old"}
     ((_, *words),) = commands("deploy", cloud, capsys, **FILES, **output)
     assert main(words) == 2
-    assert "analyses-00000-of-00001.jsonl is there, of another run" in capsys.readouterr().err
+    assert "analyses-00000-of-00001.jsonl is there from another run" in capsys.readouterr().err
     assert len(cloud.objects("proj-1-chatflow", "old/")) == 2
     assert not cloud.jobs
 

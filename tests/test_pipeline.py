@@ -800,13 +800,13 @@ KILLED_WHILE_MOVING = """
 import os, signal, sys
 from chatflow.cli import main
 from chatflow.sinks import staging
-move, left = staging._move, [int(sys.argv.pop(1))]
+move, left = staging.move, [int(sys.argv.pop(1))]
 def killed(source, target):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
     move(source, target)
-staging._move = killed
+staging.move = killed
 main()
 """
 

@@ -33,7 +33,7 @@ def tiny_gemma(
     so that most of what is written is what is likeliest.
 
     Args:
-      broken: the weights are no numbers.
+      broken: the weights are not numbers.
     """
     use_jax()
     import keras_hub
@@ -258,7 +258,7 @@ def tiny_t5(folder: str | os.PathLike[str], seed: int = 7, tied: bool = False) -
     """A folder with a T5 of the newer kind (gated, as Flan-T5), as Hugging Face saves it.
 
     Args:
-      tied: the output has the embedding's weights, and none of its own as in Flan-T5.
+      tied: the output has the embedding's weights instead of separate ones as in Flan-T5.
     """
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -4,7 +4,7 @@
     python tuning/generate.py --part eval --output tuning/eval.jsonl
 
 Each written chat comes `--variants` times, each time with other wordings where it has some,
-other names, and at times typed otherwise. The same seed gives the same file. Some chats are
+other names, and at times typed otherwise. The same seed makes the same file. Some chats are
 held back from what is learned from: by them `make eval` sees whether answers stay as good.
 """
 
@@ -57,12 +57,12 @@ class Written:
 
     @property
     def is_plain(self) -> bool:
-        """Of those by which adapters answer better on chats of other people, see README.md."""
+        """Whether adapters learn from it to answer chats of other people; see README.md."""
         return self.kind.startswith("plain") and "hard" not in self.tags
 
 
 def read(path: Path) -> Iterator[Written]:
-    """The chats of a file.
+    """Yields the chats of a file.
 
     Raises:
       ValueError: a line is none of a chat; with its number.
@@ -89,7 +89,7 @@ def read(path: Path) -> Iterator[Written]:
 
 
 def divided(written: Sequence[Written]) -> dict[str, list[Written]]:
-    """What is learned from (`train`), and about a thirtieth that never is (`eval`).
+    """Divides chats into those to learn from (`train`) and about a thirtieth (`eval`).
 
     By their text alone, so that a chat stays where it is when others are added.
     """
@@ -100,7 +100,7 @@ def divided(written: Sequence[Written]) -> dict[str, list[Written]]:
 
 
 def variants(written: Written, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Different chats made of a written one, at most so many."""
+    """Yields different chats made of a written one, at most `count`."""
     made = set()
     for number in range(count):
         texts = [_WORDINGS.sub(lambda m: rng.choice(m[1].split("|")), t) for _, t in written.lines]
@@ -138,7 +138,7 @@ def _names(speakers: set[str], rng: random.Random) -> dict[str, str]:
 
 
 def _typing(rng: random.Random) -> Any:
-    """How somebody types: mostly as it was written."""
+    """Returns how somebody types: mostly as it was written."""
     style = rng.random()
     if style < 0.1:
         return str.lower
@@ -152,7 +152,7 @@ def _typing(rng: random.Random) -> Any:
 
 
 def _mistyped(text: str, rng: random.Random) -> str:
-    """Two letters of a longer word change places."""
+    """Swaps two letters of longer words."""
     words = text.split(" ")
     for at in rng.sample(range(len(words)), min(len(words) // 8 + 1, len(words))):
         word = words[at]

@@ -1,1 +1,1 @@
-"""What a small model chooses, from what it has read, and the texts that are composed of it."""
+"""Choices that a small model makes about what it has read, and texts composed from them."""

@@ -5,7 +5,7 @@ A choice is one of some values, or all that apply, over a chat, its messages or 
     [topic]
     over = "chat"                  # or "message", "sentence"
     kind = "one"                   # or "all": each value by itself
-    by = "head"                    # or "suffix": asked for behind the chat, without labels
+    by = "head"                    # or "suffix": asked after the chat, without labels
     even = true                    # a head learns rare values as well as frequent ones
     ask = "The chat is about"      # for "suffix": how the model begins to say it
     [topic.values]                 # each with what it means; "suffix" scores their first words
@@ -69,13 +69,13 @@ def _choice(name: str, entry: object, where: str) -> Choice:
         or len(values) < (2 if entry["kind"] == ONE else 1)
         or not all(isinstance(meaning, str) for meaning in values.values())
     ):
-        raise UsageError(f"{where}.values: must say of each value what it means; at least two")
+        raise UsageError(f"{where}.values: must list values with what each means; at least two")
     if entry["by"] == SUFFIX and (
         entry["over"] != CHAT or entry["kind"] != ONE or not entry["ask"]
     ):
         raise UsageError(
-            f"{where}: by suffix, a choice is one of some values over the chat, with `ask`: how "
-            "the model begins to say it"
+            f'{where}: by = "suffix" needs over = "chat", kind = "one" and `ask`: how the model '
+            "begins to say it"
         )
     if not isinstance(entry["even"], bool):
         raise UsageError(f"{where}.even: must be true or false")

@@ -1,4 +1,4 @@
-"""Composes an apology of approved clauses and the customer's own words."""
+"""Composes an apology from approved clauses and the customer's own words."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def apology(
       grievances: the probability of each, for the whole chat; may be empty.
       evidence, impact: of each sentence, the probability that it shows what went wrong, and that
         it says what this meant for the customer; None: judged by plain signs.
-      settled: how probable it is that nothing is left to be done.
+      settled: the probability that nothing is left to do.
     """
     mine = [at for at, s in enumerate(sentences) if s.speaker == CUSTOMER]
     score = _scores(sentences, mine, evidence)
@@ -90,7 +90,7 @@ def apology(
 
 
 LEAST_EVIDENCE, SETTLED = 0.15, 0.5
-"""From which probabilities a sentence can be quoted, and a matter counts as settled."""
+"""The least probabilities at which a sentence is quoted, and a matter counts as settled."""
 
 
 def clause_for(
@@ -107,7 +107,7 @@ def clause_for(
         sure = p > 0.5 and p > 0.7 * likely[0][1]
         if name in words.clauses and cue and sure and cue.search(everything):
             return name
-    if not likely:  # nothing was read: what the quotation says plainly
+    if not likely:  # nothing was read: use what the quotation says plainly
         hits = [
             name
             for name, cue in words.cues.items()
@@ -143,7 +143,7 @@ _STRONG = re.compile(
 
 
 def quotable(text: str) -> bool:
-    """Returns whether an apology can repeat a sentence: no question, demand, insult or footer."""
+    """Returns whether an apology can repeat a sentence: no questions, demands, insults, footers."""
     return (
         8 <= len(text) <= LONGEST_QUOTATION
         and not text.rstrip("\"'”’)").endswith("?")
@@ -155,7 +155,7 @@ def quotable(text: str) -> bool:
 
 
 def plainly_quotable(text: str) -> bool:
-    """Returns whether a sentence is no request or praise either, and says something by itself."""
+    """Returns whether a sentence is also not a request or praise, and says something by itself."""
     return (
         quotable(text)
         and len(text) >= 18
@@ -189,7 +189,7 @@ def _with_neighbour(
 ) -> list[int]:
     """Returns the best sentence, and another one if that says how bad it is.
 
-    That is one beside it in its message; or, where the best one is short, the next best.
+    The other one is next to it in its message or, if the best one is short, the next best.
     """
     for beside in (best + 1, best - 1):
         if (
@@ -206,7 +206,7 @@ def _with_neighbour(
 
 
 SECOND, SHORT = 0.4, 45
-"""How probable a second quotation has to be, and below how many characters a first one is short."""
+"""The least probability of a second quotation; the characters below which a first one is short."""
 
 
 _GREETING = re.compile(

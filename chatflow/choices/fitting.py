@@ -30,7 +30,7 @@ class Labelled:
       y: for one of some values, `[rows]` with their places; for all that apply, `[rows, values]`
         of 0 and 1. A place, or a whole row, of `LEFT_OUT` has no label.
       weight: of each row, `[rows]`.
-      chat: which chat each row is of, `[rows]`.
+      chat: the chat of each row, `[rows]`.
     """
 
     x: np.ndarray
@@ -86,7 +86,7 @@ class Reduction:
 
         Args:
           most: how many.
-          kept: so many first columns stay as they are, beside them.
+          kept: how many of the first columns are added unchanged.
           even: whether all directions get the same spread.
         """
         rng = np.random.default_rng(1)
@@ -252,7 +252,7 @@ def left_out(data: Labelled, make: Callable[[Labelled], Head], parts: int, seed:
 
 
 def temperature(probabilities: np.ndarray, y: np.ndarray, kind: str) -> tuple[float, float]:
-    """Returns what to divide outputs by, so that a head is right as often as it says; the loss."""
+    """Returns the temperature at which a head is right as often as it says, and the loss."""
     p = np.clip(probabilities, 1e-6, 1 - 1e-6)
     z = np.log(p) if kind == ONE else np.log(p / (1 - p))
     target = np.eye(p.shape[1])[y] if kind == ONE else y

@@ -1,4 +1,4 @@
-"""Heads: small trained layers that choose, from what a model has read and from plain figures."""
+"""Small trained layers that make choices from a model's states and from plain figures."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Heads:
       model: the name of the model whose states they were fitted on; "" if they use none.
       weights: a hash of its weights.
       template: a hash of the text around a chat that it read.
-      layers: after which layers, from 1.
+      layers: the layers whose states they see, from 1.
     """
 
     model: str
@@ -179,9 +179,11 @@ class Heads:
                     for head in about["heads"]
                 ),
             )
-        except Exception as error:  # a file that is broken, or another one, may raise any
+        except Exception as error:  # a broken or wrong file may raise any error
             where = os.path.basename(path)
-            raise UsageError(f"--heads={where}: is no file of heads: {one_line(error)}") from None
+            raise UsageError(
+                f"--heads={where}: is not a file of heads: {one_line(error)}"
+            ) from None
 
 
 def _rounded(values: np.ndarray) -> tuple[float, ...]:

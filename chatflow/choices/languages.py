@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 SURE, LETTERS, GUESSED = 0.9, 25, 10
-"""How probable a language has to be, and of how many characters, to be believed at once; from how
-many one is guessed at all."""
+"""The least probability and number of characters to accept a language at once; the least number of
+characters to guess one."""
 
 
 @functools.cache
@@ -25,9 +25,9 @@ def language_of(
 
     Args:
       texts: what somebody wrote.
-      declared: what the chat's attributes say; believed where the words are few.
-      around: what others wrote in the same chat, for where the words are few.
-      usual: languages among which one is guessed, if nothing is sure.
+      declared: what the chat's attributes say; used if there are few words.
+      around: what others wrote in the same chat; used if there are few words.
+      usual: the languages to guess from, if nothing is sure.
     """
     declared, likeliest, text = declared.lower()[:2], "", ""
     for some in (texts, [*texts, *around]):

@@ -1,4 +1,4 @@
-"""What is read of a chat: its pieces, what stood in a model's layers, and what heads see."""
+"""What a model reads of a chat: its pieces, the states of the layers, and what heads see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Layout(NamedTuple):
       ends: where the pieces end, in characters; after the last comes what the template adds.
       sentences: which pieces are sentences of the chat.
       messages: of each sentence, the index of its message.
-      customer: of each sentence, whether the user says it whose tone is asked for.
+      customer: of each sentence, whether the user whose tone is asked for says it.
       plain: figures of each sentence; see `sentences.features`.
     """
 
@@ -31,12 +31,12 @@ class Layout(NamedTuple):
 
 
 class States(NamedTuple):
-    """What stood in some layers after a reading.
+    """The hidden states of some layers after a text was read.
 
     Attributes:
       mean: of each piece, `[pieces, layers, hidden]`; the last is what follows `Layout.ends`.
       last: of each piece's last token, the same shape.
-      tokens: of each piece, `[pieces]`; an empty piece has the states of what stands before it.
+      tokens: of each piece, `[pieces]`; an empty piece has the states of the text before it.
       options: of each suffix, the log-probability of each of its options among them.
     """
 

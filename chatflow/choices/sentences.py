@@ -56,7 +56,7 @@ _MONTH = re.compile(
 def spans(text: str) -> list[tuple[int, int]]:
     """Returns where the sentences of a text are: cut at stops and line breaks.
 
-    A stop of an abbreviation ("Dr. Berg", "No. 4") or of a date ("16.10. um drei") ends nothing.
+    The stop of an abbreviation ("Dr. Berg", "No. 4") or a date ("16.10. um drei") ends no sentence.
     """
     found: list[tuple[int, int]] = []
     start = 0

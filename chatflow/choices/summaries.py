@@ -1,4 +1,4 @@
-"""Composes the summary of a chat of its own sentences: what the matter is, the answer, the end."""
+"""Composes a chat's summary from its own sentences: the matter, the answer, the ending."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def chosen_sentences(sentences: Sequence[Sentence], parts: np.ndarray, limit: in
         if columns[best, part] > 0.25:
             add(best)
     if sentences[-1].message - sentences[0].message >= LONG:
-        # How a long chat stands is told late; what was said before may no longer hold.
+        # Late sentences tell how a long chat stands; earlier ones may no longer be true.
         late = [at for at, s in enumerate(sentences) if 5 * s.message >= 4 * sentences[-1].message]
         said = [at for at in late if sentences[at].speaker != CUSTOMER and worth[at] > 0.1]
         if said:
@@ -117,7 +117,7 @@ def _cost(sentence: Sentence) -> int:
 
 
 def _usable(sentence: Sentence) -> bool:
-    """Returns whether a sentence says something: no footer, no bare greeting or filler."""
+    """Returns whether a sentence says something: not a footer, a bare greeting or filler."""
     text = sentence.text
     if JUNK.search(text) or len(text) > 420:
         return False
@@ -137,7 +137,7 @@ _DEPENDENT = re.compile(
 def _with_needed(
     at: int, sentences: Sequence[Sentence], parts: np.ndarray, usable: np.ndarray
 ) -> list[int]:
-    """Returns a sentence with the one before it in its message, if it hangs on that one.
+    """Returns a sentence with the one before it in its message, if it depends on that one.
 
     A short answer comes with its question.
     """
@@ -172,7 +172,7 @@ def _corrected(
     usable: np.ndarray,
     limit: int,
 ) -> list[int]:
-    """Replaces what a later sentence takes back, or sets that beside it."""
+    """Replaces a sentence that a later one takes back, or adds the later one to it."""
     kept = list(chosen)
     for at in sorted(chosen):
         later = taken_back_by(at, sentences, parts, usable)

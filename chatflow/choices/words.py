@@ -1,4 +1,4 @@
-"""What chatflow writes around the words of a chat, in the languages of a prompt folder."""
+"""The texts that chatflow writes around a chat's words, in the languages of a prompt folder."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """
 Serves a page on a database that pipelines write to (chatflow run --database=…): drafts
-that wait for review, the angriest and oldest first; what is approved is published.
+that wait for review, the angriest and oldest first. Approved drafts are published.
 
   chatflow console --database sqlite:///chatflow.db --replies replies.jsonl
 
@@ -48,8 +48,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--raw_database",
         default="",
-        help="where --keep_raw of the pipeline keeps what placeholders such as [EMAIL_1] stand "
-        "for; who decides on drafts sees it filled in, and so does the customer (default: the "
+        help="where --keep_raw of the pipeline keeps the values of placeholders such as [EMAIL_1]; "
+        "people who decide on drafts see the values, and so does the customer (default: the "
         "same database)",
     )
     parser.add_argument(
@@ -66,8 +66,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--keep_days",
         type=number(most=36_500),
-        help="delete chats to which nothing has happened for so long, with all that is known of "
-        "them; not while a draft of theirs waits (default: never)",
+        help="delete chats, with all data about them, this many days after the last thing that "
+        "happened to them; not while a draft of theirs waits (default: never)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     parser.add_argument(
@@ -93,12 +93,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--trusted_proxies",
         default="127.0.0.0/8,::1/128",
-        help="networks from which that is believed (default: %(default)s)",
+        help="networks from which --identity_header is trusted (default: %(default)s)",
     )
     parser.add_argument(
         "--allowed_hosts",
         default="",
-        help="names by which the console is called, besides localhost; *: all. Needs a sign-in.",
+        help="host names of the console, besides localhost; *: all. Needs a sign-in.",
     )
     parser.add_argument(
         "--redact",
@@ -109,7 +109,7 @@ def add_arguments(parser: Parser) -> None:
         "--export",
         default="",
         metavar="FILE.jsonl",
-        help="write what was decided as labelled chats for evaluate and tune, and end",
+        help="write people's decisions as labelled chats for evaluate and tune, and end",
     )
     parser.add_switch("open_browser", help="show the page in this machine's browser")
     parser.add_argument("--while_stdin_is_open", action="store_true", help=argparse.SUPPRESS)
@@ -124,7 +124,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         from chatflow.console.site import Console
     except ImportError as error:
         raise UsageError(
-            f"{error.name} is missing: pip install 'chatflow[console]' has all of the console"
+            f"{error.name} is missing; the console needs: pip install 'chatflow[console]'"
         ) from None
     from chatflow.database.connections import Database, password_at
 
@@ -155,7 +155,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     address = f"http://{shown}:{listener.getsockname()[1]}/"
     print(f"console: {address} on {database.uri}", flush=True)
     if not parsed.replies:
-        print("approved replies are kept, and not sent: no --replies", flush=True)
+        print("approved replies are kept but not sent; --replies sends them", flush=True)
     if parsed.open_browser:
         webbrowser.open(address)
     server = Server(served, listener)
@@ -188,7 +188,7 @@ def people_of(parsed: argparse.Namespace) -> People:
 
     redacted = frozenset(filter(None, (role.strip() for role in parsed.redact.split(","))))
     if unknown := sorted(redacted - set(ROLES)):
-        raise UsageError(f"--redact: {unknown[0]!r} is no role; roles are {', '.join(ROLES)}")
+        raise UsageError(f"--redact: {unknown[0]!r} is not a role; roles are {', '.join(ROLES)}")
     try:
         proxies = [
             ipaddress.ip_network(network.strip())
@@ -210,16 +210,16 @@ def check_place(host: str, names: Sequence[str], known: People) -> None:
     """Raises `UsageError` if others could reach the console without signing in.
 
     Args:
-      names: host names by which others may call it, e.g. through a proxy on this machine.
+      names: host names that others may call it by, e.g. through a proxy on this machine.
     """
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError) as error:  # of names that no host can have
+    except (OSError, UnicodeError) as error:  # the name is not a valid host name
         raise UsageError(f"--host={host}: {getattr(error, 'strerror', error)}") from None
     local = all(ipaddress.ip_address(str(address)).is_loopback for address in found)
     if not local and not known.sign_in:
         raise UsageError(
-            f"--host={host}: others can reach it, so they have to sign in; give --users=FILE "
+            f"--host={host}: others can reach it, so they must sign in; give --users=FILE "
             "(with tokens), or --identity_header=NAME of a reverse proxy in front of it"
         )
     from chatflow.console.people import OWN_HOSTS
@@ -227,7 +227,7 @@ def check_place(host: str, names: Sequence[str], known: People) -> None:
     others = sorted(set(names) - set(OWN_HOSTS))
     if others and not known.sign_in:
         raise UsageError(
-            f"--allowed_hosts={others[0]}: others can reach it by that name, so they have to sign "
+            f"--allowed_hosts={others[0]}: others can reach it by that name, so they must sign "
             "in; give --users=FILE or --identity_header=NAME"
         )
 

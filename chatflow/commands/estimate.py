@@ -1,4 +1,4 @@
-"""`chatflow estimate`: asks a model about some of the chats, and says what all would cost."""
+"""`chatflow estimate`: asks a model about some chats, and estimates the cost of all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from chatflow.errors import UsageError
 from chatflow.options import Parser, add_flags, number
 
 DESCRIPTION = """
-Analyses some chats of the input, drawn at random, and says what all of them would cost and
-take, with 95 % intervals. The sample's answers are paid for; with --answers they are kept, and
+Analyses some chats of the input, drawn at random, and estimates the cost and time of all of
+them, with 95 % intervals. The sample's answers are paid for; with --answers they are kept, and
 the run that follows does not ask for them again.
 
   chatflow estimate --input 'chats/*.jsonl' --inference=remote --model=gemini-2.5-flash
@@ -60,7 +60,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
             input=f"{scratch}/sample.jsonl",
             output=f"{scratch}/out",
             answers=f"sqlite:///{scratch}/answers.db",
-            # What was read whole are lines of chatflow's own now.
+            # The chats of the sample are now in chatflow's own format.
             input_format="auto" if options.input_format in READ_WHOLE else options.input_format,
         )
         planned = plan(options, cloud_of(beam_options(rest, shown=options.flags()), options))

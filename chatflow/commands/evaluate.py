@@ -15,8 +15,9 @@ from chatflow.errors import FAILED, UsageError
 from chatflow.options import Parser, add_flags, number
 
 DESCRIPTION = """
-Runs the pipeline on labelled chats and compares. A label is the field `sentiment`
-(-1, 0 or 1) of a chat; in a table, a column of this name in the chat's first row.
+Runs the pipeline on labelled chats and compares its results with the labels. A label is the
+field `sentiment` (-1, 0 or 1) of a chat; in a table, a column of this name in the chat's first
+row.
 
   chatflow evaluate labelled.jsonl
   chatflow evaluate labelled.jsonl --compare prompts=my-prompts --report report.html
@@ -38,24 +39,24 @@ def add_arguments(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="FLAGS",
-        help="run again with these flags in place of the given ones, e.g. 'prompts=my-prompts "
+        help="run again with these flags instead of the given ones, e.g. 'prompts=my-prompts "
         "model=gemma3_1b', and compare; repeatable. vader: compare with VADER's list of words",
     )
     parser.add_argument(
-        "--report", default="", metavar="FILE.html", help="write everything as a page, too"
+        "--report", default="", metavar="FILE.html", help="also write everything as a page"
     )
     parser.add_argument(
         "--history",
         default="",
         metavar="FILE.jsonl",
-        help="add a line of figures to this file; exit code 1 when the accuracy fell since its "
+        help="add a line of figures to this file; exit with code 1 if the accuracy fell since its "
         "newest line of the same chats",
     )
     parser.add_argument(
         "--tolerance",
         type=number(zero=True),
         default=0.03,
-        help="by how much it may fall (default: %(default)s)",
+        help="how far the accuracy may fall (default: %(default)s)",
     )
     parser.add_switch(
         "fit_bias", help="also fit tone_bias and tone_temperature, to put into the prompt template"
@@ -89,7 +90,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     if parsed.fit_bias and len({label.sentiment for label in labels.values()}) < len(CLASSES):
         raise UsageError(f"--fit_bias: {parsed.labelled!r} must have labels of all three tones")
     if parsed.fit_bias and parsed.inference == "remote":
-        raise UsageError("--fit_bias: remote models give no scores to fit it to")
+        raise UsageError("--fit_bias: remote models return no scores, which it needs")
     for name in ("report", "history"):
         if not (path := getattr(parsed, name)):
             continue

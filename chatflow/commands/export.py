@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """
 Writes the conversations of a database (chatflow run --database=…): one row for each customer of
-each chat, with the newest analysis, draft, decision and reply. The ending of the file says how:
-.csv (for spreadsheets), .parquet or .jsonl. With --format=cx_insights, a folder gets one JSON
-file a chat, with what was said, as Google's CX Insights imports it.
+each chat, with the newest analysis, draft, decision and reply. The ending of the file's name sets
+the format: .csv (for spreadsheets), .parquet or .jsonl. With --format=cx_insights, a folder gets
+one JSON file per chat, with its messages, which Google's CX Insights can import.
 
   chatflow export sqlite:///chatflow.db conversations.csv --since 2026-03-01 --sentiment angry
 """
@@ -35,7 +35,7 @@ CX_INSIGHTS = "cx_insights"
 TONES = {"angry": -1, "neutral": 0, "happy": 1}
 
 MOST_ATTRIBUTES = 50
-"""Attributes of chats that have columns of their own, the most frequent ones."""
+"""How many attributes of chats have their own columns: the most frequent ones."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -57,14 +57,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--since",
         type=_time,
-        help="only chats whose last message is of this time or later, e.g. 2026-03-01 (UTC)",
+        help="only chats whose last message was sent then or later, e.g. 2026-03-01 (UTC)",
     )
-    parser.add_argument("--until", type=_time, help="only chats whose last message is before it")
+    parser.add_argument(
+        "--until", type=_time, help="only chats whose last message was sent before then"
+    )
     parser.add_argument(
         "--sentiment",
         type=_tones,
         default=[],
-        help="only customers who feel so: angry, neutral, happy; several with commas",
+        help="only customers with this tone: angry, neutral, happy; separate several with commas",
     )
     parser.add_argument(
         "--database_password",
@@ -96,7 +98,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     """Writes the file or files; prints what it wrote; returns the exit code.
 
     Raises:
-      UsageError: there is no such database, or what is to be written cannot be.
+      UsageError: the database does not exist, or the output cannot be written.
     """
     from rich.console import Console
 
@@ -154,7 +156,7 @@ def _told(found: Iterable[Conversation], tell: Callable[[str], None]) -> Iterato
 
 
 def names_of(connection: Any) -> tuple[list[str], list[str]]:
-    """Returns the names of fields and attributes that have columns of their own."""
+    """Returns the names of fields and attributes that have their own columns."""
     from chatflow.database.conversations import attribute_names, field_names
 
     return field_names(connection), attribute_names(connection, MOST_ATTRIBUTES)
@@ -163,7 +165,7 @@ def names_of(connection: Any) -> tuple[list[str], list[str]]:
 def write_table(
     path: str, found: Iterable[Conversation], fields: Sequence[str], attributes: Sequence[str]
 ) -> dict[str, int]:
-    """Writes a row a conversation; returns the number of rows and chats."""
+    """Writes a row per conversation; returns the number of rows and chats."""
     from chatflow.sinks.files import whole_file
     from chatflow.sinks.tables import writer_of
 
@@ -265,7 +267,7 @@ def _of_chat(chat: Chat, user_id: str | None, attributes: Sequence[str]) -> dict
 
 
 def _first_response(chat: Chat, user_id: str | None) -> float | None:
-    """Returns the seconds from what a customer says first to what an agent says next, if known."""
+    """Returns the seconds from a customer's first message to an agent's next, if known."""
     after = itertools.dropwhile(lambda message: message.user_id != user_id, chat.said)
     first = next(after, None)
     answer = next((message for message in after if message.role == "agent"), None)
@@ -275,9 +277,9 @@ def _first_response(chat: Chat, user_id: str | None) -> float | None:
 
 
 def write_cx_insights(folder: str, found: Iterable[Conversation]) -> dict[str, int]:
-    """Writes a file a chat; returns how many, and of how many chats nothing that was said is known.
+    """Writes a file per chat; returns how many, and how many chats have no known messages.
 
-    Raises `UsageError` if there are such files already, which would stay among the new ones.
+    Raises `UsageError` if the folder has such files already: they would stay among the new ones.
     """
     from apache_beam.io.filesystems import FileSystems
 
@@ -286,7 +288,7 @@ def write_cx_insights(folder: str, found: Iterable[Conversation]) -> dict[str, i
 
     there = (path for path in files_under(str(FileSystems.join(folder, ""))) if _is_json(path))
     if earlier := next(iter(sorted(there)), None):
-        raise UsageError(f"PATH: {earlier} is there already; name an empty folder")
+        raise UsageError(f"PATH: {earlier} exists already; name an empty folder")
     counts = {"files": 0, "chats_without_words": 0}
     for _, of_chat in itertools.groupby(found, lambda conversation: conversation.chat_id):
         chat = next(of_chat).chat

@@ -16,8 +16,8 @@ from chatflow.errors import FAILED, UsageError
 from chatflow.options import MAX_LINE_BYTES, Parser, add_flags
 
 DESCRIPTION = """
-Reads files of any format that `chatflow run` reads (--input_format), and writes their chats, one
-a line, with a report. What cannot be read goes to OUTPUT.dead_letters.jsonl, for
+Reads files of any format that `chatflow run` reads (--input_format), writes their chats, one per
+line, and prints a report. What cannot be read goes to OUTPUT.dead_letters.jsonl, for
 `chatflow replay`. Nothing is sent anywhere.
 
   chatflow import export.zip chats.jsonl
@@ -59,7 +59,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     letters_in = f"{parsed.output.removesuffix('.jsonl')}.dead_letters.jsonl"
     real = {os.path.realpath(path) for path in paths}
     if not real.isdisjoint({os.path.realpath(parsed.output), os.path.realpath(letters_in)}):
-        raise UsageError(f"{parsed.output} is one of the files to read; write to another")
+        raise UsageError(f"{parsed.output} is one of the files to read; name another output")
     console = Console(stderr=True, highlight=False)
     counts: Counter[str] = Counter()
     before = metrics.local_counts()

@@ -14,8 +14,8 @@ from chatflow.errors import UsageError
 from chatflow.options import Parser, add_flags
 
 DESCRIPTION = """
-Publishes each line of a file, or of several (a glob), as a message. Of a file in another format
-that `chatflow run` reads, each chat is a line.
+Publishes each line of a file, or of several (a glob), as a message. If the file is in another
+format that `chatflow run` reads, publishes each chat as a message.
 
   chatflow publish chats.jsonl --topic projects/P/topics/events --rate 10 --as_messages
 """
@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--topic", required=True, help="projects/PROJECT/topics/NAME")
     parser.add_argument(
-        "--rate", type=float, default=0.0, help="messages a second (default: as fast as it goes)"
+        "--rate", type=float, default=0.0, help="messages a second (default: as fast as possible)"
     )
     parser.add_switch(
         "as_messages",
@@ -64,7 +64,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     customs = customs_by(from_flags(parsed))
     raw = read_lines(parsed.file, customs=customs)
     lines = as_they_are(raw, customs)
-    total = sum(1 for _ in raw)  # before anything is sent, all must be there to be read
+    total = sum(1 for _ in raw)  # all must be readable before anything is sent
     if parsed.as_messages:
         others = as_they_are(others_in(raw, customs), customs)
         lines = itertools.chain(others, Replay(chats_in(raw, customs)))

@@ -9,8 +9,8 @@ from chatflow.commands import run as of_chats
 from chatflow.options import Parser
 
 DESCRIPTION = """
-Sends dead letters in again: chats that could not be analysed, and analyses that have
-no draft.
+Runs the pipeline again on dead letters: chats that could not be analysed, and analyses
+that have no draft.
 
   chatflow replay --input 'results/dead_letters*.jsonl' --output results/replayed
 """

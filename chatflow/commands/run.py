@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from chatflow.running.summary import Summary
 
 DESCRIPTION = """
-Analyses chats: one JSON object a line in, analyses, drafts and dead letters out.
+Analyses chats. Reads one JSON object per line; writes analyses, drafts and dead letters.
 
   chatflow run --input 'chats/*.jsonl' --output results
   chatflow run --input projects/P/subscriptions/events --output results
@@ -41,7 +41,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str], replay: bool = False) -
     for source in split_inputs(options.input) if replay else ():
         if ending_of(source):
             raise UsageError(
-                f"--input: {source} is a table, from which dead letters cannot be sent in again; "
+                f"--input: {source} is a table, from which dead letters cannot be replayed; "
                 "name their JSON Lines, or the topic or database that has them"
             )
     if "://" not in options.input:

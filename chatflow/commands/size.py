@@ -18,9 +18,9 @@ from chatflow.weights import embedded
 from chatflow.weights.architectures import DECODERS, Architecture, EncoderDecoder, architecture_of
 
 DESCRIPTION = """
-Computes the room that a model needs on a worker, the smallest machine that has it, how
-many of them for so many chats, and what they cost on Dataflow. Without --model, a
-table of all. --summary=flags prints the flags of `chatflow run` for it.
+Computes the memory that a model needs on a worker, the smallest machine that has it, the
+number of machines for --chats_per_hour, and their cost on Dataflow. Without --model, prints
+a table of all models. --summary=flags prints the flags of `chatflow run` for it.
 
   chatflow size --model gemma3_instruct_4b_text --accelerator nvidia-l4 \\
     --chats_per_hour 20000
@@ -273,7 +273,7 @@ def add_arguments(parser: Parser) -> None:
         "--chats_per_second",
         type=number(),
         default=0.0,
-        help="of one machine, as the summary of a run says; default: measured or estimated",
+        help="rate of one machine, from the summary of a run; default: measured or estimated",
     )
     parser.add_argument(
         "--utilisation", type=number(), default=0.7, help="how busy workers may be (default: 0.7)"
@@ -294,7 +294,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         if parsed.summary == "flags":
             print(" ".join(REMOTE_FLAGS))
             return 0
-        raise UsageError("--inference=remote: the model takes no room on the workers")
+        raise UsageError("--inference=remote: the model needs no memory on the workers")
     table = read_machines(parsed.prices)
 
     def sized(model: str) -> Size:
@@ -322,8 +322,8 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if any(found.measured == "estimated" for found, _ in rows):
         notes.append(
-            "estimated: scaled from what was measured; run a thousand chats of yours, and give "
-            "the summary's chats_per_second"
+            "estimated: scaled from measured rates; run a thousand of your chats, and give the "
+            "summary's chats_per_second"
         )
     title = f"{parsed.chats_per_hour:,.0f} chats an hour, workers {parsed.utilisation:.0%} busy"
     show_table(title, [found.row(**fleet) for found, fleet in rows], notes)

@@ -30,7 +30,7 @@ EVENTS, ANALYSES, DRAFTS, DEAD_LETTERS, REPLIES = TOPICS = tuple(
 
 DESCRIPTION = """
 Starts the Pub/Sub emulator (or uses the one at PUBSUB_EMULATOR_HOST), runs the
-pipeline on it, replays chats as live messages, and shows what comes out, also on the
+pipeline on it, replays chats as live messages, and shows the results, also on the
 page of `chatflow console`. Ctrl-C drains the pipeline and stops everything that was
 started.
 
@@ -50,12 +50,12 @@ def add_arguments(parser: Parser) -> None:
         "--rate", type=float, default=1.0, help="messages a second (default: %(default)s)"
     )
     parser.add_switch("stop_when_done", help="end when all chats were replayed")
-    parser.add_switch("console", True, "serve the staff's page, too (default: true)")
+    parser.add_switch("console", True, "also serve the staff's page (default: true)")
     parser.add_argument(
         "--console_port",
         type=number(int, most=65_535, zero=True),
         default=8080,
-        help="of that page (default: %(default)s)",
+        help="port of the staff's page (default: %(default)s)",
     )
     add_flags(parser, leave_out=("input", "id_label"))
 
@@ -113,7 +113,7 @@ class Board:
                 self.dead_letters[f"{record.stage}/{record.reason}"] += 1
 
     def all_read(self) -> bool:
-        """Returns whether the pipeline has read all that was published so far."""
+        """Returns whether the pipeline has read everything published so far."""
         from chatflow import metrics
 
         return metrics.local_counts().get("lines_read", 0) >= self.published
@@ -254,7 +254,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         results = stack.enter_context(follow(TOPICS[1:]))
         console.print(
             f"Pub/Sub is at PUBSUB_EMULATOR_HOST={host}; from another terminal, send to\n"
-            f"  {EVENTS}\nand read what comes out of\n  " + "\n  ".join(TOPICS[1:]),
+            f"  {EVENTS}\nand read the results from\n  " + "\n  ".join(TOPICS[1:]),
             highlight=False,
             soft_wrap=True,
         )
@@ -290,7 +290,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         stop.set()
         sender.join()
         if run.error is None and not run.ended.is_set():
-            board.note = "draining: what was read is finished; Ctrl-C again stops at once"
+            board.note = "draining: finishing what was read; Ctrl-C again stops at once"
             run.result.drain()
             with show(board, console):
                 while not run.ended.is_set():

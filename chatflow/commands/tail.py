@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="topics or subscriptions")
     parser.add_switch("json", help="print records as lines of JSON")
     parser.add_argument(
-        "--count", type=number(int, zero=True), default=0, help="end after so many records"
+        "--count", type=number(int, zero=True), default=0, help="end after this many records"
     )
 
 

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from chatflow.models.gemma.tuner import Checked
 
 DESCRIPTION = """
-Fits heads on labelled chats: what chooses tone, fields and sentences from the states of a
-Gemma that reads a chat. It takes minutes on a processor; what was read is kept, so that
-an interrupted run, or one with more labels, goes on where it was.
+Fits heads on labelled chats: small layers that choose tone, fields and sentences from the
+states of a Gemma that reads a chat. It takes minutes on a CPU. The states are kept, so an
+interrupted run, or one with more labels, does not read the same chats again.
 
   chatflow tune labelled.jsonl --output mine.heads.npz
   chatflow run --heads mine.heads.npz --input 'chats/*.jsonl' --output results
 
 With --output NAME.lora.h5 it trains LoRA for the tone instead, a small addition to the
-weights, on a GPU where there is one.
+weights, on a GPU if there is one.
 """
 
 PASSES_FLAGS_ON = False
@@ -44,12 +44,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--apart_from",
         default="",
-        help="labelled chats for a later evaluation: what shares text with them is left out",
+        help="labelled chats for a later evaluation: chats that share text with them are left out",
     )
     parser.add_argument("--seed", type=int, default=1, help="of every random order (default: 1)")
     heads = parser.add_argument_group("heads")
     heads.add_argument(
-        "--choices", default="", help="fit these of choices.toml only, e.g. topic,resolved"
+        "--choices", default="", help="fit only these of choices.toml, e.g. topic,resolved"
     )
     heads.add_argument(
         "--folds",
@@ -61,25 +61,25 @@ def add_arguments(parser: Parser) -> None:
     heads.add_argument(
         "--layers",
         default="",
-        help="after which layers to look (default: by the model); none: choose sentences by plain "
-        "figures, for chats that no model reads",
+        help="layers whose states heads use (default: by the model); none: choose sentences by "
+        "plain figures, for chats that no model reads",
     )
     lora = parser.add_argument_group("LoRA")
     lora.add_argument(
-        "--validation", default="", help="labelled chats to check it by; default: a part of them"
+        "--validation", default="", help="labelled chats to check it with; default: a part of them"
     )
     lora.add_argument("--validation_share", type=number(most=1), default=0.1, help="(default: 0.1)")
     for name, kind, default, help in (
-        ("epochs", number(int), 3, "times that it sees each chat, at most"),
+        ("epochs", number(int), 3, "most times that it sees each chat"),
         ("patience", number(int), 3, "checks without a lower loss after which it stops"),
-        ("learning_rate", number(), 1e-3, "at its highest"),
-        ("rank", number(int), 4, "of the matrices; that of --adapter, if it begins with one"),
+        ("learning_rate", number(), 1e-3, "highest learning rate"),
+        ("rank", number(int), 4, "rank of the matrices; as in --adapter, if it begins with one"),
         ("batch", number(int), 16, "chats in a step"),
         (
             "strength",
             number(most=1),
             1.0,
-            "share of what was learned that is kept; less for other texts",
+            "share of what was learned to keep; less is better for other texts",
         ),
     ):
         lora.add_argument(
@@ -127,7 +127,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _heads(parsed: argparse.Namespace, options: Options, prompt: Any, console: Console) -> int:
-    """Fits heads, chosen choice by chosen choice."""
+    """Fits a head for each selected choice."""
     from rich.progress import track
 
     from chatflow.choices.heads import CHAT, Heads
@@ -156,7 +156,7 @@ def _heads(parsed: argparse.Namespace, options: Options, prompt: Any, console: C
     wanted = parsed.choices.split(",") if parsed.choices else names
     if unknown := [name for name in wanted if name not in names]:
         raise UsageError(
-            f"--choices: {unknown[0]!r} is none of {', '.join(names)}, which "
+            f"--choices: {unknown[0]!r} is not one of {', '.join(names)}, which "
             f'{prompt.template.folder}/choices.toml has by = "head"'
         )
     plain = parsed.layers == "none"
@@ -176,7 +176,7 @@ def _heads(parsed: argparse.Namespace, options: Options, prompt: Any, console: C
     labelled = {name for example in examples for name in example.labels}
     chosen = [c for c in choices if c.name in wanted and (parsed.choices or c.name in labelled)]
     console.print(
-        f"{len(examples)} labelled chats; {near} left out, for they share text with --apart_from"
+        f"{len(examples)} labelled chats; {near} left out: they share text with --apart_from"
     )
     kept = {"template": "", "weights": ""}
     engine: Any = None
@@ -187,7 +187,7 @@ def _heads(parsed: argparse.Namespace, options: Options, prompt: Any, console: C
             raise UsageError(f"--model={spec.name}: cannot be tuned here; give a Gemma 1 to 3")
         kept = {"template": prompt.reading_hash, "weights": engine.forward.fingerprint}
     if given and (given.template, given.weights, given.layers) != (*kept.values(), layers):
-        console.print("the heads of --heads are of another model, template or layers: left out")
+        console.print("the heads of --heads are for another model, template or layers: left out")
         given = None
     cache = cache_root() / "readings"
     with _reading(console) as progress:
@@ -239,13 +239,13 @@ def _lora(parsed: argparse.Namespace, options: Options, prompt: Any, console: Co
     parsed.labelled, parsed.adapter_output = parsed.labelled[0], parsed.output
     spec = prompt.model
     parts = parts_of(parsed)
-    # The template's constants for the initial adapter do not apply to the new one.
+    # The template's constants fit the initial adapter, not the new one.
     learning = dataclasses.replace(prompt, model=dataclasses.replace(spec, adapter=""))
     training = examples_of(learning, parts.training)
     validation = examples_of(learning, parts.validation)
     console.print(
-        f"{len(training)} chats to learn from, {len(validation)} to check it by; "
-        f"{parts.near} left out, for they share text with others",
+        f"{len(training)} chats to learn from, {len(validation)} to check it with; "
+        f"{parts.near} left out: they share text with others",
         soft_wrap=True,
     )
     names = {field.name for field in dataclasses.fields(Schedule)}

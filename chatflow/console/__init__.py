@@ -1,4 +1,4 @@
-"""The web page on which support staff review drafts."""
+"""Serves the web page where support staff review drafts."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The web application and its server: routes requests to pages."""
+"""Defines the web application and its server: routes requests to pages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def app(console: Console) -> Starlette:
             form = await request.form(max_files=0, max_fields=20, max_part_size=200_000)
             sent = str(form.get("csrf", ""))
             if not hmac.compare_digest(sent.encode(), csrf_of(request.scope["session"]).encode()):
-                raise HTTPException(403, "This form is older than your session. Please go back.")
+                raise HTTPException(403, "This page expired. Reload it and try again.")
             return await run_in_threadpool(endpoint, console, request, form)
 
         return Route(path, respond, methods=["POST"])
@@ -58,7 +58,7 @@ def app(console: Console) -> Starlette:
     async def show_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             _log.error("%s failed: %s", request.url.path, one_line(error), exc_info=error)
-            error = HTTPException(500, "Something went wrong; the console's log says what.")
+            error = HTTPException(500, "Something went wrong; see the console's log.")
         back = page_of(request) if request.method == "POST" else "/"
         return console.page(request, "error", error.status_code, error=error, back=back)
 
@@ -103,7 +103,7 @@ async def _running(console: Console) -> AsyncIterator[None]:
 
 
 async def _forget(console: Console, keep: timedelta) -> None:
-    """Deletes chats unchanged for `keep`, at once and then every hour."""
+    """Deletes chats that were unchanged for `keep`, now and then once every hour."""
     while True:
         deleted = 0
         try:

@@ -1,4 +1,4 @@
-"""Server-sent events that tell open pages about changes."""
+"""Sends events to open pages when something has changed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Changes:
             try:
                 found = await run_in_threadpool(self._state)
             except sa.exc.SQLAlchemyError as error:
-                _log.warning("the database was not asked for changes: %s", one_line(error))
+                _log.warning("the database could not be checked for changes: %s", one_line(error))
                 continue
             if found != last:
                 last = found
@@ -56,7 +56,7 @@ class Changes:
                 queue.put_nowait(True)
 
     def end(self) -> None:
-        """Ends all streams, because a server waits for its responses before it stops."""
+        """Ends all streams, because the server waits for its responses before it stops."""
         self._ended = True
         self._tell()
 

@@ -1,4 +1,4 @@
-"""Figures of the dashboard: volumes, tones, latencies and decisions on drafts."""
+"""Computes the figures of the dashboard: volumes, tones, latencies and decisions on drafts."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ SAMPLE = 5000
 
 DISTANCES = (
     (0.0, "as written"),
-    (0.1, "to 10 %"),
-    (0.3, "to 30 %"),
-    (0.6, "to 60 %"),
+    (0.1, "up to 10%"),
+    (0.3, "up to 30%"),
+    (0.6, "up to 60%"),
     (1.0, "more"),
 )
 """Bins of edit distances: upper end and title."""
@@ -60,8 +60,8 @@ class Bar:
 class Work:
     """Decisions on the drafts of one model and prompt version.
 
-    `flagged` counts those without a text by the model. `distances` compares approved texts with the
-    model's, from 0 (the same) to 1.
+    `flagged` counts drafts without a text by the model. `distances` compares approved texts with
+    the model's texts, from 0 (the same) to 1.
     """
 
     model: str
@@ -89,7 +89,7 @@ def figures(
 ) -> dict[str, Any]:
     """Returns all values of the dashboard, for the period of `PERIODS` that ends at `moment`.
 
-    The share of angry customers is given for each value of `attribute` (default: the first one).
+    They include the share of angry customers for each value of `attribute` (default: the first).
     """
     _, length, step = PERIODS[period]
     since = moment - length
@@ -162,7 +162,7 @@ def _bars(
 def _by_attribute(
     connection: sa.Connection, since: datetime, name: str
 ) -> list[tuple[str, int, int]]:
-    """Returns value, customers, and how many of them are angry by their newest analysis."""
+    """Returns each value with its customers, and how many are angry in their newest analysis."""
     newest_first = analyses.c.revision.desc(), analyses.c.analysed_at.desc(), analyses.c.analysis_id
     of_customer = sa.func.row_number().over(
         partition_by=(analyses.c.chat_id, analyses.c.user_id), order_by=newest_first

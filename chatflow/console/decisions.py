@@ -1,7 +1,7 @@
-"""Decisions that people make about a draft. Each one is a single transaction.
+"""Stores the decisions that people make about a draft. Each one is a single transaction.
 
 All raise `ConflictError` if the draft changed since the person saw it (`approve` and `dismiss` also
-if its chat changed), and `DecisionError` if there is no such draft or the input is invalid.
+if its chat changed), and `DecisionError` if the draft does not exist or the input is invalid.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from rapidfuzz.distance import Levenshtein
 
 from chatflow.database import tables
 from chatflow.database.connections import clock
-from chatflow.database.tables import chats, customers, drafts, history, outbox
+from chatflow.database.tables import analyses, chats, customers, drafts, history, outbox
 from chatflow.database.upserts import supersede
 from chatflow.records import Reply, digest, now
-from chatflow.redaction.placeholders import hide, placeholders_in
+from chatflow.redaction.placeholders import hide, like_placeholders, placeholders_in
 
 REASONS = {
-    "not_angry_neutral": "The customer is not angry, but neutral",
-    "not_angry_happy": "The customer is not angry, but happy",
-    "bad_draft": "The draft is of no use",
-    "already_answered": "It was answered elsewhere",
-    "no_reply_needed": "No reply is needed",
-    "other": "Another reason",
+    "not_angry_neutral": "Customer is not angry, but neutral",
+    "not_angry_happy": "Customer is not angry, but happy",
+    "bad_draft": "Draft not usable",
+    "already_answered": "Already answered",
+    "no_reply_needed": "No reply needed",
+    "other": "Other reason",
 }
-"""Why a draft is dismissed. The first two name the tone, and become labels."""
+"""Reasons to dismiss a draft. The first two name the tone and become labels."""
 
 CHARACTERS = 10_000
 """Maximum length of a reply or a comment."""
 
 
 class DecisionError(Exception):
-    """Nothing was done; the message tells the person why."""
+    """The decision was not stored; the message tells the person why."""
 
 
 class ConflictError(DecisionError):
-    """Somebody or something changed the draft or its chat since the page was made."""
+    """The draft or its chat has changed since the page was made."""
 
 
 def approve(
@@ -56,18 +56,16 @@ def approve(
     """Approves a text as the reply to a customer; it is published `undo_seconds` later.
 
     `version` (of the draft) and `seen_chat` (`mark_of` the chat) are those that the person saw.
-    What `hidden` placeholders stand for is filled in when the reply is published; until then, the
-    database has the placeholders.
+    The values of `hidden` placeholders are filled in when the reply is published; until then, the
+    database contains the placeholders.
     """
     text = hide(_checked(text), hidden)
     if not text:
-        raise DecisionError("A reply needs a text.")
-    if unknown := [one for one in placeholders_in(text) if one not in hidden]:
-        raise DecisionError(
-            f"{unknown[0]} stands for something that was left out of this chat. Please write it "
-            "yourself, or take it out; a customer must not see it like this."
-        )
+        raise DecisionError("Write a reply before you approve.")
     draft, seen = _seen(connection, draft_id, seen_chat)
+    query = sa.select(analyses.c.redacted).where(analyses.c.analysis_id == draft["analysis_id"])
+    is_redacted = connection.execute(query).scalar_one_or_none() is not None
+    used = _placeholders(text, draft, seen, hidden) if hidden or is_redacted else []
     written = draft["text"]
     moment = now()
     distance = None if written is None else Levenshtein.normalized_distance(written, text)
@@ -94,10 +92,26 @@ def approve(
         sa.insert(outbox).values(
             draft_id=draft_id,
             reply=reply.model_dump(mode="json"),
+            placeholders=used or None,
             publish_after=clock(connection) + timedelta(seconds=undo_seconds),
         )
     )
     _note(connection, draft_id, who, "approved", text=text)
+
+
+def _placeholders(
+    text: str, draft: Mapping[str, Any], chat: Mapping[str, Any] | None, hidden: Mapping[str, str]
+) -> list[str]:
+    """Returns the placeholders of a reply; raises `DecisionError` if one cannot be filled in."""
+    said = [draft["text"] or "", *(message["text"] for message in (chat or {}).get("messages", ()))]
+    known = {*hidden, *(one for part in said for one in placeholders_in(part))}
+    found = like_placeholders(text, known)
+    if unknown := [one for one in found if one not in hidden]:
+        raise DecisionError(
+            f"{unknown[0]} stands for something that was left out of this chat. Write the real "
+            "words, or delete it; customers must not see a placeholder."
+        )
+    return found
 
 
 _OF_DRAFT = (
@@ -142,7 +156,7 @@ def save(
     who: str,
     hidden: Mapping[str, str] = {},
 ) -> None:
-    """Saves an edited text for later, or for somebody else."""
+    """Saves an edited text, so that this or another person can continue later."""
     text = hide(_checked(text), hidden)
     _change(connection, draft_id, version, edited_text=text or None)
     _note(connection, draft_id, who, "edited", text=text)
@@ -154,7 +168,7 @@ def undo(connection: sa.Connection, draft_id: str, version: int, who: str) -> No
     if draft["status"] not in (tables.APPROVED, tables.DISMISSED):
         raise ConflictError("There is nothing to undo.")
     if draft["status"] == tables.APPROVED:
-        # This and the publisher's lease compete for the row: the first one locks it.
+        # The undo and the publisher's lease compete for this row: the first one locks it.
         waits = outbox.c.draft_id == draft_id, outbox.c.leased_by.is_(None)
         gone = connection.execute(sa.delete(outbox).where(*waits, outbox.c.published_at.is_(None)))
         if not gone.rowcount:
@@ -184,14 +198,14 @@ def _checked(text: str) -> str:
 
 
 def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
-    """Returns the draft; nobody else changes its customer's drafts until the transaction ends."""
+    """Returns the draft and locks the customer's drafts until the transaction ends."""
     of_customer = (
         customers.c.chat_id == drafts.c.chat_id,
         customers.c.user_id == drafts.c.user_id,
     )
     lock = sa.select(customers.c.revision).where(*of_customer, drafts.c.draft_id == draft_id)
     connection.execute(lock.with_for_update(of=customers))
-    # Read after the lock, because it may have changed during the wait.
+    # Read it after the lock, because it may have changed while this waited.
     found = connection.execute(sa.select(drafts).where(drafts.c.draft_id == draft_id)).mappings()
     draft = found.one_or_none()
     if draft is None:
@@ -202,7 +216,7 @@ def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
 def mark_of(chat: Mapping[Any, Any] | None) -> str:
     """Returns a token that changes with the messages of a chat; empty if there is no chat.
 
-    The revision alone is not enough: chats of files that grow keep the same one.
+    The revision alone is not enough, because a chat from a growing file keeps its revision.
     """
     if chat is None:
         return ""
@@ -212,7 +226,7 @@ def mark_of(chat: Mapping[Any, Any] | None) -> str:
 def _seen(
     connection: sa.Connection, draft_id: str, seen_chat: str
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Returns the draft and its current chat, which must be as the person saw it."""
+    """Returns the draft and its current chat, which must be the same as the person saw."""
     draft = _locked(connection, draft_id)
     query = sa.select(chats).where(chats.c.chat_id == draft["chat_id"])
     chat = connection.execute(query).mappings().one_or_none()

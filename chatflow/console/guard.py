@@ -1,4 +1,4 @@
-"""Middleware that decides who may use the console."""
+"""Decides, as middleware, who may use the console."""
 
 from __future__ import annotations
 
@@ -56,34 +56,35 @@ class Guard:
         return request.client is not None and self.console.people.is_proxy(request.client.host)
 
     def _refusal(self, request: Request) -> Response | None:
-        """Returns an error for requests that are refused from everybody."""
+        """Returns an error response if the request would be refused from anybody; else None."""
         try:
             host = urlsplit(f"//{request.headers.get('host', '')}")
             origin = urlsplit(request.headers.get("origin", f"//{host.netloc}"))
         except ValueError:
-            return PlainTextResponse("This is no address.\n", 400)
+            return PlainTextResponse("The header Host or Origin is not an address.\n", 400)
         if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
-            return PlainTextResponse("No database has NUL characters.\n", 400)
+            return PlainTextResponse("The address must not contain NUL characters.\n", 400)
         known = {"*", host.hostname} & set(self.console.hosts)
         if not known and request.scope["path"] != "/healthz":  # health probes may use any name
             return PlainTextResponse(
-                f"This console is not called {host.hostname}; --allowed_hosts names it.\n", 400
+                f"This console is not called {host.hostname}; add the name to --allowed_hosts.\n",
+                400,
             )
         if request.method not in ("GET", "HEAD"):
             foreign = origin.netloc != host.netloc
             if foreign or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
-                return PlainTextResponse("This was sent by a page of another site.\n", 403)
+                return PlainTextResponse("This form was sent by another site.\n", 403)
         return None
 
     def _sign_in(self, request: Request) -> Response | None:
-        """Identifies the person; returns a response if they have to sign in first."""
+        """Identifies the person; returns a response if they must sign in first."""
         people, path = self.console.people, request.url.path
         person: Person | None
         if not people.sign_in:
             person = people.person(people.local)
         elif people.identity_header:
-            # Trust this header only from a proxy, and only once: where the proxy adds its own, the
-            # other one may be forged.
+            # Trust this header only from a proxy, and only if it occurs once: if the proxy added
+            # its own, the other one may be forged.
             names = request.headers.getlist(people.identity_header)
             said = names[0] if len(names) == 1 and self._by_proxy(request) else ""
             person = people.person(said) if said else None
@@ -98,19 +99,21 @@ class Guard:
         if person or path.startswith("/static/") or path in ("/sign-in", "/healthz"):
             return None
         if people.identity_header:
-            return PlainTextResponse("The proxy does not say who you are, or it is unknown.\n", 403)
+            return PlainTextResponse(
+                "The proxy does not say who you are, or you do not have access.\n", 403
+            )
         if "text/html" not in request.headers.get("accept", ""):
             return PlainTextResponse("Please sign in.\n", 401)
         if request.method == "GET":
             place = page_of(request)
             query = f"?{urlencode({'to': place})}" if place != "/" else ""
             return RedirectResponse(f"/sign-in{query}", 303)
-        problem = "You are signed in no more, so that nothing was done."
+        problem = "Your session ended, so nothing was sent. Sign in and try again."
         return self.console.page(request, "sign_in", 401, problem=problem, to=page_of(request))
 
 
 def page_of(request: Request) -> str:
-    """Returns the page that somebody asked for, or whose form they sent."""
+    """Returns the page that somebody requested, or the page of the form that they sent."""
     path, query = request.url.path, request.url.query
     if of_draft := re.fullmatch(r"(/drafts/[^/]+)/[^/]+", path):
         path = of_draft[1]

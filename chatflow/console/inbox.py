@@ -1,4 +1,4 @@
-"""The review inbox: the list with its filters, and one draft with its chat."""
+"""Reads the review inbox: the list with its filters, and one draft with its chat."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ ANGER_SECONDS = 3600.0
 
 STATUSES = (tables.WAITING, tables.APPROVED, tables.DISMISSED, tables.SUPERSEDED)
 SORTS = {
-    "urgent": "angriest and oldest",
-    "oldest": "oldest",
-    "angriest": "angriest",
-    "newest": "newest",
+    "urgent": "angriest and oldest first",
+    "oldest": "oldest first",
+    "angriest": "angriest first",
+    "newest": "newest first",
 }
-KINDS = {"": "all", "text": "with a draft", "flag": "flagged: to be written"}
+KINDS = {"": "all", "text": "with a draft", "flag": "needs a reply"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """Which drafts are listed, and in which order; the query string of the page.
+    """Which drafts to list, and in which order; this is the query string of the page.
 
-    `q` is searched for in ids, messages, summaries and drafts; `attribute` is NAME=VALUE of the
+    `q` is the text to find in ids, messages, summaries and drafts; `attribute` is NAME=VALUE of the
     chat; `page` counts from 0.
     """
 
@@ -66,7 +66,7 @@ class Filter:
 
     @property
     def narrows(self) -> bool:
-        """Whether the filter leaves out some drafts of its status."""
+        """Returns whether the filter leaves out some drafts of its status."""
         return bool(self.q or self.attribute or self.kind)
 
 
@@ -88,7 +88,7 @@ def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
     elif wanted.kind == "flag":
         found = found.where(drafts.c.flag.is_not(None))
     if wanted.attribute:
-        both = wanted.attribute  # names may contain "=", too
+        both = wanted.attribute  # names may also contain "="
         pairs = [(both[:at], both[at + 1 :]) for at, sign in enumerate(both) if sign == "="]
         having = sa.exists().where(
             chat_attributes.c.chat_id == drafts.c.chat_id,
@@ -116,7 +116,7 @@ def _found(wanted: Filter, texts: bool, *columns: Any) -> sa.Select[Any]:
 def listed(
     connection: sa.Connection, wanted: Filter, texts: bool = True
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Returns a page of drafts, and whether there are more; without `texts`, searches ids only."""
+    """Returns a page of drafts and whether there are more; without `texts`, searches only ids."""
     columns = (
         *(drafts.c[name] for name in _LISTED),
         analyses.c.summary,
@@ -142,7 +142,7 @@ def neighbours(
 ) -> tuple[str | None, str | None]:
     """Returns the drafts before and after one in a list; if it is not listed, None and the first.
 
-    A list may be long, so the search starts at the page before the one that `wanted` names.
+    A list may be long, so the search starts one page before `wanted.page`.
     """
     found = _found(wanted, texts, drafts.c.draft_id)
     found = found.limit(1000).offset(PAGE * max(0, wanted.page - 1))
@@ -214,7 +214,7 @@ def drafted(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
 
 
 def decided(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
-    """Returns an approved or dismissed draft with its reply; None if there is no such draft."""
+    """Returns a draft with its reply; None if it is neither approved nor dismissed."""
     draft = _row(connection, drafts.c.draft_id, draft_id) if draft_id else None
     if draft is None or draft["status"] not in (tables.APPROVED, tables.DISMISSED):
         return None
@@ -233,7 +233,7 @@ def _row(connection: sa.Connection, key: sa.Column[Any], value: str) -> dict[str
 def events(
     connection: sa.Connection, draft_id: str = "", who: str = "", page: int = 0
 ) -> list[dict[str, Any]]:
-    """Returns who did what, newest first; for one draft or all, by one person or all."""
+    """Returns people's actions, newest first; for one draft or all, by one person or all."""
     query = sa.select(history, drafts.c.chat_id, drafts.c.revision).outerjoin(
         drafts, drafts.c.draft_id == history.c.draft_id
     )

@@ -1,4 +1,4 @@
-"""People's decisions as labelled chats, for `chatflow evaluate` and `tune`."""
+"""Turns people's decisions into labelled chats for `chatflow evaluate` and `tune`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def labelled(connection: sa.Connection) -> Iterator[str]:
     """Yields lines of JSON: chats as they were when a person decided, with their `sentiment`.
 
     An approved draft labels its customer as angry. A draft dismissed because the customer is not
-    angry labels them with the chosen tone. Other decisions do not tell the tone and are left out.
-    The newest decision per chat and user counts. Each line has `source` ("console") and, if there
-    is one, `reply` (as approved) and `draft` (as the model wrote it).
+    angry labels them with the chosen tone. Other decisions say nothing about the tone and are left
+    out. Only the newest decision per chat and user counts. Each line has `source` ("console"), and
+    `reply` (the approved text) and `draft` (the model's text), if they exist.
     """
     of_tone = drafts.c.reason.in_(list(_SENTIMENTS))
     query = (

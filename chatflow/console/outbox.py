@@ -1,7 +1,7 @@
 """Outbox: publishes approved replies to a topic or a file, each once.
 
-An approval and its reply are stored in one transaction, and publishers read replies from there, so
-a crash cannot leave one without the other
+An approval and its reply are stored in one transaction, and publishers read replies from the
+database. So a crash cannot leave one without the other
 (https://microservices.io/patterns/data/transactional-outbox.html).
 """
 
@@ -27,7 +27,7 @@ from chatflow.database.raw import values_of
 from chatflow.database.tables import outbox
 from chatflow.errors import UsageError, one_line
 from chatflow.records import Reply, now
-from chatflow.redaction.placeholders import fill, placeholders_in
+from chatflow.redaction.placeholders import fill
 
 LEASE_SECONDS = 60.0
 """How long a publisher reserves replies; if it is killed, another one takes them after that."""
@@ -38,10 +38,13 @@ LOOK_SECONDS = 0.5
 MOST = 100
 """Maximum number of replies published at once."""
 
-NOT_FILLED = "what a placeholder of the reply stands for is not kept any more"
+UNFILLED_SECONDS = 600.0
+"""Seconds until a reply is tried again whose placeholders could not be filled in."""
+
+NOT_FILLED = "a placeholder in the reply cannot be filled in: its value is not stored"
 
 _BEGINS = b'{"reply_id":'
-"""How each reply in a file begins; a cut-off line without it is not chatflow's."""
+"""The beginning of each reply in a file; a cut-off line without it is not from chatflow."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ class ReplyFile:
     """A file of JSON lines that holds each reply once: a known reply is not written again."""
 
     def __init__(self, path: str):
-        """Raises `UsageError` if the file cannot be written or contains anything else."""
+        """Raises `UsageError` if the file cannot be written or contains anything but replies."""
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise UsageError(f"--replies={path}: there is no folder {self.path.parent}")
@@ -82,7 +85,7 @@ class ReplyFile:
         except OSError as error:
             raise UsageError(f"--replies={path}: cannot be written: {error}") from None
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"--replies={path}: has a line that is no reply") from None
+            raise UsageError(f"--replies={path}: has a line that is not a reply") from None
 
     def send(self, replies: Sequence[Reply], seconds: float) -> None:
         if not self._lock.acquire(timeout=seconds):
@@ -98,9 +101,9 @@ class ReplyFile:
             self._lock.release()
 
     def _read(self, file: Any) -> None:
-        """Reads the ids that others have written; removes a line that was cut off."""
+        """Reads the ids that other processes wrote; removes a line that was cut off."""
         file.seek(0, os.SEEK_END)
-        if file.tell() < self._read_to:  # somebody started the file anew
+        if file.tell() < self._read_to:  # somebody emptied or replaced the file
             self._read_to = 0
             self._ids.clear()
         file.seek(self._read_to)
@@ -112,7 +115,7 @@ class ReplyFile:
                     raise
                 file.truncate(self._read_to)
                 break
-            if not line.endswith(b"\n"):  # complete, but for its line end
+            if not line.endswith(b"\n"):  # complete except for its line end
                 file.write(b"\n")
                 line += b"\n"
             self._ids.add(found)
@@ -121,7 +124,7 @@ class ReplyFile:
 
 
 class ReplyTopic:
-    """A Pub/Sub topic; as for other records, messages have an attribute `id` and are ordered."""
+    """A Pub/Sub topic; like other records, messages have an attribute `id` and are ordered."""
 
     def __init__(self, topic: str):
         self.topic = topic
@@ -161,8 +164,8 @@ def replies_to(uri: str) -> Replies:
             return ReplyTopic(topic[1])
     if "://" in uri or uri.startswith("projects/"):
         raise UsageError(
-            f"--replies={uri}: replies go to a topic (projects/PROJECT/topics/NAME) or to a file "
-            "of this machine"
+            f"--replies={uri}: must be a topic (projects/PROJECT/topics/NAME) or a file on this "
+            "machine"
         )
     return ReplyFile(uri)
 
@@ -180,7 +183,7 @@ class Publisher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread when it has published what it has taken."""
+        """Ends the thread after it has published the replies that it has taken."""
         self._stop.set()
         self._thread.join()
 
@@ -196,12 +199,11 @@ class Publisher:
                 pause = min(2 * pause, 30)
 
     def publish(self) -> int:
-        """Publishes due replies and returns how many; after an error they stay in the outbox."""
-        due = self._take()
+        """Publishes due replies and returns how many; after an error, they stay in the outbox."""
+        due = self._filled(self._take())
         if not due:
             return 0
         try:
-            due, unfilled = self._filled(due)
             self.replies.send(list(due.values()), LEASE_SECONDS / 2)
         except Exception as error:
             sent = error.sent if isinstance(error, PartlySentError) else ()
@@ -209,30 +211,35 @@ class Publisher:
             self._put_back([draft_id for draft_id in due if draft_id not in sent], one_line(error))
             raise
         self._note_sent(due)
-        if unfilled:
-            self._put_back(unfilled, NOT_FILLED)
-            raise LookupError(NOT_FILLED)
         return len(due)
 
-    def _filled(self, due: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Returns replies with what their placeholders stand for, and ids of those it cannot fill.
+    def _filled(self, due: Mapping[str, Any]) -> dict[str, Reply]:
+        """Returns replies with their placeholders filled in.
 
-        A customer must never see a placeholder.
+        One that cannot be filled in is tried again later; no customer may see a placeholder.
         """
-        found = {draft_id: Reply(**reply) for draft_id, reply in due.items()}
-        open_ = {key for key, reply in found.items() if placeholders_in(reply.text)}
+        found = {draft_id: Reply(**row.reply) for draft_id, row in due.items()}
+        open_ = [draft_id for draft_id, row in due.items() if row.placeholders]
         if not open_:
-            return found, []
-        hidden = values_of(self.raw, [(found[key].chat_id, found[key].revision) for key in open_])
+            return found
+        keys = [(found[draft_id].chat_id, found[draft_id].revision) for draft_id in open_]
+        try:
+            hidden, error = values_of(self.raw, keys), NOT_FILLED
+        except sa.exc.SQLAlchemyError as fault:
+            hidden, error = {}, one_line(fault)
         unfilled = []
-        for key in sorted(open_):
-            reply = found.pop(key)
-            values = hidden.get((reply.chat_id, reply.revision), {})
-            if all(one in values for one in placeholders_in(reply.text)):
-                found[key] = reply.model_copy(update={"text": fill(reply.text, values)})
+        for draft_id, key in zip(open_, keys, strict=True):
+            values = hidden.get(key, {})
+            if set(due[draft_id].placeholders) <= set(values):
+                text = fill(found[draft_id].text, values)
+                found[draft_id] = found[draft_id].model_copy(update={"text": text})
             else:
-                unfilled.append(key)
-        return {key: found[key] for key in due if key in found}, unfilled
+                unfilled.append(draft_id)
+                del found[draft_id]
+        if unfilled:
+            _log.warning("%d replies are not sent: %s", len(unfilled), error)
+            self._put_back(unfilled, error, UNFILLED_SECONDS)
+        return found
 
     def _note_sent(self, ids: Collection[str]) -> None:
         """Marks replies as published; retries within the lease if the database is unavailable."""
@@ -271,21 +278,22 @@ class Publisher:
                 .where(outbox.c.draft_id.in_(ids), *free)  # another may have been faster
                 .values(leased_by=self._name, leased_until=lease, attempts=outbox.c.attempts + 1)
             )
-            query = sa.select(outbox.c.draft_id, outbox.c.reply).where(
+            query = sa.select(outbox.c.draft_id, outbox.c.reply, outbox.c.placeholders).where(
                 outbox.c.draft_id.in_(ids),
                 outbox.c.leased_by == self._name,
                 outbox.c.leased_until == lease,
             )
             return {
-                row.draft_id: row.reply
+                row.draft_id: row
                 for row in connection.execute(query.order_by(outbox.c.publish_after))
             }
 
-    def _put_back(self, ids: Sequence[str], error: str) -> None:
-        """Releases the lease; undo stays impossible, because some replies may have been sent."""
+    def _put_back(self, ids: Sequence[str], error: str, seconds: float = 0) -> None:
+        """Releases the lease in `seconds`; undo stays impossible, as some may have been sent."""
         with self.database.write() as connection:
+            until = clock(connection) + timedelta(seconds=seconds) if seconds else None
             connection.execute(
                 sa.update(outbox)
                 .where(outbox.c.draft_id.in_(ids), outbox.c.leased_by == self._name)
-                .values(leased_until=None, error=error)
+                .values(leased_until=until, error=error)
             )

@@ -1,10 +1,11 @@
-"""The pages and their form handlers: functions of the console and a request."""
+"""Serves the pages and handles their forms, with functions of the console and a request."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import sqlalchemy as sa
 from starlette.datastructures import FormData
@@ -24,20 +25,26 @@ from chatflow.records import LARGEST_INTEGER, now
 def show_inbox(console: Console, request: Request) -> Response:
     wanted = inbox.Filter.of(request.query_params)
     person: Person = request.scope["person"]
+    decided_id = request.query_params.get("decided", "")
     with console.database.read() as connection:
         found, more = inbox.listed(connection, wanted, person.reads_texts)
-        return console.page(
-            request,
-            "inbox",
-            hidden=console.hidden_in(request, *found),
-            wanted=wanted,
-            drafts=found,
-            more=more,
-            waiting=inbox.waiting(connection),
-            known_attributes=console.known_attributes(connection),
-            decided=inbox.decided(connection, request.query_params.get("decided", "")),
-            inbox=inbox,
-        )
+        shown: dict[str, Any] = {
+            "waiting": inbox.waiting(connection),
+            "known_attributes": console.known_attributes(connection),
+            "decided": inbox.decided(connection, decided_id),
+        }
+    # After the block, because it may need a connection of the same pool.
+    hidden = console.hidden_in(request, *found)
+    return console.page(
+        request,
+        "inbox",
+        hidden=hidden,
+        wanted=wanted,
+        drafts=found,
+        more=more,
+        inbox=inbox,
+        **shown,
+    )
 
 
 def show_draft(
@@ -47,7 +54,7 @@ def show_draft(
     problem: str = "",
     form: FormData | None = None,
 ) -> Response:
-    """Shows a draft beside its chat; after a failed decision, with the values of its form."""
+    """Shows a draft and its chat; after a failed decision, also the values of its form."""
     wanted = inbox.Filter.of(request.query_params)
     draft_id = request.path_params["draft_id"]
     with console.database.read() as connection:
@@ -56,23 +63,24 @@ def show_draft(
             raise HTTPException(404, "There is no such draft.")
         texts = request.scope["person"].reads_texts
         before, after = inbox.neighbours(connection, wanted, draft_id, texts)
-        return console.page(
-            request,
-            "draft",
-            status,
-            hidden=console.hidden_in(request, found["draft"], found["chat"], found["analysis"]),
-            wanted=wanted,
-            **found,
-            seen_chat=decisions.mark_of(found["chat"]),
-            before=before,
-            after=after,
-            problem=problem,
-            saved=request.query_params.get("saved") == draft_id and not problem,
-            typed={name: _text(form or FormData(), name) for name in TYPED},
-            reasons=decisions.REASONS,
-            characters=decisions.CHARACTERS,
-            decided=inbox.decided(connection, request.query_params.get("decided", "")),
-        )
+        decided = inbox.decided(connection, request.query_params.get("decided", ""))
+    return console.page(
+        request,
+        "draft",
+        status,
+        hidden=console.hidden_in(request, found["draft"], found["chat"], found["analysis"]),
+        wanted=wanted,
+        **found,
+        seen_chat=decisions.mark_of(found["chat"]),
+        before=before,
+        after=after,
+        problem=problem,
+        saved=request.query_params.get("saved") == draft_id and not problem,
+        typed={name: _text(form or FormData(), name) for name in TYPED},
+        reasons=decisions.REASONS,
+        characters=decisions.CHARACTERS,
+        decided=decided,
+    )
 
 
 TYPED = ("text", "reason", "comment")
@@ -96,7 +104,7 @@ ACTIONS = ("approve", "dismiss", "save", "undo")
 
 
 def decide(console: Console, request: Request, form: FormData) -> Response:
-    """Makes the decision of a form, and goes on to the next draft; or shows why it failed."""
+    """Stores the decision of a form and goes on to the next draft, or shows why it failed."""
     person: Person = request.scope["person"]
     if not person.decides:
         raise HTTPException(403, f"Your role, {person.role}, may not decide on drafts.")
@@ -104,7 +112,7 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
     try:
         draft = draft_id, _number(form, "version")
     except ValueError:
-        raise HTTPException(400, "This form is not complete.") from None
+        raise HTTPException(400, "This form is incomplete.") from None
     text, chat = _text(form, "text"), _text(form, "seen_chat")
     wanted = inbox.Filter.of(request.query_params)
     try:
@@ -203,7 +211,7 @@ _OWN_PAGE = re.compile(r"/(?![/\\]).*")  # browsers read two slashes as another 
 def sign_in(console: Console, request: Request, form: FormData) -> Response:
     to, person = _text(form, "to"), console.people.of_token(_text(form, "token").strip())
     if person is None:
-        return show_sign_in(console, request, 403, "Nobody has this token.", to)
+        return show_sign_in(console, request, 403, "That token isn't valid.", to)
     response = RedirectResponse(to if _OWN_PAGE.fullmatch(to) else "/", 303)
     value = console.sessions.begin(person)
     age = int(SESSION.total_seconds())

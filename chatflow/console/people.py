@@ -1,4 +1,4 @@
-"""People, their roles, and how they sign in."""
+"""Knows the people who may use the console, their roles, and how they sign in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROLES = {
     "agent": "also decides on drafts",
     "lead": "also exports labelled chats",
 }
-"""Roles and what they may do; each one may also do what those before it may."""
+"""Roles and what they may do; each role may also do what the roles before it may."""
 
 SESSION = timedelta(hours=12)
 """How long a person stays signed in."""
@@ -73,7 +73,7 @@ class People:
 
     @property
     def sign_in(self) -> bool:
-        """Whether people have to sign in."""
+        """Returns whether people must sign in."""
         return bool(self.users or self.identity_header)
 
     @property
@@ -93,7 +93,7 @@ class People:
     def of_token(self, token: str) -> Person | None:
         """Returns the person who has a token, or None."""
         hashed, found = digest_of(token), None
-        for name, user in self.users.items():  # all of them, so that timing reveals nothing
+        for name, user in self.users.items():  # compares all, so that timing reveals nothing
             if hmac.compare_digest(user.get("token_sha256", ""), hashed):
                 found = self.person(name)
         return found
@@ -124,16 +124,16 @@ def read_users(path: str) -> dict[str, dict[str, str]]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--users={path}: is not TOML: {error}") from None
     if not found:
-        raise UsageError(f"--users={path}: names nobody; --new_token=NAME:ROLE prints an entry")
+        raise UsageError(f"--users={path}: is empty; --new_token=NAME:ROLE prints an entry")
     for name, user in found.items():
         place = f"--users={path}: {name}"
         if not isinstance(user, dict) or user.get("role") not in ROLES:
             raise UsageError(f"{place}: needs a role: {', '.join(ROLES)}")
         if unknown := sorted(set(user) - {"role", "token_sha256"}):
-            raise UsageError(f"{place}: {unknown[0]} is not known; known are role, token_sha256")
+            raise UsageError(f"{place}: {unknown[0]} is not known; use role and token_sha256")
         hashed = user.get("token_sha256", "")
         if not isinstance(hashed, str) or not re.fullmatch(r"(?:[0-9a-f]{64})?", hashed):
-            raise UsageError(f"{place}: token_sha256 is no SHA-256 in hexadecimal digits")
+            raise UsageError(f"{place}: token_sha256 is not a SHA-256 in hexadecimal digits")
     return found
 
 
@@ -141,7 +141,7 @@ def new_token(name: str, role: str) -> tuple[str, str]:
     """Returns a token and its entry for `--users`; raises `UsageError` for an unknown role."""
     if role not in ROLES or not name:
         raise UsageError(
-            f"--new_token={name}:{role}: it is NAME:ROLE; roles are {', '.join(ROLES)}"
+            f"--new_token={name}:{role}: must be NAME:ROLE; roles are {', '.join(ROLES)}"
         )
     token = secrets.token_urlsafe(32)
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else f'"{_toml(name)}"'
@@ -153,9 +153,10 @@ def _toml(text: str) -> str:
 
 
 class Sessions:
-    """Who is signed in, by cookie; stored in the database, which all consoles share.
+    """Knows who is signed in, by cookie; uses the database, which all consoles share.
 
-    A session's key hashes its cookie and the person's token, so it ends when the token changes.
+    A session's key is a hash of its cookie and the person's token, so the session ends when the
+    token changes.
     """
 
     def __init__(self, database: Database, people: People):

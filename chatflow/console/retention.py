@@ -1,4 +1,4 @@
-"""Retention: deletes chats in which nothing has happened for a long time."""
+"""Retention: deletes chats that have been unchanged for a long time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MOST = 500
 
 
 def forget(database: Database, before: datetime) -> int:
-    """Deletes chats unchanged since `before`, and dead letters and kept answers from before.
+    """Deletes chats unchanged since `before`, and dead letters and stored answers from before then.
 
     A chat's analyses, drafts and replies, and people's actions on them, are deleted with it. A chat
     is kept while a draft waits for review or a reply waits to be published. Returns how many chats
-    were deleted: `MOST` at most, and 0 when none are left.
+    were deleted: at most `MOST`, and 0 when none are left.
     """
     with database.read() as connection:
         ids = connection.execute(_old(before).limit(MOST)).scalars().all()
@@ -53,7 +53,7 @@ def forget(database: Database, before: datetime) -> int:
         count = connection.execute(
             sa.delete(chats).where(these, chats.c.stored_at < before)
         ).rowcount
-        # Some may just have got a newer revision, or another customer, who is not locked.
+        # Some may just have received a newer revision, or another customer, who is not locked.
         newer = set(connection.execute(sa.select(chats.c.chat_id).where(these)).scalars())
         gone = set(ids) - newer
         pairs = [(chat_id, user_id) for chat_id, user_id in locked if chat_id in gone]
@@ -72,7 +72,7 @@ def forget(database: Database, before: datetime) -> int:
 
 
 def _old(before: datetime, ids: Sequence[str] | None = None) -> sa.Select[Any]:
-    """Selects ids of chats (of `ids` only, if given) that are unchanged since a moment."""
+    """Selects ids of chats (only among `ids`, if given) that are unchanged since a moment."""
 
     def ids_in(table: sa.Table) -> sa.Select[Any]:
         found = sa.select(table.c.chat_id)

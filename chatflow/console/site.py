@@ -1,8 +1,9 @@
-"""Console: the parts that pages are made from, and how a page is rendered."""
+"""Console: holds the parts that pages need, and renders pages."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -19,8 +20,11 @@ from chatflow.console.outbox import Replies
 from chatflow.console.people import OWN_HOSTS, People, Person, Sessions, csrf_of, redacted
 from chatflow.database.connections import Database
 from chatflow.database.raw import Hidden, Key, values_of
+from chatflow.errors import one_line
 from chatflow.records import now
 from chatflow.redaction.placeholders import fill
+
+_log = logging.getLogger(__name__)
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -40,8 +44,8 @@ class Console:
     """The parts and settings that the pages need.
 
     Attributes:
-      replies: where approved replies go; None leaves them to another console.
-      raw: where `--keep_raw` keeps what placeholders stand for; default: the same database.
+      replies: where approved replies go; if None, another console has to send them.
+      raw: the database of `--keep_raw`, with the values of placeholders; default: the same one.
       keep: how long unchanged chats are kept; None means forever.
       hosts: names under which the console accepts requests; refusing others prevents DNS rebinding.
     """
@@ -66,7 +70,7 @@ class Console:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters["percent"] = lambda x: "–" if x is None else f"{100 * x:.0f} %"
+        self._templates.filters["percent"] = lambda x: "–" if x is None else f"{100 * x:.0f}%"
         self._templates.filters["duration"] = duration
         self._templates.filters["iso"] = lambda moment: moment.isoformat(timespec="seconds")
         self._templates.filters["utc"] = lambda moment: moment.strftime("%Y-%m-%d %H:%M UTC")
@@ -80,7 +84,7 @@ class Console:
         hidden: Mapping[Key, Mapping[str, str]] = {},
         **values: Any,
     ) -> Response:
-        """Returns a page; `hidden` has what placeholders stand for (see `hidden_in`)."""
+        """Returns a page; `hidden` has the values of placeholders (see `hidden_in`)."""
         person: Person | None = request.scope.get("person")
 
         def shown(text: str | None, of: Mapping[str, Any]) -> str | None:
@@ -89,28 +93,36 @@ class Console:
                 return redacted(text)
             return fill(text, hidden.get((of["chat_id"], of["revision"]), {}))
 
+        def filled(text: str, of: Mapping[str, Any]) -> str:
+            return fill(text, hidden.get((of["chat_id"], of["revision"]), {}))
+
         text = self._templates.get_template(f"{name}.html.jinja").render(
             person=person,
             people=self.people,
             csrf=csrf_of(request.scope["session"]),
             shown=shown,
+            filled=filled,
             path=request.url.path,
             moment=now(),
             asked=request.scope["asked"],
             publishes=self.replies is not None,
             **values,
         )
-        return HTMLResponse(text, status, HEADERS)  # also for responses that `Guard` does not see
+        return HTMLResponse(text, status, HEADERS)  # `Guard` does not see all responses
 
     def hidden_in(self, request: Request, *found: Mapping[str, Any] | None) -> Hidden:
-        """Returns what placeholders of drafts and chats stand for, if the person may know it."""
+        """Returns the values of placeholders in drafts and chats, if the person may see them."""
         if not request.scope["person"].decides:
             return {}
         assert self.raw is not None  # set at the start
-        return values_of(self.raw, [(one["chat_id"], one["revision"]) for one in found if one])
+        try:
+            return values_of(self.raw, [(one["chat_id"], one["revision"]) for one in found if one])
+        except sa.exc.SQLAlchemyError as error:
+            _log.warning("placeholders are not filled in: %s", one_line(error))
+            return {}
 
     def known_attributes(self, connection: sa.Connection) -> list[str]:
-        """Returns attributes cached for up to 30 seconds, because the query reads all chats."""
+        """Returns attributes, cached for up to 30 seconds because the query reads all chats."""
         asked, known = self._attributes
         if time.monotonic() - asked > 30 or not known:
             known = inbox.known_attributes(connection)
@@ -119,7 +131,7 @@ class Console:
 
 
 def duration(seconds: float | None) -> str:
-    """Returns seconds as people say them: 8 s, 3 min, 2.5 h, 4 days."""
+    """Returns a duration for people: 8 s, 3 min, 2.5 h, 4 days."""
     if seconds is None:
         return "–"
     for unit, size in (("days", 172_800), ("h", 7200), ("min", 120)):

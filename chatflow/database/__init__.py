@@ -1,4 +1,4 @@
-"""The results database: its tables, connections and upserts."""
+"""Provides the results database: its tables, connections and upserts."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Answers of models, kept by what was asked, and what runs have spent on them."""
+"""Stores the answers of models by question, and the money that runs have spent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatflow.records import now
 
 
 def kept_answers(database: Database, question_ids: Sequence[str]) -> dict[str, str]:
-    """Returns the answers to those of some questions that have one, by id."""
+    """Returns the stored answers to some questions, by question id."""
     query = sa.select(answers.c.question_id, answers.c.answer)
     found: dict[str, str] = {}
     with database.read() as connection:
@@ -26,7 +26,7 @@ def kept_answers(database: Database, question_ids: Sequence[str]) -> dict[str, s
 
 
 class Kept(NamedTuple):
-    """An answer that was kept, as JSON, with the key of the model that gave it."""
+    """A stored answer, as JSON, with the key of the model that answered."""
 
     question_id: str
     chat_id: str
@@ -35,14 +35,14 @@ class Kept(NamedTuple):
 
 
 def keep_answer(database: Database, kept: Kept) -> None:
-    """Keeps an answer; an earlier one to the same question stays."""
+    """Stores an answer, unless the question already has one."""
     row = {**kept._asdict(), "answered_at": now()}
     with database.write() as connection:
         connection.execute(_insert(database, answers).values(row).on_conflict_do_nothing())
 
 
 def spend(database: Database, run: str, usd: float) -> float:
-    """Adds to what a run has spent, with all its workers; returns the sum."""
+    """Adds an amount to the spending of a run and returns the sum of all its workers."""
     insert = _insert(database, spending).values(run=run, usd=usd)
     add = insert.on_conflict_do_update(
         index_elements=["run"], set_={"usd": spending.c.usd + insert.excluded.usd}

@@ -1,4 +1,4 @@
-"""`Database`: an engine for SQLite or PostgreSQL, transactions, and the schema's versions."""
+"""Connects to SQLite or PostgreSQL: `Database` has transactions and upgrades the schema."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from chatflow.secrets import read_secret
 BUSY_SECONDS = 30
 """How long SQLite waits for another writer."""
 
-_MIGRATION_LOCK = 0x63686174666C6F77  # "chatflow": a number that others do not lock
+_MIGRATION_LOCK = 0x63686174666C6F77  # "chatflow": a number that other programs do not lock
 
 
 class Database:
@@ -35,11 +35,11 @@ class Database:
         """Creates the engine; raises the errors of `parse_uri`.
 
         Args:
-          password: for a URI without one; libpq's own ways (PGPASSWORD, ~/.pgpass) work, too.
-          connections: how many may be open at once; twice as many for a short time.
+          password: for a URI without one; PGPASSWORD and ~/.pgpass of libpq also work.
+          connections: the most open connections; for a short time, twice as many.
         """
         url = parse_uri(uri)
-        if password and url.get_backend_name() != "sqlite":  # whose files have none
+        if password and url.get_backend_name() != "sqlite":  # SQLite has no passwords
             url = url.set(password=password)
         self.uri = url.render_as_string(hide_password=True)
         self.is_sqlite = url.get_backend_name() == "sqlite"
@@ -63,7 +63,7 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Begins a transaction that is kept as a whole or not at all; SQLite has one at a time."""
+        """Begins a transaction that is stored whole or not at all; SQLite has one at a time."""
         with self._engine.begin() as connection:
             yield connection
 
@@ -71,7 +71,7 @@ class Database:
         self._engine.dispose()
 
     def upgrade(self) -> None:
-        """Creates or migrates the tables. If many try at once, one does it and the others wait.
+        """Creates or migrates the tables. If several try at once, one does it and the others wait.
 
         Raises:
           UsageError: the database cannot be reached, or was made by a newer chatflow.
@@ -98,14 +98,14 @@ class Database:
         if found is not None and found not in known:
             raise UsageError(
                 f"the database {self.uri} was made by a newer chatflow (schema {found}, this one "
-                f"knows {known[0]}); install that"
+                f"knows {known[0]}); install that version"
             )
         return bool(found == known[0])
 
 
 def clock(connection: sa.Connection) -> datetime:
     """Returns the time of the database's clock, which all machines that use it share."""
-    if connection.dialect.name == "sqlite":  # a file of this machine
+    if connection.dialect.name == "sqlite":  # a file on this machine
         return now()
     moment: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     return moment.astimezone(UTC)
@@ -120,7 +120,7 @@ def opened(uri: str, password: str = "") -> Database:
 
 
 def password_at(place: str) -> str:
-    """Returns the password at `place` (see `secrets.PLACES`), or empty if no place is named.
+    """Returns the password at `place` (see `secrets.PLACES`); "" if `place` is empty.
 
     Raises:
       UsageError: there is no password at `place`.
@@ -129,13 +129,13 @@ def password_at(place: str) -> str:
 
 
 def parse_uri(uri: str) -> sa.URL:
-    """Parses a database's URI; raises `UsageError` for one that cannot be used."""
-    known = "known are sqlite:///FILE and postgresql+psycopg://USER@HOST/NAME"
+    """Parses a database's URI; raises `UsageError` if it cannot be used."""
+    known = "write sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME"
     try:
         url = sa.make_url(uri)
     except (sa.exc.ArgumentError, ValueError):
         said = re.sub(r":[^:/@][^@]*@", ":***@", uri)
-        raise UsageError(f"{said!r} is no database; {known}") from None
+        raise UsageError(f"{said!r} is not a database; {known}") from None
     shown = url.render_as_string(hide_password=True)
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
@@ -144,17 +144,17 @@ def parse_uri(uri: str) -> sa.URL:
     if secret := sorted(name for name in url.query if "password" in name):
         raise UsageError(
             f"{url.host or url.database}: ?{secret[0]}= would be shown to others; "
-            "--database_password says where a password is"
+            "say with --database_password where the password is"
         )
     if not url.database or url.database == ":memory:":
         raise UsageError(f"{shown} names no {'file' if 'sqlite' in shown else 'database'}; {known}")
     if url.drivername == "sqlite" and not (folder := Path(url.database).parent).is_dir():
-        raise UsageError(f"{shown}: there is no folder {folder}")
+        raise UsageError(f"{shown}: there is no folder {folder}; create it first")
     return url
 
 
 def check_there(uri: str) -> None:
-    """Raises `UsageError` for a URI that cannot be used, or an SQLite file that is not there."""
+    """Raises `UsageError` if a URI cannot be used, or its SQLite file does not exist."""
     url = parse_uri(uri)
     if url.drivername == "sqlite" and not Path(url.database or "").exists():
         raise UsageError(f"{url.database}: there is no such file")
@@ -169,7 +169,7 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            # While another connection changes the mode of a new file, SQLite itself does not wait.
+            # SQLite itself does not wait while another connection changes the mode of a new file.
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
                 raise
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Each customer of each chat, with the newest that is known of them."""
+"""Reads each customer of each chat with their newest analysis and draft."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatflow.database.tables import analyses, chat_attributes, chats, customers
 from chatflow.records import Analysis, Chat
 
 ROWS = 100
-"""Conversations that are in memory at once; each may be long."""
+"""Conversations to keep in memory at once; each may be long."""
 
 
 class Conversation(NamedTuple):
@@ -21,10 +21,10 @@ class Conversation(NamedTuple):
 
     Attributes:
       user_id: None if the chat has no analysis.
-      chat: None if the database has no more than its analysis or draft.
+      chat: None if the database has only its analysis or draft.
       analysis: the newest one.
-      draft: columns of the newest draft that nothing supersedes, with what people decided; empty if
-        there is none.
+      draft: columns of the newest draft that is not superseded, with people's decision; empty if
+        there is no such draft.
       replied_at: when the reply was published.
     """
 
@@ -42,12 +42,13 @@ def conversations(
     until: datetime | None = None,
     sentiments: Sequence[int] = (),
 ) -> Iterator[Conversation]:
-    """Yields the customers of all chats, sorted by chat; a few are in memory at once.
+    """Yields the customers of all chats, sorted by chat; keeps only a few in memory at once.
 
     Args:
-      since, until: only chats whose last message is of this time or later, and before that; without
-        one, the time of the analysis counts.
-      sentiments: only customers who feel so, by their newest analysis.
+      since: only chats whose last message was sent at this time or later. If no time is known, the
+        time of the analysis counts.
+      until: only chats whose last message was sent before this time.
+      sentiments: only customers whose newest analysis has one of these.
     """
     without = ~sa.exists().where(customers.c.chat_id == chats.c.chat_id)
     nobody = sa.select(chats.c.chat_id, sa.null().label("user_id")).where(without)
@@ -105,8 +106,8 @@ def conversations(
 
 
 def snapshot(connection: sa.Connection) -> None:
-    """Makes all that a transaction reads of one moment; call it before it reads anything."""
-    if connection.dialect.name == "postgresql":  # SQLite does so by itself
+    """Makes a transaction read the state of a single moment; call it before the first read."""
+    if connection.dialect.name == "postgresql":  # SQLite always does that
         connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
 
 
@@ -118,7 +119,7 @@ def field_names(connection: sa.Connection) -> list[str]:
 
 
 def attribute_names(connection: sa.Connection, most: int) -> list[str]:
-    """Returns the names of chats' attributes, sorted; of many, the most frequent."""
+    """Returns the `most` frequent names of chats' attributes, sorted by name."""
     name = chat_attributes.c.name
     query = sa.select(name).group_by(name).order_by(sa.func.count().desc(), name).limit(most)
     return sorted(connection.execute(query).scalars())

@@ -1,4 +1,4 @@
-"""What placeholders stand for, where `--keep_raw` keeps it."""
+"""Reads what placeholders stand for from the database of `--keep_raw`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Hidden = dict[Key, dict[str, str]]
 
 
 def values_of(raw: Database, keys: Iterable[Key]) -> Hidden:
-    """Returns what each placeholder stands for; revisions without any are left out."""
+    """Returns what each placeholder stands for; leaves out revisions without placeholders."""
     these = sorted(set(keys))
     key = sa.tuple_(raw_chats.c.chat_id, raw_chats.c.revision)
     query = sa.select(raw_chats.c.chat_id, raw_chats.c.revision, raw_chats.c.placeholders)
@@ -36,7 +36,10 @@ def values_of(raw: Database, keys: Iterable[Key]) -> Hidden:
 
 
 def forget_raw(raw: Database, database: Database, before: datetime) -> int:
-    """Deletes raw chats stored before a moment, whose chats are gone; returns how many."""
+    """Deletes raw chats that were stored before a moment and whose chats are deleted.
+
+    Returns how many it deleted.
+    """
     last, count = "", 0
     key = raw_chats.c.chat_id
     while True:

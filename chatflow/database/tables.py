@@ -1,8 +1,8 @@
-"""The tables; `migrations/` has the steps that create them.
+"""Defines the tables; `migrations/` has the steps that create them.
 
 A record's fields are columns of the same names. The columns after them in `drafts`, and the tables
-`history`, `outbox` and `sessions`, belong to the console. `answers` has what models said, so that
-nothing is asked twice, and `spending` what each run has cost.
+`history`, `outbox` and `sessions`, belong to the console. `answers` has the answers of models, so
+that nothing is asked twice, and `spending` the cost of each run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 
 class UtcTime(sa.TypeDecorator[datetime]):
-    """A moment. SQLite has no time zones, so UTC is written and read."""
+    """A moment in time. SQLite has no time zones, so UTC is written and read."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -63,12 +63,12 @@ chats = sa.Table(
     _required("stored_at", UtcTime),
 )
 
-raw_chats = sa.Table(  # of --keep_raw, maybe in a database of their own
+raw_chats = sa.Table(  # for --keep_raw, maybe in a separate database
     "raw_chats",
     metadata,
     _key("chat_id"),
-    _key("revision", sa.BigInteger),  # placeholders are numbered anew in each
-    _required("chat", JSON),
+    _key("revision", sa.BigInteger),  # each revision numbers its placeholders from 1
+    _optional("chat", JSON),  # of the newest revision alone
     _required("placeholders", JSON),
     _required("stored_at", UtcTime),
 )
@@ -87,7 +87,7 @@ customers = sa.Table(
     metadata,
     _key("chat_id"),
     _key("user_id"),
-    _required("revision", sa.BigInteger),  # the newest of their analyses and drafts
+    _required("revision", sa.BigInteger),  # the newest among their analyses and drafts
 )
 
 analyses = sa.Table(
@@ -135,7 +135,7 @@ drafts = sa.Table(
     _required("model"),
     _required("prompt_version"),
     _required("drafted_at", UtcTime),
-    # What people decided.
+    # People's decision.
     _required("status", server_default=WAITING),
     _required("version", sa.Integer, server_default="0"),  # increases with each change
     _optional("edited_text"),
@@ -191,6 +191,7 @@ outbox = sa.Table(
     metadata,
     _key("draft_id"),  # a draft has at most one reply
     _required("reply", JSON),
+    _optional("placeholders", JSON),  # of its text, to be filled in when it is sent
     _required("publish_after", UtcTime),  # until then, the approval can be undone
     _optional("leased_by"),
     _optional("leased_until", UtcTime),

@@ -1,4 +1,4 @@
-"""Writes records as rows, each once by its id; newer ones supersede older ones."""
+"""Writes records as rows, one per id; newer records supersede older ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chatflow.records import (
 )
 
 NAME, VALUE = 200, 300
-"""Characters kept of an attribute's name and value to find chats by; PostgreSQL limits indexes."""
+"""The most characters of an attribute's name and value; PostgreSQL limits index entries."""
 
 
 def upsert(connection: sa.Connection, records: Sequence[Record]) -> None:
@@ -99,7 +99,15 @@ def _write_raw(connection: sa.Connection, found: Sequence[RawChat]) -> None:
         }
         for record in found
     ]
-    _upsert_rows(connection, tables.raw_chats, rows)
+    table = tables.raw_chats
+    _upsert_rows(connection, table, rows)
+    newer = table.alias("newer")
+    is_old = sa.exists().where(
+        newer.c.chat_id == table.c.chat_id, newer.c.revision > table.c.revision
+    )
+    of_these = table.c.chat_id.in_(sorted({record.chat_id for record in found}))
+    # Each revision holds the ones before it.
+    connection.execute(sa.update(table).where(of_these, is_old).values(chat=None))
 
 
 def search_text(chat: Chat) -> str:
@@ -153,10 +161,10 @@ _WRITE: dict[Any, Callable[[Any, Any], None]] = {
 
 
 def _lock_customers(connection: sa.Connection, found: Iterable[Record]) -> None:
-    """Writes the newest revision of each customer of analyses and drafts, which locks these rows.
+    """Writes the newest revision of the customers of analyses and drafts, which locks these rows.
 
-    Other transactions wait for them, so each sees what the one before it wrote, and what is
-    superseded does not depend on their order.
+    Other transactions wait for these rows. So each transaction sees what the one before it wrote,
+    and their order does not change which drafts are superseded.
     """
     newest: dict[tuple[str, str], int] = {}
     for record in found:
@@ -177,11 +185,11 @@ def _lock_customers(connection: sa.Connection, found: Iterable[Record]) -> None:
 
 
 def supersede(connection: sa.Connection, chat_ids: Iterable[str]) -> None:
-    """Takes drafts out of the inbox if there is something newer.
+    """Removes drafts from the inbox if something newer exists.
 
     That is an analysis or draft of a newer revision. At the same revision (by another model or
-    prompt), it is a draft that people have decided on or that was written later; and for a failed
-    draft, any that did not fail.
+    prompt), it is a draft that people have decided on or that was written later; for a failed
+    draft, it is any draft that did not fail.
     """
     drafts, customers = tables.drafts, tables.customers
     other = drafts.alias("other")
@@ -228,7 +236,10 @@ def _upsert_rows(
     where: Callable[[Any], Any] | None = None,
     set_to: Callable[[Any], dict[str, Any]] | None = None,
 ) -> None:
-    """Inserts rows; if a key exists and `where(new row)`, sets `set_to(new row)` or all columns."""
+    """Inserts rows, or updates those whose key exists and for which `where(new row)` is true.
+
+    An update sets the columns of `set_to(new row)`; by default, all columns.
+    """
     if not rows:
         return
     dialect: Any = sqlite if connection.dialect.name == "sqlite" else postgresql

@@ -61,7 +61,7 @@ def fit_constants(
 
 def prompt_to_fit(variant: Variant) -> AnalysisPrompt:
     """Returns the prompt to fit; raises `UsageError` if there are several or it has no scores."""
-    assert variant.planned is not None  # the first is no baseline
+    assert variant.planned is not None  # the first is not a baseline
     prompt = variant.planned.first.analysis
     if isinstance(prompt, Routed):
         raise UsageError("--fit_bias: fits one model; leave --models out")

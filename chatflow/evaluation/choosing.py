@@ -7,7 +7,7 @@ A label is a field of `labels` by the name of its choice:
       "part": [{"message": 0, "text": "Where is my parcel?", "value": "matter"}]}}
 
 Over a chat it is a value, or a list of all that apply; over messages or sentences, a list of exact
-pieces of messages, counted from 0, with their values. What is in no piece has the value `none` or
+pieces of messages, counted from 0, with their values. Everything else has the value `none` or
 `no`. `sentiment` (-1, 0, 1) is a label of the tone. `weight` (1) is how much a chat counts.
 """
 
@@ -43,7 +43,7 @@ from chatflow.sources.chats import read_chat
 from chatflow.sources.lines import numbered
 
 LAYERS = (9, 12)
-"""After which layers of Gemma 3 270M heads look; more helped little, see tuning/README.md."""
+"""The layers of Gemma 3 270M that heads look at; more helped little, see tuning/README.md."""
 
 NOTHING = ("none", "no")
 
@@ -89,7 +89,7 @@ def read_examples(
                 found.append(example)
     if not found:
         raise UsageError(
-            f"{', '.join(paths)} has no chat with a label; see README.md, Teach it your chats"
+            f"{', '.join(paths)} has no chat with a label; see docs/how-to/tune-and-evaluate.md"
         )
     return found
 
@@ -104,7 +104,7 @@ def targets(example: Example, choice: Choice) -> np.ndarray:
 
     def place(value: object) -> int:
         if value not in values:
-            raise ValueError(f"labels.{choice.name}: {value!r} is none of {', '.join(values)}")
+            raise ValueError(f"labels.{choice.name}: {value!r} is not one of {', '.join(values)}")
         return values.index(str(value))
 
     if choice.over == CHAT and choice.kind == ONE:
@@ -169,9 +169,9 @@ def seen(
     cache: Path,
     progress: Progress = lambda done, of: None,
 ) -> list[Seen]:
-    """Returns what heads see of each chat; keeps what was read in a folder, to read it only once.
+    """Returns what heads see of each chat; keeps the states in a folder, to read only once.
 
-    Without an engine that is plain figures of the sentences alone.
+    Without an engine, heads see only plain figures of the sentences.
 
     Raises `UsageError` if a chat is too long.
     """
@@ -246,14 +246,14 @@ class Reduced:
         return cls(tuple(map(Seen, wholes, reduced)), whole, of_rows)
 
     def unfolded(self, head: Head) -> Head:
-        """Returns a head that was fitted on what is reduced as one on what heads see."""
+        """Returns a head fitted on reduced columns as one on all columns."""
         reduction = self.whole if head.over == CHAT else self.sentences
         assert reduction is not None
         return reduction.unfolded(head)
 
 
 CHAT_DIRECTIONS, DIRECTIONS = 768, 64
-"""To how many directions what is seen of chats, and of sentences, is reduced."""
+"""How many directions the columns of chats, and of sentences, are reduced to."""
 
 
 def rows_of(examples: Sequence[Example], vectors: Sequence[Seen], choice: Choice) -> Labelled:
@@ -291,7 +291,7 @@ def recipes_of(choice: Choice) -> list[Recipe]:
 class Fitted:
     """A head, and how it did on chats that were left out while it was fitted.
 
-    `left_out` are its probabilities, calibrated; `data` the rows, reduced, that they are of.
+    `left_out` has its calibrated probabilities; `data` has their rows, reduced.
     """
 
     head: Head
@@ -303,7 +303,7 @@ class Fitted:
 def fitted(
     examples: Sequence[Example], reduced: Reduced, choice: Choice, folds: int, seed: int
 ) -> Fitted:
-    """Returns the calibrated head of a choice, by the recipe that is best on what it has not seen.
+    """Returns the calibrated head of a choice, by the recipe that is best on chats left out.
 
     Raises `UsageError` if too little is labelled.
     """

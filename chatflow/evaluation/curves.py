@@ -1,4 +1,4 @@
-"""Reports how good fitted heads are: by choice, how sure, and whether more labels would pay."""
+"""Reports how good fitted heads are, how sure they are, and whether more labels would help."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def report_of(
 def _scores_before(
     one: Fitted, examples: Sequence[Example], vectors: Sequence[Seen], before: Heads | None
 ) -> dict[str, Any] | None:
-    """Returns the scores of the head that was there before, if there was one."""
+    """Returns the scores of the head before this one, if there was one."""
     head = one.head
     for known in before.heads if before else ():
         if (known.name, known.values) == (head.name, head.values):
@@ -153,7 +153,7 @@ def show(report: Mapping[str, Any]) -> None:
         "labelled",
         "before",
         "after",
-        "sure, and right then",
+        "sure, right if sure",
         "with more labels",
     ):
         table.add_column(column, justify="left" if column == "choice" else "right")

@@ -1,4 +1,4 @@
-"""How far a second model helps where the first is not sure, and from which confidence on."""
+"""Measures how far a second model helps where the first is not sure, by confidence."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Opinions(NamedTuple):
 
 
 def escalation(all_judged: Sequence[Judged]) -> dict[str, Any] | None:
-    """Returns what becomes of the answers if the second model is asked below each confidence.
+    """Returns how the answers change if the second model is asked below each confidence.
 
-    Only confidences up to which the second model was asked are there; `tone:1` asks it about all.
-    `best` is the one with the most right answers, and of several the one that asks least. None
-    without a second opinion.
+    It has only confidences up to which the second model was asked; `tone:1` asks it about all.
+    `best` is the confidence with the most right answers; of several, the one that asks least.
+    Returns None without a second opinion.
     """
     found = [opinions for judged in all_judged if (opinions := _opinions(judged)) is not None]
     if not any(one.second is not None for one in found):

@@ -1,4 +1,4 @@
-"""What all chats of an input would cost and take, by a sample of them."""
+"""Estimates the cost and time of all chats of an input, from a sample of them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def drawn(inputs: str, most: int, seed: int, customs: Customs = USUAL) -> tuple[
             for number, line in numbered(path, "--input", customs):
                 if not count and not _is_chat(line, customs):
                     raise UsageError(
-                        f"--input: {path}:{number} is no chat with messages; only whole chats can "
-                        "be drawn"
+                        f"--input: {path}:{number} is not a chat with messages; only whole chats "
+                        "can be sampled"
                     )
                 count += 1
                 if len(kept) < most:
@@ -92,7 +92,7 @@ def asked_of(database: Any, prices: Mapping[str, Price | None]) -> dict[str, Ask
             name = name_of(row.model)
             price = prices.get(name) or (Price() if inference_of(name) == "on_worker" else None)
             if price is not None and price.hour:
-                price = None  # what it costs is a matter of time
+                price = None  # it costs by the hour, not by the token
             usd = None
             if price is not None and before.usd is not None:
                 usd = before.usd + price.of(*tokens, answer["cached_tokens"])
@@ -146,7 +146,7 @@ def _of_all(values: Sequence[Any], times: float, beside: float = 0.0) -> dict[st
 
 
 def keep(options: Options, uri: str) -> None:
-    """Copies the answers of a sample's run to the database in which the whole run looks."""
+    """Copies the answers of a sample's run to the database that the whole run uses."""
     password = password_at(options.database_password)
     there = opened(uri, password)
     with opened(options.answers, password).read() as connection:
@@ -157,7 +157,7 @@ def keep(options: Options, uri: str) -> None:
 def show(found: Mapping[str, Any]) -> None:
     """Prints an estimate as a table."""
     table = Table(
-        title=f"{found['chats']:,} chats, by {found['sample']:,} of them",
+        title=f"{found['chats']:,} chats, estimated from {found['sample']:,} of them",
         box=box.SIMPLE,
         title_justify="left",
     )
@@ -176,6 +176,6 @@ def show(found: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     if found["cost_usd"] is None:
-        console.print("the price is not known: put it into a table for --prices", style="dim")
+        console.print("the price is not known: add it to a table for --prices", style="dim")
     else:
         console.print(f"the sample cost {found['sample_usd']:,.4f} US dollars", style="dim")

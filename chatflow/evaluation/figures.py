@@ -165,7 +165,7 @@ def _summaries(ran: Ran) -> dict[str, Any]:
 
 
 def _told(ran: Ran) -> dict[str, Any] | None:
-    """Returns what the texts tell of what the labels say they should, if they say so."""
+    """Returns how much the texts tell of what the labels ask for, if they ask for anything."""
     assert ran.variant.planned is not None
     found = []
     for judged in ran.judged.values():

@@ -19,7 +19,7 @@ def read_history(path: str) -> list[dict[str, Any]]:
     """Returns the lines of a history, oldest first; none if there is no file yet.
 
     Raises:
-      UsageError: the file cannot be read, or a line is not of an evaluation; names the line.
+      UsageError: the file cannot be read, or a line is not an evaluation's; names the line.
     """
     try:
         lines = Path(path).read_text("utf-8").splitlines()

@@ -60,7 +60,7 @@ def read_labels(path: str, customs: Customs = USUAL) -> dict[Key, Label]:
         where = arrival.source.replace(", line ", ":")
         try:
             found = [*_labels_in(arrival, customs)]
-        except Exception as error:  # whatever a line does to the parser, it is named
+        except Exception as error:  # any error of the parser must name its line
             raise UsageError(f"{where}: {error}") from None
         for label in found:
             if len(label.chat.users()) != 1:

@@ -1,8 +1,8 @@
-"""Measures texts by what labelled chats say that they should tell.
+"""Compares texts with what the labels of their chats say that they should tell.
 
 A chat may have, in `labels`: `key_points`, a list of sentences that a good summary tells; `part`,
 the pieces that it could quote (see `evaluation.choosing`); `resolved`; and `must_not_promise`, what
-a draft must not hold out. A key point counts as told if the summary has at least `POINT_TOLD`
+a draft must not promise. A key point counts as told if the summary has at least `POINT_TOLD`
 of its content words and numbers, a piece if at least `TOLD` of its characters are quoted, or of its
 words said.
 """
@@ -31,8 +31,8 @@ class Told:
     Attributes:
       points: of each key point, whether it is told.
       parts: of each labelled piece, its part and whether it is told.
-      opening: how the summary says that the chat stands, `yes`, `no` or "", and whether that is so.
-      promised: what the draft promises, or holds out although it must not.
+      opening: whether the summary says the chat is resolved, `yes`, `no` or "", and if it is right.
+      promised: what the draft promises, or mentions although it must not.
     """
 
     points: tuple[bool, ...] = ()
@@ -51,7 +51,7 @@ def told(
     """Compares a summary and a draft with the labels of their chat.
 
     Args:
-      openings: the sentences by which summaries say how a chat stands, and what each says.
+      openings: the sentences with which summaries say how a chat stands, and what each says.
     """
     summary = analysis.summary if analysis else ""
     quoted = analysis.quotations if analysis else ()

@@ -45,7 +45,7 @@ def figures_table(variants: Sequence[Mapping[str, Any]]) -> Table:
 
 def escalation_table(found: Mapping[str, Any]) -> Table:
     table = _table(
-        f"A second opinion below which confidence; best: {found['best']:g}",
+        f"A second opinion below each confidence; best: {found['best']:g}",
         ["asked", "accuracy", "macro-F1", "put right", "put wrong"],
     )
     for row in found["rows"]:
@@ -69,7 +69,7 @@ def rows(variant: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "calibration error, Brier score", f"{sure['ece']:.3f}, {sure['brier']:.3f}"
     answers = variant["answers"]
     yield (
-        "answered at once, mended, not",
+        "answered at once, repaired, not",
         f"{answers['at_once']}, {answers['repaired']}, "
         + (f"{answers['none']}{_reasons(answers['reasons'])}"),
     )
@@ -86,9 +86,9 @@ def rows(variant: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if run.get("cost_usd") is not None:
         yield "cost", f"about ${run['cost_usd']:,.4f}"
     if (against := variant.get("against_first")) is not None:
-        yield "accuracy less the first's", interval(against["accuracy"], "+")
-        yield "macro-F1 less the first's", interval(against["macro_f1"], "+")
-        yield "against the first", against["verdict"]
+        yield "accuracy minus the first's", interval(against["accuracy"], "+")
+        yield "macro-F1 minus the first's", interval(against["macro_f1"], "+")
+        yield "compared with the first", against["verdict"]
 
 
 INTERVALS = {
@@ -107,7 +107,7 @@ def _summary_rows(summaries: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "  own: longest copy, nothing else",
         f"{own['copied_words_mean']:.1f} words, {own['only_copied']:.0%}",
     )
-    yield "  strange names, numbers in", f"{every['with_names']}, {every['with_numbers']}"
+    yield "  with unknown names, numbers", f"{every['with_names']}, {every['with_numbers']}"
     yield "  copies of the prompt", str(every["copies_of_prompt"])
     yield "  characters: mean, longest", _length(every)
 
@@ -117,7 +117,7 @@ def _draft_rows(drafts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if drafts["drafted"]:
         yield "  that apologise, promise", f"{drafts['apologise']}, {drafts['promise']}"
         yield "  words not in their chat", f"{drafts['ungrounded']:.1%}"
-        yield "  with strange names, numbers", f"{drafts['with_names']}, {drafts['with_numbers']}"
+        yield "  with unknown names, numbers", f"{drafts['with_names']}, {drafts['with_numbers']}"
         yield "  characters of a draft", _length(drafts)
 
 

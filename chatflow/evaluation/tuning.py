@@ -119,7 +119,7 @@ def examples_of(prompt: AnalysisPrompt, labels: Sequence[Label]) -> list[Example
             raise UsageError(f"chat {label.chat.chat_id!r}: {error}") from None
         part = next((part for part in question.request.parts if part.choices), None)
         if part is None:
-            raise UsageError("--prompts: analysis.jinja has no block tone, whose choice is tuned")
+            raise UsageError("--prompts: analysis.jinja has no block tone, which tuning needs")
         made.append(Example(row_of(part), part.values.index(label.sentiment), part.values))
     return made
 

@@ -80,7 +80,7 @@ class Ran:
 def variants_of(
     parsed: argparse.Namespace, flags: Sequence[str], scratch: str, leave_out: Sequence[str]
 ) -> list[Variant]:
-    """Returns a variant of the given flags, and one per --compare, which replaces some of them.
+    """Returns a variant with the given flags, and one per --compare, which replaces some flags.
 
     Args:
       flags: Beam's flags.

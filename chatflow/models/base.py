@@ -9,11 +9,11 @@ from typing import Protocol
 from chatflow.models.requests import Answer, Failure, Request
 
 OVER_BUDGET = "over_budget"
-"""The reason of a failure where no model may be asked any more."""
+"""The reason of a failure when the budget is spent, so that no model may be asked."""
 
 
 class Ledger(Protocol):
-    """Where answers are noted as soon as they are there. Called from any thread."""
+    """Notes answers as soon as they arrive. Called from any thread."""
 
     def refusal(self) -> Failure | None:
         """Returns why no model may be asked now."""
@@ -30,7 +30,7 @@ class LanguageModel(abc.ABC):
         """Returns one answer or failure per request, in order."""
 
     def answer_each(self, requests: Sequence[Request], ledger: Ledger) -> list[Answer | Failure]:
-        """Returns what `answer` does, as far as the ledger allows it, and notes it there."""
+        """Returns what `answer` returns, as far as the ledger allows; notes each answer there."""
         if refusal := ledger.refusal():
             return [refusal] * len(requests)
         answers = self.answer(requests)
@@ -58,4 +58,4 @@ class LanguageModel(abc.ABC):
         return 0.0
 
     def close(self) -> None:  # noqa: B027 (not all have something to end)
-        """Ends what the model has started; no requests may follow."""
+        """Stops what the model has started; no requests may follow."""

@@ -44,13 +44,13 @@ class KeptSettings:
 class KeptAnswers(LanguageModel):
     """Answers from a database what was answered before, by any process; asks a model the rest.
 
-    Each answer is kept as soon as it is there: a run that is stopped loses only what is in flight.
+    Each answer is kept as soon as it arrives: a run that is stopped loses only what is in flight.
     Failures and answers that cannot be used are not kept. If the database cannot be read, the
-    requests fail, so that nothing is paid for twice. If it cannot be written, the answer is used
-    all the same.
+    requests fail, so that nothing is paid for twice. If it cannot be written, the answer is still
+    used.
 
-    Once a run has spent `most_usd`, requests fail with `over_budget`. What is in flight then is
-    answered still, and may cost more.
+    Once a run has spent `most_usd`, requests fail with `over_budget`. Requests in flight at that
+    moment are still answered, and may cost more.
     """
 
     loads = 0
@@ -70,7 +70,7 @@ class KeptAnswers(LanguageModel):
         ids = [question_id(request) for request in requests]
         kept = self._answers.kept_answers(self._database, ids)
         missing = [at for at, one in enumerate(ids) if one not in kept]
-        # Another model's answer may be known, too: `with_others` looks.
+        # The other model's answer may be kept, too: `with_others` looks for it.
         some = [dataclasses.replace(requests[at], otherwise=None) for at in missing]
         asked = self._model.answer_each(some, self) if some else []
         answers = dict(zip(missing, asked, strict=True))
@@ -82,7 +82,7 @@ class KeptAnswers(LanguageModel):
         most, spent = self.settings.most_usd, self._spent
         if not most or spent < most:
             return None
-        said = f"the run has spent {spent:.4f} of --max_cost_usd={most:g}; replay it later"
+        said = f"the run has spent {spent:.4f} of --max_cost_usd={most:g}; replay this later"
         return Failure(OVER_BUDGET, said)
 
     def note(self, request: Request, answer: Answer | Failure) -> None:
@@ -96,7 +96,7 @@ class KeptAnswers(LanguageModel):
                 self._answers.keep_answer(self._database, kept)
         except Exception as error:  # the answer was paid for, and is used
             self._count("answers_not_kept")
-            _log.warning("an answer is not kept in %s: %s", self._database.uri, one_line(error))
+            _log.warning("could not keep an answer in %s: %s", self._database.uri, one_line(error))
         price = self.settings.prices.get(name_of(request.model))
         if self.settings.most_usd and price is not None:
             self._spend(price.of(answer.prompt_tokens, answer.answer_tokens, answer.cached_tokens))
@@ -106,7 +106,7 @@ class KeptAnswers(LanguageModel):
         try:
             total = self._answers.spend(self._database, self.settings.run, usd)
         except Exception as error:  # it counts in this process, at least
-            _log.warning("a cost is not booked in %s: %s", self._database.uri, one_line(error))
+            _log.warning("could not book a cost in %s: %s", self._database.uri, one_line(error))
         self._spent = max(self._spent, total)
 
     def _count(self, name: str, by: int = 1) -> None:
@@ -137,7 +137,7 @@ def _is_usable(request: Request, answer: Answer) -> bool:
         for part in request.parts:
             if part.check is not None:
                 part.check(answer.text)
-    except Exception:  # of the checks; a replay is to ask again
+    except Exception:  # a check failed; a replay must ask again
         return False
     return answer.finish_reason != "length"
 

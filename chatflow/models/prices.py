@@ -44,7 +44,7 @@ class Price(NamedTuple):
 
 
 FLEX = 0.5
-"""The price of tokens at `--service_tier=flex`, of the usual one."""
+"""The price of tokens at `--service_tier=flex`, as a share of the usual price."""
 
 
 def price_of(model: str, path: str = "", tier: str = "standard") -> Price | None:
@@ -69,10 +69,10 @@ def price_of(model: str, path: str = "", tier: str = "standard") -> Price | None
 
 def _price(entry: Any) -> Price:
     if not isinstance(entry, dict):
-        raise ValueError(f"{entry!r} is no table of input, output, cached and hour")
+        raise ValueError(f"{entry!r} is not a table of input, output, cached and hour")
     if unknown := set(entry) - set(Price._fields):
-        raise ValueError(f"unknown {sorted(unknown)}; known are {list(Price._fields)}")
+        raise ValueError(f"unknown fields {sorted(unknown)}; known are {list(Price._fields)}")
     for name, value in entry.items():
         if not isinstance(value, (int, float)) or value < 0:
-            raise ValueError(f"{name} is {value!r}, and must be a number of dollars")
+            raise ValueError(f"{name} is {value!r}, but must be a number of dollars")
     return Price(**entry)

@@ -41,7 +41,7 @@ class RefreshedModel(LanguageModel):
 
     Requests keep using the old weights until the new ones are loaded and tried. Loading needs room
     for both. Weights that cannot be loaded are refused and tried again after `RETRY_SECONDS`;
-    weights that fail a trial are refused until they are written anew.
+    weights that fail a trial are refused until they are written again.
 
     Args:
       load: returns a model with a version of the weights.
@@ -106,12 +106,12 @@ class RefreshedModel(LanguageModel):
             self._refused[version.weights] = time.monotonic() + again
             self._counts["updates_refused"] += 1
             _log.warning(
-                "the new weights %s are refused, the old go on: %s: %s",
+                "the new weights %s are refused; the old ones stay in use: %s: %s",
                 version.path, type(error).__name__, one_line(error),
             )  # fmt: skip
             return None
         self._counts["updates"] += 1
-        _log.warning("the new weights %s are taken up", version.path or "are those of --model")
+        _log.warning("now using the new weights %s", version.path or "that --model names")
         return model
 
 
@@ -123,4 +123,4 @@ def check(result: Answer | Failure) -> None:
     if result.chosen is not None:
         scores += [p for values in result.chosen.chat.values() for p in values.values()]
     if not all(map(math.isfinite, scores)):
-        raise ValueError("a trial's scores are no numbers, so the weights are broken")
+        raise ValueError("a trial's scores are not numbers, so the weights are broken")

@@ -103,7 +103,7 @@ class Request:
       task: `analysis` or `apology`.
       model: the key of the model to ask, if the pipeline has several.
       version: of its weights; a model with older ones loads these.
-      otherwise: the same question to another model, which is asked if this one gives no answer.
+      otherwise: the same question to another model, which is asked if this one does not answer.
     """
 
     id: str
@@ -117,7 +117,7 @@ class Request:
 
 
 FALLBACK = "fallback"
-"""The repair of an answer that `Request.otherwise` was given."""
+"""The repair noted in an answer that `Request.otherwise` received."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Answer:
       finish_reason: `stop`, `length` (cut at the limit), or the service's own word.
       chosen: what heads chose, for a prompt that is only read; the text is then empty.
       repairs: `asked_again`, if a first answer was unusable; `FALLBACK`.
-      first: why the model that was asked first gave none, after `FALLBACK`.
+      first: why the model that was asked first did not answer, if `FALLBACK` is in `repairs`.
     """
 
     text: str

@@ -189,7 +189,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         kind, name = self.kind, self.name
         if self.updates and not kind.update_files:
-            raise UsageError(f"--model_updates: {name} has no weights here to be updated")
+            raise UsageError(f"--model_updates: {name} has no weights here that could be updated")
         if self.updates and not self.updates.endswith(kind.update_files):
             raise UsageError(
                 f"--model_updates={self.updates}: for --model={name} it must end in one of "

@@ -126,9 +126,9 @@ def parse_draft(answer: str, asked: Part, chat: Chat, limit: int) -> DraftAnswer
     if CONTROL_TOKEN.search(text):
         raise BadAnswerError("control_tokens", "the draft holds control tokens", answer)
     if copies_template(written, asked.prompt, chat) or _words(written) in _words(asked.prompt):
-        raise BadAnswerError("repeats_prompt", "the draft says its prompt again", answer)
+        raise BadAnswerError("repeats_prompt", "the draft repeats its prompt", answer)
     if repeats_itself(written):
-        raise BadAnswerError("repeats_itself", "the draft says the same again and again", answer)
+        raise BadAnswerError("repeats_itself", "the draft repeats itself", answer)
     if len(text) <= limit:
         return DraftAnswer(text, ())
     ends = [end.end() for end in re.finditer(r"[.!?…](?=\s|$)", text[:limit])]
@@ -186,7 +186,7 @@ _THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|scratchpad"
 _OPEN = rf"[<\[◁](?:\w+:)?(?:{_THOUGHTS})[>\]▷]"
 _CLOSE = rf"[<\[◁]/(?:\w+:)?(?:{_THOUGHTS})[>\]▷]"
 _THOUGHT = re.compile(
-    # Before a lone end, too, and what was cut off; and gpt-oss' channels before the final one.
+    # Also before an end without a start, or without an end; and gpt-oss' channels before the last.
     rf"\A.*{_CLOSE}|{_OPEN}.*?(?:{_CLOSE}|\Z)|\A.*<\|channel\|>final\s*(?:<\|message\|>)?",
     re.DOTALL | re.IGNORECASE,
 )

@@ -61,12 +61,12 @@ class ChatQuestion(Question):
       language: that of what the user writes, "" if it is not known.
       speakers, openings: the fixed texts of a summary in it; see `choices.words`.
       dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
-      sentences: those in the prompt, if it is read.
+      sentences: those in the prompt, if it is read by heads.
       analysis: that of the draft's chat; None in a question for an analysis.
-      read: what the analysis was made of, if its prompt was read.
-      instead: the draft in the place of one that the model writes and that is unfit.
-      otherwise: the same question to the model that is asked if this one gives no answer.
-      first: the analysis that is not sure enough, if the chat is asked about a second time.
+      read: what the analysis was made from, if its prompt was read.
+      instead: the draft to use if the one that the model writes is unfit.
+      otherwise: the same question to the model that is asked if this one does not answer.
+      first: the analysis that is not sure enough, if this question asks again.
     """
 
     chat: Chat
@@ -97,7 +97,7 @@ class Prompt:
       model: the model to ask; decides which blocks are asked.
       max_prompt_tokens: the budget of one prompt, in estimated tokens.
       weights: the version of the model to ask.
-      fallback: asks another model if this one gives no answer.
+      fallback: asks another model if this one does not answer.
 
     Raises:
       UsageError: the template has a mistake; with file and line.
@@ -133,7 +133,7 @@ class Prompt:
 
     @property
     def every(self) -> Iterator[Prompt]:
-        """The prompt, and those of other models that it leads to."""
+        """Yields the prompt, and those of other models that it leads to."""
         yield self
         if self.fallback is not None:
             yield self.fallback
@@ -384,9 +384,9 @@ class AnalysisPrompt(Prompt):
             yield self.second
 
     def is_unsure(self, analysis: Analysis) -> bool:
-        """Returns whether an analysis says less surely than it has to what a field is.
+        """Returns whether an analysis is less sure of a field than `sure` asks.
 
-        What a model gives without a confidence counts as sure.
+        A value without a confidence counts as sure.
         """
         said = {name: field.confidence for name, field in (analysis.fields or {}).items()}
         said["tone"] = analysis.confidence
@@ -394,9 +394,9 @@ class AnalysisPrompt(Prompt):
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        """Returns `reading` if the model has heads, `json` if it writes JSON or has no other way.
+        """Returns `reading` if the model has heads, `json` if it writes JSON or has no other block.
 
-        A template without a block `summary` has summaries composed.
+        If a template has no block `summary`, chatflow composes the summaries.
         """
         blocks = self.template.blocks
         if READING in blocks and self.model.own_heads:
@@ -407,7 +407,7 @@ class AnalysisPrompt(Prompt):
 
     @functools.cached_property
     def suffixes(self) -> tuple[Suffix, ...]:
-        """Returns what is asked behind a chat that is read: the choices without heads."""
+        """Returns the questions asked after a chat that is read: the choices without heads."""
         return tuple(
             Suffix(
                 choice.name,
@@ -428,14 +428,14 @@ class AnalysisPrompt(Prompt):
 
     @functools.cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """Returns what is chosen of a chat that is read."""
+        """Returns the choices made about a chat that is read."""
         return choices_of(dict(self.template.sources), self.template.folder)
 
     def check_settings(self) -> None:
         where = self.template.where
         missing = [block for block in self.block_names if block not in self.template.blocks]
         if self.model.kind.asked_by_json and "json" not in self.template.blocks:
-            missing = ["json, by which remote models are asked"]
+            missing = ["json, which remote models need"]
         if missing:
             raise UsageError(f"{where}: has no block {' and no block '.join(missing)}")
         tones = self.template.setting("tones", dict)
@@ -485,7 +485,7 @@ class AnalysisPrompt(Prompt):
         where = f"--heads={heads}: "
         if known.template != self.reading_hash:
             raise UsageError(
-                f"{where}fitted on chats as another template shows them than "
+                f"{where}fitted on chats as shown by another template than "
                 f"{self.template.where}, block reading; fit others with `chatflow tune`, or give "
                 "--heads=none"
             )
@@ -526,7 +526,7 @@ class AnalysisPrompt(Prompt):
         return None
 
     def reading(self, chat: Chat, user_id: str) -> tuple[Part, tuple[Sentence, ...]]:
-        """Returns the part that is read of a chat, and its sentences, whatever the model has.
+        """Returns the part that is read of a chat, and its sentences, for any model.
 
         Raises `BadInputError` (`template_error`) if the template fails on this chat.
         """
@@ -584,7 +584,7 @@ class AnalysisPrompt(Prompt):
 
 @dataclasses.dataclass(frozen=True)
 class DraftPrompt(Prompt):
-    """Asks for an apology to an angry user; without a block `draft` it is composed."""
+    """Asks for an apology to an angry user; without a block `draft`, chatflow composes it."""
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -605,8 +605,8 @@ class DraftPrompt(Prompt):
                 raise UsageError(f"{where}: {name} must be 0 to 1; found {least!r}")
         if self.template.settings.get("draft_confidence", 0) and self.model.writes_json:
             raise UsageError(
-                f"{where}: draft_confidence: {self.model.name} does not score the tone, so that "
-                "nothing is known of how sure it is; leave it out"
+                f"{where}: draft_confidence: {self.model.name} does not score the tone, so its "
+                "confidence is not known; leave draft_confidence out"
             )
         self.texts("refused_phrases")
         if not isinstance(self.template.settings.get("flag_accusations", False), bool):

@@ -16,8 +16,8 @@
 
 `settings` are constants of the templates, such as thresholds. `default` is for chats with another
 value or none; without it they become dead letters. Entries with the same model share it. Other
-models may write the drafts (`draft`), analyse anew what the first is not sure of (`escalate`), and
-be asked where it gives no answer (`fallback`).
+models may write the drafts (`draft`), analyse again what the first is not sure of (`escalate`), and
+be asked if it does not answer (`fallback`).
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class Route:
       folder: has the prompts.
       keys: values of the attribute; empty for the default.
       overrides: replace constants of the templates.
-      draft: writes the drafts in this one's place.
-      escalate: analyses anew what this one is not sure of, by its `sure`.
-      fallback: is asked where this one gives no answer.
-      sure: how sure the model before it has to be, by field.
+      draft: writes the drafts instead of this one.
+      escalate: analyses again what this one is not sure of; its `sure` says how sure is enough.
+      fallback: is asked if this one does not answer.
+      sure: how sure the model before this one must be, by field.
     """
 
     spec: ModelSpec
@@ -99,7 +99,7 @@ class Route:
 
     @property
     def all_specs(self) -> Iterator[ModelSpec]:
-        """The model, and those beside it."""
+        """Yields the model, and those beside it."""
         yield self.spec
         for other in (self.draft, self.escalate, self.fallback):
             if other is not None:
@@ -230,7 +230,7 @@ def routes_of(options: Options, spec_of: SpecOf) -> Routes:
             raise UsageError(f"{here}: keys: must be a list of values of {attribute}")
         keys = tuple(_key(here, key) for key in keys)
         if double := [key for key in keys if key in taken or keys.count(key) > 1]:
-            raise UsageError(f"{here}: keys: {double[0]!r} is there twice")
+            raise UsageError(f"{here}: keys: {double[0]!r} is given twice")
         taken.update(keys)
         routes.append(_entry(here, entry, options, spec_of, keys))
     if "default" in value:
@@ -306,7 +306,7 @@ def _with_others(
     keyed = {_vendor(other.spec.name) for other in others.values() if other.spec.remote.api_key}
     if options.api_key and len(keyed - {"google", ""}) > 1:
         raise UsageError(
-            f"{where}--api_key: is of one service; by entry of --models, each can have its own"
+            f"{where}--api_key: belongs to one service; in --models, each entry can have its own"
         )
     return dataclasses.replace(route, **others)
 
@@ -320,7 +320,7 @@ def _vendor(model: str) -> str:
 
 
 def sure_of(given: Any, where: str) -> tuple[tuple[str, float], ...]:
-    """Returns how sure a model has to be by field, of a mapping or of `tone:0.8,resolved:0.7`."""
+    """Returns how sure a model must be by field, from a mapping or `tone:0.8,resolved:0.7`."""
     if isinstance(given, str):
         given = dict(pair.partition(":")[::2] for pair in given.split(",") if pair)
     try:

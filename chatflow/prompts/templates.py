@@ -71,7 +71,7 @@ class Template:
             where = f"{self.folder}/{error.name or self.name}:{error.lineno}"
             raise UsageError(f"{where}: {error.message}") from None
         except jinja2.TemplateNotFound as error:
-            raise UsageError(f"{self.where}: no template {error} in it") from None
+            raise UsageError(f"{self.where}: its folder has no template {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -1,4 +1,4 @@
-"""Holds what a model wrote against its chat: what the chat does not bear out is refused.
+"""Checks what a model wrote against its chat: what the chat does not bear out is refused.
 
 The checks know words, not meanings, so they cannot prove a text true; each finds one kind of lie.
 """
@@ -24,7 +24,7 @@ PROMISE = re.compile(
         | please\ accept
         | (?= (?:refund | replacement | voucher | discount | compensation)\ will\ be )
     )
-    # What is only to be looked into, or refused, is not promised.
+    # Something that is only to be checked, or is refused, is not a promise.
     (?: (?! \b(?: (?:look | check | ask | find | investigat | review)\w* | not | cannot )\b )
         [^.!?\n] )*?
     \b(?: refund\w* | reimburs\w+ | compensat\w+ | vouchers? | discounts? | replac\w+
@@ -88,7 +88,7 @@ _OUTCOME = re.compile(
 _DEED = re.compile(
     r"\b(?:the )?(customer|user|client|agent|company|support(?: team| agent)?|representative|"
     r"staff) (?:has |have |had |already |then |also |finally )*"
-    # Both sides ask and receive; who says so of itself takes nothing from the other.
+    # Both sides ask and receive, so each may say this of itself.
     r"(?!ask|request|report|explain|complain|mention|describ|want|need|receiv)"
     r"(\w{3,}ed|sent|took|paid|lost|broke|gave|told|sold|bought)\b",
     re.IGNORECASE,
@@ -195,10 +195,10 @@ def _flat(text: str) -> str:
 
 
 def swapped_deeds(text: str, chat: Chat, user_id: str) -> Iterable[str]:
-    """Returns "VERB: the customer" where a text gives one side a deed that the other tells of.
+    """Returns "VERB: the customer" where a text credits one side with an act of the other.
 
-    That is so if the verb stands in what the other side says of itself, or this side of the other,
-    and nowhere else in what this side says.
+    It does so if the other side uses the verb of itself, or this side uses it of the other, and
+    this side uses it nowhere else.
     """
     has_roles = any(message.role for message in chat.messages)
     sides: dict[bool, str] = {True: "", False: ""}

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 class Updates:
     """The newest templates of all routes and weights of their models.
 
-    `seen` is the time of the look, in seconds since 1970; `by_route` has the prompts for analyses
+    `seen` is the time of the check, in seconds since 1970; `by_route` has the prompts for analyses
     and drafts, in the order of the routes.
     """
 
@@ -115,7 +115,7 @@ def _say_once(counter: str, text: str) -> None:
     if text not in _said:
         _said.add(text)
         metrics.count(counter)
-        _log.warning("%s; the old go on", text)
+        _log.warning("%s; the old ones stay in use", text)
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ class WatchUpdates(beam.PTransform):
 
     Attributes:
       first: what the pipeline starts with.
-      seconds: between two looks.
+      seconds: between two checks.
       watch_prompts: whether to read the templates again, too.
 
     Outputs:

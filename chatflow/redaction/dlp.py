@@ -71,7 +71,7 @@ class Dlp:
         ]  # fmt: skip
         for batch in _batches(pieces):
             self._inspect(batch, found)
-        return [without_overlaps(one) for one in found]
+        return [without_overlaps(text, one) for text, one in zip(texts, found, strict=True)]
 
     def check(self) -> None:
         """Asks the service once, as each worker will; raises `UsageError` if it refuses."""
@@ -98,7 +98,8 @@ class Dlp:
             number, at, _ = batch[int(record["tableLocation"].get("rowIndex", 0))]
             span = place["codepointRange"]
             start, end = at + int(span.get("start", 0)), at + int(span["end"])
-            found[number].append(Found(one["infoType"]["name"].lower(), start, end))
+            kind = re.sub(r"\W", "_", one["infoType"]["name"].lower())
+            found[number].append(Found(kind, start, end))
 
     def _post(self, asked: dict[str, Any], seconds: float = SECONDS) -> dict[str, Any]:
         passing = tenacity.retry_if_exception(_may_pass)

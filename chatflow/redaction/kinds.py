@@ -11,7 +11,7 @@ import functools
 import importlib
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
@@ -37,10 +37,10 @@ def words_before(text: str, at: int, words: re.Pattern[str], most: int = 40) -> 
 
 # What a number is called that is nobody's: it stands directly before the number.
 _OTHER_NUMBER = re.compile(
-    r"\b(?:order|invoice|batch|lot|charge|tracking|parcel|shipment|reference|ref|ticket|case|serial|imei|isbn|sku|ean|"
-    r"article|item|model|part|booking|confirmation|transaction|version|firmware|build|release|"
-    r"bestell\w*|rechnung\w*|auftrag\w*|kunden\w*|sendung\w*|serien\w*|artikel\w*|vorgang\w*|"
-    r"pedido|factura|seguimiento)"
+    r"\b(?:order|invoice|batch|lot|charge|tracking|parcel|shipment|reference|ref|ticket|case|serial|"
+    r"imei|isbn|sku|ean|article|item|model|part|booking|confirmation|transaction|version|firmware|"
+    r"build|release|bestell\w*|rechnung\w*|auftrag\w*|kunden\w*|sendung\w*|serien\w*|artikel\w*|"
+    r"vorgang\w*|pedido|factura|seguimiento)"
     r"[ .:#'\"-]*(?:(?:number|num|no|nr|id|code|nummer|número)\b[ .:#'\"-]*)?"
     r"(?:(?:is|was|ist|lautet|es)\b[ .:#'\"-]*)?(?:\w{1,4}-)?$|#\s?$",
     re.IGNORECASE,
@@ -48,15 +48,14 @@ _OTHER_NUMBER = re.compile(
 
 
 def emails(text: str, countries: Sequence[str]) -> Iterator[Span]:
-    if "@" in text or "at" in text:
-        for found in _EMAIL.finditer(text):
-            yield found.span()
+    for found in _EMAIL.finditer(text):
+        yield found.span()
 
 
 _EMAIL = re.compile(
-    r"(?<![\w.+%-])\w[\w.+%'-]{0,63}(?:@|\s?[\[(]\s?at\s?[\])]\s?)"
+    r"[^\W_][\w.+%'-]{0,63}(?:@|%40|&#(?:64|x40);|\s?[\[(]\s?at\s?[\])]\s?)"
     r"(?:[^\W_](?:[\w-]{0,62})(?:\.|\s?[\[(]\s?dot\s?[\])]\s?))+(?:[^\W\d_]{2,24}|xn--[\w-]{2,59})"
-    r"(?![\w@-])",
+    r"(?![^\W_])",
     re.IGNORECASE,
 )
 
@@ -70,6 +69,8 @@ def cards(text: str, countries: Sequence[str]) -> Iterator[Span]:
             start = groups[first][0]
             for last in range(min(first + 19, len(groups)) - 1, first - 1, -1):
                 digits = _NO_DIGIT.sub("", text[start : groups[last][1]])
+                if last - first == 1 and text[groups[last][0] - 1] == ".":
+                    continue  # a number with decimals
                 if _ISSUERS.fullmatch(digits) and luhn.is_valid(digits) and len(set(digits)) > 1:
                     yield start, groups[last][1]
                     first = last
@@ -77,7 +78,7 @@ def cards(text: str, countries: Sequence[str]) -> Iterator[Span]:
             first += 1
 
 
-_GROUPS_OF_DIGITS = re.compile(r"(?<![\w+-])(?<!\d[.,])\d+(?:[ -]\d+)*(?![\w-]|[.,]\d)")
+_GROUPS_OF_DIGITS = re.compile(r"(?<![\w+-])\d+(?:[ ._-]{1,2}\d+)*(?!\w)")
 _GROUP = re.compile(r"\d+")
 _NO_DIGIT = re.compile(r"\D")
 # https://en.wikipedia.org/wiki/Payment_card_number
@@ -94,7 +95,7 @@ def ibans(text: str, countries: Sequence[str]) -> Iterator[Span]:
         at = found.start() + 1
         ends = [m.end() for m in re.finditer(r"[A-Za-z0-9]", found[0])]
         for end in reversed(ends[14:34]):  # the rest may be the next words
-            candidate = found[0][:end]
+            candidate = found[0][:end].replace(".", "")
             after = text[found.start() + end : found.start() + end + 1]
             if not after.isalnum() and iban.is_valid(candidate, check_country=False):
                 yield found.start(), found.start() + end
@@ -102,7 +103,9 @@ def ibans(text: str, countries: Sequence[str]) -> Iterator[Span]:
                 break
 
 
-_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]){11,40}", re.IGNORECASE)
+_IBAN = re.compile(
+    r"(?:(?<![A-Za-z0-9])|(?<=IBAN))[A-Z]{2}\d{2}(?:[ .-]{0,2}[A-Z0-9]){11,40}", re.IGNORECASE
+)
 
 
 def ips(text: str, countries: Sequence[str]) -> Iterator[Span]:
@@ -127,8 +130,8 @@ _IP = re.compile(
     re.IGNORECASE,
 )
 _VERSION = re.compile(
-    r"\b(?:version\w*|firmware|build|release|ver|fw|ios|android|driver|treiber|kapitel|chapter|section)\b|\bv\d"
-    r"|§|\bv\.?[ ]?(?=\d+\.\d)",
+    r"\b(?:version\w*|firmware|build|release|ver|fw|ios|android|driver|treiber|kapitel|chapter|"
+    r"section|punkt)\b|\bv\d|§|\bv\.?[ ]?(?=\d+\.\d)",
     re.IGNORECASE,
 )
 
@@ -269,7 +272,7 @@ def ssns(text: str, countries: Sequence[str]) -> Iterator[Span]:
             yield found.span()
 
 
-_SSN = re.compile(r"(?<![\w-])\d{3}([ –-]?)\d{2}\1\d{4}(?![\w–-]|\.\d)")
+_SSN = re.compile(r"(?:(?<![\w-])|(?<=ssn))\d{3}([ .-]?)\d{2}\1\d{4}(?![\w-]|\.\d)", re.IGNORECASE)
 _SOCIAL = re.compile(r"\b(?:ssn?|social|soc|seguro|tax(?:payer)? id|itin)\b", re.IGNORECASE)
 
 
@@ -327,7 +330,8 @@ def addresses(text: str, countries: Sequence[str]) -> Iterator[Span]:
     yield from sorted(spans, key=lambda span: span[0] - span[1])  # the longest counts
 
 
-_APART = r"(?:[ \t]*,[ \t]*|[ \t]*\n[ \t]*|[ \t]+)"
+_APART = r"(?:[ \t]{0,3},[ \t]{0,3}|[ \t]{0,3}\n[ \t]{0,3}|[ \t]{1,3})"
+_LINE = r"(?:[ ]{0,3},[ ]{0,3}|[ ]{0,3}\n[ ]{0,3})"
 _UNIT = r"(?:(?:apt|apartment|unit|suite|ste|flat|floor|room|rm)\.?[ ]?#?[ ]?\w{1,5}|\#[ ]?\w{1,5})"
 _STREET = (
     r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|parkway|pkwy|"
@@ -342,17 +346,19 @@ _NO_STREET = (
     r"another|days?|weeks?|months?|years?|hours?|mins?|minutes?|km|miles?|quid|nights?|kilos?|"
     r"euros?|pounds?|dollars?|times?|of|off|for|and|or|am|pm|items?|people|different|more|blocks?)"
 )
-_WORD = r"[A-ZÀ-Þ](?:[^\W\d_]|['’.-](?=[^\W\d_]))+(?!\w)"
+_WORD = r"[A-ZÀ-Þ](?:[^\W\d_]|['’.](?=[^\W\d_])){1,30}(?!\w)"
 _CITY = rf"{_WORD}(?:[ -](?:(?:upon|on|in|under|le|of|by|the)[ -])?{_WORD}){{0,3}}"
 _STATES = (
     r"(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|"
     r"S[CD]|T[NX]|UT|V[AT]|W[AIVY])"
 )
+_GERMAN = r"[A-ZÄÖÜ][a-zäöüß.]{1,30}"
+_FLAT = r"(?:(?i:flat|apartment|unit)[ ]\w{1,4},?[ ])?"
 _POSTCODE = r"[A-Z]{1,2}\d[A-Z\d]?[ ]?\d[A-Z]{2}"
 _NUMBERED = (
     rf"\d{{1,6}}[a-zA-Z]?[ ](?:(?i:[NSEW]|north|south|east|west)\.?[ ])?"
-    rf"(?:(?i:(?!{_NO_STREET}\b)[a-z0-9][\w'’-]*\.?[ ]){{1,3}}(?i:{_STREET})"
-    rf"|(?:[A-Z0-9][\w.'’-]*[ ]){{1,3}}{_OTHER_STREET})\b\.?"
+    rf"(?:(?i:(?!{_NO_STREET}\b)[a-z0-9][\w'’-]{{0,30}}\.?[ ]){{1,3}}(?i:{_STREET})"
+    rf"|(?:[A-Z0-9][\w.'’-]{{0,30}}[ ]){{1,3}}{_OTHER_STREET})\b"
 )
 _ADDRESSES = {
     "US": re.compile(
@@ -364,25 +370,26 @@ _ADDRESSES = {
         rf"|{_APART}\d{{5}}(?:-\d{{4}})?(?!\d)|,[ ]{_CITY})?"
     ),
     "GB": re.compile(
-        rf"(?<![\w#£-])(?:(?i:flat|apartment|unit)[ ]\w{{1,4}},?[ ])?{_NUMBERED}"
-        rf"(?:(?:[ ]*,[ ]*|[ ]*\n[ ]*){_CITY}){{0,3}}(?:{_APART}(?i:{_POSTCODE})\b)?"
-        rf"|(?<![\w#£-])(?:(?i:flat|apartment|unit)[ ]\w{{1,4}},?[ ])?"
-        rf"\d{{1,4}}[a-z]?[ ](?:[A-Z][\w'’-]*[ ]?){{1,3}}"
-        rf"(?:(?:[ ]*,[ ]*|[ ]*\n[ ]*){_CITY}){{0,3}}{_APART}(?i:{_POSTCODE})\b"
+        rf"(?<![\w#£-]){_FLAT}{_NUMBERED}"
+        rf"(?:{_LINE}{_CITY}){{0,3}}(?:{_APART}(?i:{_POSTCODE})\b)?"
+        rf"|(?<![\w#£-]){_FLAT}"
+        rf"\d{{1,4}}[a-z]?[ ](?:[A-Z][\w'’-]{{0,30}}[ ]?){{1,3}}"
+        rf"(?:{_LINE}{_CITY}){{0,3}}{_APART}(?i:{_POSTCODE})\b"
     ),
     "DE": re.compile(
-        r"(?:(?:[A-ZÄÖÜ][\w.-]*[ -]){0,2}[A-ZÄÖÜa-zäöü][\wäöüß-]*(?:straße|strasse|str\.|str|weg|"
-        r"platz|allee|gasse|ring|damm|ufer|steige?|promenade|chaussee|stieg|graben|wall|markt)"
-        r"|[A-ZÄÖÜ][\wäöüß-]*[ -](?:Straße|Strasse|Str\.|Weg|Platz|Allee|Gasse|Ring|Damm|"
-        r"Ufer|Promenade)"
+        rf"(?<![\w-])(?:(?:{_GERMAN}[ -]){{0,2}}[A-ZÄÖÜa-zäöü][a-zäöüß]{{0,30}}(?:straße|strasse|"
+        r"str\.|str|weg|platz|allee|gasse|ring|damm|ufer|steige?|promenade|chaussee|stieg|graben|"
+        r"wall|markt)"
+        rf"|(?:{_GERMAN}[ -]){{1,3}}(?:Straße|Strasse|Str\.|Weg|Platz|Allee|Gasse|Ring|Damm|Ufer|"
+        r"Promenade)"
         r"|(?:(?:Straße|Platz|Weg|Allee)[ ](?:der|des)|Am|An[ ]der|An[ ]den|Im|In[ ]der|Zum|Zur|"
-        r"Auf[ ]de[mr]|Unter[ ]den|Hinter[ ]de[mr]|"
-        r"Alte[rn]?|Neue[rn]?)(?:[ ][A-ZÄÖÜ][\wäöüß-]+){1,2})"
-        r"[ ]\d{1,4}(?:[ ]?[a-hA-H]|[–-]\d{1,4})?(?![\w%€]|[.,]\d|[ ]?"
+        r"Auf[ ]de[mr]|Unter[ ]den|Hinter[ ]de[mr]|Alte[rn]?|Neue[rn]?)"
+        rf"(?:[ -]{_GERMAN}){{1,3}})"
+        r"[ ]\d{1,4}(?:[ ]?[a-hA-H]|-\d{1,3})?(?![\w%€-]|[.,]\d|[ ]?"
         r"(?:Uhr|Euro|EUR|Tage|Minuten|Stunden|Stück))"
-        r"(?:[ ]*[,\n][ ]*(?:D-)?\d{5}[ ][A-ZÄÖÜ][\wäöüß-]+(?:[ ](?:a\.[ ]?d\.[ ]?\w+|(?:am|bei|"
-        r"an[ ]der|im|ob[ ]der|in)[ ][A-ZÄÖÜ][\wäöüß-]+)|[ ](?:Bad|Nord|Süd|Ost|West)\b)?"
-        r"|[ ](?:in|,)[ ]\d{5}[ ][A-ZÄÖÜ][\wäöüß-]+|[ ]\d{5}[ ][A-ZÄÖÜ][\wäöüß-]+)?"
+        rf"(?:(?:[ ]{{0,3}}[,\n][ ]{{0,3}}(?:D-)?|[ ]in[ ]|[ ])\d{{5}}[ ]{_GERMAN}(?:-{_GERMAN})?"
+        rf"(?:[ ](?:a\.[ ]?d\.[ ]?\w{{1,20}}|(?:am|bei|an[ ]der|im|ob[ ]der|in)[ ]{_GERMAN})"
+        r"|[ ](?:Bad|Nord|Süd|Ost|West)\b)?)?"
     ),
 }
 
@@ -452,12 +459,16 @@ def recognisers(kinds: frozenset[str], countries: tuple[str, ...]) -> dict[str, 
     return found
 
 
+_PLAIN = str.maketrans("\xa0\u2007\u2009\u202f\u2010\u2011\u2012\u2013\u2014\u2212", "    ------")
+"""Blanks and dashes as typewriters have them; a text keeps its length."""
+
 _NUMBER = re.compile(r"\d")
 _WITHOUT_DIGITS = ("url", "email")
 
 
 def find(text: str, kinds: frozenset[str], countries: tuple[str, ...]) -> list[Found]:
     """Returns what is found in a text, in its order; nothing of it overlaps."""
+    text = text.translate(_PLAIN)
     has_digits = _NUMBER.search(text) is not None
     found = [
         Found(kind, start, end)
@@ -465,16 +476,27 @@ def find(text: str, kinds: frozenset[str], countries: tuple[str, ...]) -> list[F
         if has_digits or kind in _WITHOUT_DIGITS
         for start, end in recognise(text, countries)
     ]
-    return without_overlaps(found)
+    return without_overlaps(text, found)
 
 
-def without_overlaps(found: Sequence[Found]) -> list[Found]:
-    """Returns, in the order of the text, what does not overlap with anything before it here."""
+def without_overlaps(text: str, found: Iterable[Found]) -> list[Found]:
+    """Returns what was found, in the order of the text.
+
+    Where two overlap, the first one here counts; what it leaves of the other stays found.
+    """
     kept: list[Found] = []
     for one in found:
-        at = bisect.bisect(kept, one.start, key=lambda other: other.start)
-        if (not at or kept[at - 1].end <= one.start) and (
-            at == len(kept) or one.end <= kept[at].start
-        ):
-            kept.insert(at, one)
+        start = one.start
+        at = bisect.bisect(kept, start, key=lambda other: other.start)
+        if at and kept[at - 1].end > start:
+            start = kept[at - 1].end
+        while start < one.end:
+            end = min(one.end, kept[at].start) if at < len(kept) else one.end
+            if any(map(str.isalnum, text[start:end])):
+                kept.insert(at, Found(one.kind, start, end))
+                at += 1
+            if at == len(kept):
+                break
+            start = max(start, kept[at].end)
+            at += 1
     return kept

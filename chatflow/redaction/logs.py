@@ -10,14 +10,12 @@ from typing import Any
 
 _changing = threading.Lock()
 _before: Callable[..., logging.LogRecord] | None = None
-_users = 0
 
 
 def redact_logs(redact: Callable[[str], str]) -> None:
-    """From now on, passes each log line, with its traceback, through `redact`."""
-    global _before, _users
+    """From now on, passes each log line of this process, with its traceback, through `redact`."""
+    global _before
     with _changing:
-        _users += 1
         if _before is not None:
             return
         before = _before = logging.getLogRecordFactory()
@@ -32,17 +30,18 @@ def redact_logs(redact: Callable[[str], str]) -> None:
                 if (hidden := redact(said)) != record.msg:
                     record.msg, record.args = hidden, ()
             except Exception as error:
-                record.msg, record.args = f"a log line that cannot be redacted: {type(error)}", ()
+                record.exc_info = None
+                record.msg = f"a log line was withheld, because redacting it failed: {type(error)}"
+                record.args = ()
             return record
 
         logging.setLogRecordFactory(make)
 
 
 def stop_redacting() -> None:
-    """Ends what one call of `redact_logs` began."""
-    global _before, _users
+    """Ends what `redact_logs` began; for tests, and for programs that run other pipelines later."""
+    global _before
     with _changing:
-        _users -= 1
-        if not _users and _before is not None:
+        if _before is not None:
             logging.setLogRecordFactory(_before)
             _before = None

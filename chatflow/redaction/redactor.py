@@ -6,15 +6,21 @@ import base64
 import codecs
 import dataclasses
 import functools
+import gzip
 import hashlib
 import hmac
 import json
+import logging
 import re
 import tomllib
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
+import requests
+
+from chatflow import metrics
 from chatflow.errors import UsageError, one_line
 from chatflow.options import RedactionSettings
 from chatflow.records import Chat, DeadLetter, Message, RawChat, Redaction
@@ -31,6 +37,8 @@ from chatflow.redaction.kinds import (
 from chatflow.redaction.names import Names, names_in, of_id, said_in
 from chatflow.redaction.placeholders import PLACEHOLDER
 from chatflow.secrets import read_secret
+
+_log = logging.getLogger(__name__)
 
 
 class Redacted(NamedTuple):
@@ -52,14 +60,14 @@ class Redactor:
       kinds: what to look for; see `kinds.KINDS`.
       countries: whose national ids, addresses and ways to write phone numbers are known.
       patterns: kinds of the user's own: name and regular expression.
-      key: makes the hashes of ids unknown to whoever does not have it.
+      key: where the key is that makes hashes of ids unknown to whoever does not have it.
       dlp: a service that is asked, too.
     """
 
     kinds: frozenset[str]
     countries: tuple[str, ...] = ("US", "GB", "DE")
     patterns: tuple[tuple[str, re.Pattern[str]], ...] = ()
-    key: bytes = dataclasses.field(default=b"", repr=False)
+    key: str = dataclasses.field(default="", repr=False)
     dlp: Dlp | None = None
 
     @classmethod
@@ -95,8 +103,9 @@ class Redactor:
                 f"known; known are those of {', '.join(NATIONAL_IDS)}"
             )
         patterns = _read_patterns(settings.redact_patterns) if settings.redact_patterns else ()
-        key = read_secret(settings.redact_key, "--redact_key") if settings.redact_key else ""
-        return cls(frozenset(kinds), countries, patterns, key.encode(), dlp)
+        if settings.redact_key:
+            _key_at(settings.redact_key)
+        return cls(frozenset(kinds), countries, patterns, settings.redact_key, dlp)
 
     def find(self, texts: Sequence[str], names: Names, ask: bool = True) -> list[list[Found]]:
         """Returns what is found in each text; `ask` also the service, if there is one."""
@@ -105,8 +114,8 @@ class Redactor:
         for text, service in zip(texts, asked, strict=True):
             known = [Found("", *m.span()) for m in PLACEHOLDER.finditer(text)]  # they stay
             by_form = find(text, self.kinds, self.countries)
-            by_name = (Found(NAME, start, end) for start, end, _ in names.find(text))
-            every = without_overlaps([*known, *self._own(text), *by_form, *service, *by_name])
+            by_name = (Found(NAME, start, end) for start, end in names.find(text))
+            every = without_overlaps(text, [*known, *self._own(text), *by_form, *service, *by_name])
             found.append([one for one in every if one.kind])
         return found
 
@@ -132,7 +141,7 @@ class Redactor:
             *(chat.attributes, *(m.attributes for m in chat.messages)),
             ids=[m.user_id for m in chat.messages],
         )
-        session = _Session(self, texts, names)
+        session = _Session(self, texts, names, is_redacted=chat.redacted is not None)
         messages = tuple(session.message(message) for message in chat.messages)
         made = chat.model_copy(
             update={
@@ -140,39 +149,54 @@ class Redactor:
                 "user_id": chat.user_id and session.id(chat.user_id),
                 "messages": messages,
                 "attributes": session.fields(chat.attributes),
-                "redacted": tuple(self._places(messages)),
+                "redacted": tuple(self._places(messages, session)),
             }
         )
         raw = None
-        if not session.was_redacted:
+        if chat.redacted is None:  # else it is the dead letter of a redacted one
             raw = RawChat(
                 chat_id=made.chat_id, revision=chat.revision, chat=chat, placeholders=session.values
             )
         return Redacted(made, raw, session.counts)
 
-    def _places(self, messages: Sequence[Message]) -> Iterator[Redaction]:
+    def _places(self, messages: Sequence[Message], session: _Session) -> Iterator[Redaction]:
         for number, message in enumerate(messages):
             for found in PLACEHOLDER.finditer(message.text):
-                if self.knows(found[1]):
+                if session.is_placeholder(found):
                     start, end = found.span()
                     yield Redaction(message=number, start=start, end=end, kind=found[1].lower())
 
     def letter(self, letter: DeadLetter) -> DeadLetter:
-        """Returns a dead letter without personal data; it can still be replayed."""
+        """Returns a dead letter without personal data; it can still be replayed.
+
+        What cannot be redacted, by an error of chatflow, is withheld: a letter never has more than
+        it should. Raises `requests.RequestException` if a service does not answer.
+        """
         if letter.part is not None:  # of a letter that was redacted before it was divided
             return letter
-        payload: Any = letter.payload
-        encoding = ""
+        try:
+            return self._letter(letter)
+        except requests.RequestException:
+            raise
+        except Exception as error:
+            _log.exception("a dead letter cannot be redacted", exc_info=error)
+            metrics.count("redacted/withheld")
+            withheld = {"payload": "", "payload_encoding": "utf-8", "answer": None, "chat_id": None}
+            return letter.model_copy(
+                update={**withheld, "attributes": None, "error": "withheld: it cannot be redacted"}
+            )
+
+    def _letter(self, letter: DeadLetter) -> DeadLetter:
+        payload, encoding = letter.payload, ""
         if letter.payload_encoding in ("base64", "gzip"):
             content = letter.payload_bytes()
             encoding = _encoding_of(content)
             payload = content.decode(encoding)
         elif letter.payload_encoding == "file":
             payload = ""  # the path is needed to read the file again
-        try:
-            value = json.loads(payload) if payload.lstrip()[:1] in ("{", "[") else payload
-        except ValueError:
-            value = payload
+        value = _parsed(payload)
+        if isinstance(value, str):  # what escapes stand for is found, too
+            value = payload = _unescaped(payload)
         beside = dict(letter.attributes or {})
         texts = [*_strings(value), *beside.values(), letter.error, letter.answer or ""]
         fields = [*_objects(value), beside]
@@ -180,7 +204,7 @@ class Redactor:
         session = _Session(self, texts, self._names(texts, *fields, ids=ids))
         hidden = session.json(value)
         if not isinstance(value, str):
-            hidden = json.dumps(hidden, ensure_ascii=False) if hidden != value else payload
+            hidden = _dumped(hidden) if hidden != value else payload
         update: dict[str, Any] = {
             "error": session.text(letter.error),
             "answer": letter.answer and session.text(letter.answer),
@@ -211,6 +235,8 @@ class Redactor:
         return Names(name for name in found if not PLACEHOLDER.search(name))
 
 
+_IS_HASH = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{16}")
+
 _IDS = frozenset(("chat_id", "user_id", "message_id", "conversation_id", "id", "from_id"))
 _NO_WORDS = re.compile(r"\d{4}-\d\d-\d\d[T ][\d:.+Z-]*|[0-9a-f]{32}|[a-z_]{1,30}")
 """Times, hashes and words such as roles: what nobody is recognised by."""
@@ -222,7 +248,14 @@ _TIMES = re.compile(r"(?:^|_)(?:at|time|timestamp|date|ts|unixtime|revision)$", 
 class _Session:
     """One chat or letter: the same thing has the same placeholder."""
 
-    def __init__(self, redactor: Redactor, texts: Sequence[str], names: Names, ask: bool = True):
+    def __init__(
+        self,
+        redactor: Redactor,
+        texts: Sequence[str],
+        names: Names,
+        ask: bool = True,
+        is_redacted: bool = False,
+    ):
         self.redactor, self.names = redactor, names
         self.values: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
@@ -232,10 +265,16 @@ class _Session:
         different = list(dict.fromkeys(texts))
         found = redactor.find(different, names, ask)
         self._found = dict(zip(different, found, strict=True))
-        before = [m for text in different for m in PLACEHOLDER.finditer(text)]
-        for match in before:  # a replayed letter has some; theirs must not be given twice
-            self._last[match[1]] = max(self._last[match[1]], int(match[2]))
-        self.was_redacted = any(redactor.knows(match[1]) for match in before)
+        for match in (m for text in different for m in PLACEHOLDER.finditer(text)):
+            if len(match[2]) < 7:  # theirs must not be given twice
+                self._last[match[1]] = max(self._last[match[1]], int(match[2]))
+            if not is_redacted:  # somebody wrote it
+                self.values[match[0]] = match[0]
+        self._literal = frozenset(self.values)
+
+    def is_placeholder(self, found: re.Match[str]) -> bool:
+        """Returns whether a placeholder stands for something, and was not written by somebody."""
+        return found[0] not in self._literal and self.redactor.knows(found[1])
 
     def text(self, text: str) -> str:
         if text not in self._found:
@@ -247,8 +286,6 @@ class _Session:
         return "".join([*parts, text[at:]]) if parts else text
 
     def placeholder(self, kind: str, value: str) -> str:
-        if kind == NAME:
-            value = self.names.name_of(value)
         key = kind, _plain(kind, value)
         if key not in self._known:
             upper = kind.upper()
@@ -265,20 +302,21 @@ class _Session:
         if not (kind := self._kinds[value]):
             return value
         self.counts[kind] += 1
-        key = self.redactor.key or b"chatflow"
-        digest = hmac.new(key, " ".join(value.split()).casefold().encode(), hashlib.sha256)
+        key = _key_at(self.redactor.key) if self.redactor.key else b"chatflow"
+        digest = hmac.new(key, value.encode("utf-8", "surrogatepass"), hashlib.sha256)
         return f"{kind}-{digest.hexdigest()[:16]}"
 
     def _kind_of(self, value: str) -> str:
-        kind = ""
-        if NAME in self.redactor.kinds and (of_id(value) or self.names.find(value)):
-            kind = NAME
-        elif re.search(r"[^\d.]", value):  # a number alone is an id like others
-            found = self.redactor.find([value], Names(()), ask=False)[0]
-            kind = found[0].kind if found else ""
-            if not kind and "email" in self.redactor.kinds and re.search(r"\w@\w+[\w.-]", value):
-                kind = "email"  # with something of the desk's own before or after it
-        return kind
+        """Returns what an id is, by the id alone, so that it is the same in each revision."""
+        kinds = self.redactor.kinds
+        if NAME in kinds and (of_id(value) or re.search(r"[^\W\d_]\s+[^\W\d_]", value)):
+            return NAME
+        if not re.search(r"[^\d.]", value) or _IS_HASH.fullmatch(value):  # an id like others
+            return ""
+        if found := self.redactor.find([value], Names(()), ask=False)[0]:
+            return found[0].kind
+        # With something of the desk's own before or after it.
+        return "email" if "email" in kinds and re.search(r"\w@\w+[\w.-]", value) else ""
 
     def message(self, message: Message) -> Message:
         return message.model_copy(
@@ -303,7 +341,10 @@ class _Session:
     def json(self, value: Any, key: str = "") -> Any:
         """Returns a JSON value without personal data; `key` is the field in which it stands."""
         if isinstance(value, dict):
-            return {self.text(name): self.json(one, name) for name, one in value.items()}
+            fields = {self.text(name): self.json(one, name) for name, one in value.items()}
+            if value.get("payload_encoding") in ("base64", "gzip"):  # a dead letter
+                fields["payload"] = self._packed(value)
+            return fields
         if isinstance(value, list):
             return [self.json(one, key) for one in value]
         if isinstance(value, str) and value:
@@ -315,6 +356,20 @@ class _Session:
             hidden = self.text(str(value))
             return value if hidden == str(value) else hidden
         return value
+
+    def _packed(self, letter: Mapping[str, Any]) -> str:
+        """Returns the payload of a dead letter in a dead letter, or "" if it cannot be read."""
+        try:
+            content = base64.b64decode(str(letter.get("payload")), validate=True)
+            if letter["payload_encoding"] == "gzip":
+                content = gzip.decompress(content)
+        except (ValueError, OSError, EOFError, zlib.error):
+            return ""
+        encoding = _encoding_of(content)
+        raw = self.text(_unescaped(content.decode(encoding))).encode(encoding)
+        if letter["payload_encoding"] == "gzip":
+            raw = gzip.compress(raw, mtime=0)
+        return base64.b64encode(raw).decode()
 
 
 def _plain(kind: str, value: str) -> str:
@@ -334,6 +389,47 @@ def _texts_of(chat: Chat) -> Iterator[str]:
     for fields in (*(m.attributes for m in chat.messages), chat.attributes):
         yield from fields
         yield from fields.values()
+
+
+def _parsed(payload: str) -> Any:
+    """Returns the value of JSON, or the text if it is not JSON as chatflow writes it."""
+    if payload.lstrip()[:1] not in ("{", "["):
+        return payload
+    try:
+        value = json.loads(payload, object_pairs_hook=_once)
+        _dumped(value)
+    except (ValueError, RecursionError):
+        return payload
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object; raises `ValueError` if a field is there twice, so that none is lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a field is there twice")
+    return value
+
+
+def _dumped(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return json.dumps(value, allow_nan=False)
+    return text
+
+
+def _unescaped(text: str) -> str:
+    """Returns broken JSON with its escapes resolved, because "\\n4111…" begins with a letter."""
+    if "\\" not in text:
+        return text
+    text = re.sub(r"\\u00([2-7][0-9A-Fa-f])", lambda m: _ascii(m, chr(int(m[1], 16))), text)
+    return re.sub(r"\\[ntr]", "  ", text)
+
+
+def _ascii(found: re.Match[str], character: str) -> str:
+    return found[0] if character in '"\\' else character
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -377,6 +473,15 @@ def _encoding_of(content: bytes) -> str:
 
 
 @functools.cache
+def _key_at(place: str) -> bytes:
+    """Returns the key of `--redact_key`, which workers read themselves; raises `UsageError`."""
+    key = read_secret(place, "--redact_key").strip().encode()
+    if not key:
+        raise UsageError(f"--redact_key={place}: is empty")
+    return key
+
+
+@functools.cache
 def _read_patterns(path: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
     """Reads `--redact_patterns`: a TOML file of NAME = 'regular expression'."""
     from apache_beam.io.filesystems import FileSystems
@@ -390,10 +495,10 @@ def _read_patterns(path: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
         raise UsageError(f"--redact_patterns={path}: cannot be read: {one_line(error)}") from None
     patterns = []
     for name, pattern in found.items():
-        if not re.fullmatch("[a-z][a-z0-9_]{0,40}", name) or not isinstance(pattern, str):
+        if not re.fullmatch("[a-z][a-z0-9_]{1,40}", name) or not isinstance(pattern, str):
             raise UsageError(
-                f"--redact_patterns={path}: {name}: must be a name in small letters, = and a "
-                "regular expression in quotes"
+                f"--redact_patterns={path}: {name}: must be a name of two or more small letters, "
+                "= and a regular expression in quotes"
             )
         try:
             patterns.append((name, re.compile(pattern)))

@@ -16,7 +16,7 @@ START_SECONDS = 60.0
 
 @contextlib.contextmanager
 def console_beside(flags: Sequence[str], port: int) -> Iterator[str]:
-    """Runs `chatflow console` meanwhile, on `port` or a free one if that is taken.
+    """Runs `chatflow console` while the block runs, on `port` or a free one if that is taken.
 
     Yields its address; raises `UsageError`, with its last line, if it does not start.
     """
@@ -26,7 +26,7 @@ def console_beside(flags: Sequence[str], port: int) -> Iterator[str]:
         process, ready, said = started([*command, "--port=0"], READY, START_SECONDS)
     if not ready:
         raise UsageError(
-            f"the console did not start (--console=false goes without): "
+            f"the console did not start (--console=false runs without it): "
             f"{said.removeprefix('chatflow: ')}"
         )
     try:

@@ -57,7 +57,7 @@ class Emulator:
 
 @contextlib.contextmanager
 def emulator() -> Iterator[str]:
-    """Yields the host in `PUBSUB_EMULATOR_HOST`, or sets it to a new emulator's host meanwhile."""
+    """Yields the host in `PUBSUB_EMULATOR_HOST`; if it is not set, that of a new emulator."""
     if host := os.environ.get(HOST_VARIABLE):
         yield host
         return
@@ -79,7 +79,7 @@ def make_topics(topics: Iterable[str]) -> None:
     from google.api_core.exceptions import AlreadyExists, GoogleAPIError
     from google.api_core.retry import Retry
 
-    # One that has just started again may refuse at first.
+    # An emulator that has just restarted may refuse at first.
     once: Any = {"timeout": 30, "retry": Retry(timeout=10)}
     try:
         publishing, subscribing = map(pubsub_client, ("PublisherClient", "SubscriberClient"))
@@ -94,8 +94,8 @@ def make_topics(topics: Iterable[str]) -> None:
     except GoogleAPIError as error:
         host = os.environ.get(HOST_VARIABLE, "")
         raise UsageError(
-            f"{HOST_VARIABLE}={host}: no emulator can be used there: {one_line(error)}; "
-            "start it, or unset the variable"
+            f"{HOST_VARIABLE}={host}: no emulator answers there: {one_line(error)}; "
+            "start one, or unset the variable"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""`chatflow run` and `replay`: checks all that can be checked, then runs the pipeline."""
+"""Runs the pipeline of `chatflow run` and `replay`, after checking all that can be checked."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def execute(
 ) -> Summary:
     """Checks everything, runs the pipeline to its end, and returns the counts.
 
-    Files of an earlier run are replaced when this one has ended well; otherwise they stay, also if
+    Files of an earlier run are replaced when this one has succeeded; otherwise they stay, also if
     no line of the input could be read.
 
     Raises:
@@ -88,7 +88,7 @@ def start(options: Options, flags: Sequence[str], replay: bool = False) -> None:
     console = Console(stderr=True)
     with prepare(options, flags, console, replay) as prepared, failures(prepared.plan):
         result = prepared.pipeline.run()
-    # A Flex Template's launcher only writes the job down; there is no job id yet.
+    # A Flex Template's launcher only writes the job's description; there is no job id yet.
     job_id = result.job_id() if getattr(result, "has_job", False) else None
     if options.summary == "json":
         print(json.dumps({"job_id": job_id}))
@@ -106,6 +106,8 @@ def failures(planned: Plan) -> Iterator[None]:
             raise KeyboardInterrupt from None
         logging.getLogger(__name__).debug("the pipeline failed", exc_info=error)
         last = str(error).strip().splitlines()[-1:] or [""]
+        if planned.redactor:
+            last = [planned.redactor.line(last[0])]
         print(
             f"chatflow: the pipeline failed: {type(error).__name__}: {last[0]} "
             "(--debug shows the whole traceback)",
@@ -126,7 +128,7 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Checks and builds a pipeline, and locks its output folders until the context ends.
 
-    What is cheap and can be wrong is checked before services are asked and a model is fetched.
+    Cheap checks come before services are asked and a model is fetched.
     Raises `UsageError` for a wrong flag, file or setting.
     """
     from chatflow.pipeline import build, plan
@@ -196,7 +198,7 @@ def check_earlier(planned: Plan, local: bool, share_files: bool) -> None:
     for path in files_of(place, "--skip_done") if place else ():
         if ending_of(path):
             raise UsageError(
-                f"--skip_done={place}: {path} is a table, which does not hold all of a result; "
+                f"--skip_done={place}: {path} is a table, which lacks parts of the results; "
                 "name JSON Lines, e.g. 'results/*.jsonl', or a database"
             )
         if real(path).startswith(tuple(replaced)):
@@ -206,11 +208,11 @@ def check_earlier(planned: Plan, local: bool, share_files: bool) -> None:
 
 
 def tell(results: Results, say: Callable[[str], Any]) -> None:
-    """Says what becomes of the files of earlier runs."""
+    """Prints what happens to the files of earlier runs."""
     if results.finished:
-        say(f"put {results.finished} files of a run that was stopped in its last moment in place")
+        say(f"put {results.finished} files of a run in place that was stopped before it did so")
     if results.earlier:
-        say(f"{results.earlier} result files of an earlier run stay until this one has ended well")
+        say(f"{results.earlier} result files of an earlier run stay until this one has succeeded")
 
 
 def finish(result: Any, console: Console) -> None:
@@ -222,7 +224,7 @@ def finish(result: Any, console: Console) -> None:
         try:
             result.wait_until_finish()
         except KeyboardInterrupt:
-            console.print("draining: what was read is finished; Ctrl-C again stops at once")
+            console.print("draining: finishing what was read; Ctrl-C again stops at once")
             result.drain()
             result.wait_until_finish()
 
@@ -241,9 +243,9 @@ def launch(pipeline: beam.Pipeline) -> Any:
     """Runs a pipeline of your own, and returns Beam's `PipelineResult` when it has ended.
 
     Before it runs, checks what chatflow's transforms read and write as `chatflow run` does, and
-    raises `UsageError` if that fails. Files of an earlier run are replaced when this one has ended
-    well. The first Ctrl-C drains a stream. With `--no_wait_until_finish`, returns when the job has
-    started.
+    raises `UsageError` if that fails. Files of an earlier run are replaced when this one has
+    succeeded. The first Ctrl-C drains a stream. With `--no_wait_until_finish`, returns when the job
+    has started.
     """
     from chatflow.running.manifest import Manifest
     from chatflow.running.summary import counts_of

@@ -1,6 +1,6 @@
 """LocalStreamRunner: runs a stream in this process, without any service.
 
-It is Beam's BundleBasedDirectRunner with these faults fixed: it stands still while it waits for
+It is Beam's BundleBasedDirectRunner with these faults fixed: Beam's blocks while it waits for
 Pub/Sub (up to 30 seconds), acknowledges messages before they are handled, fails when Pub/Sub cannot
 be reached, sets up each DoFn for each bundle, slows down with each key that it has seen, counts
 metrics of first bundles only, and cannot be drained. State is kept in memory; if it must survive a
@@ -153,15 +153,15 @@ class _Reader:
     def read(self, wait: float, moves: int, enough: int) -> list[Any]:
         """Returns up to a bundle of messages; waits up to `wait` seconds for the first.
 
-        It first acknowledges those before of which no step holds anything: they were taken `enough`
-        moves ago, see `_Context.moves`.
+        It first acknowledges earlier messages that no step holds any part of: they were taken
+        `enough` moves ago, see `_Context.moves`.
         """
         self._acknowledge(moves - enough)
         taken = self._puller.take(BUNDLE, wait)
         self._unacknowledged += [(moves, received) for received in taken]
         messages = [received.message for received in taken]
-        # More messages as old as these may come. If none come, event time goes on with the clock;
-        # it stands still while the service cannot be reached.
+        # More messages as old as these may come. If none come, event time follows the clock; it
+        # stops while the service cannot be reached.
         oldest = min((m.publish_time.timestamp() for m in messages), default=time.time())
         if messages or self._puller.error is None:
             self.watermark = max(self.watermark, Timestamp.of(oldest - _LAG))
@@ -376,7 +376,7 @@ class _StepEvaluator(_ParDoEvaluator):
             super().start_bundle()
             return
         applied = self._applied_ptransform
-        # Taken out while it runs, so that the bundle after a failure starts with a fresh one.
+        # Removed while it runs, so that the bundle after a failure starts with a fresh one.
         self.step = step = self.steps.pop(applied, None) or _Step(self)
         self.bundles = []
         for tag, receiver in step.receivers.items():
@@ -449,7 +449,7 @@ class _Timers:
         return sorted(due, key=lambda timer: timer.timestamp)
 
     def next(self, domain: str) -> _Timer | None:
-        """Returns the soonest timer that was neither cleared nor set anew."""
+        """Returns the soonest timer that was neither cleared nor set again."""
         while waiting := self._waiting[domain]:
             timer = waiting[0][2]
             state = self.states.get(timer.encoded_key)
@@ -508,13 +508,13 @@ class _Context(EvaluationContext):
         return committed
 
     def moves(self) -> tuple[int, int]:
-        """Returns how often all that was read moved on, and how many moves end in a sink.
+        """Returns how often everything read has moved on, and after how many moves it is in a sink.
 
-        The runner reads when no step is executing, but one may have ended whose results are still
-        to be handed on, and steps that wait for more to make a batch hold elements in state until a
-        timer of real time fires. When no step has anything to handle, each element is in a sink or
-        waits for such a timer; when these timers are gone, and again no step has anything to
-        handle, it has passed one more step that waits.
+        The runner reads when no step is executing. But the results of a step that has ended may
+        not have been handed on, and steps that batch hold elements in state until a timer of real
+        time fires. When no step has anything to handle, each element is in a sink or waits for such
+        a timer. When these timers are gone, and again no step has anything to handle, each element
+        has passed one more step that batches.
         """
         with self._lock:
             watermarks = self._watermark_manager._transform_to_watermarks
@@ -551,7 +551,7 @@ class _Context(EvaluationContext):
 
 
 class _PatientExecutor(_ExecutorServiceParallelExecutor):
-    """Retries a bundle that fails, ever more slowly, as streaming runners do."""
+    """Retries a bundle that fails, with growing pauses, as streaming runners do."""
 
     def schedule_consumption(
         self, consumer: Any, committed_bundle: Any, fired_timers: Any, on_complete: Any

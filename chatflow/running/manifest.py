@@ -1,4 +1,4 @@
-"""The manifest of a finished run: what went in, what came out, and what made it."""
+"""Writes the manifest of a finished run: its inputs, its results, and how they were made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What the manifests in all folders of a run have in common.
+    """The part that the manifests in all folders of a run share.
 
     Attributes:
       models: the models that were asked, with the versions of their prompts if known.
@@ -69,13 +69,13 @@ def shown_flags(options: Options) -> list[str]:
 
 
 def _described(path: str) -> dict[str, Any]:
-    """Returns bytes and sha256 of an input; of another machine's, or a pipe, what is known."""
+    """Returns bytes and sha256 of an input; less if it is a pipe or on another machine."""
     try:
         if is_local(path) and os.path.isfile(path):
             found = digest(path)
             return {"bytes": found["bytes"], "sha256": found["sha256"]}
         return {"bytes": FileSystems.match([path])[0].metadata_list[0].size_in_bytes}
-    except Exception:  # it is gone; the run has read it
+    except Exception:  # the file is gone, but the run has read it
         return {}
 
 

@@ -48,7 +48,7 @@ class Lines:
 
 
 def read_lines(pattern: str, flag: str = "FILE", customs: Customs = USUAL) -> Iterable[bytes]:
-    """Returns the non-blank lines of files, which each iteration reads again; of pipes, a list.
+    """Returns the non-blank lines of files, which each iteration reads again; for pipes, a list.
 
     Raises `UsageError` if there is no file; iterating it, if one cannot be read to its end.
     """
@@ -67,7 +67,7 @@ def as_they_are(lines: Iterable[bytes], customs: Customs = USUAL) -> Iterator[Li
 def _parse(line: bytes, customs: Customs) -> list[Chat | Event]:
     try:
         return parse_arrival(Arrival(line), timedelta(0), customs)
-    except Exception:  # whatever a line does to the parser, it is sent
+    except Exception:  # the line is sent, whatever the parser says of it
         return []
 
 

@@ -1,4 +1,4 @@
-"""The choice of the runner, and Beam's flags."""
+"""Chooses the runner, and reads Beam's flags."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_credentials(options: Any) -> None:
         google.auth.default()
     except google.auth.exceptions.DefaultCredentialsError:
         raise UsageError(
-            "--runner=DataflowRunner: there are no credentials of Google Cloud here; run "
+            "--runner=DataflowRunner: this machine has no Google Cloud credentials; run "
             "`gcloud auth application-default login`"
         ) from None
 
@@ -63,7 +63,7 @@ def quieten(local: bool) -> None:
 
 
 def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[str] = ()) -> Any:
-    """Returns Beam's `PipelineOptions` of the flags that are not chatflow's.
+    """Returns Beam's `PipelineOptions`, from the flags that are not chatflow's.
 
     `shown` are chatflow's own flags, for runners that show a job's options. Raises `UsageError` for
     a flag that Beam does not know either, or that needs another runner.
@@ -112,7 +112,7 @@ def _shown_options() -> Any:
 
 
 def cloud_of(options: Any, chatflow: Options) -> Cloud:
-    """Returns project and location of flags, else of the environment or (if needed) credentials."""
+    """Returns project and location, from flags, the environment or (if needed) credentials."""
     from apache_beam.options.pipeline_options import GoogleCloudOptions
 
     given = options.view_as(GoogleCloudOptions)

@@ -45,9 +45,9 @@ DISTRIBUTIONS = {
 class Summary:
     """The counts and distributions of a run.
 
-    `lost` counts what left a stage neither as a result nor as a dead letter, or left it twice. If
-    it is not 0, chatflow has a bug. `kept_earlier`: the files are those of an earlier run, because
-    nothing could be read.
+    `lost` counts elements that left a stage neither as a result nor as a dead letter, or left it
+    twice. If it is not 0, chatflow has a bug. `kept_earlier`: the files are those of an earlier
+    run, because nothing could be read.
     """
 
     counts: dict[str, int]
@@ -118,7 +118,7 @@ class Summary:
 
     @property
     def problem(self) -> str:
-        """Returns why the input was not read as it should be, or ""."""
+        """Returns why the input was not read completely, or ""."""
         letters = self.under("dead_letters/read")
         kept = "; the results of the earlier run stay" if self.kept_earlier else ""
         if self.nothing_read and not letters:
@@ -134,7 +134,7 @@ class Summary:
 
     @property
     def cost(self) -> float | None:
-        """Estimated US dollars; None if a price is not known of a model behind a service."""
+        """Returns the estimated US dollars; None if the price of a remote model is not known."""
         total = 0.0
         for name, price in self.prices.items():
             read, written, cached = (
@@ -214,7 +214,7 @@ class Summary:
         return [path for prefix in prefixes for path in result_files(prefix)]
 
     def readable(self, kind: str) -> list[str]:
-        """Returns the files from which `read_records` reads: not tables."""
+        """Returns the files that `read_records` can read: not tables."""
         return [path for path in self.files(kind) if not ending_of(path)]
 
     def to_json(self) -> str:

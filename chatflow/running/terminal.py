@@ -1,4 +1,4 @@
-"""Shows a run to a person: progress while it goes on, results and counts at its end."""
+"""Shows a run in the terminal: progress while it runs, results and counts at its end."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def counts_table(summary: Summary) -> Table:
         + (f"; flagged: {listed(_spaced(flagged))}" if flagged else ""),
         "dead letters": f"{values['dead_letters']:,}" + (f": {listed(letters)}" if letters else ""),
         "left out": listed(_spaced(values["reduced"])),
-        "mended input": listed(_spaced(values["input"])),
-        "mended answers": listed(values["repaired"]),
+        "repaired input": listed(_spaced(values["input"])),
+        "repaired answers": listed(values["repaired"]),
         "tokens": f"{values['prompt_tokens']:,} read{cached}, {values['answer_tokens']:,} written",
         "time": f"{values['seconds']:,.1f} s, {values['chats_per_second']:.2f} chats a second",
         "lost": f"{values['lost']:,}",
@@ -122,7 +122,7 @@ def counts_table(summary: Summary) -> Table:
     if any(values["updates"].values()):
         rows["updates"] = listed(_spaced(values["updates"]))
     if summary.cost is not None:
-        rows["cost"] = f"about {summary.cost:,.4f} US dollars, by the table of --prices"
+        rows["cost"] = f"about {summary.cost:,.4f} US dollars, at the prices of --prices"
     for name, (title, unit) in DISTRIBUTIONS.items():
         if name in summary.distributions:
             spread = summary.distributions[name]
@@ -138,7 +138,7 @@ def counts_table(summary: Summary) -> Table:
 
 @contextlib.contextmanager
 def progress(console: Console) -> Iterator[None]:
-    """Shows the counts of this process while a run goes on in it."""
+    """Shows the counts of this process while a run is in progress."""
     metrics.reset_local_counts()
     started = time.monotonic()
 
@@ -229,4 +229,4 @@ def said(data: bytes) -> str:
     try:
         return for_people(open_record(data))
     except BadInputError as error:
-        return f"no record of chatflow: {error}"
+        return f"not a record of chatflow: {error}"

@@ -41,7 +41,7 @@ APPEND_BYTES = 9_000_000
 """The most bytes of rows in a request; the service accepts requests of 10 MB."""
 
 APPEND_SECONDS = 600.0
-"""How long appending rows is retried before their bundle fails, and the runner takes over."""
+"""How long to retry appending rows before their bundle fails and the runner retries it."""
 
 ANSWER_SECONDS = 60.0
 """How long one request may take before it is sent again."""
@@ -54,10 +54,10 @@ class WriteRows(beam.PTransform):
 
     Rows are upserted by the record's id (change data capture): a repeated bundle, a replay or a
     backfill writes each row once. The table's primary key must be that id; see `columns`.
-    A dead letter that is too large for a request is compressed or becomes several rows; another
-    record that is too large, or a row that the service refuses, becomes a dead letter.
+    A dead letter that is too large for a request is compressed or becomes several rows. Any other
+    record that is too large becomes a dead letter, and so does a row that the service refuses.
 
-    Beam's own Storage Write API sink is in Java, and needs Docker in local runs.
+    Beam's own Storage Write API sink is written in Java and needs Docker in local runs.
     """
 
     uri: str
@@ -100,7 +100,7 @@ class _AppendRowsDoFn(beam.DoFn):
         while self.rows:
             try:
                 self.append([row for row, _ in self.rows])
-            except RowsRefusedError as error:  # none was stored; the others go once more
+            except RowsRefusedError as error:  # no row was stored, so the others are sent again
                 for index, said in error.by_index.items():
                     found = self.rows[index][1]
                     fault = ElementError("bigquery_refused", said)
@@ -120,7 +120,7 @@ class _AppendRowsDoFn(beam.DoFn):
         from google.api_core.exceptions import GoogleAPIError
 
         passing = tenacity.retry_if_exception_type(GoogleAPIError)
-        # The first fault is normal: the service closes connections that were idle for a while.
+        # The first fault is normal, because the service closes idle connections.
         for attempt in attempts(
             f"appending to {self.stream}", APPEND_SECONDS, passing, logging.INFO
         ):
@@ -181,8 +181,9 @@ class Connection:
     def append(self, rows: Sequence[bytes]) -> None:
         """Sends rows and waits until they are stored.
 
-        Raises `GoogleAPIError` if they are not, or there is no answer within `ANSWER_SECONDS`; and
-        `RowsRefusedError`.
+        Raises:
+          GoogleAPIError: they are not stored, or the answer takes longer than `ANSWER_SECONDS`.
+          RowsRefusedError: the service refuses some of them.
         """
         import grpc
         from google.api_core import exceptions
@@ -333,10 +334,10 @@ def message_class(kind: type[Record]) -> Any:
 def to_rows(record: Record, upsert: bool = True) -> list[bytes]:
     """Returns a record as a serialized row, or a dead letter as several if it is too large for one.
 
-    Raises `ElementError`: `too_large`, for another record.
+    Raises `ElementError`: `too_large`, for any other record.
     """
     letters = fitted(record, APPEND_BYTES) if isinstance(record, DeadLetter) else [record]
-    # A compressed letter keeps the id of the letter as it was.
+    # A compressed letter keeps the id of the original letter.
     keys = [record_id(record)] if len(letters) == 1 else map(record_id, letters)
     made = message_class(type(record))
     rows = [
@@ -372,7 +373,7 @@ class BigQuery(Sink):
 
     def check_uri(self, uri: str) -> None:
         if not TABLE.fullmatch(uri):
-            raise UsageError(f"{uri!r} is no table; it is {self.example}")
+            raise UsageError(f"{uri!r} is not a table; write {self.example}")
 
     def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
         """Refuses a table that lacks a column, or requires one that records may omit."""
@@ -384,10 +385,10 @@ class BigQuery(Sink):
             there = {field.name: field.mode for field in found.table_schema.fields}
             for name in uris[uri]:
                 wanted = {column["name"]: column["mode"] for column in columns(KINDS[name])}
-                remedy = f"infra/terraform/schemas/{name}.json is what it should look like"
+                remedy = f"infra/terraform/schemas/{name}.json has the right schema"
                 if lacking := [column for column in wanted if column not in there]:
                     raise UsageError(f"{uri} has no column {', '.join(lacking)}; {remedy}")
-                # An older table: the service would reject each row without a value.
+                # The table is older: the service would reject each row without a value.
                 required = bq.TableFieldSchema.Mode.REQUIRED
                 if strict := [
                     c for c, mode in wanted.items() if mode != "REQUIRED" and there[c] == required

@@ -22,7 +22,7 @@ ROWS = 500
 """Records in a transaction."""
 
 UPSERT_SECONDS = 600.0
-"""How long writing is retried before the bundle fails, and the runner takes over."""
+"""How long to retry writing before the bundle fails and the runner retries it."""
 
 
 _log = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ _log = logging.getLogger(__name__)
 class UpsertRecords(beam.PTransform):
     """Upserts records by id into `chatflow.database.tables`; outputs a dead letter per refused one.
 
-    A repeated bundle, a replay or a backfill writes each row once, also with several workers. The
+    A repeated bundle, a replay or a backfill writes each row once, even with several workers. The
     newest revision of a chat is kept. A newer analysis of the customer or a newer draft supersedes
     a draft that waits for review. People's decisions on a draft are never overwritten.
 
     Attributes:
       uri: `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`.
-      password: where the password is, for a URI without one; see `secrets.PLACES`.
+      password: where the password is, if the URI has none; see `secrets.PLACES`.
     """
 
     uri: str = dataclasses.field(repr=False)  # it may hold a password
@@ -64,7 +64,7 @@ class _UpsertDoFn(beam.DoFn):
         self.database = opened(self.uri, password_at(self.password))
 
     def process(self, records: Sequence[Record]) -> Iterable[DeadLetter]:
-        """Writes records in one transaction; halves a refused batch to find the refused records.
+        """Writes records in one transaction; splits a refused batch to find the refused records.
 
         Raises `DBAPIError` if the database cannot be reached or written to.
         """
@@ -76,7 +76,7 @@ class _UpsertDoFn(beam.DoFn):
                 with attempt, self.database.write() as connection:
                     upsert(connection, records)
             return
-        except Exception as error:  # also of values that no statement can hold
+        except Exception as error:  # also raised for values that a statement cannot contain
             if _may_pass(error):
                 raise
             fault = error
@@ -90,7 +90,7 @@ class _UpsertDoFn(beam.DoFn):
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Returns whether the database or its settings, and not a record, cause an error."""
+    """Returns whether the database or its settings, and not a record, caused an error."""
     import sqlalchemy as sa
 
     code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
@@ -121,7 +121,7 @@ class Database(Sink):
 
         for uri in uris:
             if uri.startswith("sqlite:") and not share_files:
-                raise UsageError(f"{uri} is a file of this machine, where no worker comes to")
+                raise UsageError(f"{uri} is a file on this machine, which the workers cannot reach")
             try:
                 password = connections.password_at(settings.database_password)
                 with contextlib.closing(connections.Database(uri, password)) as database:

@@ -1,4 +1,4 @@
-"""Writes records to files: JSON Lines by a prefix, or the CSV or Parquet file that is named."""
+"""Writes records to files: JSON Lines under a prefix, or a single CSV or Parquet file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _APPENDED = r"-\d{8}T\d{6}Z-[0-9a-f]{12}"
 
 
 PROBE = ".chatflow-can-write"
-"""How files begin that only test whether a folder can be written."""
+"""The beginning of the names of files that only test whether a folder can be written."""
 
 
 @beam.typehints.with_input_types(Record)
@@ -48,8 +48,8 @@ PROBE = ".chatflow-can-write"
 class WriteFiles(beam.PTransform):
     """Writes records to `PREFIX-00000-of-00001.jsonl`; the runner chooses the number of shards.
 
-    A prefix that ends in `.csv` or `.parquet` is the one file to write, with a row a record; one
-    worker writes it.
+    A prefix that ends in `.csv` or `.parquet` is the name of a single file with one row per record;
+    one worker writes it.
 
     Attributes:
       fields: see `Layout`.
@@ -76,16 +76,16 @@ class WriteFiles(beam.PTransform):
 def layout_of(
     prefix: str, records: beam.PCollection[Record], fields: tuple[str, ...]
 ) -> Layout | None:
-    """Returns how records are rows, or None if they are lines of JSON.
+    """Returns the layout of records as rows, or None if they are written as lines of JSON.
 
-    Raises `UsageError` if a table is to hold records of a kind that is not known.
+    Raises `UsageError` if the kind of the records is not known, but the destination is a table.
     """
     if not ending_of(prefix):
         return None
     kind = records.element_type
     if kind not in tables.KINDS.values():
         raise UsageError(
-            f"{prefix!r}: a table has the columns of one kind of record, and these are {kind}; "
+            f"{prefix!r}: a table has the columns of one kind of record, but these are {kind}; "
             "declare their type, e.g. with_output_types(Analysis), or name a prefix for JSON Lines"
         )
     return Layout(kind, fields)
@@ -116,12 +116,12 @@ class _TableSink(FileBasedSink):
 class AppendFiles(beam.PTransform):
     """Writes a stream's records to files `PREFIX-TIME-HASH.jsonl`.
 
-    A file appears complete, `seconds` after its first record or when it has `records` ones. Until
-    then a runner keeps the records of a bucket's file, and the name is derived from the content, so
-    that a file that is written again after a fault replaces the first. On this machine, where a
-    runner's state ends with the process, they are on the disk before their bundle ends; see
-    `recover`. With a prefix `NAME.csv` or `NAME.parquet`, files `NAME-TIME-HASH.csv` have a row a
-    record.
+    A file appears only when it is complete: `seconds` after its first record, or when it has
+    `records` records. For files in a bucket, the runner keeps the records until then. The name
+    comes from the content, so that a file that is written again after a fault replaces the first.
+    On this machine, where the runner's state ends with the process, records are on the disk before
+    their bundle ends; see `recover`. With a prefix `NAME.csv` or `NAME.parquet`, files
+    `NAME-TIME-HASH.csv` have one row per record.
 
     Attributes:
       fields: see `Layout`.
@@ -150,7 +150,7 @@ class AppendFiles(beam.PTransform):
     def write(self, _: Any, lines: Sequence[str], layout: Layout | None = None) -> str:
         content = "".join(sorted(lines)).encode()
         name = final_name(self.prefix, content)
-        # Written under another name first, so that no reader sees half a file.
+        # Another name at first, so that readers never see half a file.
         scratch = f"{self.prefix}-{uuid.uuid4().hex}.part"
         with FileSystems.create(scratch) as file:
             file.write(as_table(name, layout, content) if layout else content)
@@ -162,7 +162,7 @@ class AppendFiles(beam.PTransform):
 
 
 def final_name(prefix: str, content: bytes) -> str:
-    """Returns the name of a stream's file by its content, lines of JSON."""
+    """Returns the name of a stream's file, made from its content, which is lines of JSON."""
     newest = max(_MADE_AT.findall(content), default=b"").decode()
     moment = re.sub(r"[-:]|\.\d+", "", newest)
     stem, ending = _divided(prefix)
@@ -170,7 +170,7 @@ def final_name(prefix: str, content: bytes) -> str:
 
 
 def _divided(prefix: str) -> tuple[str, str]:
-    """Returns what the files of a prefix begin and end with."""
+    """Returns the beginning and the ending of the names of a prefix's files."""
     ending = ending_of(prefix)
     return (prefix.removesuffix(ending), ending) if ending else (prefix, ".jsonl")
 
@@ -178,7 +178,7 @@ def _divided(prefix: str) -> tuple[str, str]:
 class _AppendDoFn(beam.DoFn):
     """Appends the lines of each bundle to a file, which gets its final name when it is complete.
 
-    For a table, the file begins with its layout, and the table is made when the file is complete.
+    For a table, the file begins with the layout; when the file is complete, it becomes the table.
     """
 
     def __init__(self, prefix: str, seconds: float, records: int, layout: Layout | None = None):
@@ -228,16 +228,18 @@ class _AppendDoFn(beam.DoFn):
         try:
             with open(file.name, "rb") as whole:
                 _put_in_place(file.name, self.prefix, whole.read())
-        except Exception as error:  # its records are on the disk, and must not be written again
-            _log.error("the next run puts %s in place, for now: %s", file.name, one_line(error))
+        except Exception as error:  # its records are on the disk and must not be written again
+            _log.error(
+                "%s cannot be put in place, the next run does it: %s", file.name, one_line(error)
+            )
         finally:
             file.close()
 
 
 def hold(file: Any) -> bool:
-    """Locks a file until it is closed or the process dies; returns whether nobody else holds it.
+    """Locks a file until it is closed or the process dies; returns whether that worked.
 
-    Where the file system has no locks, nobody does.
+    It also returns True if the file system has no locks.
     """
     try:
         return take(file, fcntl.LOCK_EX)
@@ -251,14 +253,14 @@ def recover(path: str, prefix: str) -> None:
     with open(path, "rb+") as file:
         if hold(file):
             content = file.read()
-            content = content[: content.rfind(b"\n") + 1]  # the bundle of the last did not end
+            content = content[: content.rfind(b"\n") + 1]  # the bundle of the rest did not finish
             file.truncate(len(content))
             try:
                 _put_in_place(path, prefix, content)
             except (BadInputError, KeyError, ValueError) as error:
                 raise UsageError(
-                    f"--output: {path}, which a stream left, cannot be made a table: {error}; "
-                    "move it away"
+                    f"--output: {path}, left by an earlier stream, cannot be turned into a table: "
+                    f"{error}; move it away"
                 ) from None
 
 
@@ -270,7 +272,7 @@ def _put_in_place(path: str, prefix: str, content: bytes) -> None:
         os.remove(path)
     elif not layout:
         os.replace(path, final_name(prefix, content))
-    else:  # a fault before the end leaves the lines, and the same name is made of them again
+    else:  # after a fault before the end, the same lines get the same name again
         name = final_name(prefix, content)
         with whole_file(name, f"{path}.new") as file:
             file.write(as_table(name, Layout.parse(layout), content))
@@ -279,9 +281,9 @@ def _put_in_place(path: str, prefix: str, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str, scratch: str = "") -> Iterator[Any]:
-    """Opens a file to write, which gets its name when all is written; after an error there is none.
+    """Opens a file for writing; it gets its name when it is complete, and is deleted on an error.
 
-    Until then it is `scratch`, by default `PATH.part`.
+    Until then its name is `scratch`, by default `PATH.part`.
     """
     scratch = scratch or f"{path}.part"
     try:
@@ -292,7 +294,7 @@ def whole_file(path: str, scratch: str = "") -> Iterator[Any]:
                 os.fsync(file.fileno())
         move(scratch, path)
     except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to report
             FileSystems.delete([scratch])
         raise
 
@@ -304,7 +306,7 @@ def move(source: str, target: str) -> None:
     if is_local(source):
         os.replace(source, target)
         return
-    if FileSystems.exists(target):  # not all file systems rename onto a file that is there
+    if FileSystems.exists(target):  # some file systems cannot rename onto an existing file
         FileSystems.delete([target])
     FileSystems.rename([source], [target])
 
@@ -325,7 +327,7 @@ def result_files(prefix: str) -> list[str]:
 def files_under(prefix: str) -> dict[str, float]:
     """Returns the files whose paths start with a prefix, and when they changed (Unix time).
 
-    On this machine it does not look into folders below, and takes `*` and `[` as they are.
+    On this machine it does not look into subfolders, and `*` and `[` have no special meaning.
     """
     try:
         if not is_local(prefix):
@@ -336,15 +338,15 @@ def files_under(prefix: str) -> dict[str, float]:
         for other in os.listdir(folder or ".") if os.path.isdir(folder or ".") else ():
             path = os.path.join(folder, other)
             if other.startswith(name) and os.path.isfile(path):
-                with contextlib.suppress(FileNotFoundError):  # another process removed it now
+                with contextlib.suppress(FileNotFoundError):  # another process just removed it
                     found[path] = os.path.getmtime(path)
         return found
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{prefix!r} cannot be listed: {error}") from None
 
 
 def is_local(path: str) -> bool:
-    """Returns whether a path is in this machine's file system."""
+    """Returns whether a path is on this machine's file system."""
     return FileSystems.get_filesystem(path).scheme() is None
 
 
@@ -357,13 +359,13 @@ def check_writable(folder: str, flag: str) -> None:
         probe = FileSystems.join(folder, f"{PROBE}-{uuid.uuid4().hex}")
         FileSystems.create(probe).close()
         FileSystems.delete([probe])
-    except Exception as error:  # each filesystem has its own
+    except Exception as error:  # each filesystem raises its own errors
         raise UsageError(f"{flag}: {folder!r} cannot be written: {error}") from None
 
 
 class Files(Sink):
     example = (
-        "file prefixes (or NAME.csv, NAME.parquet), local or of a file system of Beam's (gs://…)"
+        "file prefixes (or NAME.csv, NAME.parquet), local or on a file system of Beam (gs://…)"
     )
 
     def takes(self, uri: str) -> bool:
@@ -379,7 +381,7 @@ class Files(Sink):
             if ending_of(uri) and len(kinds) > 1:
                 raise UsageError(
                     f"--{kinds[0]}, --{kinds[1]}: {uri!r} is a table of one kind of record; name "
-                    "a file for each"
+                    "a separate file for each"
                 )
 
     def write(self, uri: str, settings: SinkSettings) -> beam.PTransform:

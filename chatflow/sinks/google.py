@@ -17,8 +17,8 @@ def check_each(
 
     Args:
       ask: asks about one destination; raises the errors of Google's clients.
-      use: what is done with destinations, for messages, e.g. `published to`.
-      local: the pipeline runs here. Elsewhere its workers may reach more than this machine, so
+      use: what the pipeline does with destinations, for messages, e.g. `published to`.
+      local: whether the pipeline runs here. If not, workers may reach more than this machine, so
         only a missing destination is an error.
     """
     from google.api_core.exceptions import GoogleAPIError, NotFound
@@ -31,6 +31,6 @@ def check_each(
             if local or isinstance(error, NotFound):
                 said = f"{destination} cannot be {use}: {one_line(error)}"
                 raise UsageError(said) from None
-            # Waiting for the others would be in vain, too.
+            # The other destinations would fail in the same way.
             _log.warning("not checked: %s: %s", destination, one_line(error))
             return

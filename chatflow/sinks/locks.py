@@ -20,7 +20,7 @@ _UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, err
 
 
 def take(file: Any, how: int) -> bool:
-    """Locks a file if nobody holds it, and returns whether; raises `OSError` without locks."""
+    """Tries to lock a file and returns whether it succeeded; raises `OSError` without locks."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -31,10 +31,11 @@ def take(file: Any, how: int) -> bool:
 class FolderLock:
     """A lock on a folder, held until `close` or until the process dies.
 
-    A batch holds it alone; streams (`shared`) may hold it together. The file says who holds it.
+    A batch holds it alone; streams (`shared`) can hold it together. The lock file says who holds
+    it.
 
     Attributes:
-      alone: no other run uses the folder. False where the file system has no locks.
+      alone: whether no other run uses the folder. False if the file system has no locks.
 
     Raises:
       UsageError: another run holds the lock; the message names it.
@@ -44,7 +45,7 @@ class FolderLock:
         self._folder = folder
         self._file: Any = open(os.path.join(folder, LOCK), "a+")  # noqa: SIM115 (held for the run)
         try:
-            # A stream first tries to be alone, so that it can clear up after killed runs.
+            # A stream first tries to be alone, so that it can clean up after killed runs.
             self.alone = take(self._file, fcntl.LOCK_EX)
             if not self.alone and not (shared and take(self._file, fcntl.LOCK_SH)):
                 raise self._in_use()
@@ -67,7 +68,7 @@ class FolderLock:
         self._file.flush()
 
     def _in_use(self) -> UsageError:
-        holder = ""  # it has just started, or the file cannot be read
+        holder = ""  # the holder has just started, or the file cannot be read
         self._file.seek(0)
         with contextlib.suppress(ValueError, KeyError, TypeError):
             found = json.loads(self._file.read())

@@ -26,7 +26,7 @@ PUBSUB_BYTES = 9_500_000
 """The most bytes of data in a message; Pub/Sub accepts messages of 10 MB."""
 
 PUBLISH_SECONDS = 600.0
-"""How long publishing is retried before the bundle fails, and the runner takes over."""
+"""How long to retry publishing before the bundle fails and the runner retries it."""
 
 
 @beam.typehints.with_input_types(Record)
@@ -35,14 +35,14 @@ class PublishRecords(beam.PTransform):
     """Publishes records to a Pub/Sub topic, ordered by chat (the ordering key is the chat's id).
 
     Delivery is at least once: a repeated bundle is published again, with the same `id` attributes,
-    so that readers can drop duplicates. A message has those of the attributes `kind`, `id`,
-    `chat_id`, `user_id`, `revision`, `sentiment`, `flag`, `stage` and `reason` that its record has.
+    so that readers can drop duplicates. A message has the attributes `kind`, `id`, `chat_id`,
+    `user_id`, `revision`, `sentiment`, `flag`, `stage` and `reason`, as far as its record has them.
 
-    A dead letter that is too large for a message is compressed or becomes several; another record
-    that is too large, or that Pub/Sub refuses, becomes a dead letter.
+    A dead letter that is too large for a message is compressed or becomes several messages. Any
+    other record that is too large, or that Pub/Sub refuses, becomes a dead letter.
 
     Beam's own WriteToPubSub has no ordering keys on Dataflow, and gives up at the first error that
-    Google's client does not retry, e.g. a topic that does not exist yet.
+    Google's client does not retry, e.g. if the topic does not exist yet.
     """
 
     topic: str
@@ -104,8 +104,9 @@ def wait_published(
 ) -> None:
     """Waits until a message is published; retries until `give_up`, a time of `time.monotonic`.
 
-    After that, it raises the client's last error. A message that Pub/Sub refuses as such raises
-    `InvalidArgument` at the second try, which it has alone: the first may be another's fault.
+    After that, it raises the client's last error. A message that Pub/Sub refuses raises
+    `InvalidArgument` only at the second try, in which it is alone; the first time, another message
+    of its batch may be the cause.
     """
     from google.api_core.exceptions import InvalidArgument
 
@@ -126,11 +127,11 @@ def wait_published(
 def to_messages(record: Record) -> list[dict[str, Any]]:
     """Returns a record as a message, or a dead letter as several if it is too large for one.
 
-    Raises `ElementError`: `too_large`, for another record.
+    Raises `ElementError`: `too_large`, for any other record.
     """
     if isinstance(record, DeadLetter):
         letters = fitted(record, PUBSUB_BYTES)
-        if len(letters) == 1:  # maybe compressed; its id stays that of the letter as it was
+        if len(letters) == 1:  # may be compressed, but keeps the id of the original letter
             return [{**to_message(letters[0]), "id": record_id(record)}]
         return list(map(to_message, letters))
     message = to_message(record)
@@ -179,7 +180,7 @@ class PubSub(Sink):
 
     def check_uri(self, uri: str) -> None:
         if not PUBSUB_TOPIC.fullmatch(uri):
-            raise UsageError(f"{uri!r} is no topic; it is {self.example}")
+            raise UsageError(f"{uri!r} is not a topic; write {self.example}")
 
     def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
         check_topics(uris, local)

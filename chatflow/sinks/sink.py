@@ -1,4 +1,4 @@
-"""The base class of destinations; `write.SCHEMES` lists all kinds."""
+"""Defines the base class of destinations; `write.SCHEMES` lists all kinds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import apache_beam as beam
 
 Uris = Mapping[str, Sequence[str]]
-"""Destinations of one kind, each with the kinds of records that go there."""
+"""Destinations of one kind, each with the kinds of records to write there."""
 
 
 class Sink(abc.ABC):
@@ -22,7 +22,7 @@ class Sink(abc.ABC):
     Attributes:
       example: the form of its URIs, for messages.
       pattern: how its URIs begin, including those that `check_uri` refuses.
-      reviewed: people decide on its drafts, so failed drafts are written too.
+      reviewed: whether people decide on its drafts, so that failed drafts are written too.
     """
 
     example: ClassVar[str]
@@ -39,8 +39,8 @@ class Sink(abc.ABC):
     def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:  # noqa: B027
         """Checks with the service, before anything runs, that records can be written.
 
-        If not `local`, workers may reach more than this machine. With `share_files`, they see its
-        files.
+        If not `local`, workers may reach more than this machine. With `share_files`, they can read
+        and write its files.
         """
 
     def shown(self, text: str) -> str:

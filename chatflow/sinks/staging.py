@@ -1,8 +1,8 @@
-"""Puts the files of a run in place when all are whole; until then, earlier results stay.
+"""Puts the files of a run in place when all are complete; until then, earlier results stay.
 
-A run writes into `FOLDER/.chatflow-new-ID`. When its pipeline has ended, a marker that lists all
-files is written there, and from then on the files are moved: a run that finds the marker of a
-killed one finishes the moves. What has no marker was never whole, and is removed.
+A run writes into `FOLDER/.chatflow-new-ID`. When its pipeline has ended, it writes a marker there
+that lists all files, and then moves them. A run that finds the marker of a killed run finishes the
+moves. Files without a marker were never complete and are removed.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ MANIFEST = "manifest.json"
 _PART = re.compile(r"-[0-9a-f]{32}\.part")
 
 
-HOUR = 3600  # after which a file that a stream writes in a moment is a leftover
+HOUR = 3600  # an older scratch file is a leftover, because writing it takes only a moment
 
-WEEK = 7 * 24 * HOUR  # after which a staging folder is, where there are no locks
+WEEK = 7 * 24 * HOUR  # an older staging folder is a leftover, if the file system has no locks
 
 _BLOCK = 1 << 20  # bytes read at once
 
@@ -59,9 +59,9 @@ class Results:
 
     Attributes:
       prefixes: the last part of each file prefix, by folder.
-      staged: the files are written to staging folders, and `commit` puts them in place.
+      staged: whether files are written to staging folders until `commit` puts them in place.
       earlier: how many files of earlier runs `commit` replaces.
-      finished: how many files of a killed run were put in place now.
+      finished: how many files of a killed run have just been put in place.
     """
 
     prefixes: Mapping[str, Sequence[str]]
@@ -83,10 +83,10 @@ class Results:
             pipeline.replace_all([_Staged(self)])
 
     def commit(self, manifest: Callable[[], Mapping[str, Any]]) -> None:
-        """Puts all files in place, together, and then removes those of earlier runs.
+        """Puts all files in place together, and then removes those of earlier runs.
 
-        Each folder gets a manifest: what `manifest` returns, and the folder's `results`, each with
-        its path, records, bytes and sha256.
+        Each folder gets a manifest with what `manifest` returns and the folder's `results`, each
+        with its path, records, bytes and sha256.
         """
         if not self.staged or not self.prefixes:
             return
@@ -113,10 +113,10 @@ class Results:
         roll_forward(home, self._staging)
 
     def close(self) -> None:
-        """Finishes an interrupted `commit`; removes what was never whole."""
+        """Finishes an interrupted `commit`, or removes files that were never complete."""
         if not self.staged or not self.prefixes:
             return
-        with contextlib.suppress(Exception):  # the next run does it then
+        with contextlib.suppress(Exception):  # after an error, the next run does it
             if read_marker(next(iter(self.prefixes)), self._staging):
                 roll_forward(next(iter(self.prefixes)), self._staging)
             else:
@@ -128,13 +128,13 @@ class Results:
 def open_results(
     prefixes: Collection[str], inputs: Sequence[str], streaming: bool, local: bool, command: str
 ) -> Iterator[Results]:
-    """Locks the folders of file prefixes and clears up after killed runs; yields the results.
+    """Locks the folders of file prefixes and cleans up after killed runs; yields the results.
 
     Args:
-      inputs: files that are about to be read.
-      streaming: files are added, and other streams may do so, too; nothing is replaced.
-      local: the pipeline runs here, now. Elsewhere nothing is replaced, because the service may
-        refuse the job, or an earlier one may still write.
+      inputs: files that the run will read.
+      streaming: whether to add files and replace nothing; other streams can then do the same.
+      local: whether the pipeline runs here and now. If not, nothing is replaced, because the
+        service may refuse the job, or an earlier job may still write.
       command: what the lock says about this run, without secrets.
 
     Raises:
@@ -195,12 +195,12 @@ def _by_folder(prefixes: Collection[str], streaming: bool) -> dict[str, list[str
         if not streaming and name in found.get(folder, ()):
             raise UsageError(
                 f"--analyses, --drafts, --dead_letters: {prefix!r} is given twice; "
-                "name a prefix for each"
+                "name a separate prefix for each"
             )
         if not streaming and any(letter in prefix for letter in "*?["):
             raise UsageError(f"--output: {prefix!r} must not contain any of * ? [")
         found.setdefault(folder, []).append(name)
-    # The marker lies in the first folder, and a path on this machine is found from there.
+    # The marker is in the first folder; paths on this machine are relative to that folder.
     return dict(sorted(found.items(), key=lambda item: (not is_local(item[0]), item[0])))
 
 
@@ -210,17 +210,17 @@ def _check_earlier(results: Results, inputs: Sequence[str], local: bool) -> None
         for path in (path for name in names for path in _files(folder, name)):
             if path in read:
                 raise UsageError(
-                    f"--output: {read[path]} is read, and would be replaced; name another folder"
+                    f"--output: {read[path]} is an input and would be replaced; name another folder"
                 )
             if not local:
                 raise UsageError(
-                    f"--output: {path} is there, of another run; name another folder, or remove it"
+                    f"--output: {path} is there from another run; name another folder, or remove it"
                 )
             results.earlier += 1
         manifest = FileSystems.join(folder, MANIFEST)
         if local and FileSystems.exists(manifest) and not _is_manifest(manifest):
             raise UsageError(
-                f"--output: {manifest} is not from chatflow, and would be replaced; "
+                f"--output: {manifest} is not from chatflow and would be replaced; "
                 "rename it, or name another folder"
             )
 
@@ -232,7 +232,7 @@ def _is_manifest(path: str) -> bool:
 
 
 def _recover(folder: str, alone: bool, lock: Callable[[str, bool], bool]) -> int:
-    """Finishes or removes what killed runs staged; returns how many files it put in place."""
+    """Puts in place or removes files that killed runs staged; returns how many it put in place."""
     count = 0
     for staging, changed in _stagings(folder).items():
         found = read_marker(folder, staging)
@@ -255,7 +255,7 @@ def _recover(folder: str, alone: bool, lock: Callable[[str, bool], bool]) -> int
 
 
 def roll_forward(home: str, staging: str) -> int:
-    """Does what the marker in `home` says, or the rest of it; returns the number of files."""
+    """Makes the moves in the marker in `home` that are left; returns the number of all files."""
     marker = read_marker(home, staging)
     assert marker
     folders = {_resolve(path, home): files for path, files in marker["folders"].items()}
@@ -299,9 +299,9 @@ def _stagings(folder: str) -> dict[str, float]:
 
 
 def _clear(folder: str, names: Sequence[str], alone: bool) -> None:
-    """Removes scratch files of killed runs: if others use the folder, only old ones.
+    """Removes scratch files of killed runs; only old ones if other runs use the folder.
 
-    What a killed stream wrote on this machine is put in place instead.
+    Files that a killed stream wrote on this machine are put in place instead.
     """
     scratch = [(str(FileSystems.join(folder, name)), _PART) for name in names]
     scratch.append((str(FileSystems.join(folder, PROBE)), re.compile(r"(-[0-9a-f]{32})?")))
@@ -319,7 +319,7 @@ def _clear(folder: str, names: Sequence[str], alone: bool) -> None:
 
 
 def digest(path: str) -> dict[str, Any]:
-    """Returns the records (lines), bytes and sha256 of a file, after it is safe on the disk."""
+    """Syncs a file to the disk and returns its records (lines), bytes and sha256."""
     lines, size, sha256 = 0, 0, hashlib.sha256()
     with open(path, "rb") if is_local(path) else FileSystems.open(path) as file:
         while block := file.read(_BLOCK):
@@ -331,7 +331,7 @@ def digest(path: str) -> dict[str, Any]:
 
 
 def _described(path: str) -> dict[str, Any]:
-    """Returns what `digest` does; the records of a table are its rows."""
+    """Returns the same as `digest`, but counts the rows of a table as its records."""
     found = digest(path)
     if ending_of(path):
         with open(path, "rb") if is_local(path) else FileSystems.open(path) as file:
@@ -340,7 +340,7 @@ def _described(path: str) -> dict[str, Any]:
 
 
 def write_whole(path: str, text: str) -> None:
-    """Writes a file that appears whole, and stays after a power failure."""
+    """Writes a file that appears only when it is complete, and survives a power failure."""
     scratch = f"{path}.part" if is_local(path) else path
     with FileSystems.create(scratch) as file:
         file.write(text.encode())
@@ -391,7 +391,7 @@ def _delete(paths: Any) -> None:
 
 
 def _sync(folder: str) -> None:
-    """Makes the names in a folder of this machine safe on the disk."""
+    """Syncs the names in a folder of this machine to the disk."""
     if not is_local(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,6 +1,7 @@
-"""Rows of CSV, Parquet and JSON Lines files: one a record, in flat columns.
+"""Writes rows of CSV, Parquet and JSON Lines files: one per record, in flat columns.
 
-What a cell cannot hold is text: quotations one a line, words divided by commas, the rest as JSON.
+A value that does not fit into a cell becomes text: quotations one per line, words separated by
+commas, the rest as JSON.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from chatflow.records import (
 from chatflow.sinks.bigquery import columns, id_column
 
 Columns = Mapping[str, str]
-"""The type of each column by its name, in their order; types are those of BigQuery."""
+"""The type of each column by its name, in order; types are those of BigQuery."""
 
 Row = Mapping[str, Any]
-"""Cells by column; a column without one is empty in this row."""
+"""Cells by column; missing columns are empty in this row."""
 
 TEXT = "STRING"
 
@@ -50,10 +51,10 @@ KINDS = {kind.__name__: kind for kind in (Analysis, Draft, DeadLetter, Reply, Re
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How records of a kind are rows: their fields in order, and `dead_letter_id` before others.
+    """The columns of a kind of record: its fields in order; dead letters begin with their id.
 
     Attributes:
-      fields: those of an analysis's `fields` that have columns of their own, `field.NAME` and
+      fields: names of an analysis's `fields` that get their own columns, `field.NAME` and
         `confidence.NAME`; the column `fields` has the others as JSON.
     """
 
@@ -101,7 +102,7 @@ class Layout:
 
 
 def cell(value: Any) -> Any:
-    """Returns a value as a cell holds it: a text, number, boolean or time, or None."""
+    """Returns a value in the form of a cell: a text, number, boolean or time, or None."""
     if isinstance(value, str):
         # Half a surrogate pair cannot be written.
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
@@ -115,7 +116,7 @@ def cell(value: Any) -> Any:
         return None
     if isinstance(value, tuple) and all(isinstance(item, Quotation) for item in value):
         return cell("\n".join(item.text for item in value))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not any(isinstance(item, Record) for item in value):
         return cell(", ".join(map(str, value)))
     return cell(pydantic_core.to_json(value, exclude_none=True, inf_nan_mode="null").decode())
 
@@ -132,10 +133,10 @@ class Writer(Protocol):
 
 
 class CsvWriter:
-    """Writes CSV as RFC 4180 says, for spreadsheets: with a byte order mark, without formulas.
+    """Writes CSV (RFC 4180) that spreadsheets read well: with a byte order mark, without formulas.
 
-    Without the mark, Excel takes UTF-8 for Windows' code page. Times are `2026-03-01 10:00:00`, in
-    UTC, which spreadsheets know.
+    Without the mark, Excel reads UTF-8 as the code page of Windows. Times are written as
+    `2026-03-01 10:00:00` in UTC, which spreadsheets recognise.
     """
 
     def __init__(self, file: IO[bytes], columns: Columns):
@@ -145,7 +146,7 @@ class CsvWriter:
         self._csv.writerow(map(guarded, columns))
 
     def write(self, row: Row | str) -> None:
-        if isinstance(row, str):  # what `csv` has made of a row
+        if isinstance(row, str):  # a row that `csv` has formatted
             self._file.write(row.encode())
         else:
             self._csv.writerow([_shown(row.get(name)) for name in self._columns])
@@ -165,10 +166,11 @@ def _shown(value: Any) -> Any:
 
 
 def guarded(text: str) -> str:
-    """Returns a text that no spreadsheet takes for a formula: with an apostrophe, if it could be.
+    """Returns a text that no spreadsheet reads as a formula; adds an apostrophe if necessary.
 
-    That is a text that begins with = + - @, also after blanks and what cannot be seen or in another
-    width, or with a tab or line break. https://owasp.org/www-community/attacks/CSV_Injection
+    A text needs it if it begins with = + - @ (of any width, or after blanks and invisible
+    characters), or with a tab or line break.
+    https://owasp.org/www-community/attacks/CSV_Injection
     """
     if text[:1] in _BREAKS:
         return f"'{text}" if text else text
@@ -218,7 +220,7 @@ class ParquetWriter:
 
 
 class JsonWriter:
-    """Writes an object a line, without empty cells."""
+    """Writes one object per line, without empty cells."""
 
     def __init__(self, file: IO[bytes], columns: Columns):
         self._file, self._columns = file, columns
@@ -236,26 +238,26 @@ WRITERS: Mapping[str, type[Writer]] = {
     ".parquet": ParquetWriter,
     ".jsonl": JsonWriter,
 }
-"""What writes rows, by the ending of the file."""
+"""The writer of rows, by the ending of the file."""
 
 
 TABLES = (".csv", ".parquet")
-"""The endings of destinations that are tables; JSON Lines have records as they are."""
+"""The endings of destinations that are tables; JSON Lines contain whole records."""
 
 
 def ending_of(path: str) -> str:
-    """Returns a path's ending, as it is written there, if it is a table's; else ""."""
+    """Returns the ending of a path, in its case, if it is that of a table; else ""."""
     ending = os.path.splitext(path)[1]
     return ending if ending.lower() in TABLES else ""
 
 
 def writer_of(path: str) -> type[Writer]:
-    """Returns what writes the rows of a file; raises `KeyError` for one that is not known."""
+    """Returns the writer for a file; raises `KeyError` for an unknown ending."""
     return WRITERS[os.path.splitext(path)[1].lower()]
 
 
 def as_table(path: str, layout: Layout, lines: bytes) -> bytes:
-    """Returns the content of a table, for a path with its ending, from records as JSON Lines."""
+    """Returns the content of a table, made from records as JSON Lines; `path` shows its format."""
     file = io.BytesIO()
     writer = writer_of(path)(file, layout.columns)
     for line in lines.split(b"\n"):

@@ -30,16 +30,16 @@ SECRET_BYTES = 24
 """The shortest secret that the Standard Webhooks specification allows."""
 
 WEBHOOK_SECONDS = 120.0
-"""How long posting a record is retried before it becomes a dead letter."""
+"""How long to retry posting a record before it becomes a dead letter."""
 
 ANSWER_SECONDS = 30.0
-"""How long one POST may take, with its whole answer; the specification says 15 to 30."""
+"""How long one POST may take, including its whole answer; the specification says 15 to 30."""
 
 AWAY_SECONDS = 30.0
-"""How long records fail untried after one was given up, if no other got through meanwhile."""
+"""How long records fail without a try after one was given up, unless another got through."""
 
 SMALL_BYTES = 900_000
-"""About the most bytes of a POST that services take by default (nginx: 1 MB)."""
+"""About the most bytes of a POST that services accept by default (nginx: 1 MB)."""
 
 AT_ONCE = 8
 """POSTs in flight per bundle."""
@@ -48,10 +48,10 @@ BUNDLE_RECORDS = 1000
 """Records of a bundle that are posted together."""
 
 ANSWER_BYTES = 65_536
-"""How much of an answer is read; the rest is not waited for."""
+"""How much of an answer to read; nothing waits for the rest."""
 
 _AGAIN = {408, 409, 425, 429}
-"""Statuses to retry beside 5xx; 409: the last try is in progress (IETF draft `Idempotency-Key`)."""
+"""Statuses to retry, besides 5xx; 409: the last try is in progress (IETF `Idempotency-Key`)."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,14 +61,14 @@ _log = logging.getLogger(__name__)
 class PostRecords(beam.PTransform):
     """Posts each record as JSON to a webhook, in no order; outputs a `DeadLetter` per refused one.
 
-    A refused dead letter fails its bundle; one that is too large (413) goes in parts. POSTs are
+    A refused dead letter fails its bundle; one that is too large (413) is sent in parts. POSTs are
     signed as https://www.standardwebhooks.com specifies. Delivery is at least once: `webhook-id`
     and `Idempotency-Key` are the record's id, which stays the same in retries, repeated bundles
     and replays.
 
     Attributes:
       url: see `Webhook.check_uri`.
-      secret: where the secret is: `secrets.PLACES`, else `UsageError`. Workers read it at start.
+      secret: where the secret is (see `secrets.PLACES`); workers read it when they start.
     """
 
     url: str = dataclasses.field(repr=False)  # its query may be secret
@@ -77,7 +77,7 @@ class PostRecords(beam.PTransform):
     def __post_init__(self) -> None:
         if not self.secret:
             raise UsageError(
-                f"--webhook_secret is missing: what goes to {shown(self.url)} is signed. Make a "
+                f"--webhook_secret is missing: it signs what goes to {shown(self.url)}. Make a "
                 'secret with `echo "whsec_$(openssl rand -base64 32)"`, give it to the service, '
                 f"and say where workers find it: {PLACES_SAID}"
             )
@@ -124,7 +124,7 @@ class WebhookError(ElementError):
 
 
 class _Fault(NamedTuple):
-    """Why a try failed; if `again`, another may help after at least `wait` seconds."""
+    """Why a try failed; if `again`, another try may help after at least `wait` seconds."""
 
     reason: str
     error: str
@@ -135,7 +135,7 @@ class _Fault(NamedTuple):
 class Poster:
     """Posts records to one address, several at once, on one thread.
 
-    Each of the `keys` makes a signature, so that a service may know the old secret or the new one.
+    Each of the `keys` makes a signature, so that the service can know the old or the new secret.
     """
 
     def __init__(self, url: str, keys: Sequence[bytes]):
@@ -166,7 +166,7 @@ class Poster:
         return await asyncio.gather(*map(post, records))
 
     async def _deliver_whole(self, record: Record) -> None:
-        """Posts a record; a dead letter that the service finds too large goes in parts."""
+        """Posts a record; sends a dead letter in parts if the service finds it too large."""
         try:
             await self._deliver(record_id(record), record.to_json().encode())
         except WebhookError as error:
@@ -179,7 +179,7 @@ class Poster:
         """Posts a record, with retries if they may help; raises `WebhookError` if it fails."""
         started, tries = time.monotonic(), 0
         if self._last and started < self._away_until:
-            said = f"not tried, for others failed just before: {self._last.error}"
+            said = f"not tried, because others have just failed: {self._last.error}"
             raise WebhookError(self._last.reason, said)
         while (fault := await self._try(key, body)) is not None:
             tries += 1
@@ -191,7 +191,7 @@ class Poster:
                 if now - started > WEBHOOK_SECONDS / 2 and self._answered_at < started:
                     self._last, self._away_until = fault, now + AWAY_SECONDS
                 times = "once" if tries == 1 else f"{tries} times"
-                wait = f", and is to wait {fault.wait:.0f} s" if fault.wait else ""
+                wait = f", and asked to wait {fault.wait:.0f} s" if fault.wait else ""
                 raise WebhookError(fault.reason, f"{fault.error} (tried {times}{wait})")
             self._warn(fault)
             await asyncio.sleep(seconds)
@@ -216,7 +216,7 @@ class Poster:
             ):
                 said = await _start_of(answer)
         except TimeoutError:
-            error = f"{where} did not answer to the end within {ANSWER_SECONDS:g} s"
+            error = f"{where} did not finish its answer within {ANSWER_SECONDS:g} s"
             return _Fault("webhook_timeout", error)
         except aiohttp.ClientConnectorCertificateError as wrong:
             return _Fault("webhook_certificate", f"{where}: {one_line(wrong)}", again=False)
@@ -226,7 +226,7 @@ class Poster:
         if 200 <= answer.status < 300:
             return None
         if 300 <= answer.status < 400:
-            said = "redirects are not followed; name the address that it has moved to"
+            said = "redirects are not followed; name the new address"
         error = f"{where} answered {answer.status}: {_without_query(said, self.url)}"
         again = answer.status in _AGAIN or answer.status >= 500
         return _Fault(f"webhook_http_{answer.status}", error, again, retry_after(answer))
@@ -266,13 +266,13 @@ def signed(keys: Iterable[bytes], key: str, seconds: int, body: bytes) -> dict[s
 def read_keys(place: str) -> tuple[bytes, ...]:
     """Returns the keys of the secret at `place` (see `secrets.PLACES`).
 
-    There are several while an old and a new one are both valid. Raises `UsageError` if there is
-    none; the message does not show the text found instead.
+    There are several keys while an old and a new one are both valid. Raises `UsageError` if there
+    is no key; the message does not show the text found instead.
     """
     keys = keys_of(read_secret(place, "--webhook_secret"))
     if not keys or min(map(len, keys)) < SECRET_BYTES:
         raise UsageError(
-            f"--webhook_secret={place}: what is there is no whsec_… with at least {SECRET_BYTES} "
+            f"--webhook_secret={place}: must contain whsec_… with at least {SECRET_BYTES} "
             'bytes in base64; `echo "whsec_$(openssl rand -base64 32)"` makes one'
         )
     return keys
@@ -293,7 +293,7 @@ def _key(text: str) -> bytes:
 
 
 def shown(text: str) -> str:
-    """Returns a text with addresses, without their users, passwords and queries."""
+    """Returns a text without the users, passwords and queries of addresses in it."""
     return _ADDRESS.sub(lambda found: found[1] + found[2] + ("?…" if found[3] else ""), text)
 
 
@@ -301,7 +301,7 @@ _ADDRESS = re.compile(r"(https?://)(?:[^/?#,\s]*@)?([^?,\s]*)(\?[^,\s]*)?", re.I
 
 
 def _without_query(said: str, url: str) -> str:
-    """Returns a text about an address without the values of the address's query."""
+    """Returns a text about an address without the values in the query of that address."""
     query = urllib.parse.urlsplit(url).query
     values = [value for _, value in urllib.parse.parse_qsl(query) if len(value) > 3]
     for secret in filter(None, [query, urllib.parse.unquote(query), *values]):
@@ -314,7 +314,7 @@ class Webhook(Sink):
     pattern = re.compile("https?://", re.IGNORECASE)
 
     def check_uri(self, uri: str) -> None:
-        """Refuses addresses other than `https://…` and `http://` of this machine."""
+        """Refuses addresses other than `https://…`, or `http://` to this machine."""
         try:
             parts = urllib.parse.urlsplit(uri)
             host, _ = parts.hostname, parts.port
@@ -322,19 +322,19 @@ class Webhook(Sink):
             host = None
         if host and "@" in parts.netloc:
             raise UsageError(
-                f"{shown(uri)}: a user or password in an address is not taken; what is sent "
-                "is signed instead, see --webhook_secret"
+                f"{shown(uri)}: must not contain a user or password; what is sent is signed "
+                "instead, see --webhook_secret"
             )
         if not host or not re.fullmatch(r"https?://[\w.:\[\]-]+([/?][^\s#\\]*)?", uri, re.I):
-            raise UsageError(f"{shown(uri)!r} is no address; it is https://HOST/PATH")
+            raise UsageError(f"{shown(uri)!r} is not an address; write https://HOST/PATH")
         if parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
             raise UsageError(
-                f"{shown(uri)}: must be https://, for it takes personal data through a "
-                "network; http:// is for localhost"
+                f"{shown(uri)}: must be https://, because personal data goes through a network; "
+                "http:// is only for localhost"
             )
 
     def check(self, uris: Uris, settings: SinkSettings, local: bool, share_files: bool) -> None:
-        if local:  # elsewhere, only its workers may be able to read the secret
+        if local:  # otherwise, maybe only the workers can read the secret
             read_keys(settings.webhook_secret)
 
     def shown(self, text: str) -> str:

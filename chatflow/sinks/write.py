@@ -38,7 +38,7 @@ class WriteRecords(beam.PTransform):
     destination refuses records. A refused dead letter fails its bundle, so that the runner retries.
     """
 
-    destinations: Sequence[str] = dataclasses.field(repr=False)  # there may be secrets in them
+    destinations: Sequence[str] = dataclasses.field(repr=False)  # they may contain secrets
     settings: SinkSettings = dataclasses.field(default_factory=SinkSettings, repr=False)
 
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter] | None:
@@ -58,7 +58,7 @@ def split_destinations(kind: str, own: str, output: str, database: str = "") -> 
     """Returns a kind of record's destinations; raises `UsageError` for none or a wrong one.
 
     Args:
-      own: the kind's own destinations, separated by commas; default: in the folder `output`.
+      own: the kind's own destinations, separated by commas; default: a file in the folder `output`.
       database: an additional destination of all kinds.
     """
     destinations = tuple(filter(None, (uri.strip() for uri in own.split(","))))
@@ -67,7 +67,9 @@ def split_destinations(kind: str, own: str, output: str, database: str = "") -> 
     if database and database not in destinations:
         destinations += (database,)
     if not destinations:
-        raise UsageError(f"--output is missing, and --{kind}: one of them says where {kind} go")
+        raise UsageError(
+            f"--output is missing, and so is --{kind}: one of them says where {kind} go"
+        )
     try:
         for uri in destinations:
             sink_of(uri).check_uri(uri)
@@ -100,7 +102,7 @@ def is_file(uri: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """Returns a text with destinations, without possible secrets in them."""
+    """Returns a text without possible secrets in the destinations in it."""
     for sink in SCHEMES:
         text = sink.shown(text)
     return text

@@ -1,6 +1,6 @@
-"""Reads chats and messages as other systems write them: strict in the ids and words alone.
+"""Reads chats and messages as other systems write them; only ids and texts must be right.
 
-A field beside these that is null, empty or of another type is mended or left out, and counted.
+Any other field that is null, empty or of a wrong type is converted or left out, and counted.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ ROLES: Mapping[str, str] = {
     }.items()
     for name in names.split()
 }
-"""The roles of other systems, in lower case with underscores, and ours."""
+"""Our role for each role of other systems, in lower case with underscores."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Customs:
-    """What differs between the systems from which chats come.
+    """What differs between the systems that chats come from.
 
     Attributes:
-      roles: our role for each of theirs; a role that is not here stays as it is.
-      placeholders: texts in the place of words, as `said.placeholder` writes them.
-      format: how they write chats; see `formats.objects`.
-      columns: which column of a table is what; see `formats.tables`.
+      roles: our role for each of theirs; other roles stay as they are.
+      placeholders: texts that stand for something without words, as `said.placeholder` writes them.
+      format: how the system writes chats; see `formats.objects`.
+      columns: the column of each field in a table; see `formats.tables`.
     """
 
     roles: Mapping[str, str] = dataclasses.field(default_factory=lambda: ROLES)
@@ -74,13 +74,14 @@ OURS = ("customer", "agent", "bot", SYSTEM)
 
 
 def customs_by(options: Options) -> Customs:
-    """Returns the customs that the flags of a run say; raises `UsageError`."""
+    """Returns the customs that the flags of a run describe; raises `UsageError`."""
     return customs_of(options.roles, options.placeholders, options.input_format, options.columns)
 
 
 def customs_of(roles: str, placeholders: str, format: str = "auto", columns: str = "") -> Customs:
-    """Returns the customs that four flags say: `--roles`, `--placeholders`, `--input_format` and
-    `--columns`; raises `UsageError`.
+    """Returns the customs of `--roles`, `--placeholders`, `--input_format` and `--columns`.
+
+    Raises `UsageError` for a wrong value.
     """
     if format not in ALL:
         raise UsageError(f"--input_format={format}: must be one of {', '.join(ALL)}")
@@ -91,7 +92,7 @@ def customs_of(roles: str, placeholders: str, format: str = "auto", columns: str
         try:
             with FileSystems.open(placeholders) as file:
                 texts = file.read().decode("utf-8-sig").splitlines()
-        except Exception as error:  # each filesystem has its own
+        except Exception as error:  # each filesystem raises its own errors
             raise UsageError(
                 f"--placeholders: {placeholders!r} cannot be read: {one_line(error)}"
             ) from None
@@ -102,12 +103,12 @@ def customs_of(roles: str, placeholders: str, format: str = "auto", columns: str
 def read_chat(
     value: Mapping[str, Any], customs: Customs = USUAL, counts: Counter[str] | None = None
 ) -> Chat:
-    """Reads a chat from its JSON: messages in the order of time, without empty and repeated ones.
+    """Reads a chat from its JSON: messages in order of time, without empty and repeated ones.
 
-    A chat without a `revision` gets the one that its messages would have as single ones.
+    A chat without a `revision` gets the one that its messages would get if they arrived one by one.
 
     Args:
-      counts: counts what was mended or left out, by name.
+      counts: counts what was converted or left out, by name.
 
     Raises:
       BadInputError: `wrong_shape`, `no_messages`, or an error of `check_chat`.
@@ -140,7 +141,10 @@ def read_chat(
     chat = validate(Chat, whole)
     messages = _in_order(_first_of_each_id(_with_text(chat.messages, counts), counts), counts)
     revision = chat.revision if "revision" in whole else newest_revision(messages)
-    return check_chat(chat.model_copy(update={"messages": messages, "revision": revision}))
+    update: dict[str, Any] = {"messages": messages, "revision": revision}
+    if isinstance(value.get("redacted"), list):  # of a dead letter; where, is found anew
+        update["redacted"] = ()
+    return check_chat(chat.model_copy(update=update))
 
 
 def message_fields(
@@ -153,7 +157,7 @@ def message_fields(
     author = value.get("user_id")
     if author is None or author == "":
         if role is None and not private:
-            raise BadInputError("wrong_shape", "user_id: it is missing, and there is no role")
+            raise BadInputError("wrong_shape", "user_id: it is missing, and so is the role")
         found["user_id"] = role or "private"
     else:
         found["user_id"] = as_id(author)
@@ -178,9 +182,9 @@ def message_fields(
 
 
 def _words(text: str, original: Any, customs: Customs, counts: Counter[str]) -> dict[str, str]:
-    """Returns the text as its author wrote it, and as it came if that differs."""
+    """Returns the text as its author wrote it, and the original text if that differs."""
     if isinstance(original, str) and said(original, customs.placeholders).text == text:
-        return {"text": text, "original": original}  # a chat that was read before
+        return {"text": text, "original": original}  # chatflow has read this chat before
     words, left_out = said(text, customs.placeholders)
     counts.update(f"input/{name}" for name in left_out)
     return {"text": words, "original": text} if left_out else {"text": text}
@@ -211,7 +215,7 @@ _SYSTEM_KINDS = frozenset(("activity", "system", "event", "service", "notificati
 
 
 def as_id(value: Any) -> Any:
-    """Returns a whole number as its digits, because tables make 7.0 of an id; else the value."""
+    """Returns 7 for 7.0, because tables turn ids into such numbers; else the value."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -264,9 +268,9 @@ _FIRST, _LAST = datetime(1971, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UT
 
 
 def time(value: Any, counts: Counter[str]) -> datetime | None:
-    """Returns a time, in RFC 3339 or since 1970 in seconds to nanoseconds; None if it cannot be.
+    """Returns a time from RFC 3339, or from s, ms, µs or ns since 1970; None if it is not one.
 
-    "0001-01-01" and "1970-01-01" are how systems write that they know none.
+    Systems write "0001-01-01" and "1970-01-01" if they do not know the time.
     """
     if value is None or value == "":
         return None
@@ -285,7 +289,7 @@ def time(value: Any, counts: Counter[str]) -> datetime | None:
 
 
 def _seconds(value: Any) -> Any:
-    """Returns a number of seconds from one of any unit, by its size."""
+    """Returns a number in seconds; its size shows in which unit it was."""
     if isinstance(value, str) and re.fullmatch(r"\d{9,20}(\.\d+)?", value.strip()):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -318,7 +322,7 @@ _OLDEST = datetime.min.replace(tzinfo=UTC)
 
 
 def _in_order(messages: Iterable[Message], counts: Counter[str]) -> tuple[Message, ...]:
-    """Sorts messages by time; one without a time stays behind the one before it."""
+    """Sorts messages by time; one without a time stays after the message before it."""
     listed = tuple(messages)
     times: list[datetime] = []
     for message in listed:

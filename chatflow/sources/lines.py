@@ -1,8 +1,8 @@
-"""Reads the lines of files, each file for itself, within a limit of memory.
+"""Reads the lines of files, each file independently, in bounded memory.
 
-Compression, encoding and format are found by what a file begins with, not by its name. Tables,
-archives and other formats become lines of chatflow's own JSON. What cannot be read is an `Arrival`
-with a fault, which says where it is; the lines before it are read.
+Compression, encoding and format are recognised by how a file begins, not by its name. Tables,
+archives and other formats become lines of chatflow's own JSON. A part that cannot be read becomes
+an `Arrival` with a fault that says where it is; the lines before it are read.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from chatflow.sources.formats.values import Element, elements, pairs
 
 BLOCK = 1 << 20
 RANGE = 64 << 20
-"""Bytes of a file that is not compressed that are read at a time, at several places at once."""
+"""The bytes of each part of an uncompressed file; several workers can read its parts at once."""
 
 _HEAD = 64 << 10
 
 
 def ranges_of(path: str, size: int, customs: Customs = USUAL) -> list[Range]:
-    """Returns the parts in which a file is read: one, if it is compressed or not read by lines."""
+    """Returns the parts in which to read a file; one, if it is compressed or not read by lines."""
     if size > RANGE:
         try:
             with _raw(path) as file:
                 head = file.read(_HEAD)
-        except Exception:  # the reader says what is wrong
+        except Exception:  # the reader reports the error
             return [Range(path)]
         by_lines = customs.format not in READ_WHOLE and kind_of(head, path) == LINES
         if by_lines and not _compression(head) and not _encoding(head):
@@ -66,21 +66,21 @@ def read_lines(
     customs: Customs = USUAL,
     root: str | None = None,
 ) -> Iterator[Arrival]:
-    """Yields the lines of a part of a file that are not blank, and the faults.
+    """Yields the lines of a part of a file that are not blank, and its faults.
 
     Args:
-      most: a line of more bytes is left out, as a fault.
-      plain: the lines are texts, not JSON.
-      customs: the format of the file, and what the columns of a table are.
-      root: the folder of all files that are read, if not the file's; see `root_of`.
+      most: a line with more bytes becomes a fault.
+      plain: whether the lines are texts, not JSON.
+      customs: the format of the file, and the columns of a table.
+      root: the folder of all files that are read, if it is not the file's own; see `root_of`.
     """
     return _Reader(part, most, customs, root=root).all(plain)
 
 
 def root_of(inputs: Sequence[str]) -> str:
-    """Returns the folder, or the archive, in which the files of several patterns lie.
+    """Returns the folder, or the archive, that contains the files of all patterns.
 
-    By their places in it, files of one name in several folders have names that tell them apart.
+    Paths relative to it tell apart files of the same name in different folders.
     """
     folders = []
     for pattern in inputs:
@@ -96,7 +96,7 @@ def numbered(
 ) -> Iterator[tuple[int, bytes]]:
     """Yields the lines of a file that are not blank, with their numbers from 1.
 
-    With `customs`, files of other formats become lines; without, each line is taken as it is.
+    With `customs`, other formats are converted to lines; without it, each line is left as it is.
 
     Raises `UsageError`, with the `flag` that names the file, if it cannot be read to its end.
     """
@@ -104,7 +104,7 @@ def numbered(
 
 
 def whole(path: str, flag: str = "", customs: Customs | None = None) -> Iterator[Arrival]:
-    """Yields the lines of a file as `numbered` does, each with its place."""
+    """Yields the lines of a file as `numbered` does, but as arrivals, which say where they are."""
     plain = customs is None
     most = LARGEST_INTEGER if plain else MAX_LINE_BYTES
     for arrival in read_lines(Range(path), most, plain, customs or USUAL):
@@ -114,9 +114,9 @@ def whole(path: str, flag: str = "", customs: Customs | None = None) -> Iterator
 
 
 def fault_of(path: str, customs: Customs = USUAL) -> Fault | None:
-    """Returns what is wrong with a file as a whole, by its beginning; None if it can be read."""
+    """Returns what is wrong with a whole file, judged by its beginning; None if it can be read."""
     if os.path.exists(path) and not os.path.isfile(path):
-        return None  # a pipe is read once
+        return None  # a pipe can be read only once
     read = _Reader(Range(path), _HEAD, customs, only_check=True)
     first = next(read.all(), None)
     fault = first.fault if first else None
@@ -124,7 +124,7 @@ def fault_of(path: str, customs: Customs = USUAL) -> Fault | None:
 
 
 def about(path: str, customs: Customs = USUAL) -> str:
-    """Returns what is read of a table, as people see it; "" of other files."""
+    """Returns a description for people of how a table or an export is read; "" for other files."""
     if not os.path.isfile(path) and "://" not in path:
         return ""
     read = _Reader(Range(path), _HEAD, customs, only_check=True)
@@ -135,23 +135,23 @@ def about(path: str, customs: Customs = USUAL) -> str:
 UNREADABLE, TRUNCATED, CORRUPT, WRONG = OF_FILES = (
     "unreadable_file", "truncated_file", "corrupt_file", "wrong_format",
 )  # fmt: skip
-"""Reasons for which a file was not read, or not to its end."""
+"""Reasons why a file was not read, or not to its end."""
 
 _MEDIA = re.compile(
     r"\.(?:jpe?g|png|gif|webp|heic|opus|ogg|mp3|m4a|aac|amr|mp4|mov|3gp|vcf)$", re.IGNORECASE
 )
-"""What messengers put beside a chat."""
+"""Files that messengers export together with a chat."""
 _HIDDEN = re.compile(r"(?:^|/)(?:\.|__)|/$")
-"""Files of an archive that are none of its content, and its folders."""
+"""Hidden files and folders in an archive, which are not read."""
 _ONE_OBJECT = re.compile(rf"\.json{COMPRESSED}$", re.IGNORECASE)
 _DAMAGE = (zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 class _Reader:
-    """Reads a part of a file; `offset` is how far, in bytes without compression, and `lines`.
+    """Reads a part of a file; `offset` and `lines` say how far, in uncompressed bytes and in lines.
 
-    With `only_check`, tables and archives are opened, but not read. `beside` opens a file of the
-    same folder, if it is there.
+    With `only_check`, tables and archives are opened, but not read. `beside` opens a file in the
+    same folder, if it exists.
     """
 
     def __init__(
@@ -173,11 +173,11 @@ class _Reader:
     def all(
         self, plain: bool = False, opened: Callable[[], Any] | None = None
     ) -> Iterator[Arrival]:
-        """Yields the lines of the file, which `opened` opens if it is part of an archive."""
+        """Yields the lines of the file; `opened` opens it if it is part of an archive."""
         try:
             with opened() if opened else _raw(self.part.path) as file:
                 yield from self.arrivals(file, plain)
-        except Exception as error:  # each filesystem and each compression has its own
+        except Exception as error:  # each filesystem and each compression raises its own errors
             yield self.broken(error)
 
     def arrivals(self, file: Any, plain: bool) -> Iterator[Arrival]:
@@ -215,7 +215,7 @@ class _Reader:
             yield from self.of_lines(stream, seekable=not (encoding or self.compression))
 
     def _kind(self, head: bytes) -> str:
-        """Returns the kind of the file, as `--input_format` says, or by its beginning."""
+        """Returns the kind of the file: from `--input_format`, or recognised by its beginning."""
         kind = kind_of(head, self.part.path)
         if self.customs.format in READ_WHOLE and kind != "zip":
             return self.customs.format
@@ -224,7 +224,7 @@ class _Reader:
         return kind
 
     def of_archive(self, stream: Any) -> Iterator[Arrival]:
-        """Yields the lines of each file of an archive, but hidden ones."""
+        """Yields the lines of each file in an archive, except hidden ones."""
         path = self.part.path
         with zipfile.ZipFile(stream) as archive:
             names = [name for name in archive.namelist() if not _HIDDEN.search(name)]
@@ -255,7 +255,7 @@ class _Reader:
                 yield faults[0]
 
     def of_format(self, stream: Any, kind: str) -> Iterator[Arrival]:
-        """Yields the chats of a table or a text."""
+        """Yields the chats of a table, a WhatsApp chat or a corpus."""
         if kind == "whatsapp":
             self.about = whatsapp.TITLE
             if self.only_check:
@@ -278,12 +278,12 @@ class _Reader:
         except UsageError as error:
             yield self.fault(WRONG, f"{self.part.path}: {error}")
             return
-        self.about = f"a table; its columns are taken for --columns='{columns}'"
+        self.about = f"a table; its columns are read as --columns='{columns}'"
         if not self.only_check:
             yield from self._ours(tables.chats_in(rows, columns), kind, "row")
 
     def of_corpus(self, stream: Any) -> Iterator[Arrival]:
-        """Yields the conversations of a corpus, by its utterances."""
+        """Yields the conversations of a corpus, composed of its utterances."""
         plain = _Reader(self.part, self.most, Customs(format=OURS))
         found = None
         if stream.peek(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -297,14 +297,14 @@ class _Reader:
                         faults.append(arrival)
                     else:
                         yield arrival.number, arrival.line
-            except Exception as error:  # what was read before it is kept
+            except Exception as error:  # keep what was read before it
                 faults.append(plain.broken(error))
 
         yield from self._ours(convokit.read(lines(), self._beside), "convokit", "utterance")
         yield from faults
 
     def _beside(self, name: str) -> Iterator[tuple[str, Any]]:
-        """Yields the names and values of an object in a file beside this one, if there is one."""
+        """Yields the names and values of the object in another file of the folder, if it exists."""
         if (opened := self.open_beside(name)) is not None:
             with opened as file:
                 yield from pairs(_pieces(file), self.most)
@@ -315,7 +315,10 @@ class _Reader:
 
     @property
     def _name(self) -> str:
-        """The place of the file in `root` without endings; that of the archive of a `_chat`."""
+        """Returns the path of the file in `root` without endings.
+
+        For a file `_chat` in an archive, it is the path of the archive.
+        """
         path = self.part.path
         if path.startswith(f"{self.root}/"):
             path = path[len(self.root) + 1 :]
@@ -348,7 +351,7 @@ class _Reader:
         yield Arrival(text, source=source, number=number, name=name)
 
     def of_lines(self, stream: Any, seekable: bool) -> Iterator[Arrival]:
-        """Yields lines; of one that is too long, a block at a time is kept in memory."""
+        """Yields lines; keeps only a block of a line in memory if the line is too long."""
         path, start, end = self.part
         if start:
             before = start - 1
@@ -383,7 +386,7 @@ class _Reader:
     def values(self, stream: Any, encoding: str) -> Iterator[Arrival] | None:
         """Returns the elements of a JSON array, or objects over several lines, as lines.
 
-        Returns None if it is not JSON after all, with the stream at its start.
+        Returns None if the file is not JSON after all, with the stream back at its start.
         """
         found = elements(_pieces(stream, encoding), self.most)
         try:
@@ -465,7 +468,7 @@ def _decompressed(file: Any, compression: str) -> Any:
 
 
 class _Available(io.RawIOBase):
-    """Gives what is decompressed before a fault; `read` of these files loses it."""
+    """Returns the bytes that were decompressed before a fault; the files' own `read` loses them."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -494,7 +497,7 @@ _MARKS = (
 
 
 def _encoding(head: bytes) -> str:
-    """Returns the encoding of UTF-16 and UTF-32: by their mark, or the zeros beside ASCII."""
+    """Returns UTF-16 or UTF-32, recognised by their mark or by zeros between ASCII; else ""."""
     for mark, name in _MARKS:
         if head.startswith(mark):
             return name
@@ -514,10 +517,10 @@ LINES, JSON = "lines", "json"
 _HINTS = {
     "zstd": "compressed with zstd; unpack it with `zstd -d`",
     "7z": "a 7z archive; unpack it",
-    "sqlite": "a SQLite database; write its rows as JSON, one a line",
+    "sqlite": "a SQLite database; write its rows as JSON, one per line",
     "pdf": "a PDF",
-    "html": "a page in HTML or XML; JSON is needed, one object a line",
-    "binary": "not text; JSON is needed, one object a line",
+    "html": "a page in HTML or XML; JSON is needed, one object per line",
+    "binary": "not text; JSON is needed, one object per line",
 }
 READ_WHOLE = ("csv", "parquet", "whatsapp", "convokit")
 _BEGINNINGS = (
@@ -532,7 +535,7 @@ _TABLE = re.compile(rf"\.[ct]sv{COMPRESSED}$", re.IGNORECASE)
 def kind_of(head: bytes, path: str = "") -> str:
     """Returns `LINES`, `JSON` (an array, or objects over several lines), or another kind of file.
 
-    It is that of the file's beginning; its name tells tables of few columns.
+    The kind is recognised by the beginning of the file; tables with few columns also by the name.
     """
     for magic, name in _BEGINNINGS:
         if head.startswith(magic):
@@ -565,7 +568,7 @@ def kind_of(head: bytes, path: str = "") -> str:
 
 
 def _is_table(head: bytes, sure: bool) -> bool:
-    """Returns whether a file begins like a CSV table; `sure`: its name says so."""
+    """Returns whether a file begins like a CSV table; `sure` means that its name says so."""
     text = head.decode("latin-1").lstrip("\ufeff\r\n ")
     first = text.splitlines()[0]
     mark = max(tables.DELIMITERS, key=first.count)
@@ -578,7 +581,7 @@ def _is_table(head: bytes, sure: bool) -> bool:
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """Returns the object that a line is, if it is one."""
+    """Returns the object that a line contains; None if it is not one."""
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(line) if line.lstrip().startswith(b"{") else None
         return found if isinstance(found, dict) else None
@@ -591,7 +594,7 @@ def _skip(stream: Any, count: int) -> None:
 
 
 def _to_line_end(stream: Any) -> int:
-    """Skips the rest of a line, and returns its bytes."""
+    """Skips the rest of a line and returns its number of bytes."""
     skipped = 0
     while block := stream.readline(BLOCK):
         skipped += len(block)
@@ -601,7 +604,7 @@ def _to_line_end(stream: Any) -> int:
 
 
 class _Recoded(io.RawIOBase):
-    """A stream of another encoding, as UTF-8; what cannot be decoded is replaced."""
+    """Reads a stream in another encoding as UTF-8; replaces what cannot be decoded."""
 
     def __init__(self, stream: IO[bytes], encoding: str):
         self._stream, self._left = stream, b""

@@ -32,11 +32,11 @@ class Parsed(NamedTuple):
 @beam.typehints.with_input_types(Arrival)
 @dataclasses.dataclass
 class ParseArrivals(beam.PTransform):
-    """Parses arrivals into whole chats, which have the field `messages`, and events of chats.
+    """Parses arrivals into whole chats (with the field `messages`) and events of chats.
 
     Attributes:
       max_line_bytes: a longer line becomes a dead letter (`line_too_long`).
-      retention: how long before its publication an event can be; see `event_time`.
+      retention: how long before its publication an event can have happened; see `event_time`.
       customs: the roles and placeholders of the system that the chats come from.
     """
 
@@ -92,12 +92,12 @@ def parse_arrival(
     customs: Customs = USUAL,
     counts: Counter[str] | None = None,
 ) -> list[Chat | Event]:
-    """Reads a chat or an event, or those that an object of another system holds.
+    """Returns a chat or an event, or all chats and events in an object of another system.
 
-    Attributes fill in fields that the line does not have. `counts` counts what was mended or left
-    out, by name.
+    Attributes of the arrival fill in fields that the line does not have. `counts` counts what was
+    converted or left out, by name.
 
-    Raises `BadInputError`: `unknown_event`, or that of `load_object`, `validate` or `read_chat`.
+    Raises `BadInputError`: `unknown_event`, or as `load_object`, `validate` or `read_chat`.
     """
     counts = Counter() if counts is None else counts
     value = load_object(arrival.read())
@@ -106,7 +106,7 @@ def parse_arrival(
     if found is not None:
         counts[f"formats/{found.format}"] += len(values)
         counts["input/events_left_out"] += not values
-        if len(values) == 1 and "chat_id" in arrival.attributes:  # it knows more than the content
+        if len(values) == 1 and "chat_id" in arrival.attributes:  # more reliable than the content
             values = [{**values[0], "chat_id": arrival.attributes["chat_id"]}]
     given = (_with_attributes(one, arrival.attributes) for one in values)
     return [_parse(one, arrival, retention, customs, counts) for one in given]
@@ -127,7 +127,7 @@ def _parse(
             "unknown_event", f"event {str(kind)[:80]!r} is not known; known are message and closed"
         )
     if isinstance(value.get("row"), dict) and value.get("chat_id") is None:
-        raise BadInputError("bad_row", str(value.get("error") or "there is no chat's id"))
+        raise BadInputError("bad_row", str(value.get("error") or "the chat's id is missing"))
     fields: dict[str, Any] = {"chat_id": as_id(value.get("chat_id"))}
     at = event_time(time(value.get("sent_at"), counts), arrival, retention)
     if kind == "closed":

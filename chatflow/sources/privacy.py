@@ -1,4 +1,4 @@
-"""Tells messages for staff alone, by the fields in which help desks say so."""
+"""Recognises messages that are only for staff, by the fields that help desks use for this."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
 def is_private(value: Mapping[str, Any]) -> bool:
-    """Returns whether a message is for staff alone, by the fields of many help desks.
+    """Returns whether a message is only for staff, by the fields of many help desks.
 
     These are Chatwoot's and Freshdesk's `private`, Zendesk's `public`, Front's `is_internal`,
-    Intercom's `part_type` "note", and others like them; on the message or among its attributes.
+    Intercom's `part_type` "note", and similar ones, on the message or in its attributes.
     """
     beside = value.get("attributes")
     for fields in (value, beside if isinstance(beside, dict) else {}):
@@ -44,7 +44,7 @@ def is_private(value: Mapping[str, Any]) -> bool:
 
 
 def tells_privacy(name: str) -> bool:
-    """Returns whether a field of this name says that a message is for staff alone, or is not."""
+    """Returns whether a field of this name says if a message is only for staff."""
     return _meaning(name) in ("private", "public")
 
 
@@ -54,12 +54,12 @@ def may_mark(name: str) -> bool:
 
 
 def _yes_or_no(value: Any) -> str:
-    return str(value)[:10].strip().casefold().removesuffix(".0")  # of a column with gaps
+    return str(value)[:10].strip().casefold().removesuffix(".0")  # from a column with gaps
 
 
 @functools.lru_cache(maxsize=1000)
 def _meaning(key: str) -> str:
-    """Returns what a field's name says about privacy: `private`, `public`, `kind` or nothing."""
+    """Returns what a field's name says about privacy: `private`, `public`, `kind` or ""."""
     name = re.sub(r"[\W_]+", "", key.casefold())
     if name in _PRIVATE:
         return "private"
@@ -69,7 +69,7 @@ def _meaning(key: str) -> str:
 
 
 def word(value: Any) -> str:
-    """Returns a short text in lower case with underscores, as roles and kinds are compared."""
+    """Returns a short text in lower case with underscores, to compare roles and kinds."""
     return _word(value) if isinstance(value, str) and len(value) < 100 else ""
 
 

@@ -2,7 +2,7 @@
 
 Google's streaming pull may hang forever when its connection breaks (seen with google-cloud-pubsub
 2.x when the emulator restarts; the last thing it logs is "Re-opening stream from gRPC callback").
-Plain pulls, one after the other, have no such state.
+Single pulls, one after the other, have no connection state that can break.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _log = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 60
 WAITING_BYTES = 100_000_000
-"""The most bytes of messages that are taken at once, and about the most that wait."""
+"""The most bytes of messages to take at once; about the same may wait to be taken."""
 
-_PULL_SECONDS = 1.0  # short, so that a pull ends by itself and not by a broken connection
+_PULL_SECONDS = 1.0  # short, so that a pull ends before its connection can break
 
 
 def open_puller(path: str) -> Puller:
@@ -49,12 +49,13 @@ def open_puller(path: str) -> Puller:
 class Puller:
     """Pulls a subscription, or a topic from now on, until it is closed.
 
-    It tries again after every failure, with growing pauses of up to 10 seconds, and makes a
-    topic's subscription again if it is gone. `error` is that of the last pull, or None.
+    It tries again after every failure, with growing pauses of up to 10 seconds, and creates a
+    topic's subscription again if somebody deleted it. `error` is the error of the last pull, or
+    None.
 
     Args:
       path: `projects/P/subscriptions/S` or `projects/P/topics/T`.
-      most: messages in one pull; at most twice as many wait to be taken.
+      most: the most messages in one pull; at most twice as many wait to be taken.
     """
 
     def __init__(self, path: str, most: int = 1000):
@@ -74,7 +75,7 @@ class Puller:
         self._thread = threading.Thread(target=self._pull, daemon=True)
 
     def start(self) -> Puller:
-        """Starts to pull; call `check` before to be sure that it works."""
+        """Starts to pull; call `check` first to be sure that it works."""
         self._thread.start()
         threading.Thread(target=self._extend, daemon=True).start()
         return self
@@ -89,7 +90,8 @@ class Puller:
     def take(self, most: int, wait: float) -> list[Any]:
         """Returns up to `most` messages (`ReceivedMessage`); waits `wait` seconds for the first.
 
-        Large messages are fewer, so that they fit into memory; see `WAITING_BYTES`.
+        It returns fewer messages if they are large, so that they fit into memory; see
+        `WAITING_BYTES`.
         """
         taken: list[Any] = []
         size = 0
@@ -114,10 +116,10 @@ class Puller:
         self._leased.difference_update(ids)
 
     def close(self) -> None:
-        """Stops; unacknowledged messages are free for other subscribers at once.
+        """Stops pulling; other subscribers can get unacknowledged messages at once.
 
-        It waits for the last pull, because messages that Pub/Sub sends to a client that is gone
-        stay leased until the lease ends.
+        It waits for the last pull, because messages that Pub/Sub sends to a closed client stay
+        leased until the lease ends.
         """
         self._closed.set()
         if self._thread.is_alive():

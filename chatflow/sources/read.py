@@ -30,12 +30,12 @@ class ReadArrivals(beam.PTransform):
     """Reads chats and events as they arrive, from files or from Pub/Sub.
 
     Attributes:
-      inputs: globs and folders of files (local or `gs://`; their endings show compression), or
-        Pub/Sub subscriptions and topics; see `split_inputs`.
-      max_line_bytes: a longer line of a file is an `Arrival` with a fault.
-      customs: the format of the files, and what the columns of tables are.
-      id_label: attribute whose value identifies repeated Pub/Sub messages; the runner leaves them
-        out if it can (Dataflow does).
+      inputs: globs and folders of files (local or `gs://`), or Pub/Sub subscriptions and topics;
+        see `split_inputs`.
+      max_line_bytes: a longer line of a file becomes an `Arrival` with a fault.
+      customs: the format of the files, and the columns of tables.
+      id_label: attribute whose value identifies repeated Pub/Sub messages; the runner drops them
+        if it can (Dataflow does).
     """
 
     inputs: Sequence[str]
@@ -61,10 +61,10 @@ class ReadArrivals(beam.PTransform):
 
 @dataclasses.dataclass
 class ReadLines(beam.PTransform):
-    """Reads lines of files that are not blank, of each file as far as it can be read.
+    """Reads the lines of files that are not blank; reads each file as far as possible.
 
     Attributes:
-      plain: the lines are texts, not JSON.
+      plain: whether the lines are texts, not JSON.
       customs: see `ReadArrivals`.
       root: the folder of all inputs, if there are others; see `root_of`.
     """
@@ -93,7 +93,7 @@ class ReadLines(beam.PTransform):
 
 
 def parts_of(pattern: str, customs: Customs = USUAL) -> Iterator[Range]:
-    """Yields the parts in which the files of a pattern are read."""
+    """Yields the parts in which to read the files of a pattern."""
     for found in _matches(pattern):
         yield from ranges_of(found.path, found.size_in_bytes, customs)
 
@@ -120,23 +120,25 @@ def to_arrival(message: PubsubMessage, timestamp: Any = beam.DoFn.TimestampParam
         for name, value in (message.attributes or {}).items()
         if not name.startswith("googclient_")
     }
-    # With the time, because the emulator starts its ids again when it restarts.
+    # The time is part of the id because the emulator repeats its ids after a restart.
     own_id = f"{message.message_id}-{published:%Y%m%dT%H%M%S.%f}" if message.message_id else None
     return Arrival(message.data or b"", attributes, own_id, published)
 
 
 def split_inputs(inputs: str) -> tuple[str, ...]:
-    """Splits `--input` at commas; raises `UsageError` for files beside Pub/Sub, or a wrong path."""
+    """Splits `--input` at commas; raises `UsageError` for a wrong path or files with Pub/Sub."""
     sources = tuple(filter(None, (source.strip() for source in inputs.split(","))))
     pubsub = [bool(PUBSUB_INPUT.fullmatch(source)) for source in sources]
     for source, known in zip(sources, pubsub, strict=True):
         if not known and re.match(r"pubsub:|projects/[^/]+/(subscriptions|topics)\b", source):
             raise UsageError(
-                f"--input: {source!r} is no Pub/Sub path; it is "
+                f"--input: {source!r} is not a Pub/Sub path; write "
                 "projects/PROJECT/subscriptions/NAME or projects/PROJECT/topics/NAME"
             )
     if any(pubsub) and not all(pubsub):
-        raise UsageError(f"--input: {inputs!r} names files beside Pub/Sub; run them apart")
+        raise UsageError(
+            f"--input: {inputs!r} has both files and Pub/Sub; use a separate run for each"
+        )
     return sources
 
 
@@ -155,9 +157,9 @@ _IN_FOLDERS = re.compile(
 
 
 def _matches(pattern: str) -> list[Any]:
-    """Returns the metadata of the files of a pattern, or of a folder's files with our endings.
+    """Returns the metadata of the files of a pattern, or of a folder's files with known endings.
 
-    Files that only describe others are read with these; see `formats.convokit`.
+    It leaves out files that only describe others and are read with them; see `formats.convokit`.
     """
     folder = pattern.rstrip("/") or "/"
     among = FileSystems.join(folder, "*") if _is_folder(pattern) else pattern
@@ -169,7 +171,7 @@ def _matches(pattern: str) -> list[Any]:
 
 
 def check_input(inputs: str, customs: Customs = USUAL) -> list[str]:
-    """Returns the files of `--input`, none for Pub/Sub.
+    """Returns the files of `--input`; none for Pub/Sub.
 
     Raises `UsageError` as `files_of` does, and if none of the files can be read.
     """

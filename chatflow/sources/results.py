@@ -16,14 +16,14 @@ from chatflow.records import Analysis, Arrival, Draft, Record, open_record
 from chatflow.sources.read import ReadLines
 
 DATABASE = re.compile(r"(?:sqlite|postgresql(?:\+psycopg)?):")
-"""How a place that is a database begins; others are globs and folders of files."""
+"""How a place begins if it is a database; otherwise it is a glob or a folder of files."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class ReadResults(beam.PTransform):
-    """Reads analyses and drafts; other lines of files are left out, unreadable ones with a count.
+    """Reads analyses and drafts; leaves out other lines of files, and counts unreadable ones.
 
     Attributes:
       place: a glob or a folder of JSON Lines, or a database.
@@ -42,12 +42,12 @@ class ReadResults(beam.PTransform):
 
 
 def check_results(uri: str, password: str, local: bool, share_files: bool) -> None:
-    """Raises `UsageError` if there is no such database; opens it if the pipeline runs here."""
+    """Raises `UsageError` if the database does not exist; opens it if the pipeline runs here."""
     from chatflow.database.connections import Database, check_there, parse_uri, password_at
 
     try:
         if parse_uri(uri).get_backend_name() == "sqlite" and not share_files:
-            raise UsageError("is a file of this machine, where no worker comes to")
+            raise UsageError("is a file on this machine, which the workers cannot reach")
         check_there(uri)
         if local:
             with contextlib.closing(Database(uri, password_at(password))) as database:
@@ -61,7 +61,9 @@ def _opened(arrival: Arrival) -> Iterator[Record]:
         record = open_record(arrival.read())
     except BadInputError as error:
         metrics.count("earlier_unreadable")
-        _log.warning("--skip_done: %s:%s is no result: %s", arrival.source, arrival.number, error)
+        _log.warning(
+            "--skip_done: %s:%s is not a result: %s", arrival.source, arrival.number, error
+        )
         return
     if isinstance(record, (Analysis, Draft)):
         yield record

@@ -1,7 +1,7 @@
 """Turns the text of a message into the words that its author wrote.
 
-Help desks and messengers add what nobody said: HTML, the mail that is answered, signatures, images
-as base64, "This message was deleted", invisible characters. Models take all of it for words.
+Help desks and messengers add text that nobody said: HTML, quoted mail, signatures, images in
+base64, "This message was deleted", invisible characters. Models mistake all of it for words.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ PLACEHOLDER = "placeholders"
 
 
 class Said(NamedTuple):
-    """The words of a message, "" if it has none, and the names of what was left out."""
+    """The words of a message ("" if it has none), and the names of what was left out."""
 
     text: str
     left_out: tuple[str, ...]
 
 
 def placeholder(text: str) -> str:
-    """Returns the form in which placeholders are compared: `<Media Omitted>` is `[media omitted]`.
+    """Returns a text as placeholders are compared: `<Media Omitted>` becomes `[media omitted]`.
 
-    A word that people use, too, such as "image", is a placeholder in brackets alone.
+    A word that people also use, such as "image", is a placeholder only in brackets.
     """
     words = " ".join(_NO_WORD.sub(" ", text.casefold()).split())
     return f"[{words}]" if _IN_BRACKETS.fullmatch(text) else words
@@ -46,17 +46,17 @@ PLACEHOLDERS: frozenset[str] = frozenset(
     for line in resources.files(__package__).joinpath("placeholders.txt").read_text().splitlines()
     if line and not line.startswith("#")
 )
-"""What desks and messengers write in the place of words."""
+"""What help desks and messengers write instead of words."""
 
 _LONGEST_PLACEHOLDER = 200
-_LONGEST_MAIL = 200_000  # characters; a longer text is no mail that a person wrote
+_LONGEST_MAIL = 200_000  # characters; a longer text is not mail that a person wrote
 
 
 def said(text: str, placeholders: frozenset[str] = PLACEHOLDERS) -> Said:
     """Returns what the author of a message wrote.
 
-    Emoji, the order of lines and the author's own wording stay. A text that would lose all its
-    words by leaving out a quotation or a signature keeps them.
+    Emoji, the order of lines and the author's wording stay. If nothing would remain without the
+    quotation or the signature, it stays too.
     """
     left_out = []
     if not _PLAIN.fullmatch(text) or "data:" in text:
@@ -76,7 +76,7 @@ def said(text: str, placeholders: frozenset[str] = PLACEHOLDERS) -> Said:
 
 # Most messages are one such line, in which no step below finds anything.
 _PLAIN = re.compile(r"[ -%'-;=?-~¡-¬®-˿]{0,199}")
-_LEFT = re.compile(r"\[(?:image|file|data)\]")  # what this module leaves in the place of data
+_LEFT = re.compile(r"\[(?:image|file|data)\]")  # what this module writes instead of data
 
 
 def _is_placeholder(text: str, placeholders: frozenset[str]) -> bool:
@@ -97,13 +97,13 @@ def _first_words(placeholders: frozenset[str]) -> frozenset[str]:
     return frozenset((*ours, *(form.strip("[]").split(" ")[0] for form in placeholders)))
 
 
-# Zero width, marks of direction, fillers, soft hyphens, and control characters but tabs and ends of
-# lines. The joiner within emoji, the non-joiner of Persian and variation selectors stay.
+# Zero-width characters, direction marks, fillers, soft hyphens, and control characters except tabs
+# and line ends. The joiner in emoji, the non-joiner of Persian and variation selectors stay.
 _UNSEEN = re.compile(
     "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\u00ad\u061c\u115f\u1160\u17b4\u17b5"
     "\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb"
     "\U000e0001]"
-    # Letters of the tag block spell hidden text, but in a flag such as that of Wales.
+    # Characters of the tag block spell hidden text, except in a flag such as that of Wales.
     "|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]+"
 )
 _ONLY_JOINERS = re.compile(r"[\s\u200c\u200d\u2800\ufe00-\ufe0f]*")
@@ -141,7 +141,7 @@ _ENTITY = re.compile(r"&(?:nbsp|amp|lt|gt|quot|apos|#39|#x27|[lr]s?quo|[lr]dquo|
 
 
 class _Text(HTMLParser):
-    """Collects the text of HTML: hidden parts and quoted mail are left out."""
+    """Collects the text of HTML; leaves out hidden parts and quoted mail."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -213,11 +213,11 @@ def without_html(text: str) -> str:
     ):
         reader = _Text()
         try:
-            if text.count("<!") > 1000:  # comments that do not end take quadratic time
+            if text.count("<!") > 1000:  # unclosed comments take quadratic time
                 raise AssertionError
             reader.feed(text)
             reader.close()
-        except AssertionError:  # Python's parser, at "<![" without a known word
+        except AssertionError:  # raised by Python's parser at "<![" without a known word
             return " ".join(_TAG.sub(" ", text).split())
         if (found := reader.text()) or not reader.quotes:
             return found
@@ -248,14 +248,14 @@ def without_data(text: str) -> str:
 
 
 def _data(run: re.Match[str]) -> str:
-    """A customer may shout AAAA…; base64 and tokens have letters of both cases and digits."""
+    """Replaces base64 and tokens, which have both cases and digits; a customer may shout AAAA…"""
     found = run[0]
     has = [re.search(kind, found) for kind in ("[a-z]", "[A-Z]", r"\d")]
     is_hex = re.fullmatch(r"[0-9a-fA-F]+", found) and not found.isdigit() and not found.isalpha()
     return "[data]" if all(has) or is_hex else found
 
 
-# "On 3 March 2026, Ann <a@b.c> wrote:" in the languages of most desks, at times over two lines.
+# "On 3 March 2026, Ann <a@b.c> wrote:" in the most frequent languages, sometimes over two lines.
 _WROTE = re.compile(
     r"^[ \t]*(?:On\b[^\n]{4,200}?(?:\n[^\n]{0,120}?)?\bwrote|Am\b[^\n]{4,200}?(?:\n[^\n]{0,120}?)?"
     r"\bschrieb[^\n]{0,80}|Le\b[^\n]{4,200}?(?:\n[^\n]{0,120}?)?\ba écrit|El\b[^\n]{4,200}?"
@@ -285,14 +285,14 @@ def without_quotes(text: str) -> str:
         kept = kept[: found.start()]
     if found := _WROTE.search(kept):
         after = kept[found.end() :].lstrip("\n")
-        quoted = re.match(r"\s*>", after)  # else what follows is the mail, without marks
+        quoted = re.match(r"\s*>", after)  # else all that follows is the quoted mail, without marks
         kept = kept[: found.start()] + (_QUOTE.sub("", after) if quoted else "")
     kept = _QUOTE.sub(_unquoted, kept)
     return kept if _has_words(kept) else text
 
 
 def _unquoted(found: re.Match[str]) -> str:
-    """Takes several marked lines, or one at the start, for a quotation, not a "> 3 weeks"."""
+    """Drops several marked lines, or one at the start, as a quotation; keeps "> 3 weeks"."""
     lines = found[0].count("\n") + (not found[0].endswith("\n"))
     return "" if lines > 1 or not found.string[: found.start()].strip() else found[0]
 

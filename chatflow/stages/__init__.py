@@ -1,4 +1,4 @@
-"""The steps that a chat passes through, from its first message to a draft."""
+"""Contains the steps that a chat passes through, from its first message to a draft."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""AnalyseChats: finds how each customer feels, and summarises the chat."""
+"""AnalyseChats: finds out how each customer feels, and summarises the chat."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class AnalyseChats(beam.PTransform):
     Attributes:
       prompt: asks for tone and summary; the same for all chats, or chosen for each chat.
       updates: prompts that change while the pipeline runs; see `prompts.updates.WatchUpdates`.
-      escalates: some prompt has a second one for chats of which the model is not sure.
-      skip: leaves out whose analysis earlier results hold.
+      escalates: whether any prompt has a second one for chats that the model is not sure of.
+      skip: leaves out users whose analysis is in earlier results.
 
     Outputs:
       `analysed`: one `AnalysedChat` per user whose tone was asked for.
-      `dead_letters`: one letter, with the reason, per user who has none.
+      `dead_letters`: one letter, with the reason, per user without an analysis.
       `undrafted`: with `skip`, earlier analyses that still need a draft.
     """
 
@@ -90,9 +90,10 @@ class AnalyseChats(beam.PTransform):
 
 @dataclasses.dataclass
 class SecondOpinion(beam.PTransform):
-    """Has another model analyse the chats of which the first is not sure.
+    """Asks another model to analyse the chats that the first model is not sure of.
 
-    Where the second one gives no usable answer, the first analysis stays; there is no dead letter.
+    If the answer of the second model cannot be used, the first analysis stays, and there is no dead
+    letter.
     """
 
     model: Model
@@ -128,7 +129,7 @@ def ask_again(
     metrics.count("escalated")
     try:
         question = first.second.question(chat, analysis.user_id)
-    except Exception as error:  # of a template; there is an analysis already
+    except Exception as error:  # from a template; the chat already has an analysis
         yield kept_first(analysed, reason_of(error))
     else:
         yield dataclasses.replace(question, first=analysed)
@@ -137,7 +138,7 @@ def ask_again(
 def second_opinion(
     answered: Answered[ChatQuestion] | Unanswered[ChatQuestion],
 ) -> Iterable[AnalysedChat]:
-    """Yields the second model's analysis, with what only the first one knows."""
+    """Yields the second model's analysis, with the fields that only the first one has."""
     first = answered.question.first
     assert first is not None  # set by ask_again
     if isinstance(answered, Unanswered):
@@ -145,7 +146,7 @@ def second_opinion(
         return
     try:
         analysis = to_analysis(answered)
-    except Exception as error:  # there is an analysis already
+    except Exception as error:  # the chat already has an analysis
         yield kept_first(first, reason_of(error))
         return
     before = first.analysis
@@ -164,7 +165,7 @@ def reason_of(error: Exception) -> str:
 
 
 def kept_first(first: AnalysedChat, reason: str) -> AnalysedChat:
-    """Returns the first analysis; counts why there is no second one."""
+    """Returns the first analysis, and counts why the second one is missing."""
     metrics.count(f"escalated_kept/{reason}")
     return first
 
@@ -208,16 +209,16 @@ def count_analysed(analysed: AnalysedChat) -> AnalysedChat:
 
 
 def read_of(answered: Answered[ChatQuestion]) -> Read | None:
-    """Returns what was read and chosen for an answer, or None if its prompt was not read."""
+    """Returns what the heads read and chose for an answer, or None if the model has no heads."""
     question, answer = answered
     return Read(question.sentences, answer.chosen) if answer.chosen is not None else None
 
 
 def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
-    """Makes the record of an answer.
+    """Turns an answer into an `Analysis`.
 
-    A summary that the model did not write, or wrote of something else, is composed of the chat's
-    own sentences.
+    If the model wrote no summary, or one about something else, the summary is composed of sentences
+    of the chat.
 
     Raises:
       BadAnswerError: see `prompts.answers.parse_analysis`; adds the model's finish reason.
@@ -271,18 +272,18 @@ def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
 
 
 def tone_of(chosen: Chosen, settings: Mapping[str, Any]) -> tuple[Sentiment, float]:
-    """Returns the likeliest tone, and how probable it is."""
+    """Returns the most likely tone and its probability."""
     tones = tones_of(settings)
     name, sure = max(chosen.chat["tone"].items(), key=lambda pair: pair[1])
     return tones[name], sure
 
 
 LEAST_GRIEVANCE = 0.5
-"""How probable one of all that apply has to be."""
+"""The least probability for a grievance to apply."""
 
 
 def fields_of(chosen: Chosen) -> dict[str, FieldValue]:
-    """Returns what was chosen for the chat, beside the tone."""
+    """Returns what was chosen for the chat in addition to the tone."""
     found: dict[str, FieldValue] = {}
     for name, values in chosen.chat.items():
         likeliest, sure = max(values.items(), key=lambda pair: pair[1])
@@ -296,7 +297,7 @@ def fields_of(chosen: Chosen) -> dict[str, FieldValue]:
 
 
 def is_beside_the_point(summary: str, question: ChatQuestion) -> bool:
-    """Returns whether a summary says what its chat does not, or repeats itself or its prompt."""
+    """Returns whether a summary adds things to its chat, or repeats itself or its prompt."""
     needed = question.settings["summary_grounding"]
     chat, user_id = question.chat, question.user_id
     return (
@@ -308,9 +309,10 @@ def is_beside_the_point(summary: str, question: ChatQuestion) -> bool:
 
 
 def summary_of(question: ChatQuestion, read: Read | None, proven: bool) -> dict[str, Any]:
-    """Returns a summary of quotations, as fields of an analysis.
+    """Returns a summary composed of quotations, as fields of an analysis.
 
-    Only where the model is proven, an opening says how a chat stands.
+    It begins with a sentence about the state of the chat only if the model was measured in the
+    chat's language.
     """
     chat, settings = question.chat, question.settings
     opening = ""
@@ -332,7 +334,7 @@ def summary_of(question: ChatQuestion, read: Read | None, proven: bool) -> dict[
 def quotations(
     chat: Chat, sentences: Sequence[Sentence], quoted: Iterable[int]
 ) -> tuple[Quotation, ...]:
-    """Returns quoted sentences as they are in a record."""
+    """Returns quoted sentences in the form that a record has them."""
     return tuple(
         Quotation(
             message=sentences[at].message,

@@ -19,7 +19,7 @@ from chatflow.prompts.questions import ChatQuestion, Question
 from chatflow.records import AnalysedChat
 
 RESHUFFLE_KEYS = 1024
-"""Random keys: more than a step has threads, but few, because runners keep state for each key."""
+"""The number of random keys: more than a step has threads; few, as runners keep state per key."""
 
 
 QuestionT = TypeVar("QuestionT", bound=Question)
@@ -42,8 +42,9 @@ class AskModel(beam.PTransform):
 
     Without `with_letters`, a failure leaves as an `Unanswered` instead of a dead letter.
 
-    The model's handler returns one `Answer` or `Failure` per `Request`. Reshuffles before and after
-    it keep the read from being fused to the model, and a retried sink from asking the model again.
+    The model's handler returns one `Answer` or `Failure` per `Request`. The Reshuffle before it
+    prevents fusion of the read with the model; the one after it prevents that a retried sink asks
+    the model again.
     """
 
     model: Model
@@ -86,7 +87,7 @@ def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
 def tried(
     result: tuple[QuestionT, Any],
 ) -> Iterable[Answered[QuestionT] | Unanswered[QuestionT]]:
-    """Yields an answer or a failure with the question that it is for; counts tokens."""
+    """Yields an answer or a failure with its question; counts tokens."""
     question, prediction = result
     inference: Answer | Failure = prediction.inference
     request = question.request
@@ -106,7 +107,7 @@ def tried(
 
 
 def _count_tokens(request: Request | None, said: Answer | Failure | None) -> None:
-    """Counts what a model has used, in all and by its name."""
+    """Counts the tokens that a model used, in total and by its name."""
     if request is None or said is None:
         return
     for kind in ("prompt_tokens", "answer_tokens", "cached_tokens"):
@@ -116,7 +117,7 @@ def _count_tokens(request: Request | None, said: Answer | Failure | None) -> Non
 
 @payload_of.register
 def _question_payload(question: ChatQuestion) -> dict[str, Any]:
-    """Returns the chat with the one user who failed, so that a replay asks for them only."""
+    """Returns the chat with the user whose question failed, so that a replay asks only for them."""
     if question.analysis is not None:
         return payload_of(AnalysedChat(question.chat, question.analysis))
     return payload_of(question.chat.model_copy(update={"user_id": question.user_id}))

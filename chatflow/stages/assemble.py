@@ -33,17 +33,17 @@ _log = logging.getLogger(__name__)
 @beam.typehints.with_input_types(Event)
 @dataclasses.dataclass
 class AssembleChats(beam.PTransform):
-    """Turns events into chats: each chat in revisions, later ones with the whole history.
+    """Turns events into chats. Each chat has revisions; each revision has the whole history.
 
     A chat gets a revision when it was quiet, when it was closed, after each `every_messages`, and
     when a message comes late. The revision's number is the time of its newest message (milliseconds
     since 1970) plus the number of its messages. So the same messages have the same number, and one
-    more message has a greater one, even if it is late or the chat had expired.
+    more message makes it greater, even if the message is late or the chat had expired.
 
     Outputs:
       `ok`: one `Chat` per revision.
-      `dead_letters`: `no_customer` (no customer wrote), `unknown_chat` (an end without messages),
-        `cannot_assemble` (an error of chatflow; the chat's other events go on).
+      `dead_letters`: `no_customer` (no customer wrote), `unknown_chat` (a close without messages),
+        `cannot_assemble` (an error in chatflow; the chat's other events go on).
     """
 
     rules: Rules
@@ -63,7 +63,7 @@ def by_chat(event: Event) -> tuple[str, Event]:
 
 
 class Unassembled(NamedTuple):
-    """An event, or its JSON, which could not be taken into its chat; `error` says why."""
+    """An event, or its JSON, that could not be added to its chat; `error` says why."""
 
     event: Event | bytes
     error: str
@@ -78,7 +78,7 @@ def check(revision: Chat | Event | Unassembled) -> Iterable[Chat]:
         raise BadInputError("cannot_assemble", revision.error)
     if isinstance(revision, Event):
         raise BadInputError(
-            "unknown_chat", f"chat {revision.chat_id} was closed, but no message of it is known"
+            "unknown_chat", f"chat {revision.chat_id} was closed, but none of its messages is known"
         )
     chat = check_chat(revision)
     metrics.count("chats_assembled")
@@ -116,7 +116,7 @@ class _Progress:
 
 
 class _Arrived(NamedTuple):
-    """What an event changes in the state of its chat; times are those to set timers to, if any."""
+    """What an event changes in the state of its chat, with the times of new timers, if any."""
 
     kept: bytes
     progress: bytes
@@ -125,7 +125,7 @@ class _Arrived(NamedTuple):
 
 
 class _Decided(NamedTuple):
-    """What a decision changes in the state of a chat; no `kept` events means that none is left."""
+    """What a decision changes in the state of a chat; without `kept`, the state is cleared."""
 
     revisions: list[Chat | Event]
     kept: list[bytes]
@@ -136,9 +136,10 @@ class _Decided(NamedTuple):
 class _AssembleDoFn(beam.DoFn):
     """Keeps a chat's events, and calls `advance` when a decision may be due.
 
-    An event is stored without reading the others, so that it costs no more in a long chat. What is
-    stored is made first: if that fails, the state is as before, or it is cleared and the events
-    become dead letters. Otherwise one event would fail its bundle again and again.
+    An event is stored without reading the others, so that it does not cost more in a long chat. The
+    new state is computed before any of it is stored. If that fails, either the state stays as it
+    was, or it is cleared and the events become dead letters. Otherwise one event would fail its
+    bundle again and again.
     """
 
     EVENTS = BagStateSpec("events", BytesCoder())
@@ -246,7 +247,7 @@ def _said(error: Exception) -> str:
 def _given_up(
     chat_id: str, known: bytes | None, kept: Iterable[bytes], error: Exception
 ) -> Iterator[Unassembled]:
-    """Yields all events of a chat whose state fails; counts those that no revision counted."""
+    """Yields all events of a chat whose state is unusable; counts messages not counted before."""
     said, messages = _said(error), 0
     for raw in kept:
         try:
@@ -254,7 +255,7 @@ def _given_up(
             time = EPOCH + timedelta(microseconds=at) if message is None and at else None
             yield Unassembled(Event(chat_id=chat_id, message=message, at=time), said)
             messages += message is not None
-        except Exception:  # this one may be what fails
+        except Exception:  # this event may be the cause
             yield Unassembled(raw.split(b" ", 2)[-1], f"{said} (in chat {chat_id})")
             messages += 1
     with contextlib.suppress(Exception):

@@ -1,4 +1,4 @@
-"""DraftApologies: writes a text, or a flag, for support staff to review, per angry customer."""
+"""DraftApologies: writes a text or a flag for each angry customer, which support staff reviews."""
 
 from __future__ import annotations
 
@@ -55,12 +55,13 @@ class Drafted(NamedTuple):
 class DraftApologies(beam.PTransform):
     """Turns analyses of angry customers into apology drafts.
 
-    `prompt` and `updates` are as in `AnalyseChats`. With the same `model`, it is loaded only once.
+    `prompt` and `updates` are as in `AnalyseChats`. If both have the same `model`, it is loaded
+    only once.
 
     Outputs:
       `drafts`: one `Draft` per angry user. It has a flag instead of a text if the analysis is less
         confident than the template's `draft_confidence` (the model is then not asked), or if the
-        model's text is unfit to be shown.
+        model's text must not be shown.
       `dead_letters`: one letter per angry user without a draft; the analysis is kept.
     """
 
@@ -91,10 +92,10 @@ def ask_for_draft(
     analysed: AnalysedChat,
     updates: Iterable[Updates] = (),
 ) -> Iterable[ChatQuestion | Draft]:
-    """Yields a question for the model, or a draft where none is needed.
+    """Yields a question for the model, or a draft if the model is not needed.
 
-    That is a flag if the analysis is too unsure or the anger is at somebody else, and a composed
-    text if the prompt folder has no block `draft`.
+    Such a draft is a flag if the analysis is not sure enough or the customer is angry at somebody
+    else, and a composed text if the prompt folder has no block `draft`.
     """
     chat, analysis, read = analysed
     metrics.count("drafts_asked")
@@ -119,7 +120,7 @@ def ask_for_draft(
 
 
 def confidence(analysis: Analysis, read: Read | None) -> float | None:
-    """Returns how probable it is that the customer is angry, and at the company; None: unknown."""
+    """Returns the probability that the customer is angry at the company; None if it is unknown."""
     toward = read.chosen.chat.get("toward") if read is not None else None
     if toward is None or analysis.confidence is None:
         return analysis.confidence
@@ -128,7 +129,7 @@ def confidence(analysis: Analysis, read: Read | None) -> float | None:
 
 
 def composed(question: ChatQuestion, model: str, texts: Mapping[str, Words]) -> Draft:
-    """Returns an apology of approved clauses and the customer's words, or a flag.
+    """Returns an apology composed of approved clauses and the customer's words, or a flag.
 
     `texts` are the fixed texts by language.
     """
@@ -171,7 +172,7 @@ def counted(draft: Draft) -> Draft:
 
 
 def to_draft(answered: Answered[ChatQuestion]) -> Draft:
-    """Checks the text that the model wrote; an unfit text becomes a flag.
+    """Checks the text that the model wrote, and returns the draft; a bad text becomes a flag.
 
     Raises:
       BadAnswerError: see `prompts.answers.parse_draft`; adds the model's finish reason.
@@ -195,7 +196,7 @@ def to_draft(answered: Answered[ChatQuestion]) -> Draft:
         kept = {"repairs": repairs, "model": answer.model, "draft_id": question.id_of(answer.model)}
         return question.instead.model_copy(update=kept)
     needed = settings.get("draft_grounding", 0)
-    # Only the model's words count, without the template's around them.
+    # Only the model's own words count, without those that the template puts around them.
     written = answer.text.strip().removesuffix(asked.tail).removeprefix(asked.lead)
     if needed and draft_grounding(written, chat, user_id) < needed:
         return draft_of(question, answer.model, flag="ungrounded")
@@ -234,8 +235,8 @@ def draft_of(
 
 
 def to_be_written(letter: DeadLetter) -> Iterable[Draft]:
-    """Yields a flagged draft for a failed one, so that its customer waits for review, too."""
-    with contextlib.suppress(BadInputError):  # the dead letter exists anyway
+    """Yields a flagged draft for a failed one, so that reviewers also see its customer."""
+    with contextlib.suppress(BadInputError):  # the dead letter exists in any case
         for _, analysis, _ in open_analysis(letter):
             yield Draft(
                 draft_id=digest(FAILED, analysis.analysis_id),

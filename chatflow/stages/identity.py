@@ -1,4 +1,4 @@
-"""TellApart: lets each chat of a batch through once, and refuses those that share an id."""
+"""TellApart: lets each chat of a batch through once, and refuses different chats with one id."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from chatflow.records import Chat
 class TellApart(beam.PTransform):
     """Compares the chats of a batch that have the same id and revision.
 
-    The same content passes once. Of different contents, nothing says which is the newer or whether
-    they are one chat at all, and whoever keeps one chat per id would lose the others.
+    The same content passes once. If contents differ, nothing says which is newer, or whether they
+    belong to one chat. A sink that keeps one chat per id would lose the others.
 
     Outputs:
       `ok`: the chats, each once.
-      `dead_letters`: `shared_id`, for each chat with the id and revision of another.
+      `dead_letters`: `shared_id`, for each chat that has the id and revision of another.
     """
 
     def expand(self, chats: beam.PCollection[Chat]) -> Outcome:
@@ -64,7 +64,7 @@ def check(compared: tuple[Chat, int]) -> Iterable[Chat]:
         raise BadInputError(
             "shared_id",
             f"{contents} different chats have the id {chat.chat_id} and the revision "
-            f"{chat.revision}; give each an id of its own, or a revision that says which is newer",
+            f"{chat.revision}; give each its own id, or a revision that says which is newer",
         )
     metrics.count("chats_apart")
     yield chat

@@ -1,4 +1,4 @@
-"""RedactChats: puts placeholders in the place of personal data, before a model has a chat."""
+"""RedactChats: replaces personal data with placeholders before any model gets a chat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import apache_beam as beam
 from chatflow import metrics
 from chatflow.records import Chat, RawChat
 from chatflow.redaction import Redactor
-from chatflow.redaction.logs import redact_logs, stop_redacting
+from chatflow.redaction.logs import redact_logs
 
 
 class RedactedChats(NamedTuple):
@@ -22,14 +22,14 @@ class RedactedChats(NamedTuple):
 @beam.typehints.with_input_types(Chat)
 @dataclasses.dataclass
 class RedactChats(beam.PTransform):
-    """Redacts chats; what they came with is in `raw`, to be kept or not.
+    """Redacts chats; the originals are in `raw`, so that they can be stored if wanted.
 
-    An error of a service that is asked fails the bundle, so that the runner tries it again: a dead
-    letter would hold what nobody has redacted.
+    If the redacting service fails, the bundle fails too, so that the runner tries it again. A dead
+    letter would contain personal data.
 
     Outputs:
       `chats`: without personal data.
-      `raw`: a `RawChat` per chat that had not been redacted before.
+      `raw`: a `RawChat` per chat that was not redacted before.
     """
 
     redactor: Redactor
@@ -49,6 +49,9 @@ class _RedactDoFn(beam.DoFn):
     def __init__(self, redactor: Redactor):
         self.redactor = redactor
 
+    def setup(self) -> None:
+        redact_logs(self.redactor.line)
+
     def process(self, chat: Chat) -> Iterable[Any]:
         redacted = self.redactor.chat(chat)
         metrics.count("chats_redacted", bool(redacted.counts))
@@ -60,7 +63,10 @@ class _RedactDoFn(beam.DoFn):
 
 
 class RedactLogs(beam.DoFn):
-    """Passes all elements on; while it is set up, no log line of its process has personal data."""
+    """Passes all elements on; once it is set up, no log line of its process has personal data.
+
+    It stands in each stage that has chats as they came, because stages may run in other processes.
+    """
 
     def __init__(self, redactor: Redactor):
         self.redactor = redactor
@@ -70,6 +76,3 @@ class RedactLogs(beam.DoFn):
 
     def process(self, element: Any) -> Iterable[Any]:
         yield element
-
-    def teardown(self) -> None:
-        stop_redacting()

@@ -41,8 +41,8 @@ from chatflow.sources.lines import read_lines
 class Replayed(NamedTuple):
     """The contents of dead letters.
 
-    `arrivals` are to be read again, `analysed` still need a draft, a sink refused `analyses` and
-    `drafts`, and `dead_letters` cannot be opened.
+    `arrivals` must be read again; `analysed` still need a draft; `analyses` and `drafts` were
+    refused by a sink; `dead_letters` cannot be opened.
     """
 
     arrivals: beam.PCollection
@@ -57,9 +57,9 @@ class OpenDeadLetters(beam.PTransform):
     """Turns arriving dead letters into their contents.
 
     Attributes:
-      max_line_bytes: a longer line of a file that a letter names is a fault again.
+      max_line_bytes: a longer line in a file that a letter names is a fault again.
       customs: the format of such files.
-      redactor: leaves out the personal data that the letters hold.
+      redactor: replaces the personal data in the letters.
     """
 
     max_line_bytes: int = MAX_LINE_BYTES
@@ -89,12 +89,12 @@ class OpenDeadLetters(beam.PTransform):
 
 @dataclasses.dataclass
 class JoinParts(beam.PTransform):
-    """Joins the parts of letters, which come in any order, and maybe repeatedly.
+    """Joins the parts of letters, which arrive in any order and can be repeated.
 
     Outputs:
       `ok`: the letters.
-      `dead_letters`: the parts of letters that have not all their parts when the input ends or the
-        stream is drained (`part_missing`), as they came; with the other parts, they can be replayed
+      `dead_letters`: unchanged parts. `part_missing`: other parts of the letter are still missing
+        when the input ends or the stream is drained; together with them, the parts can be replayed
         again. `bad_parts`: the parts do not make a letter.
     """
 
@@ -116,10 +116,10 @@ def _keyed(part: DeadLetter) -> tuple[str, DeadLetter]:
 
 
 class _JoinDoFn(beam.DoFn):
-    """Keeps the parts of a letter until all are there.
+    """Keeps the parts of a letter until all have arrived.
 
-    `JOINED` is the newest `failed_at` of the parts that were joined: an older part is a repeated
-    one, a newer one is of a letter that failed again.
+    `JOINED` is the newest `failed_at` of the parts that were joined. A part that is not newer is a
+    repeated one; a newer part belongs to a letter that failed again.
     """
 
     PARTS = BagStateSpec("parts", BytesCoder())
@@ -156,7 +156,7 @@ class _JoinDoFn(beam.DoFn):
         waiting = _by_number(parts.read()).values()
         parts.clear()
         for part in waiting:
-            said = f"{len(waiting)} of {part.parts} parts are there; replay it with the others"
+            said = f"only {len(waiting)} of {part.parts} parts are there; replay it with the others"
             yield from _unjoined([part], BadInputError("part_missing", said))
 
 
@@ -175,7 +175,10 @@ def open_letter(arrival: Arrival) -> Iterable[DeadLetter]:
 
 
 def held_arrivals(most: int, customs: Customs, letter: DeadLetter) -> Iterable[Arrival]:
-    """Yields what a letter holds; if it names a part of a file, the lines in it that fit `most`."""
+    """Yields the contents of a letter, or the lines of the part of a file that it names.
+
+    A line of more than `most` bytes becomes a fault.
+    """
     if letter.payload_encoding != "file":
         yield Arrival(letter.payload_bytes(), letter.attributes or {})
         return

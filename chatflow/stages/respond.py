@@ -23,7 +23,7 @@ from chatflow.stages.ask import Answered, AskModel
 
 @dataclasses.dataclass(frozen=True)
 class TextQuestion(Question):
-    """A request about a text; `arrival` is the text as it came."""
+    """A request about a text; `arrival` is the original text."""
 
     arrival: Arrival
 
@@ -36,18 +36,18 @@ def _text_payload(question: TextQuestion) -> dict[str, Any]:
 @beam.typehints.with_input_types(Arrival)
 @dataclasses.dataclass
 class AskTexts(beam.PTransform):
-    """Turns texts into responses: renders the prompt, asks the model, takes what it says.
+    """Turns texts into responses: renders the prompt, asks the model, and takes its answer.
 
     Attributes:
-      template: its block `prompt` sees `text` and `values`; it sets `answer_tokens`, and may set
+      template: its block `prompt` gets `text` and `values`; it sets `answer_tokens`, and can set
         `stop` (texts that end a response).
-      max_prompt_tokens: as `chat_text.estimate_tokens` counts; longer prompts are dead letters.
+      max_prompt_tokens: counted by `chat_text.estimate_tokens`; longer prompts become dead letters.
 
     Outputs:
       `ok`: one `Response` per text.
       `dead_letters`: one letter, with the reason, per text without a response. The payload is the
-        original line: to ask again, publish it or add it to an input file (`chatflow replay` is for
-        chats).
+        original line. To ask again, publish it or add it to an input file; `chatflow replay` works
+        only for chats.
 
     Raises:
       UsageError: the template has a mistake or leaves no room, or there are several models.
@@ -60,7 +60,7 @@ class AskTexts(beam.PTransform):
 
     def __post_init__(self) -> None:
         if isinstance(self.model.handler, SeveralModelsHandler):
-            raise UsageError("AskTexts: model: asks one model; give it a Model of one")
+            raise UsageError("AskTexts: model: must be a single model, not several")
         if "prompt" not in self.template.blocks:
             raise UsageError(f"{self.template.where}: has no block prompt")
         if self.template.setting("answer_tokens", int) < 1:
@@ -101,7 +101,7 @@ class AskTexts(beam.PTransform):
             raise BadInputError(
                 "prompt_too_long",
                 f"the prompt has about {tokens:,} tokens; max_prompt_tokens is "
-                f"{self.max_prompt_tokens:,}: shorten the text, or raise it",
+                f"{self.max_prompt_tokens:,}; shorten the text, or raise this limit",
             )
         settings = self.template.settings
         part = Part(

@@ -1,8 +1,8 @@
-"""The rules, without Beam: when a chat is analysed, and with which messages.
+"""Decides, without Beam, when a chat is analysed, and with which messages.
 
-Decisions depend on event time (when messages were sent), not on arrival. So a stream and a file
-with the same messages yield the same chats; only a message that arrives after a decision adds a
-revision.
+Decisions depend on event time (when messages were sent), not on the time of arrival. So a stream
+and a file with the same messages yield the same chats; only a message that arrives after a decision
+adds a revision.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from chatflow.records import EPOCH, Chat, Event, Message, revision_of
 class Kept(NamedTuple):
     """An event in the state of a chat.
 
-    `at` is its event time in microseconds since 1970, `number` its position in the order of arrival
-    (orders events of the same time), and `message` is None for the end of the chat.
+    `at` is its event time in microseconds since 1970. `number` is its position in the order of
+    arrival, which decides between events of the same time. `message` is None for the close of the
+    chat.
     """
 
     at: int
@@ -41,14 +42,14 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What is known of a chat besides its events.
+    """What is known about a chat in addition to its events.
 
     Attributes:
       walked: all decisions up to this event time have been made.
       counted: messages up to `walked`, including dropped ones.
       analysed: messages in the last revision.
-      dropped: oldest messages, no longer kept.
-      dropped_until: time and number of the newest dropped one.
+      dropped: the number of oldest messages that were dropped.
+      dropped_until: time and number of the newest dropped message.
     """
 
     walked: int = -(1 << 62)
@@ -62,10 +63,10 @@ NEW = Conversation()
 
 
 class Advanced(NamedTuple):
-    """The result of `advance`; an `Event` in `revisions` is the end of an unknown chat.
+    """The result of `advance`; an `Event` in `revisions` is the close of an unknown chat.
 
-    `events` are still kept, oldest first. `wake` is when the next decision is due, as far as known.
-    `pending` counts messages that no revision holds yet.
+    `events` are the ones to keep, oldest first. `wake` is when the next decision is due, if that is
+    known. `pending` counts messages that are not in a revision yet.
     """
 
     revisions: list[Chat | Event]
@@ -82,7 +83,7 @@ def advance(
 
     Args:
       events: in any order; may be repeated, or later than `upto`.
-      upto: microseconds since 1970; only late events may still come before it.
+      upto: microseconds since 1970; events before it are late if they still arrive.
     """
     timeline = _in_order(events, conversation.dropped_until)
     walk = _Walk(chat_id, conversation, upto, rules)
@@ -126,7 +127,7 @@ class _Walk:
         return len(self.history) - self.rules.max_messages
 
     def begin(self, past: list[Kept]) -> None:
-        """Loads the events walked before and late ones, which may make a revision due."""
+        """Loads earlier events and late ones, which may make a revision due."""
         self.history = [event for event in past if event.message]
         self.ends = [event for event in past if not event.message]
         self.joined = self.dropped + len(self.history) - self.counted
@@ -154,7 +155,7 @@ class _Walk:
         return True
 
     def take(self, event: Kept) -> bool:
-        """Adds a message, which may be enough for a revision, or an end, which always is."""
+        """Adds a message, which may make a revision due, or a close, which always does."""
         (self.history if event.message else self.ends).append(event)
         if event.message and event.at <= self.upto:
             self.joined += 1
@@ -184,11 +185,11 @@ class _Walk:
         return Advanced(self.revisions, conversation, events, self.wake, pending)
 
     def _unknown_ends(self) -> list[Kept]:
-        """Returns ends that came before their chat; gives up those that waited long enough."""
+        """Returns closes that came before their chat; gives up those that waited long enough."""
         waiting = []
         for end in self.ends:
             if self.history or self.dropped or end.at > self.upto:
-                continue  # it ended this chat, or is still to come
+                continue  # it closed this chat, or its time has not come
             if end.at + self.quiet > self.upto:
                 waiting.append(end)
                 self.wake = min(self.wake or _FOREVER, end.at + self.quiet)
@@ -212,7 +213,7 @@ class _Walk:
 
 
 def _in_order(events: Iterable[Kept], after: tuple[int, int]) -> list[Kept]:
-    """Returns events by time, without repeated ones and those older than what is kept."""
+    """Returns events by time, without repeated ones and those older than a dropped message."""
     seen: set[str] = set()
     timeline, duplicates, too_late = [], 0, 0
     for event in sorted(events, key=lambda event: event.number):
@@ -231,7 +232,7 @@ def _in_order(events: Iterable[Kept], after: tuple[int, int]) -> list[Kept]:
 
 
 def _askable(history: list[Kept]) -> bool:
-    """Returns whether a customer wrote; without any roles, the first author is the customer."""
+    """Returns whether a customer wrote; if nobody has a role, the first author is the customer."""
     roles = {kept.message.role for kept in history if kept.message and kept.message.is_said}
     return "customer" in roles or roles == {None}
 

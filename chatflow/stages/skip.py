@@ -1,4 +1,4 @@
-"""SkipDone: leaves out what the results of earlier runs already hold, before a model is asked."""
+"""SkipDone: skips chats whose results are in earlier runs, before a model is asked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from chatflow.records import (
 
 
 class Skipped(NamedTuple):
-    """The users to ask about; and analyses of earlier runs that still need a draft."""
+    """The users to ask about, and analyses of earlier runs that still need a draft."""
 
     users: beam.PCollection
     undrafted: beam.PCollection
@@ -34,11 +34,11 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass
 class SkipDone(beam.PTransform):
-    """Divides pairs of a chat and a user by whether earlier results hold their analysis.
+    """Splits pairs of a chat and a user by whether their analysis is in earlier results.
 
-    An earlier analysis counts if it was made of the same content, by the same prompt and model; a
-    chat that has grown, or a prompt that has changed, is asked about anew. All is joined by the
-    runner, in its own memory.
+    An earlier analysis counts if it was made from the same content with the same prompt and model.
+    If the chat has grown or the prompt has changed, the model is asked again. The runner does the
+    join, in its own memory.
 
     Attributes:
       earlier: `Analysis` and `Draft` records.
@@ -78,14 +78,14 @@ def divided(
     draft_prompt: DraftPrompt | Routed[DraftPrompt],
     joined: tuple[Any, dict[str, Iterable[Any]]],
 ) -> Iterable[Any]:
-    """Yields who is to be asked about, and who was analysed but has no draft."""
+    """Yields users to ask about, and users with an analysis but without a draft."""
     found = joined[1]
     known = list(found["known"])
     for chat, user_id in found["users"]:
         made = (record for record in known if isinstance(record, Analysis))
         try:
             analysis = next((one for one in made if _is_of(one, chat, analysis_prompt)), None)
-        except BadInputError:  # no model is for it any more: asking says so
+        except BadInputError:  # it no longer has a model; the question will report that
             analysis = None
         if analysis is None:
             yield chat, user_id
@@ -99,7 +99,7 @@ def divided(
 
 
 def _is_of(record: Analysis | Draft, chat: Chat, prompt: Prompt | Routed[Any]) -> bool:
-    """Returns whether a record is what this chat and this prompt would give again."""
+    """Returns whether this chat and this prompt would produce the record again."""
     identity = Identity.of(chat, record.user_id, record.prompt_version, record.model)
     own_id = record.analysis_id if isinstance(record, Analysis) else record.draft_id
     versions = {(one.version, one.result_name) for one in prompt.of(chat).every}

@@ -22,7 +22,7 @@ def check_adapter(adapter: str) -> None:
         raise UsageError(f"--adapter={adapter}: there is no such file")
     with open(adapter, "rb") as file:
         if file.read(8) != b"\x89HDF\r\n\x1a\n":  # signature of HDF5
-            raise UsageError(f"--adapter={adapter}: is no file of Keras's save_lora_weights")
+            raise UsageError(f"--adapter={adapter}: is not a file of Keras's save_lora_weights")
 
 
 def local_adapter(adapter: str, progress: embedded.Progress = lambda _: None) -> str:

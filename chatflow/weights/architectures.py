@@ -31,8 +31,8 @@ class Architecture(NamedTuple):
       tied: the output has the weights of the embedding.
       total: all parameters, where the dimensions do not tell (Gemma 3n and 4, which also see and
         hear); 0: they do.
-      active: parameters that a token passes through, if not all but the embedding: without the
-        embeddings that each layer has of its own; 0: all. keras_hub computes every expert.
+      active: parameters that a token passes through, if not all but the embedding: without each
+        layer's own embeddings; 0: all. keras_hub computes every expert.
     """
 
     layers: int
@@ -198,8 +198,8 @@ DECODERS: Mapping[str, Architecture] = {
     "qwen3_32b": _qwen(64, 5120, 25600, 64, 8, 128),
     "smollm3_3b": _llama(36, 2048, 11008, 16, 4, 128, tied=True),
 }
-"""What `total` gives of Gemma 4 is rounded, as keras_hub says it. Its Llama 3.2 has an output of
-its own; on Hugging Face it is tied to the embedding."""
+"""The `total` of Gemma 4 is rounded, as in keras_hub. There, Llama 3.2 has a separate output; on
+Hugging Face it is tied to the embedding."""
 
 T5S: Mapping[str, EncoderDecoder] = {
     "t5-small": EncoderDecoder(6, 6, 512, 2048, 8, 64, False),

@@ -1,4 +1,4 @@
-"""Converts Gemma's weights to a Keras preset, and checks that both say the same."""
+"""Converts Gemma's weights to a Keras preset, and checks that both predict the same."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def convert(
     there = folder.sizes()
     ours = folder.sums() if SUMS in there else {}
     for name in there.keys() - ours.keys() - {SUMS}:
-        if not _MADE.fullmatch(name):  # or `fetch` fails after an hour of work
+        if not _MADE.fullmatch(name):  # otherwise `fetch` fails after an hour of work
             raise UsageError(
-                f"{folder.url}: holds other files, such as {name}; name a folder of its own"
+                f"{folder.url}: holds other files, such as {name}; name an empty folder"
             )
     with _scratch(folder) as scratch:
         weights, instruct = _loadable(source, scratch, progress)
@@ -236,7 +236,7 @@ def _rows(folder: Path) -> int:
 
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            for key in file.keys():  # noqa: SIM118 - it is not a dictionary
                 if key.endswith("embed_tokens.weight"):
                     return int(file.get_slice(key).get_shape()[0])
     raise UsageError(f"{folder}: has no embed_tokens.weight")
@@ -271,7 +271,7 @@ def _read(source: str, folder: Path, dtype: str) -> tuple[Any, Any]:
         )
     if getattr(backbone, "vision_encoder", None) is not None:
         raise UsageError(
-            f"{source}: sees pictures, too; its text model is taken from Hugging Face's format only"
+            f"{source}: also sees images; to convert its text model, give Hugging Face's format"
         )
     return backbone, tokenizer
 

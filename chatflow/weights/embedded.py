@@ -75,7 +75,7 @@ def ensure(progress: Progress = lambda _: None) -> Path:
 
     Raises:
       EmbeddedModelError: the package is not installed or its hash is wrong, or the cache cannot be
-        written. A model that is whole can be in a cache that only can be read.
+        written. A complete model may be in a read-only cache.
     """
     import fasteners
 
@@ -138,7 +138,7 @@ def convert(
     try:
         reader = GGUFReader(gguf_file)
     except (OSError, ValueError, IndexError) as error:
-        raise EmbeddedModelError(f"{gguf_file} is no GGUF file: {error}") from None
+        raise EmbeddedModelError(f"{gguf_file} is not a GGUF file: {error}") from None
     if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
         raise EmbeddedModelError(
             f"{gguf_file} is one part of several; merge them with llama-gguf-split --merge"
@@ -266,7 +266,7 @@ def _hugging_face_name(name: str, model_type: str) -> str:
         return whole[name]
     kind = name.split(".")
     if len(kind) != 4 or kind[0] != "blk" or kind[2] not in in_block:
-        raise EmbeddedModelError(f"the tensor {name} is none of a Gemma text model's")
+        raise EmbeddedModelError(f"the tensor {name} does not belong to a Gemma text model")
     return f"model.layers.{kind[1]}.{in_block[kind[2]]}.{kind[3]}"
 
 

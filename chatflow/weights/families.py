@@ -32,7 +32,7 @@ class Family(NamedTuple):
       sizes: returns those of a backbone.
       position_axis: of the cache `[rows, layers, 2, positions, heads, head_dim]` or, with 4, of
         `[rows, layers, 2, heads, positions, head_dim]`; with 1, each layer's keys and values are
-        arrays of their own: `[rows, positions, heads, head_dim]`.
+        separate arrays: `[rows, positions, heads, head_dim]`.
       masked: a call needs a padding mask over the whole cache.
       tuned: its models follow instructions, unless their name says "base".
       quantizes: keras_hub can quantise it. As of 0.32, Gemma 3n's output then uses the raw int8
@@ -93,7 +93,7 @@ FAMILIES = {
             ends=("<end_of_turn>",), learns=True,
         ),
         # https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4; the small ones (E2B, E4B),
-        # which have inputs of each layer's own, do not think unasked.
+        # which have separate inputs for each layer, do not think unless asked to.
         Family(
             "Gemma4", ("gemma4", "gemma4_text"), r"gemma[-_]?4(?![\db])",
             "<|turn>user\n", "<turn|>\n<|turn>model\n",
@@ -122,7 +122,7 @@ FAMILIES = {
             ends=("<|im_end|>", "<|endoftext|>"),
         ),
         # https://huggingface.co/HuggingFaceTB/SmolLM3-3B, in its mode /no_think; its template also
-        # gives the date, with which answers would change daily.
+        # states the date, which is left out because answers would change daily.
         Family(
             "SmolLM3", ("smollm3",), r"smollm[-_]?3(?!\d)",
             "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
@@ -165,7 +165,7 @@ def family_named(model: str) -> Family | None:
         try:
             found = json.loads(config.read_text())
         except json.JSONDecodeError:
-            return None  # what reads it says so
+            return None  # the code that reads it reports the error
         return family_in(found) if _kind_in(found) else None
     last = model.lower().rstrip("/").rsplit("/", 1)[-1]
     found = (f for f in FAMILIES.values() if re.search(rf"(?<![a-z\d]){f.known_as}", last))

@@ -93,7 +93,7 @@ def fetch(source: Source, folder: Folder, progress: Progressing | None = None) -
     ours = {file.name for file in wanted} | before.keys() | {SUMS}
     if others := {name for name in stale if name.removesuffix(".part") not in ours}:
         raise UsageError(
-            f"{folder.url}: holds other files, such as {min(others)}; name a folder of its own"
+            f"{folder.url}: holds other files, such as {min(others)}; name an empty folder"
         )
     sums: dict[str, str] = {}
     missing = []
@@ -135,7 +135,9 @@ def _bring(source: Source, file: File, folder: Folder, progress: Progressing) ->
     if (file.sha256 or file.blob) and not file.is_at(here, progress.part.name):
         progress.part.unlink()
         said = f", not {file.sha256}" if file.sha256 else ", which is not what its source says"
-        raise UsageError(f"{source.name}: {file.name} came with the SHA-256 {digest}{said}; again?")
+        raise UsageError(
+            f"{source.name}: {file.name} came with the SHA-256 {digest}{said}; try again"
+        )
     made, progress.part = progress.part, None
     progress.got += file.size
 

@@ -166,7 +166,7 @@ def hub_error(name: str, error: BaseException, endpoint: str) -> UsageError:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if isinstance(error, errors.HFValidationError):
-        said = "is no repository's name; give hf://ORG/NAME or hf://ORG/NAME@REVISION"
+        said = "is not a repository's name; give hf://ORG/NAME or hf://ORG/NAME@REVISION"
     elif isinstance(error, errors.RevisionNotFoundError):
         said = f"there is no revision {revision!r}"
     elif isinstance(error, errors.GatedRepoError) or status == 403:
@@ -185,7 +185,7 @@ def hub_error(name: str, error: BaseException, endpoint: str) -> UsageError:
     else:
         said = (
             f"cannot be fetched from {endpoint}: {type(error).__name__}: "
-            f"{one_line(error) if isinstance(error, Exception) else error}; what is whole is "
+            f"{one_line(error) if isinstance(error, Exception) else error}; complete files are "
             "kept, so try again"
         )
     return UsageError(f"{name}: {said}")
@@ -203,7 +203,7 @@ def kaggle(handle: str, name: str) -> Source:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status in (401, 403, 404) or type(error).__name__ == "UnauthenticatedError":
             said = (
-                "is not there, or not for everybody: accept its licence at "
+                "does not exist, or is restricted: accept its licence at "
                 "https://www.kaggle.com/models, and set KAGGLE_USERNAME and KAGGLE_KEY"
             )
         else:
@@ -230,7 +230,7 @@ def open_source(name: str) -> Source:
         return kaggle(handle, name)
     raise UsageError(
         f"{name}: there is no such folder; give {embedded.NAME} (embedded), hf://ORG/NAME, "
-        "kaggle://…, gs://…, a folder, or the name of a preset of keras_hub's"
+        "kaggle://…, gs://…, a folder, or the name of a keras_hub preset"
     )
 
 
@@ -243,7 +243,7 @@ def _keras_handle(name: str) -> str:
         import keras_hub
     except ImportError:
         raise UsageError(
-            f"{name}: names of presets are keras_hub's: pip install 'chatflow[gemma]', or give "
+            f"{name}: preset names need keras_hub: pip install 'chatflow[gemma]', or give "
             "kaggle://…"
         ) from None
     preset: Any = keras_hub.models.Backbone.presets.get(name, {})

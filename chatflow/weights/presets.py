@@ -23,7 +23,7 @@ SCRIPTED, TORCH, VLLM = "scripted:", "torch:", "vllm:"
 PRESETS_VARIABLE = "CHATFLOW_PRESETS"
 
 _NOT_DECODERS = r"embedding|_assistant$"
-"""Presets that keras_hub has among those of the decoders, but that write no text."""
+"""Presets that keras_hub lists among the decoders, but that do not write text."""
 
 
 def is_instruct(preset: str) -> bool:
@@ -41,7 +41,7 @@ def is_instruct(preset: str) -> bool:
 
 
 def is_tuned(preset: str) -> bool:
-    """Returns `is_instruct` for a model in chatflow's engine; Qwen 3 and SmolLM 3 say if not.
+    """Returns `is_instruct` for a model in chatflow's engine; Qwen 3 and SmolLM 3 are by default.
 
     >>> is_tuned("hf://Qwen/Qwen3-4B"), is_tuned("Qwen/Qwen3-4B-Base"), is_tuned("llama3.2_1b")
     (True, False, False)
@@ -61,13 +61,13 @@ def check_preset(preset: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
-                f"--model: the folder {preset!r} has no config.json, so it is no preset"
+                f"--model: the folder {preset!r} has no config.json, so it is not a preset"
             )
         try:
             family_named(preset)
         except ValueError as error:
             raise UsageError(
-                f"--model={preset}: {one_line(error)}; others run by torch:{preset}, or on a "
+                f"--model={preset}: {one_line(error)}; for others give torch:{preset}, or a "
                 "server (vllm:, openai:)"
             ) from None
         return
@@ -105,7 +105,7 @@ def use_jax(alone: bool = True) -> None:
         import keras
     except (OSError, ValueError) as error:  # e.g. a keras.json of somebody else's in /tmp
         raise UsageError(
-            f"keras cannot read its settings: {one_line(error)}; mend that file, or set KERAS_HOME "
+            f"keras cannot read its settings: {one_line(error)}; fix that file, or set KERAS_HOME "
             "to a folder that can be written"
         ) from None
     config: Any = jax.config

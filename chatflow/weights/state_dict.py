@@ -92,7 +92,7 @@ def blank_model(find: Find, name: str) -> Any:
 
     file = find("config.json")
     if file is None:
-        raise UsageError(f"{name}: there is no config.json, so it is no model of Hugging Face's")
+        raise UsageError(f"{name}: there is no config.json, so it is not a Hugging Face model")
     quiet: Any = logging
     quiet.set_verbosity_error()
     try:
@@ -189,8 +189,8 @@ def _converted(tensor: Any, dtype: Any, name: str) -> Iterator[memoryview]:
         made = part.to(dtype)
         if dtype == torch.float16 and _overflows(part, made):
             raise UsageError(
-                f"{name} holds {part[part.isfinite()].abs().max().item():.4g}, and float16 ends "
-                "at 65504: take --dtype=bfloat16, which has float32's range"
+                f"{name} holds {part[part.isfinite()].abs().max().item():.4g}, but float16 ends "
+                "at 65504: use --dtype=bfloat16, which has float32's range"
             )
         yield memoryview(made.view(torch.uint8).numpy())
 

@@ -136,7 +136,7 @@ def check_state_dict(value: Any, expected: Mapping[str, torch.Tensor], flag: str
     """Raises `UsageError` if the value is not a state dict with weights of the model's shapes."""
     if not isinstance(value, dict) or not all(torch.is_tensor(v) for v in value.values()):
         raise UsageError(
-            f"{flag}: holds no state dict; save it with torch.save(model.state_dict(), PATH)"
+            f"{flag}: is not a state dict; save one with torch.save(model.state_dict(), PATH)"
         )
     for name in sorted(value.keys() & expected.keys()):
         ours, theirs = tuple(expected[name].shape), tuple(value[name].shape)

@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# The large part of the images, built anew when a lock file or the model changes: Python, the
+# The large part of the images, rebuilt when a lock file or the model changes: Python, the
 # locked packages, and the weights. pipeline.Dockerfile adds the code. Commands: README.md.
 #checkov:skip=CKV_DOCKER_2:workers serve no port; the runner watches them
 #checkov:skip=CKV_DOCKER_7:tags are in the ARGs
@@ -8,8 +8,8 @@
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS installed
-# uv is several times faster than pip, and stays in this stage. It trusts what the image trusts,
-# so that a PYTHON_IMAGE with a company's certificates will do.
+# uv is several times faster than pip, and stays in this stage. It trusts the image's certificates,
+# so that a PYTHON_IMAGE with a company's certificates works.
 RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/venv
 # cpu or gpu (with CUDA; the driver is the host's): Gemma on JAX; torch or torch-gpu: PyTorch; vllm
 # (with CUDA); remote: no model.
@@ -17,7 +17,7 @@ ARG ACCELERATOR=cpu
 RUN --mount=type=bind,source=infra/docker,target=/locks \
     uv pip install --system-certs --no-cache --python /opt/venv/bin/python \
       --no-deps --require-hashes -r "/locks/requirements-${ACCELERATOR%-gpu}.lock"
-# PyTorch has a build for processors, and one for each CUDA, at an index of its own.
+# PyTorch has a build for CPUs, and one for each CUDA version, each at a separate index.
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl
 RUN case "$ACCELERATOR" in torch) builds=cpu ;; torch-gpu) builds=cu130 ;; *) exit 0 ;; esac && \
@@ -25,14 +25,14 @@ RUN case "$ACCELERATOR" in torch) builds=cpu ;; torch-gpu) builds=cu130 ;; *) ex
       --default-index "$TORCH_INDEX/$builds" "$TORCH"
 
 FROM installed AS converted
-# Only this file of the code, so that no other change converts anew. One time for all files, so
-# that the same weights are the same layer.
+# Only this file of the code, so that no other change converts again. All files get the same time,
+# so that the same weights are the same layer.
 RUN --mount=type=bind,source=chatflow/weights/embedded.py,target=/src/embedded.py \
     mkdir /presets && XDG_CACHE_HOME=/tmp PYTHONPATH=/src /opt/venv/bin/python -c \
       "import embedded as e; e.ensure(print).rename(f'/presets/{e.NAME}')" && \
     find /presets -exec touch -d @0 {} +
 
-# Presets as folders by name. `--build-context weights=DIR` puts DIR in this stage's place.
+# Presets as folders by name. `--build-context weights=DIR` replaces this stage with DIR.
 FROM scratch AS weights
 COPY --from=converted /presets /
 
@@ -47,8 +47,8 @@ FROM ${PYTHON_IMAGE} AS bare
 LABEL org.opencontainers.image.title="chatflow" \
       org.opencontainers.image.description="Chat analytics on Apache Beam with Gemma" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Dataflow mounts the GPU's driver at /usr/local/nvidia. Beam's boot is to use the Python of PATH
-# instead of an empty environment of its own.
+# Dataflow mounts the GPU's driver at /usr/local/nvidia. Beam's boot must use the Python of PATH,
+# not a new, empty environment.
 ENV PATH=/opt/venv/bin:/usr/local/nvidia/bin:$PATH \
     LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
     RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1 \
@@ -67,5 +67,5 @@ RUN export HOME=/tmp/home KERAS_BACKEND=jax && \
     rm -rf "$HOME"
 
 FROM bare AS model
-# Their owner is the user, because safetensors writes files that none but the owner reads.
+# The user owns them, because safetensors writes files that only their owner can read.
 COPY --link --chown=1000:1000 --from=weights / /opt/chatflow/presets/

@@ -4,7 +4,7 @@
 #checkov:skip=CKV_DOCKER_7:tags are in the ARGs; the launcher has no versions to follow
 
 ARG MODEL_IMAGE
-# Beam's version as in the lock files; a test compares them.
+# The same Beam version as in the lock files; a test compares them.
 ARG BEAM_IMAGE=docker.io/apache/beam_python3.11_sdk:2.77.0
 ARG LAUNCHER_IMAGE=gcr.io/dataflow-templates-base/python311-template-launcher-base:latest
 
@@ -13,7 +13,7 @@ FROM ${LAUNCHER_IMAGE} AS launcher
 
 FROM ${MODEL_IMAGE} AS common
 COPY --link --from=beam /opt/apache/beam /opt/apache/beam
-# Built by `make wheel`. Its dependencies are the locked ones that are there already.
+# Built by `make wheel`. Its dependencies are installed already, from the lock file.
 RUN --mount=type=bind,source=dist,target=/dist \
     pip install --no-cache-dir --no-index --no-deps /dist/chatflow-*.whl
 
@@ -24,7 +24,7 @@ USER 1000
 WORKDIR /home/chatflow
 ENTRYPOINT ["chatflow"]
 
-# For Dataflow, both launcher of the Flex Template and worker. It runs as root, because Google's
+# For Dataflow: launcher of the Flex Template, and worker. It runs as root, because Google's
 # launcher and harness write to root's /var/log/dataflow and /var/opt/google
 # (GoogleCloudPlatform/python-docs-samples#13213).
 FROM common AS worker

@@ -1,4 +1,4 @@
-"""Launches the Flex Template with the flags of `chatflow run`, so that both take the same.
+"""Launches the Flex Template with the flags of `chatflow run`, so that both take the same flags.
 
   python infra/template/launch.py TEMPLATE_FILE --runner=DataflowRunner --project=P …
 
@@ -27,7 +27,7 @@ GCLOUD = {
     "machine_type": "--worker-machine-type",
     "dataflow_kms_key": "--dataflow-kms-key",
 }
-"""Flags that gcloud has under another name; the other flags of Beam's are passed through."""
+"""Flags that have another name in gcloud; Beam's other flags are passed through."""
 
 SWITCHES = {"no_use_public_ips": "--disable-public-ips", "update": "--update"}
 LISTS = {"experiments": "--additional-experiments", "labels": "--additional-user-labels"}
@@ -36,7 +36,7 @@ NOT_FOR_TEMPLATES = ("runner", "job_name", "no_wait_until_finish", "dataflow_end
 
 
 def command(template: str, flags: Sequence[str]) -> list[str]:
-    """The gcloud command that launches a job with these flags, each of them `--name=value`.
+    """Returns the gcloud command that launches a job with these flags, each as `--name=value`.
 
     Raises:
       UsageError: a flag of another form.
@@ -72,7 +72,7 @@ def command(template: str, flags: Sequence[str]) -> list[str]:
 
 
 def _joined(values: Sequence[str]) -> str:
-    """A list as gcloud takes it where values have commas in them: with a separator of its own."""
+    """Returns a list for gcloud, with a special separator if values have commas in them."""
     free = (mark for mark in ",~|@%!\x1f" if not any(mark in value for value in values))
     separator = next(free)
     return ("" if separator == "," else f"^{separator}^") + separator.join(values)

@@ -1,4 +1,4 @@
-"""What a Flex Template's launcher runs: its parameters are the flags of `chatflow run`."""
+"""Runs in a Flex Template's launcher; its parameters are the flags of `chatflow run`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-# What somebody should be woken up for, and what to do then. Thresholds are variables.
+# Alerts for people on call, with instructions. Thresholds are variables.
 
 locals {
   make = "PROJECT=${var.project} REGION=${var.region} NAME=${var.name}"
@@ -24,13 +24,13 @@ locals {
         why it failed, and waits in `${google_pubsub_subscription.results["dead-letters"].id}`
         for 31 days.
 
-        1. See what it is. In BigQuery: `SELECT stage, reason, COUNT(*) FROM
+        1. Find the reasons. In BigQuery: `SELECT stage, reason, COUNT(*) FROM
            ${google_bigquery_dataset.this.dataset_id}.dead_letters WHERE failed_at >
            TIMESTAMP_SUB(CURRENT_TIMESTAMP(), INTERVAL 1 HOUR) GROUP BY ALL ORDER BY 3 DESC`
            (rows are up to ten minutes late), or `make logs ${local.make}`.
-        2. Stage `read`: a sender writes what chatflow cannot read; tell them. A stage that asks
-           the model: the model is overloaded, out of quota, or answers nonsense.
-        3. When the cause is mended (`make update ${local.make}` if it was chatflow's), try them
+        2. Stage `read`: a sender publishes data that chatflow cannot read; tell them. A stage that
+           asks the model: the model is overloaded, out of quota, or its answers are unusable.
+        3. When the cause is fixed (`make update ${local.make}` if it was chatflow's), try them
            again: `chatflow replay --input
            ${google_pubsub_subscription.results["dead-letters"].id} --output
            ${google_storage_bucket.data.url}/replayed`, with the flags of the run that they come
@@ -55,15 +55,15 @@ locals {
       content   = <<-EOT
         Pub/Sub gave up delivering messages: events after 100 attempts, results after 10. They
         wait in `${google_pubsub_subscription.undeliverable.id}` for 31 days, and
-        the alert stays until they are taken from there.
+        the alert stays until they are acknowledged there.
 
-        1. See which they are; `CloudPubSubDeadLetterSourceSubscription` says where each was:
+        1. List them; `CloudPubSubDeadLetterSourceSubscription` says where each was:
            `gcloud pubsub subscriptions pull ${google_pubsub_subscription.undeliverable.id}
            --limit=10` (without `--auto-ack`, so they stay).
-        2. Events: workers fail on them again and again (or failed on what came with them):
+        2. Events: workers fail on them again and again (or on others of the same bundle):
            `make status ${local.make}`, `make logs ${local.make}`. Results: a reader does not
            acknowledge them.
-        3. When the cause is mended, publish events anew to
+        3. When the cause is fixed, publish the events again to
            `${google_pubsub_topic.topics["events"].id}`, and acknowledge them here.
       EOT
     }
@@ -84,13 +84,13 @@ locals {
       duration  = "300s"
       content   = <<-EOT
         Events come faster than they are processed, or nothing processes them. They are kept for
-        ${var.events_retention}; what is older is lost.
+        ${var.events_retention}; older events are lost.
 
-        1. `make status ${local.make}`: no job? `make deploy ${local.make}` starts one. (After
-           `make drain`, this alert is to be expected.)
-        2. A job that runs, and as many workers as it may have: give it more, and
+        1. `make status ${local.make}` shows no job: `make deploy ${local.make}` starts one. (After
+           `make drain`, this alert is expected.)
+        2. A job runs with as many workers as it may have: set a larger WORKERS, and
            `make update ${local.make}`.
-        3. Workers that start and fail, or a model that refuses calls: `make logs ${local.make}`.
+        3. Workers start and fail, or the model refuses calls: see `make logs ${local.make}`.
       EOT
     }
 
@@ -109,14 +109,13 @@ locals {
       threshold = var.freshness_seconds
       duration  = "300s"
       content   = <<-EOT
-        The job reads, but something in it is stuck or slow: chats that fell silent are analysed
-        late.
+        The job reads, but something in it is stuck or slow: chats are analysed late.
 
         1. `make status ${local.make}` names the job; its graph in the console shows the step
-           whose watermark stands still.
-        2. `make logs ${local.make}`: a bundle that fails is tried again for ever in a stream.
-           Slow calls of the model show there, too.
-        3. If a new version mends it: `make update ${local.make}`. If the new one does not fit
+           whose watermark does not move.
+        2. `make logs ${local.make}`: a stream retries a failing bundle forever. Slow calls of the
+           model show there, too.
+        3. If a new version fixes it: `make update ${local.make}`. If the new version does not fit
            the old one's state: `make drain ${local.make}`, then `make deploy ${local.make}`.
       EOT
     }
@@ -136,11 +135,11 @@ locals {
       threshold = 0
       duration  = "0s"
       content   = <<-EOT
-        Dataflow gave a job up. Events wait in `${google_pubsub_subscription.events.id}`
-        for ${var.events_retention}; chats that were open in it are lost with its state.
+        A Dataflow job has failed. Events wait in `${google_pubsub_subscription.events.id}`
+        for ${var.events_retention}; the job's open chats are lost with its state.
 
-        1. `make logs ${local.make}` for the reason; most often workers that could not start
-           (image, quota, permission), or an update that did not fit.
+        1. `make logs ${local.make}` shows the reason: most often workers could not start
+           (image, quota, permission), or an update did not fit.
         2. `make deploy ${local.make}` starts a new job.
       EOT
     }
@@ -194,7 +193,7 @@ resource "google_monitoring_alert_policy" "alerts" {
   }
 
   alert_strategy {
-    auto_close = "1800s" # the least; a job that is gone reports no more
+    auto_close = "1800s" # the minimum; a job that has ended stops reporting
   }
 
   depends_on = [google_project_service.apis]

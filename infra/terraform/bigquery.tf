@@ -1,8 +1,8 @@
 # Results for analysts. The pipeline delivers at least once, and upserts rows by their ids
-# (change data capture of the Storage Write API), so each is there once.
+# (change data capture of the Storage Write API), so each row exists once.
 
 locals {
-  # Schemas are files in schemas/, made from the records in chatflow.
+  # The schemas are files in schemas/, generated from chatflow's records.
   tables = {
     analyses     = { key = "analysis_id", day_of = "analysed_at", by = "chat_id" }
     drafts       = { key = "draft_id", day_of = "drafted_at", by = "chat_id" }
@@ -27,17 +27,17 @@ resource "google_bigquery_dataset" "this" {
 }
 
 resource "google_bigquery_table" "tables" {
-  #checkov:skip=CKV_GCP_80:The dataset's default encryption holds, which is var.kms_key_name where it is set.
+  #checkov:skip=CKV_GCP_80:The dataset's default encryption applies, which is var.kms_key_name if it is set.
   for_each = local.tables
 
   dataset_id = google_bigquery_dataset.this.dataset_id
   table_id   = each.key
   schema     = file("${path.module}/schemas/${each.key}.json")
-  # By the key first, by which upserts are merged.
+  # The key first, because upserts are merged by it.
   clustering          = [each.value.key, each.value.by]
   deletion_protection = var.deletion_protection
 
-  # Upserts are merged in the background, at most this long after they came. Without it, every
+  # Upserts are merged in the background, at most this long after they arrive. Without it, every
   # query would merge them first, and take longer and cost more. (Years-months days time.)
   max_staleness = "0-0 0 0:10:0"
 
@@ -53,19 +53,19 @@ resource "google_bigquery_table" "tables" {
   }
 }
 
-# A chat that goes on is analysed again; this is how each customer felt in the end.
+# A chat that continues is analysed again; this view has each customer's last analysis.
 resource "google_bigquery_table" "latest_analyses" {
   #checkov:skip=CKV_GCP_80:A view stores nothing.
   #checkov:skip=CKV_GCP_121:A view stores nothing.
   dataset_id          = google_bigquery_dataset.this.dataset_id
   table_id            = "latest_analyses"
-  description         = "Of each user in each chat, the analysis with the greatest revision"
+  description         = "For each user in each chat, the analysis with the greatest revision"
   deletion_protection = false
 
   view {
     use_legacy_sql = false
 
-    # One revision is analysed twice where the prompt or the model changed: the newer one counts.
+    # A revision is analysed twice if the prompt or the model changed: the newer analysis counts.
     # (WHERE TRUE: QUALIFY used to demand a clause before it.)
     query = <<-SQL
       SELECT *

@@ -1,5 +1,5 @@
-# Three accounts, each with what its work takes and on the things it works with: the worker runs
-# the pipeline, the launcher (CI) starts it, the build makes its images.
+# Three accounts, each with only the roles that it needs, on the resources that it uses: the worker
+# runs the pipeline, the launcher (CI) starts it, the build makes its images.
 
 locals {
   buckets = {
@@ -21,7 +21,7 @@ resource "google_service_account" "worker" {
   depends_on = [google_project_service.apis]
 }
 
-# dataflow.worker has what logs and metrics take (logging.logEntries.create,
+# dataflow.worker has the permissions for logs and metrics (logging.logEntries.create,
 # monitoring.timeSeries.create), and storage.buckets.get.
 resource "google_project_iam_member" "worker" {
   for_each = toset(concat(
@@ -35,7 +35,7 @@ resource "google_project_iam_member" "worker" {
 }
 
 # Events for the pipeline, and dead letters, so that `chatflow replay` can run on Dataflow, too.
-# The viewer's role is for Dataflow, which reads the settings of what it reads from.
+# Dataflow needs the viewer's role to read the settings of its subscriptions.
 resource "google_pubsub_subscription_iam_member" "worker_subscribes" {
   for_each = toset(["events", "dead-letters"])
 
@@ -101,7 +101,7 @@ resource "google_service_account" "launcher" {
 # compute.viewer: launching reads machine types and the network, which dataflow.developer does
 # not include.
 resource "google_project_iam_member" "launcher" {
-  #checkov:skip=CKV_GCP_49:Jobs have no IAM of their own, so dataflow.developer is the project's; whom they run as is bound to the worker below.
+  #checkov:skip=CKV_GCP_49:Jobs have no IAM policy, so dataflow.developer is granted on the project; jobs can run only as the worker, see below.
   for_each = toset(["roles/dataflow.developer", "roles/compute.viewer"])
 
   project = var.project
@@ -109,7 +109,7 @@ resource "google_project_iam_member" "launcher" {
   member  = local.launcher
 }
 
-# It may let jobs run as the worker, and as nobody else.
+# It may run jobs as the worker, and as no other account.
 resource "google_service_account_iam_member" "launcher_acts_as_worker" {
   service_account_id = google_service_account.worker.name
   role               = "roles/iam.serviceAccountUser"
@@ -132,7 +132,7 @@ resource "google_storage_bucket_iam_member" "launcher_uses_objects" {
   member = local.launcher
 }
 
-# Beam looks at the bucket itself before it stages files there.
+# Beam reads the bucket's settings before it stages files there.
 resource "google_storage_bucket_iam_member" "launcher_reads_buckets" {
   for_each = local.buckets
 
@@ -171,10 +171,10 @@ resource "google_pubsub_subscription_iam_member" "launcher_views" {
 #   gcloud builds submit --gcs-source-staging-dir=gs://PROJECT-NAME-temp/source \
 #     --service-account=projects/PROJECT/serviceAccounts/NAME-build@PROJECT.iam.gserviceaccount.com
 #
-# and with `options: {logging: CLOUD_LOGGING_ONLY}`, which an account of one's own demands. The
-# source goes through the temp bucket, so nothing is needed on Cloud Build's default one. Whoever
-# submits needs roles/cloudbuild.builds.editor, and roles/iam.serviceAccountUser on this account;
-# the launcher has neither.
+# and with `options: {logging: CLOUD_LOGGING_ONLY}`, which your own service account requires. The
+# source goes through the temp bucket, so the account needs no role on Cloud Build's default bucket.
+# A person who submits a build needs roles/cloudbuild.builds.editor, and
+# roles/iam.serviceAccountUser on this account; the launcher has neither.
 resource "google_service_account" "build" {
   account_id   = "${var.name}-build"
   display_name = "${var.name}: builds images"

@@ -1,12 +1,12 @@
 locals {
   labels = merge({ app = var.name }, var.labels)
 
-  # Where the pipeline writes to; each is published in order of the chat.
+  # The topics that the pipeline writes to; the records of a chat are published in order.
   results = toset(["analyses", "drafts", "dead-letters"])
   topics  = setunion(local.results, ["events", "undeliverable"])
 }
 
-# For its number, of which the names of Google's service agents are made.
+# For its number, which the names of Google's service agents contain.
 data "google_project" "this" {
   project_id = var.project
 }

@@ -1,7 +1,7 @@
 # A network for the workers, unless var.subnetwork names one.
 #
 # The workers need no public addresses (--no_use_public_ips): Google's services, Vertex AI
-# among them, are reached through private Google access. There is no way to the internet; a
+# among them, are reached through private Google access. The workers cannot reach the internet: a
 # model fetched from hf:// or kaggle:// at start needs a Cloud NAT, one in the image or in
 # gs:// does not.
 
@@ -35,14 +35,14 @@ resource "google_compute_subnetwork" "this" {
   }
 }
 
-# Workers exchange data on these ports where Streaming Engine and Dataflow Shuffle do not do
-# it for them; Dataflow tags its machines "dataflow".
+# Workers exchange data on these ports if Streaming Engine and Dataflow Shuffle do not; Dataflow
+# tags its machines "dataflow".
 resource "google_compute_firewall" "workers" {
   count = local.own_network ? 1 : 0
 
   name        = "${var.name}-workers"
   network     = google_compute_network.this[0].name
-  description = "Dataflow workers among each other"
+  description = "Traffic between Dataflow workers"
   direction   = "INGRESS"
   source_tags = ["dataflow"]
   target_tags = ["dataflow"]

@@ -1,4 +1,4 @@
-# `terraform output -json` gives all of it to scripts.
+# `terraform output -json` prints all of these for scripts.
 
 output "project" {
   value       = var.project
@@ -7,7 +7,7 @@ output "project" {
 
 output "region" {
   value       = var.region
-  description = "The region of everything here; jobs belong there, too."
+  description = "The region of everything here; run jobs there, too."
 }
 
 output "bucket" {
@@ -32,12 +32,12 @@ output "worker_account" {
 
 output "launcher_account" {
   value       = google_service_account.launcher.email
-  description = "What CI acts as."
+  description = "The account of CI."
 }
 
 output "build_account" {
   value       = google_service_account.build.email
-  description = "What Cloud Build acts as."
+  description = "The account of Cloud Build."
 }
 
 output "subnetwork" {

@@ -4,12 +4,12 @@
 #   NAME-analyses       results, for whoever reads them
 #   NAME-drafts         the same
 #   NAME-dead-letters   chats without a result, with the reason; `chatflow replay` reads them
-#   NAME-undeliverable  what Pub/Sub itself gave up delivering, from all of the above
+#   NAME-undeliverable  messages of all of the above that Pub/Sub could not deliver
 
 locals {
   pubsub_agent = "serviceAccount:service-${data.google_project.this.number}@gcp-sa-pubsub.iam.gserviceaccount.com"
 
-  longest_retention = "2678400s" # 31 days, the most there is
+  longest_retention = "2678400s" # 31 days, the maximum
 
   subscriptions = merge(
     { events = google_pubsub_subscription.events.name },
@@ -35,12 +35,12 @@ resource "google_pubsub_subscription" "events" {
   # No ordering: chatflow sorts messages by event time, and ordered delivery is slower. No
   # retry policy either: Dataflow does not support backoff.
 
-  # Dataflow hands back whole bundles when a worker fails, so a small number would take good
-  # messages away with the bad ones. chatflow writes dead letters of its own for what it
-  # cannot read, so this is only for what brings workers down again and again.
+  # Dataflow hands back whole bundles when a worker fails, so a small number would remove good
+  # messages with the bad ones. chatflow writes its own dead letters for messages that it cannot
+  # read, so this is only for messages that crash workers again and again.
   dead_letter_policy {
     dead_letter_topic     = google_pubsub_topic.topics["undeliverable"].id
-    max_delivery_attempts = 100 # the most there is
+    max_delivery_attempts = 100 # the maximum
   }
 
   expiration_policy {
@@ -55,7 +55,7 @@ resource "google_pubsub_subscription" "results" {
   topic                = google_pubsub_topic.topics[each.value].id
   ack_deadline_seconds = 60
 
-  # Dead letters wait for somebody to mend their cause.
+  # Dead letters wait until somebody fixes their cause.
   message_retention_duration = each.value == "dead-letters" ? local.longest_retention : "604800s"
 
   # The ordering key is the chat's id: revisions of a chat come one after the other.
@@ -87,8 +87,8 @@ resource "google_pubsub_subscription" "undeliverable" {
   }
 }
 
-# Pub/Sub moves undeliverable messages as its own service agent, which must be allowed to
-# publish them there and to acknowledge them where they were.
+# Pub/Sub moves undeliverable messages with its service agent, which needs permission to publish
+# them there and to acknowledge them in the old subscription.
 resource "google_pubsub_topic_iam_member" "agent_publishes_undeliverable" {
   topic  = google_pubsub_topic.topics["undeliverable"].name
   role   = "roles/pubsub.publisher"

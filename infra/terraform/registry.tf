@@ -5,8 +5,8 @@ resource "google_artifact_registry_repository" "images" {
   description   = "Images of chatflow's workers and templates"
   kms_key_name  = var.kms_key_name
 
-  # A stream that scales up pulls its image again, however old that is. So only images that no
-  # tag points to are deleted, and none of the newest ten: let each build have a tag of its own.
+  # A stream that scales up pulls its image again, even if it is old. So only images without a tag
+  # are deleted, and none of the newest ten: give each build its own tag.
   cleanup_policies {
     id     = "keep-newest"
     action = "KEEP"

@@ -1,7 +1,7 @@
-# Chats, results, weights of models, templates, and what jobs are staged with. The last is why
-# staging is not in the other bucket: a stream runs for months, and each new worker fetches it.
+# Chats, results, weights of models, templates, and staged files of jobs. Staging is not in the
+# temp bucket, because a stream runs for months, and each new worker fetches its staged files.
 resource "google_storage_bucket" "data" {
-  #checkov:skip=CKV_GCP_62:Access logs cost more than they tell here; Data Access audit logs can be switched on for the project.
+  #checkov:skip=CKV_GCP_62:Access logs cost more than they are worth here; the project can switch on Data Access audit logs.
   name                        = "${var.project}-${var.name}"
   location                    = var.region
   uniform_bucket_level_access = true
@@ -51,7 +51,7 @@ resource "google_storage_bucket" "temp" {
     }
   }
 
-  # Off, as Dataflow's documentation advises: each temporary file would be paid for a week longer.
+  # Off, as Dataflow's documentation advises: otherwise each temporary file costs a week longer.
   soft_delete_policy {
     retention_duration_seconds = 0
   }

@@ -4,7 +4,7 @@ variable "project" {
 
   validation {
     condition     = can(regex("^[a-z][a-z0-9-]{4,28}[a-z0-9]$", var.project))
-    error_message = "project is the project's id (my-project-123), not its name or number."
+    error_message = "project must be the project's id (my-project-123), not its name or number."
   }
 }
 
@@ -15,7 +15,7 @@ variable "region" {
 
   validation {
     condition     = can(regex("^[a-z]+-[a-z]+[0-9]+$", var.region))
-    error_message = "region is a region such as us-central1: no zone, no multi-region."
+    error_message = "region must be a region such as us-central1, not a zone or multi-region."
   }
 }
 
@@ -24,10 +24,10 @@ variable "name" {
   default     = "chatflow"
   description = "Prefix of all names, so that several installations fit into one project."
 
-  # The longest name made of it is NAME-launcher, and service accounts have at most 30 characters.
+  # The longest name made from it is NAME-launcher, and service accounts have at most 30 characters.
   validation {
     condition     = can(regex("^[a-z][a-z0-9-]{1,17}[a-z0-9]$", var.name))
-    error_message = "name has 3 to 19 lower-case letters, digits and dashes, begins with a letter and does not end with a dash."
+    error_message = "name must have 3 to 19 lower-case letters, digits and dashes, begin with a letter and not end with a dash."
   }
 }
 
@@ -40,22 +40,22 @@ variable "labels" {
 variable "kms_key_name" {
   type        = string
   default     = null
-  description = "Cloud KMS key (projects/P/locations/REGION/keyRings/R/cryptoKeys/K) for what is stored; null: Google's own keys."
+  description = "Cloud KMS key (projects/P/locations/REGION/keyRings/R/cryptoKeys/K) for stored data; null: Google's own keys."
 
   validation {
     condition     = var.kms_key_name == null || can(regex("^projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+$", var.kms_key_name))
-    error_message = "kms_key_name is null, or projects/P/locations/REGION/keyRings/R/cryptoKeys/K without a version."
+    error_message = "kms_key_name must be null, or projects/P/locations/REGION/keyRings/R/cryptoKeys/K without a version."
   }
 }
 
 variable "subnetwork" {
   type        = string
   default     = ""
-  description = "Subnetwork for the workers (regions/R/subnetworks/S, or the full URL of one in a shared VPC); empty: one is made."
+  description = "Subnetwork for the workers (regions/R/subnetworks/S, or the full URL of one in a shared VPC); empty: Terraform creates one."
 
   validation {
     condition     = var.subnetwork == "" || can(regex("regions/[^/]+/subnetworks/[^/]+$", var.subnetwork))
-    error_message = "subnetwork is empty, regions/R/subnetworks/S, or https://www.googleapis.com/compute/v1/projects/P/regions/R/subnetworks/S."
+    error_message = "subnetwork must be empty, regions/R/subnetworks/S, or https://www.googleapis.com/compute/v1/projects/P/regions/R/subnetworks/S."
   }
 }
 
@@ -74,11 +74,11 @@ variable "remote_models" {
 variable "events_retention" {
   type        = string
   default     = "604800s"
-  description = "How long messages wait for a pipeline that does not run, in seconds: 600s to 2678400s (31 days)."
+  description = "How long messages wait while no pipeline runs, in seconds: 600s to 2678400s (31 days)."
 
   validation {
     condition     = can(regex("^[0-9]+s$", var.events_retention)) && try(tonumber(trimsuffix(var.events_retention, "s")) >= 600 && tonumber(trimsuffix(var.events_retention, "s")) <= 2678400, false)
-    error_message = "events_retention is a number of seconds from 600s to 2678400s."
+    error_message = "events_retention must be a number of seconds from 600s to 2678400s."
   }
 }
 
@@ -91,33 +91,33 @@ variable "deletion_protection" {
 variable "alert_emails" {
   type        = list(string)
   default     = []
-  description = "Who is told of alerts; empty: alerts show in the console only."
+  description = "Who gets alerts; empty: alerts are shown in the console only."
 
   validation {
     condition     = alltrue([for email in var.alert_emails : can(regex("^[^@ ]+@[^@ ]+$", email))])
-    error_message = "alert_emails are addresses such as on-call@example.com."
+    error_message = "alert_emails must be addresses such as on-call@example.com."
   }
 }
 
 variable "dead_letters_per_minute" {
   type        = number
   default     = 5
-  description = "Alert when more dead letters come than this, on average over five minutes."
+  description = "Alert when there are more dead letters a minute than this, on average over five minutes."
 
   validation {
     condition     = var.dead_letters_per_minute >= 0
-    error_message = "dead_letters_per_minute is 0 (alert on any) or more."
+    error_message = "dead_letters_per_minute must be 0 (alert on any) or more."
   }
 }
 
 variable "backlog_age_seconds" {
   type        = number
   default     = 600
-  description = "Alert when the oldest message that was not processed is older than this."
+  description = "Alert when the oldest unprocessed message is older than this."
 
   validation {
     condition     = var.backlog_age_seconds > 0
-    error_message = "backlog_age_seconds is more than 0."
+    error_message = "backlog_age_seconds must be more than 0."
   }
 }
 
@@ -128,6 +128,6 @@ variable "freshness_seconds" {
 
   validation {
     condition     = var.freshness_seconds > 0
-    error_message = "freshness_seconds is more than 0."
+    error_message = "freshness_seconds must be more than 0."
   }
 }

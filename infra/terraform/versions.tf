@@ -8,7 +8,7 @@ terraform {
     }
   }
 
-  # No backend: where the state is kept is yours to say, see backend.tf.example.
+  # No backend: you choose where to keep the state, see backend.tf.example.
 }
 
 provider "google" {

@@ -81,7 +81,7 @@ def pickled(path):
 def test_a_file_that_is_broken_or_none_of_heads_is_said_to_be_so(path, broken):
     tiny_heads(path, base())
     broken(path)
-    with pytest.raises(UsageError, match=r"--heads=mine\.heads\.npz: is no file of heads: "):
+    with pytest.raises(UsageError, match=r"--heads=mine\.heads\.npz: is not a file of heads: "):
         base(path)
 
 
@@ -129,7 +129,7 @@ def test_heads_for_another_template_are_refused(path):
     tiny_heads(path, base(), others={"template": "other"})
     with pytest.raises(UsageError) as caught:
         base(path)
-    assert str(caught.value).startswith(f"--heads={path}: fitted on chats as another template")
+    assert str(caught.value).startswith(f"--heads={path}: fitted on chats as shown by another ")
     assert "block reading" in str(caught.value)
     assert "--heads=none" in str(caught.value)
 
@@ -139,7 +139,7 @@ def test_a_template_that_shows_a_chat_otherwise_needs_other_heads(path, tmp_path
     for name, text in load_folder("base")["analysis"].sources:
         (tmp_path / name).write_text(text.replace("A support chat.", "A chat."))
     template = load_folder(str(tmp_path))["analysis"]
-    with pytest.raises(UsageError, match="as another template shows them"):
+    with pytest.raises(UsageError, match="as shown by another template"):
         AnalysisPrompt(template, ModelSpec(heads=path))
 
 

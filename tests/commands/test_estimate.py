@@ -43,7 +43,7 @@ def test_the_sample_is_not_paid_for_again(command, vertex, tmp_path, capsys):
     answers = ["--answers", f"sqlite:///{tmp_path}/answers.db"]
     main(["estimate", *command, *answers, "--sample=40"])
     said = capsys.readouterr().out
-    assert "300 chats, by 40 of them" in said
+    assert "300 chats, estimated from 40 of them" in said
     assert "the sample cost" in said
     main(["run", *command, *answers, "--output", f"{tmp_path}/out", "--summary=json"])
     counts = json.loads(capsys.readouterr().out)
@@ -67,4 +67,4 @@ def test_streams_and_single_messages_are_refused(lines, capsys):
     assert "--input: a stream has no end" in error
     path = lines({"chat_id": "7", "user_id": "c", "text": "late"})
     error = mistake(["estimate", "--input", path], {}, capsys)
-    assert "is no chat with messages" in error
+    assert "is not a chat with messages" in error

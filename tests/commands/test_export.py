@@ -178,7 +178,7 @@ def test_cx_insights_is_a_file_a_chat_that_is_read_again(filled, tmp_path, capsy
     assert said == [(m.role, m.text, m.sent_at) for m in given]
     assert sorted(found) == ["1", "2", "3", "4"]
     assert main(["export", uri, str(folder), "--format=cx_insights"]) == 2
-    assert f"{folder}/1.json is there already" in capsys.readouterr().err
+    assert f"{folder}/1.json exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

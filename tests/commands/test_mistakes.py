@@ -58,7 +58,7 @@ def test_what_was_mistyped_is_said_first(command, says, capsys):
     [
         ("run --input ONE TWO --output o", "put it into quotes: --input 'DIR/*.jsonl'"),
         ("run --input=ONE TWO --output o", "put it into quotes: --input 'DIR/*.jsonl'"),
-        ("run --output o --input ONE TWO", "the shell made several arguments of a pattern"),
+        ("run --output o --input ONE TWO", "the shell expanded a pattern"),
         ("run --input ONE gone.jsonl.gz --output o", "quotes: --input '*.gz'"),
         ("replay --input ONE TWO TWO --output o", "unexpected argument 'TWO': the shell"),
         ("publish ONE TWO --topic t", "put it into quotes: 'DIR/*.jsonl'"),
@@ -252,7 +252,7 @@ def test_credentials_that_cannot_be_used_are_one_line(
         (OSError(errno.EMFILE, "Too many open files", "/x"), "/x: Too many open files; `ulimit"),
         (OSError(errno.ENAMETOOLONG, "File name too long", b"/x"), "/x: File name too long"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "ConnectionRefusedError: [Errno "),
-        (MemoryError(), "not enough memory"),
+        (MemoryError(), "not have enough memory"),
         (RecursionError("too deep"), "internal error: RecursionError: too deep; please report it"),
         (ValueError("a\nb", "c"), "internal error: ValueError: a b: c; please report it"),
         (AssertionError(), "internal error: AssertionError; please report it"),
@@ -343,5 +343,5 @@ def test_an_emulator_that_is_gone_is_named(lines, script, monkeypatch, capsys):
     arguments = ["stream", "--chats", lines(chat("x")), "--model", script(ANGRY)]
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert "PUBSUB_EMULATOR_HOST=127.0.0.1:1: no emulator can be used there: " in said.err
+    assert "PUBSUB_EMULATOR_HOST=127.0.0.1:1: no emulator answers there: " in said.err
     assert "Traceback" not in said.err + said.out

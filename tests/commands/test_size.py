@@ -140,7 +140,7 @@ def test_it_prints_the_flags_of_a_run(capsys, arguments, said):
         (["--model", "gemma3_27b", "--accelerator", "any"], "72 GB can be used"),
         (["--chats_per_hour", "0"], "--chats_per_hour"),
         (["--prices", "/nowhere"], "--prices=/nowhere"),
-        (["--inference", "remote"], "takes no room on the workers"),
+        (["--inference", "remote"], "needs no memory on the workers"),
         (["--nonsense"], "unknown flag --nonsense"),
     ],
 )

@@ -35,7 +35,7 @@ def chat_of(text, number):
 
 
 def labelled(count, first=0):
-    """Chats whose tone one word says, each with text of its own, up to 84 of them."""
+    """Chats whose tone one word says, each with different text, up to 84 of them."""
     rng = random.Random(first)
     others = "the is and it said agent customer".split()
     pairs = list(itertools.combinations_with_replacement(others, 2))
@@ -210,7 +210,7 @@ HEADS = ("--output=x.heads.npz", "--heads=none")
         (["--adapter=/none.lora.h5"], "--adapter=/none.lora.h5: there is no such file"),
         (["--adapter=x.pt"], "--adapter=x.pt: must be a file whose name ends in .lora.h5"),
         ([*HEADS, "--output=gs://b/x.heads.npz"], "must be on this machine"),
-        ([*HEADS, "--choices=topic,mood"], "--choices: 'mood' is none of tone, toward, "),
+        ([*HEADS, "--choices=topic,mood"], "--choices: 'mood' is not one of tone, toward, "),
         ([*HEADS, "--layers=9,last"], "--layers=9,last: must be numbers"),
         ([*HEADS, f"--prompts={FEW_SHOT}"], "analysis.jinja: has no block reading"),
         ([*HEADS, "--heads=/none.heads.npz"], "--heads=/none.heads.npz: there is no such file"),

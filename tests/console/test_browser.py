@@ -48,7 +48,7 @@ def chromium():
 
 @pytest.fixture
 def window(chromium):
-    """Opens pages, each with cookies of its own; what they complain of fails the test."""
+    """Opens pages, each with separate cookies; what they complain of fails the test."""
     complaints, contexts = [], []
 
     def opened(address, **settings):
@@ -109,7 +109,7 @@ RULES = (
 def test_the_inbox_fills_while_a_pipeline_writes(database, new_database, window, lines, script):
     with served(database) as address:
         page = window(address)
-        expect(page.get_by_text("Nobody waits.")).to_be_visible()
+        expect(page.get_by_text("All caught up.")).to_be_visible()
         expect_listening(page)
         chats = [chat("It is late!", chat_id=f"chat-{i}") for i in range(3)]
         options = Options(input=lines(*chats), model=script(*RULES), database=new_database)
@@ -166,7 +166,7 @@ def test_an_approval_is_undone_before_it_is_sent(database, window, replies):
     with served(database, replies=replies, undo_seconds=60) as address:
         page = window(f"{address}/drafts/d1r0")
         page.get_by_role("button", name="Approve").click()
-        expect(page.locator("#toast")).to_contain_text(re.compile(r"is sent in \d+ s"))
+        expect(page.locator("#toast")).to_contain_text(re.compile(r"will be sent in \d+ s"))
         page.keyboard.press("u")
         expect(page.get_by_label("The reply's text")).to_have_value("We are sorry, customer-1.")
     assert status(database, "d1r0") == "waiting"
@@ -344,8 +344,8 @@ def test_single_keys_can_be_switched_off(database, window):
     with served(database) as address:
         page = window(f"{address}/drafts/d1r0")
         expect_listening(page)
-        page.get_by_role("button", name="Keys").click()
-        page.get_by_label("Use these keys").uncheck()
+        page.get_by_role("button", name="Shortcuts").click()
+        page.get_by_label("Use these shortcuts").uncheck()
         page.get_by_role("button", name="Close").click()
         page.keyboard.press("a")
         page.keyboard.press("i")
@@ -462,7 +462,7 @@ def test_signing_in(sqlite, window, token, tmp_path):
 def typing(sqlite, window, token, tmp_path):
     """Somebody who has typed a reply and a comment when their session ended, and pressed a button.
 
-    Gives the page; there they can sign in again.
+    Returns the page; there they can sign in again.
     """
     write(sqlite, *angry_chat(1))
 
@@ -475,7 +475,7 @@ def typing(sqlite, window, token, tmp_path):
         with sqlite.write() as connection:
             connection.execute(sa.delete(tables.sessions))
         page.get_by_role("button", name=press).click()
-        expect(page.get_by_text("nothing was done")).to_be_visible()
+        expect(page.get_by_text("nothing was sent")).to_be_visible()
         assert status(sqlite, "d1r0") == "waiting"
         return page
 

@@ -246,7 +246,7 @@ def test_a_bias_is_not_fitted_to_a_remote_model(judged, capsys):
     path, *_ = judged
     flags = ["--inference=remote", "--model=gemini-2.5-flash", "--fit_bias"]
     assert main(["evaluate", path, *flags]) == 2
-    assert "remote models give no scores" in capsys.readouterr().err
+    assert "remote models return no scores" in capsys.readouterr().err
 
 
 def test_a_wrong_label_is_said_with_its_line(lines, capsys):

@@ -56,18 +56,18 @@ class Loopback:
         request.wfile.write(text.encode())
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """A status, and a value, or its JSON."""
+        """Returns a status, and a value or its JSON."""
         raise NotImplementedError
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # of 5, as it is else, some that connect at once wait for a second
+    request_queue_size = 128  # with the default of 5, some simultaneous clients wait for a second
 
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Meanwhile, this process has these variables."""
+    """Sets environment variables of this process while the block runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

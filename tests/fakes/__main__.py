@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quota", type=int, default=0, help="answered calls in any second")
     parser.add_argument("--capacity", type=int, default=0, help="calls at once")
-    parser.add_argument("--bursts", default="", help="EVERY,FOR: seconds in which all is refused")
+    parser.add_argument("--bursts", default="", help="EVERY,FOR: seconds of refusing all calls")
     parser.add_argument("--retry_after", type=float, help="seconds, with 429 and 503")
     parser.add_argument("--seed", type=int, default=Behaviour.seed)
-    parser.add_argument("--grpc", action="store_true", help="open the gRPC door, too")
-    parser.add_argument("command", nargs="*", help="is run, and the stand-in ends with it")
+    parser.add_argument("--grpc", action="store_true", help="also serve gRPC")
+    parser.add_argument("command", nargs="*", help="command to run; the stand-in ends with it")
     parsed = parser.parse_args(arguments)
     pairs = [pair.partition("=") for pair in parsed.rates.split(",") if pair]
     try:

@@ -1,6 +1,6 @@
 """A stand-in for BigQuery's Storage Write API on loopback (gRPC), for Google's own client.
 
-It keeps the rows of tables' default streams, upserts by primary key where rows ask for it, and
+It keeps the rows of tables' default streams, upserts by primary key if rows ask for it, and
 refuses what the service refuses: unknown tables and fields, upserts without a primary key.
 """
 
@@ -41,7 +41,7 @@ class Table:
         self.rows: list[dict[str, Any]] = []
 
     def fits(self, schema: descriptor_pb2.DescriptorProto) -> str:
-        """Why rows of this form are refused, if they are."""
+        """Returns why rows of this form are refused, or an empty text."""
         for field in schema.field:
             if field.name == "_CHANGE_TYPE":
                 if not self.key:
@@ -53,7 +53,7 @@ class Table:
         return ""
 
     def refuses(self, row: dict[str, Any]) -> str:
-        """Why the row is refused, if it is."""
+        """Returns why the row is refused, or an empty text."""
         for name, column in self.columns.items():
             if column["mode"] == "REQUIRED" and name not in row:
                 return f"field {name} is required"
@@ -73,7 +73,7 @@ class FakeBigQuery:
     Attributes:
       tables: by `PROJECT.DATASET.TABLE`.
       faults: what happens to the next appends, one after another: a status code before the
-        rows are taken; "lost", where they are taken and the connection breaks; "hang".
+        rows are taken; "lost": they are taken, then the connection breaks; "hang".
     """
 
     def __init__(self) -> None:

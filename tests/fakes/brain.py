@@ -1,4 +1,4 @@
-"""What a stand-in service does with a call: answer it, late, or misbehave; and what it saw."""
+"""Decides how a stand-in service treats a call (answer, delay, fault), and records the calls."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ FAULTS = (
     "hang", "reset", "slow_body", "cut_body", "html", "malformed", "truncated", "nonsense",
     "empty", "fewer", "safety",
 )  # fmt: skip
-"""Beside these, any status is a fault, e.g. "429"."""
+"""Besides these, any status is a fault, e.g. "429"."""
 
 
 @dataclasses.dataclass
 class Behaviour:
-    """How a stand-in answers. The first that fits a call decides.
+    """How a stand-in answers. The first attribute that fits a call decides.
 
     Attributes:
       match: a fault for each call whose prompt holds a text.
       quota: answered calls in any second; more are refused with 429.
       capacity: calls at once; more are refused with 429.
-      bursts: (seconds from one to the next, seconds of each): then all is refused with 429.
+      bursts: (seconds from one to the next, seconds of each) in which all calls get 429.
       script: faults of the next calls, in order; `ok` for none.
       rates: shares of calls with a fault.
-      retry_after: seconds that are asked for with 429 and 503, as Retry-After and RetryInfo.
+      retry_after: seconds to wait, sent with 429 and 503, as Retry-After and RetryInfo.
       latency: seconds until an answer: a number, `uniform:FROM,TO`, `lognormal:MEDIAN,SIGMA` or
         `bimodal:FAST,SLOW,SHARE OF SLOW`.
       slow_seconds: how long a slow body takes.
       listed: chat completions stand in a list, as in one of Google's examples.
-      refused: fields of a body that it does not take, and says so.
+      refused: fields of a body that it refuses by name.
     """
 
     match: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -65,10 +65,10 @@ class Call:
 
     Attributes:
       at: seconds of the monotonic clock.
-      prompts: one of each instance; of the first turn, where there are several.
+      prompts: one of each instance; that of the first turn if there are several.
       fault: `ok`, or what it was answered with.
-      early: it came before the time that an earlier one of the same prompt was told.
-      key: of a header of its own, Azure's or Anthropic's.
+      early: it came before the time that an earlier call with the same prompt was told.
+      key: from the special header of Azure or Anthropic.
     """
 
     at: float
@@ -82,7 +82,7 @@ class Call:
 
 
 class Brain:
-    """Behind all doors of the stand-in: one behaviour, one journal.
+    """The behaviour and the journal that all protocols of the stand-in share.
 
     Args:
       answer: from a prompt to the text that the model says.
@@ -93,7 +93,7 @@ class Brain:
         self.reset()
 
     def reset(self, **behaviour: Any) -> None:
-        """Forgets what it saw, and behaves as said from now on."""
+        """Forgets the calls that it saw, and sets its behaviour from now on."""
         self.answer = self.first_answer
         self.behaviour = Behaviour(**behaviour)
         self.calls: list[Call] = []
@@ -153,7 +153,7 @@ class Brain:
         return "ok"
 
     async def wait(self) -> None:
-        """As long as an answer takes."""
+        """Waits for the latency of one answer."""
         kind, _, numbers = str(self.behaviour.latency).rpartition(":")
         first, *more = map(float, numbers.split(","))
         if kind == "uniform":
@@ -167,7 +167,7 @@ class Brain:
             await asyncio.sleep(first)
 
     def stats(self, since: float = 0.0, until: float = math.inf) -> dict[str, Any]:
-        """What the service saw, as JSON; between so many seconds after the first call."""
+        """Returns what the service saw between two times, in seconds after the first call."""
         first = min((call.at for call in self.calls), default=0.0)
         start = first + since
         calls = [call for call in self.calls if start <= call.at < first + until]
@@ -187,7 +187,7 @@ SCRIPT = Path(__file__).parent / "script.jsonl"
 
 
 def scripted_answer(prompt: str) -> str:
-    """chatflow's scripted model: the tones of `script.jsonl`; summaries in the user's words."""
+    """Answers as chatflow's scripted model: `script.jsonl`'s tones, summaries in user's words."""
     from chatflow.models.requests import Part, Request
 
     *_, chat = prompt.split("Chat history:\n")

@@ -1,13 +1,13 @@
 """A stand-in for the Dataflow API on loopback, beside an emulator of Cloud Storage.
 
-It takes jobs from Beam's own client, keeps them as they came, and says of each that it runs;
-nothing is run. It also takes launches of Flex Templates, and changes of state, as `gcloud
-dataflow` asks for them. The shapes are those of Google's documentation (v1b3).
+It takes jobs from Beam's own client, keeps them unchanged, and reports each as running; it runs
+nothing. It also takes launches of Flex Templates, and changes of state, from `gcloud dataflow`.
+The shapes are those of Google's documentation (v1b3).
 
   python -m tests.fakes.dataflow -- make deploy
 
-runs a command whose environment points to both, with a PROJECT and a REGION in it, and prints each
-job that came as JSON.
+runs a command whose environment points to both, with a PROJECT and a REGION in it, and prints
+each job that it received as JSON.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class FakeCloud(Loopback):
       address: of the Dataflow API, for `--dataflow_endpoint`.
       jobs: by id, each as it was sent, with its `id` and `currentState`.
       launches: bodies of requests to launch a Flex Template.
-      counts: what the counters of every job have come to; a list is a distribution.
-      done: jobs are over as soon as they have come.
-      refusal: a status, and what is said with it, to whatever is asked.
+      counts: values of the counters of every job; a list is a distribution.
+      done: jobs end as soon as they are received.
+      refusal: a status and message with which every request is refused.
       incompatible: a job that replaces another fails, with this as the reason.
     """
 
@@ -69,7 +69,7 @@ class FakeCloud(Loopback):
         for bucket in self._buckets:
             self._storage._storage.create_bucket(bucket, {"name": bucket, "kind": "storage#bucket"})
         super().__enter__()
-        # Beam takes the API to be a local one by this name.
+        # By this name, Beam knows that the API is local.
         self.address = f"http://localhost:{self.port}"
         self._credentials = Path(self._folder.name) / "account.json"
         self._credentials.write_text(json.dumps(service_account(f"{self.address}/token")))
@@ -82,7 +82,7 @@ class FakeCloud(Loopback):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Points Google's clients and `gcloud` to the stand-ins."""
+        """Returns the variables that point Google's clients and `gcloud` to the stand-ins."""
         return {
             "STORAGE_EMULATOR_HOST": self.storage,
             "DATAFLOW_ENDPOINT": self.address,
@@ -90,7 +90,7 @@ class FakeCloud(Loopback):
             "CLOUDSDK_AUTH_ACCESS_TOKEN": "a-token",
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
             "GOOGLE_APPLICATION_CREDENTIALS": str(self._credentials),
-            # Out of reach, and at once.
+            # It cannot be reached, and fails at once.
             "PUBSUB_EMULATOR_HOST": "127.0.0.1:1",
             "BIGQUERY_STORAGE_EMULATOR_HOST": "127.0.0.1:1",
         }
@@ -151,7 +151,7 @@ class FakeCloud(Loopback):
         return job
 
     def _metrics(self) -> list[dict[str, Any]]:
-        """Each counter as it is, and as it was tried."""
+        """Returns each counter twice: its committed and its tentative value."""
         made = []
         for name, value in self.counts.items():
             for context in ({}, {"tentative": "true"}):
@@ -198,12 +198,12 @@ class FakeCloud(Loopback):
         client.close()
 
     def staged(self, uri: str) -> bytes:
-        """An object of the emulator, by its `gs://` name or as jobs name it."""
+        """Returns an object of the emulator, by its `gs://` name or as jobs name it."""
         bucket, _, name = re.sub(r"^(gs:/|storage\.googleapis\.com)/", "", uri).partition("/")
         return bytes(self._storage._storage.get_file(bucket, name))
 
     def pipeline(self, job: Mapping[str, Any]) -> beam_runner_api_pb2.Pipeline:
-        """The graph that a job was made of."""
+        """Returns the graph that a job was made from."""
         options = job["environment"]["sdkPipelineOptions"]["options"]
         pipeline = beam_runner_api_pb2.Pipeline()
         pipeline.ParseFromString(self.staged(options["pipelineUrl"]))
@@ -211,7 +211,7 @@ class FakeCloud(Loopback):
 
 
 def service_account(token_uri: str) -> dict[str, str]:
-    """Credentials of nobody, for Google's clients."""
+    """Returns made-up credentials for Google's clients."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = key.private_bytes(
         serialization.Encoding.PEM,

@@ -1,4 +1,4 @@
-"""The stand-in's gRPC door: GetEndpoint and Predict, as Google's clients speak them by default."""
+"""Serves the stand-in over gRPC: GetEndpoint and Predict, which Google's clients use by default."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CODES = {
 
 
 async def open_door(fake: FakeVertex, certificate: Path, key: Path) -> tuple[Any, str]:
-    """A server with TLS on a free port, and its address."""
+    """Returns a server with TLS on a free port, and its address."""
 
     async def get_endpoint(request: Any, context: Any) -> Any:
         found = fake.endpoint(request.name)

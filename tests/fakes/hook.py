@@ -1,4 +1,4 @@
-"""A service that receives webhooks, and misbehaves as it is told."""
+"""A stand-in service that receives webhooks, with faults on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import Loopback
 
 
 class Received(NamedTuple):
-    """A request as it came."""
+    """A request that was received."""
 
     path: str
     headers: dict[str, str]
@@ -30,7 +30,7 @@ class Received(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a request is answered with."""
+    """The answer to a request."""
 
     status: int = 200
     body: str = ""
@@ -38,16 +38,16 @@ class Answer(NamedTuple):
 
 
 Behaviour = Answer | str
-"""An answer, or `reset`, `hang`, `drip` (a byte now and then, without an end), `rubbish`."""
+"""An answer, or `reset`, `hang`, `drip` (single bytes without an end), `rubbish`."""
 
 
 class Hook(Loopback):
-    """Takes what it is sent.
+    """Records the webhooks that it receives.
 
     Attributes:
-      received: all requests, with those that were not taken.
-      behave: what each request gets, by what it holds and the how manieth it is of its id.
-      most: requests at once.
+      received: all requests, also those that were refused.
+      behave: returns the answer to a request, from it and its number among those of its id.
+      most: the most requests at once so far.
     """
 
     def __init__(self, behave: Callable[[Received, int], Behaviour] = lambda *_: Answer()):
@@ -66,11 +66,11 @@ class Hook(Loopback):
         return super().__enter__()
 
     def taken(self) -> list[dict[str, Any]]:
-        """The records, in order of their chats, each as often as it came."""
+        """Returns the records, in order of their chats, each as often as it came."""
         return sorted((r.record for r in self.received), key=lambda record: record["chat_id"])
 
     def wait(self, until: Callable[[list[Received]], bool], seconds: float = 60) -> bool:
-        """Waits until there are the requests that somebody waits for."""
+        """Waits until the received requests fulfil a condition."""
         with self._lock:
             return self._lock.wait_for(lambda: until(self.received), seconds)
 

@@ -1,7 +1,7 @@
-"""A stand-in for Hugging Face's hub on loopback: what `huggingface_hub` asks for when it downloads.
+"""A stand-in for Hugging Face's hub on loopback, for downloads by `huggingface_hub`.
 
 It answers as https://huggingface.co does: facts of a repository and its files, then each file by
-its commit; large ones by a redirect to another address, which gives parts of them, too.
+its commit; large files by a redirect to another address, which also serves parts of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class FakeHub(Loopback):
 
     Attributes:
       repositories: files by repository and name.
-      gated: repositories that are for those who accepted a licence, which `token` has.
+      gated: repositories that need an accepted licence, which the owner of `token` has.
       cuts: by name of a file, after how many bytes its connection is cut, once.
       broken: names of files that are sent with another content of the same length.
-      refused: names of files that are not given.
+      refused: names of files that are not served.
       asked: a file's name, and the Range, of each request for its content.
     """
 
@@ -42,7 +42,7 @@ class FakeHub(Loopback):
         self.asked: list[tuple[str, str]] = []
 
     def fetched(self) -> list[str]:
-        """Names of the files whose content was given, also in parts."""
+        """Returns the names of the files whose content was served, also in parts."""
         return [name for name, _ in self.asked]
 
     def commit(self, repository: str) -> str:
@@ -102,7 +102,7 @@ class FakeHub(Loopback):
             return
         facts["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
         facts["X-Linked-Size"] = str(len(content))
-        # By another name: the client follows what leads to the same host.
+        # Another host name, because the client would follow a redirect to the same host.
         facts["Location"] = (
             f"{self.address.replace('127.0.0.1', 'localhost')}/cdn/{repository}/{name}"
         )

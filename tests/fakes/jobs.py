@@ -1,7 +1,7 @@
 """A stand-in for Vertex AI's JobService on loopback: CreateCustomJob and GetCustomJob over HTTP.
 
-A job is pending, runs, and ends, a state further each time it is asked for. Nothing is run. The
-shapes are those of Google's documentation (v1).
+A job is pending, runs, and ends; each request for it moves it to the next state. It runs nothing.
+The shapes are those of Google's documentation (v1).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class FakeJobs(Loopback):
       address: for `--api_endpoint`.
       jobs: by name, each as it was sent, with its `state`.
       error: why jobs fail; empty: they succeed.
-      busy: how many times a job that is asked for is answered with 503.
-      refusal: a status, and what is said with it, to who makes a job.
+      busy: how many requests for a job are answered with 503.
+      refusal: a status and message with which new jobs are refused.
     """
 
     def __init__(self) -> None:

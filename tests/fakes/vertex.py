@@ -3,8 +3,8 @@
 It speaks generateContent and countTokens of Gemini; GetEndpoint, predict, rawPredict and chat
 completions of endpoints of every kind; OpenAI's chat completions and list of models; Anthropic's
 messages, its own and Vertex AI's; and OAuth's token route. The shapes are those that the vendors
-document; nothing was compared with the real services. What it answers, and how it
-misbehaves, says `brain.Behaviour`; over gRPC, faults are statuses, hanging, or no predictions.
+document; nothing was compared with the real services. `brain.Behaviour` describes its answers
+and faults; over gRPC, faults are statuses, hanging, or no predictions.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class FakeVertex:
     """Starts on free ports; use as a context manager.
 
     Attributes:
-      brain: how it behaves, and what it saw.
+      brain: its behaviour, and the calls that it saw.
       address: of plain HTTP, for `--api_endpoint`.
-      secure, grpc: addresses (host:port) with TLS, by a certificate that `trusted` makes known.
+      secure, grpc: addresses (host:port) with TLS, with a certificate for which see `trusted`.
     """
 
     def __init__(self, answer: Callable[[str], str] = scripted_answer, with_grpc: bool = False):
@@ -74,12 +74,12 @@ class FakeVertex:
         self._folder.cleanup()
 
     def trusted(self) -> AbstractContextManager[None]:
-        """Meanwhile, clients of this process trust the stand-in's certificate."""
+        """Makes clients of this process trust the stand-in's certificate inside the context."""
         names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH")
         return environment(dict.fromkeys(names, str(self.certificate)))
 
     def on_loop(self, function: Callable[[], None]) -> None:
-        """Runs a function between two calls, and waits for it."""
+        """Runs a function on the server's event loop, and waits for it."""
         done = threading.Event()
         self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
         assert done.wait(10)
@@ -91,7 +91,7 @@ class FakeVertex:
     async def _serve(self, key: Path) -> None:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        # A call whose client has gone is over.
+        # End a call whose client has disconnected.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
         await runner.setup()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -145,14 +145,14 @@ class FakeVertex:
             self.brain.leave(call)
 
     async def _control(self, request: web.Request) -> web.Response:
-        """GET says what was seen (`?since=S&until=S`); POST resets, with a behaviour as JSON."""
+        """GET returns what was seen (`?since=S&until=S`); POST resets, with a behaviour as JSON."""
         if request.method == "POST":
             self.brain.reset(**await request.json())
         between = (float(request.query.get(name, default)) for name, default in _BETWEEN)
         return web.json_response(self.brain.stats(*between))
 
     def endpoint(self, name: str) -> dict[str, Any] | None:
-        """The endpoint as GetEndpoint gives it."""
+        """Returns the endpoint as GetEndpoint does."""
         kind = next((kind for kind, known in ENDPOINTS.items() if known == name), None)
         if kind is None:
             return None
@@ -220,7 +220,7 @@ class FakeVertex:
         return "As a language model, I would rather not." if fault == "nonsense" else text
 
     def generated(self, call: Call) -> dict[str, Any]:
-        """A reply of Gemini. Several parts of one turn are one prompt, as they are for it."""
+        """Returns a reply of Gemini, which takes several parts of one turn as one prompt."""
         (prompt,) = call.prompts
         if call.fault == "safety":
             rating = {
@@ -244,7 +244,7 @@ class FakeVertex:
         return {"candidates": [candidate], "usageMetadata": usage}
 
     def predicted(self, call: Call) -> dict[str, Any]:
-        """A reply of predict."""
+        """Returns a reply of predict."""
         values: list[Any] = [
             self.completion(prompt, call.fault)
             if "messages" in instance
@@ -260,11 +260,11 @@ class FakeVertex:
         return {"predictions": values if listed else values[0], "deployedModelId": "7"}
 
     def completed(self, call: Call) -> dict[str, Any]:
-        """A reply of a chat completion's own route."""
+        """Returns a reply of the route for chat completions."""
         return self.completion(call.prompts[0], call.fault)
 
     def message(self, call: Call) -> dict[str, Any]:
-        """A reply of Anthropic's messages: where a tool must be called, its input if it is JSON."""
+        """Returns a reply of Anthropic's messages: for JSON, the input of a required tool."""
         text = "" if call.fault == "safety" else self.said(call.prompts[0], call.fault)
         blocks: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if "tool_choice" in call.body:
@@ -300,7 +300,7 @@ class FakeVertex:
 
 
 def prompts_of(body: dict[str, Any]) -> list[str]:
-    """The prompts in a call: one of each instance, or one for all parts of the first turn."""
+    """Returns a call's prompts: one of each instance, or one for all parts of the first turn."""
     if "contents" in body:
         return ["".join(part["text"] for part in body["contents"][0]["parts"])]
     instances = body.get("instances", [body])
@@ -327,7 +327,7 @@ def _reset(request: web.Request) -> web.Response:
 
 
 def make_certificate(path: Path) -> Path:
-    """Writes a self-signed certificate for loopback, and its key beside it; gives that path."""
+    """Writes a self-signed certificate for loopback, and its key beside it; returns that path."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

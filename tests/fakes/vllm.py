@@ -1,12 +1,12 @@
 """A stand-in for vLLM's server, as a package `vllm` that Beam's handlers start.
 
-It answers as the other stand-ins do, and has an engine: a process of its own, which outlives it
-when it is killed, as vLLM's does. Tests and it meet in a folder:
+It answers as the other stand-ins do, and has an engine: a separate process, which outlives it
+when it is killed, as vLLM's does. It shares a folder with the tests:
 
-- `started.jsonl`, `calls.jsonl`: what it was started with, and what it was asked and answered.
-- `behaviour.json`: of `brain.Behaviour`.
-- `crash`: a text. The server dies of a prompt that holds it, once for each time that it is there.
-- `broken`: what it says before it ends at once, with 1.
+- `started.jsonl`, `calls.jsonl`: its arguments, and its calls with their answers.
+- `behaviour.json`: the fields of `brain.Behaviour`.
+- `crash`: a text. The server dies of a prompt that has it, once each time the file is written.
+- `broken`: what it prints before it ends at once, with exit code 1.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ FLAGS = (
 
 
 class Place:
-    """The folder, as tests see it."""
+    """The shared folder, for tests."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def install(self) -> dict[str, str]:
-        """Makes the package; gives the environment in which Beam starts it."""
+        """Makes the package; returns the environment in which Beam starts it."""
         place = self.folder / "vllm" / "entrypoints" / "openai"
         place.mkdir(parents=True)
         (self.folder / "vllm" / "__init__.py").write_text("")
@@ -53,14 +53,14 @@ class Place:
         return {FOLDER: str(self.folder), "PYTHONPATH": path}
 
     def behave(self, **behaviour: Any) -> None:
-        """From the next start on."""
+        """Sets the behaviour from the next start on."""
         (self.folder / "behaviour.json").write_text(json.dumps(behaviour))
 
     def crash(self, text: str) -> None:
         (self.folder / "crash").write_text(text)
 
     def broken(self, text: str) -> None:
-        """It does not start from now on, but for an empty text."""
+        """Makes it fail to start from now on; an empty text makes it start again."""
         path = self.folder / "broken"
         path.write_text(text) if text else path.unlink()
 
@@ -113,7 +113,7 @@ class FakeVllm(FakeVertex):
         runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
-        done = asyncio.Event()  # before anybody can know that we are there
+        done = asyncio.Event()  # before any client can know that the server runs
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
         await runner.setup()
         await web.TCPSite(runner, self.flags.host, self.flags.port).start()
@@ -158,7 +158,7 @@ TONES = {-1: "angry", 0: "neutral", 1: "happy"}
 
 
 def _logprobs(prompt: str, chat: bool) -> dict[str, Any]:
-    """The likeliest first tokens: the words of all tones but one that is far behind."""
+    """Returns the likeliest first tokens: the words of all tones but one, which is far behind."""
     tone = TONES[tone_of(own_words(prompt))]
     likely = {"\n": -0.05, " the": -4.0, **{f" {word}": -5.0 for word in ("angry", "neutral")}}
     likely[f" {tone}"] = -0.1
@@ -169,7 +169,7 @@ def _logprobs(prompt: str, chat: bool) -> dict[str, Any]:
 
 
 def say(prompt: str) -> str:
-    """As `brain.scripted_answer`, without chatflow, whose import takes its time."""
+    """Answers as `brain.scripted_answer` does, without the slow import of chatflow."""
     if "Apology:" in prompt or "Write an apology" in prompt:
         return " your order was late" if "Apology:" in prompt else "We are sorry for the trouble."
     words = own_words(prompt)
@@ -179,7 +179,7 @@ def say(prompt: str) -> str:
 
 
 def own_words(prompt: str) -> str:
-    """What the user whose tone is asked for said, in chatflow's own prompts of both kinds."""
+    """Returns the words of the user whose tone is asked for, from chatflow's own prompts."""
     found = re.search(r"\nThe user: (.+)|Tone of (.+):$|: (\S+) says that$", prompt)
     user = next(filter(None, found.groups())).strip() if found else ""
     chat = re.split(r"Chat history:\n|\n\n(?=\S+: )", prompt)[-1]

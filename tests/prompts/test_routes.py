@@ -204,8 +204,8 @@ def test_a_chat_without_a_model_says_which_value_it_has():
         ("{attribute: a, models: []}", "models: must be a list of entries"),
         ("{attribute: a, models: [{model: x}]}", "entry 1: keys: must be a list"),
         ("{attribute: a, models: [{keys: [no]}]}", "False must be text; put it in quotes"),
-        ("{attribute: a, models: [{keys: [b, b]}]}", "'b' is there twice"),
-        ("{attribute: a, models: [{keys: [b]}, {keys: [b]}]}", "entry 2: keys: 'b' is there twice"),
+        ("{attribute: a, models: [{keys: [b, b]}]}", "'b' is given twice"),
+        ("{attribute: a, models: [{keys: [b]}, {keys: [b]}]}", "entry 2: keys: 'b' is given twice"),
         ("{attribute: a, models: [{keys: [b], modle: x}]}", "unknown field 'modle'"),
         ("{attribute: a, models: [{keys: [b], model: 3}]}", "model: must be str; found 3"),
         ("{attribute: a, models: [{keys: [b], model: nope}]}", "entry 1: --model: unknown model"),
@@ -228,7 +228,7 @@ def test_a_mistake_in_the_file_is_one_clear_line(
     assert "--models" in found
 
 
-# Room for so many models.
+# How many models have room (max_models).
 
 
 class Loads(ScriptedModelHandler):

@@ -89,12 +89,12 @@ def test_broken_weights_are_refused_once_and_the_old_go_on(broken, caplog):
     assert [said(model, version(seen, "bad", 1.0)) for seen in (1, 2, 3)] == ["first"] * 3
     assert tried == [FIRST.weights, ("bad", 1.0)]
     assert model.new_counts()["updates_refused"] == 1
-    assert "bad are refused, the old go on" in caplog.text
+    assert "bad are refused; the old ones stay in use" in caplog.text
     assert said(model, version(4, "bad", 2.0)) == "bad"  # written anew
 
 
 def test_weights_that_cannot_be_loaded_are_tried_again_later(monkeypatch):
-    """A service that is away for a moment is no broken file."""
+    """A service that is away for a moment is not a broken file."""
     away = [True]
 
     def load(wanted):
@@ -220,7 +220,7 @@ def test_broken_templates_are_refused_and_the_old_go_on(tmp_path, script, caplog
     second = look(one, first)
     assert second.analysis.version == first.analysis.version
     assert "new templates are refused: " in caplog.text
-    assert "the old go on" in caplog.text
+    assert "the old ones stay in use" in caplog.text
     (folder / "analysis.jinja").write_text(good.replace("support", "customer support"))
     third = look(one, second)
     assert third.analysis.version != first.analysis.version
@@ -237,7 +237,7 @@ def test_a_route_that_cannot_be_looked_at_leaves_the_others_theirs(tmp_path, scr
         f"  - {{keys: [b], model_updates: '{tmp_path}/b/*.jsonl'}}\n"
     )
     both = routes(models=str(file), model=script(ANGRY, APOLOGY))
-    assert len(both.specs) == 2  # each takes up weights of its own
+    assert len(both.specs) == 2  # each takes up its own weights
     first = look(both)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "new.jsonl").write_text("")
@@ -330,7 +330,7 @@ def test_a_stream_takes_up_weights_and_templates_and_refuses_broken_ones(
     assert not inbox.dead_letters
     assert counts["updates"] == {"taken_up": 1, "refused": 1, "templates_refused": 1}
     assert counts["copies_loaded"] == 2  # one for both steps, and the new one
-    assert "v3.jsonl are refused, the old go on" in caplog.text
+    assert "v3.jsonl are refused; the old ones stay in use" in caplog.text
 
 
 # Real weights.
@@ -361,7 +361,7 @@ def test_a_stream_takes_up_a_gemma_and_refuses_one_of_nans(pubsub, tmp_path, cap
         assert after["model"] == f"{first}@{tmp_path}/new/v2"
         assert after["tone_scores"] != before["tone_scores"]
         publish_preset(tmp_path / "new" / "v3", tiny_gemma(tmp_path / "third", broken=True))
-        while "v3 are refused, the old go on" not in caplog.text:
+        while "v3 are refused; the old ones stay in use" not in caplog.text:
             (last,) = until(pubsub, inbox, lambda analysis: True)
         assert last["model"] == after["model"]
     counts = run.summary.to_dict()

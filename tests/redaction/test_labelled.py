@@ -32,7 +32,7 @@ def test_what_has_no_fixed_form_is_mostly_found(figures, kind):
 
 
 def test_a_second_set_for_which_no_rule_was_made():
-    """Of each kind it has too few for a figure of its own; see LABELS.md."""
+    """Of each kind it has too few for a separate figure; see LABELS.md."""
     figures = measured(HELD_OUT)
     fixed = Figures(*map(sum, zip(*(figures[kind] for kind in FIXED), strict=True)))
     assert fixed.labelled >= 150

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import csv
 import gzip
 import json
 import re
@@ -9,13 +10,14 @@ import sqlite3
 
 import pytest
 from conftest import ANGRY, APOLOGY, read
-from consoles import Visitor, served
+from consoles import Visitor, angry_chat, served, write
 from fakes.hook import Hook
 
 from chatflow.cli import main
 from chatflow.console.outbox import Publisher, ReplyFile
 from chatflow.console.people import People, digest_of
 from chatflow.database.connections import Database
+from chatflow.redaction.logs import stop_redacting
 
 PLANTED = {
     "email": "ann.miller@private.org", "phone": "(415) 555-2671", "card": "4111 1111 1111 1111",
@@ -70,6 +72,13 @@ def leaks(content: bytes) -> list[str]:
 def dump(path) -> bytes:
     with sqlite3.connect(path) as connection:
         return "\n".join(connection.iterdump()).encode()
+
+
+@pytest.fixture(autouse=True)
+def own_logs():
+    """A run's log lines are redacted until its process ends."""
+    yield
+    stop_redacting()
 
 
 @pytest.fixture
@@ -149,6 +158,35 @@ def test_letters_are_replayed_as_they_are(planted, script):
     assert PLANTED["card"] in dump(folder / "raw.db").decode()
 
 
+def test_raw_chats_in_files(tmp_path, lines, script):
+    flags = [f"--input={lines(whole('1'))}", f"--output={tmp_path}/out", "--redact=email,name"]
+    kept = f"--keep_raw={tmp_path}/raw/chats"
+    table = f"--analyses={tmp_path}/out/analyses.csv"
+    assert main(["run", *flags, kept, table, f"--model={script(ANGRY, APOLOGY)}"]) == 0
+    (path,) = (tmp_path / "raw").glob("chats*.jsonl")
+    raw = json.loads(path.read_text())
+    assert raw["chat"]["messages"][0]["text"] == SAID
+    assert raw["placeholders"]["[EMAIL_1]"] == PLANTED["email"]
+    with open(tmp_path / "out" / "analyses.csv", encoding="utf-8-sig", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert {one["kind"] for one in json.loads(row["redacted"])} == {"email", "name"}
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("projects/p/topics/t", "'projects/p/topics/t' must be a file prefix or a database"),
+        ("sqlite:///nowhere/x.db", "there is no folder"),
+    ],
+)
+def test_mistakes_in_keep_raw(lines, script, place, said, capsys):
+    flags = ["--output=out", "--redact=all", f"--keep_raw={place}", f"--model={script(ANGRY)}"]
+    assert main(["run", f"--input={lines(whole('1'))}", *flags]) == 2
+    found = capsys.readouterr().err
+    assert "--keep_raw: " in found
+    assert said in found
+
+
 @pytest.fixture
 def databases(planted):
     folder = planted["folder"]
@@ -215,13 +253,44 @@ def test_a_customer_never_sees_a_placeholder(planted, databases, tmp_path):
     with database.write() as connection:
         connection.exec_driver_sql("UPDATE outbox SET publish_after = '2026-01-01 00:00:00'")
     replies = ReplyFile(str(tmp_path / "replies.jsonl"))
-    publisher = Publisher(database, replies)  # what the placeholders stand for is gone
-    with pytest.raises(LookupError):
-        publisher.publish()
-    assert (tmp_path / "replies.jsonl").read_text() == ""
+    # What the placeholders stand for is gone; another reply does not wait for it.
+    other = decide_something(database)
+    assert Publisher(database, replies).publish() == 1
+    (sent,) = map(json.loads, (tmp_path / "replies.jsonl").read_text().splitlines())
+    assert sent["draft_id"] == other
     with database.read() as connection:
-        (error,) = connection.exec_driver_sql("SELECT error FROM outbox").scalars()
-    assert error == "what a placeholder of the reply stands for is not kept any more"
+        query = f"SELECT error FROM outbox WHERE draft_id = '{draft_id}'"
+        (error,) = connection.exec_driver_sql(query).scalars()
+    assert error == "a placeholder in the reply cannot be filled in: its value is not stored"
+    assert Publisher(database, replies, raw).publish() == 0  # it is tried again later
     with database.write() as connection:
         connection.exec_driver_sql("UPDATE outbox SET leased_until = NULL")
     assert Publisher(database, replies, raw).publish() == 1
+
+
+def decide_something(database):
+    chat, analysis, draft = angry_chat(1, text="[REF_12] is late")  # nothing was redacted in it
+    write(database, chat, analysis, draft)
+    with served(database) as address:
+        text = "We are sorry for [REF_12]."
+        assert Visitor(address).decide(draft.draft_id, "approve", text=text).status_code == 303
+    with database.write() as connection:
+        connection.exec_driver_sql("UPDATE outbox SET publish_after = '2026-01-01 00:00:00'")
+    return draft.draft_id
+
+
+@pytest.mark.parametrize("typed", ["Dear [Name_1],", "Dear NAME_1,", "Dear [NAME 1],"])
+def test_what_looks_like_a_placeholder_is_refused_too(planted, databases, typed):
+    database, raw = databases
+    drafts = {d["chat_id"]: d for d in read(planted["folder"] / "out", "drafts")}
+    with served(database, PEOPLE, raw=raw) as address:
+        answer = signed_in(address, "ada").decide(drafts["1"]["draft_id"], "approve", text=typed)
+        assert answer.status_code == 409
+
+
+def test_the_page_is_there_without_the_raw_chats(planted, databases):
+    database, raw = databases
+    with raw.write() as connection:
+        connection.exec_driver_sql("DROP TABLE raw_chats")
+    with served(database, PEOPLE, raw=raw) as address:
+        assert "[NAME_1]" in signed_in(address, "ada").get("/").text

@@ -397,7 +397,7 @@ def test_the_emulator_restarted_in_the_middle(monkeypatch):
 
 @pytest.mark.slow
 def test_requests_of_small_bundles_are_batched_together(pubsub, script):
-    """One chat after the other, each in a bundle of its own: the model is asked in batches."""
+    """One chat after the other, each in a separate bundle: the model is asked in batches."""
     model = script(ANGRY, APOLOGY)
     sizes = {}
     for wait in (0.0, 4.0):
@@ -602,7 +602,7 @@ def test_publish_sends_lines_as_they_are(pubsub, lines):
 
 @pytest.mark.slow
 def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
-    """With an emulator of its own, as a newcomer runs it; a draft is approved; then Ctrl-C."""
+    """With its own emulator, as a newcomer runs it; a draft is approved; then Ctrl-C."""
     start_emulator().stop()  # it can be started here
     source = lines(*(chat("late!", "sorry", chat_id=str(n)) for n in range(10)))
     environment = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
@@ -635,13 +635,14 @@ def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, t
     ("arguments", "says"),
     [
         (["run", "--input=projects/p/subscription/x", "--output=x"], "no file matches"),
-        (["run", "--input=pubsub://x", "--output=x"], "is no Pub/Sub path"),
-        (["run", "--input=projects/p/topics/", "--output=x"], "is no Pub/Sub path"),
-        (["run", "--input=projects/proj/topics/x,a.jsonl", "--output=x"], "run them apart"),
+        (["run", "--input=pubsub://x", "--output=x"], "is not a Pub/Sub path"),
+        (["run", "--input=projects/p/topics/", "--output=x"], "is not a Pub/Sub path"),
+        (["run", "--input=projects/proj/topics/x,a.jsonl", "--output=x"],
+         "use a separate run for each"),
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=redis://x", "--output=x"],
          "nothing writes to 'redis://x'"),
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=projects/p/topic/x",
-          "--drafts=y", "--dead_letters=projects/p/topics"], "is no topic"),
+          "--drafts=y", "--dead_letters=projects/p/topics"], "is not a topic"),
         (["run", "--input=IN", "--model=SCRIPT", "--analyses=x"], "--drafts"),
         (["run", "--input=IN", "--quiet_seconds=7200", "--retention_hours=1"], "less than"),
         (["run", "--input=IN", "--quiet_seconds=0"], "--quiet_seconds=0.0: must be at least"),

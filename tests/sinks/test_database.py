@@ -108,7 +108,7 @@ def test_a_database_of_a_newer_chatflow_is_refused(database):
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
         ("postgresql://me@h", "names no database"),
-        ("what", "is no database"),
+        ("what", "is not a database"),
     ],
 )
 def test_other_uris_are_refused(uri, said):
@@ -279,7 +279,7 @@ def test_what_people_decided_stays(database):
 
 
 def test_texts_that_databases_do_not_have(database):
-    """A NUL character; a dead letter with one can be replayed as it came."""
+    """A NUL character; a dead letter with one can be replayed unchanged."""
     write(database, analysis(summary="a\0b"), draft(text="a\0b"), letter("no\0json"))
     write(database, chat("a\0b", attributes={"x\0": "y\0"}))
     assert rows(database, tables.analyses, "summary") == [("a\N{REPLACEMENT CHARACTER}b",)]

@@ -245,10 +245,10 @@ def test_what_is_secret_in_a_destination_is_not_shown():
 @pytest.mark.parametrize(
     ("own", "says"),
     [
-        ("", "--output is missing, and --drafts"),
+        ("", "--output is missing, and so is --drafts"),
         ("redis://x", "nothing writes to 'redis://x'"),
-        ("projects/p/topics/", "is no topic"),
-        ("projects/p/subscriptions/s", "is no topic"),
+        ("projects/p/topics/", "is not a topic"),
+        ("projects/p/subscriptions/s", "is not a topic"),
     ],
 )
 def test_a_wrong_destination_is_a_clear_error(own, says):

@@ -333,7 +333,7 @@ def test_a_stream_leaves_the_files_that_are_there(tmp_path):
 
 
 def test_files_of_another_run_are_refused_where_the_pipeline_runs_elsewhere(root, prefixes):
-    with pytest.raises(UsageError, match="is there, of another run"), \
+    with pytest.raises(UsageError, match="is there from another run"), \
             opened(*prefixes, local=False):  # fmt: skip
         pass
     assert files_in(root) == OLD

@@ -310,7 +310,7 @@ def test_a_table_that_cannot_be_made_now_is_made_by_the_next_run(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr("chatflow.sinks.files.move", full_disk)
         appended(do, ANALYSIS)
-    assert "the next run puts" in caplog.text
+    assert "the next run does it" in caplog.text
     assert "No space left on device" in caplog.text
     appended(do, ANALYSIS.model_copy(update={"analysis_id": "a2"}))
     do.teardown()
@@ -327,7 +327,7 @@ def interrupted(*_):
 def test_a_leftover_that_is_no_stream_of_tables_is_told(tmp_path):
     (tmp_path / f"a.csv-{'0' * 32}.part").write_text("{}\n{}\n")
     with (
-        pytest.raises(UsageError, match="cannot be made a table"),
+        pytest.raises(UsageError, match="cannot be turned into a table"),
         open_results([f"{tmp_path}/a.csv"], [], True, True, "test"),
     ):
         pass

@@ -266,11 +266,15 @@ def test_a_letter_of_a_sink_that_holds_no_record_is_a_letter_again(
     ("how", "reason", "said"),
     [
         (Answer(503, "too busy"), "webhook_http_503", r"answered 503: too busy \(tried \d+ "),
-        ("hang", "webhook_timeout", "did not answer to the end within 0.3 s "),
-        ("drip", "webhook_timeout", "did not answer to the end within 0.3 s "),
+        ("hang", "webhook_timeout", "did not finish its answer within 0.3 s "),
+        ("drip", "webhook_timeout", "did not finish its answer within 0.3 s "),
         ("reset", "webhook_unreachable", "ServerDisconnectedError|ClientOSError"),
         ("rubbish", "webhook_unreachable", "Bad status line|BadStatusLine|Expected HTTP"),
-        (Answer(429, "", {"Retry-After": "3600"}), "webhook_http_429", "once, and is to wait 3600"),
+        (
+            Answer(429, "", {"Retry-After": "3600"}),
+            "webhook_http_429",
+            "once, and asked to wait 3600",
+        ),
     ],
     ids=["503", "hang", "drip", "reset", "rubbish", "Retry-After"],
 )  # fmt: skip
@@ -304,7 +308,7 @@ def test_a_service_that_is_away_is_not_asked_about_each_record(hook, monkeypatch
     assert {error.reason for error in errors} == {"webhook_http_502"}
     tried = {request.headers["webhook-id"] for request in hook.received}
     assert len(tried) <= 2 * webhooks.AT_ONCE
-    said = f"not tried, for others failed just before: {hook.address} answered 502"
+    said = f"not tried, because others have just failed: {hook.address} answered 502"
     assert str(errors[-1]).startswith(said)
     hook.behave = lambda *_: Answer()
     time.sleep(0.5)
@@ -356,7 +360,7 @@ def with_window(letter, window=beam.DoFn.WindowParam):
 
 
 def test_responses_have_a_payload_too(hook):
-    """Those of `AskTexts`, which is no part of the pipeline of chats."""
+    """Those of `AskTexts`, which is not part of the pipeline of chats."""
     hook.behave = lambda *_: Answer(404)
     said = Response(
         response_id="r", text="a", response="b", model="m", prompt_version="v", responded_at=now()
@@ -440,8 +444,8 @@ def test_a_secret_is_read_from_where_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--drafts=https://example.com/in"], "--webhook_secret is missing: what goes to "
-         "https://example.com/in is signed. Make a secret with `echo \"whsec_$(openssl"),
+        (["--drafts=https://example.com/in"], "--webhook_secret is missing: it signs what goes "
+         "to https://example.com/in. Make a secret with `echo \"whsec_$(openssl"),
         (["--drafts=https://example.com/in", f"--webhook_secret={SECRET}"],
          "--webhook_secret: must be env:NAME, file:PATH or projects/P/secrets/S/versions/V, never"),
         (["--drafts=https://example.com/in", "--webhook_secret=env:NO_SUCH"],
@@ -449,15 +453,16 @@ def test_a_secret_is_read_from_where_it_is(tmp_path):
         (["--drafts=https://example.com/in", "--webhook_secret=file:/no/such"],
          "--webhook_secret=file:/no/such: cannot be read"),
         (["--drafts=https://example.com/in", "--webhook_secret=env:PLAIN"],
-         "what is there is no whsec_… with at least 24 bytes in base64"),
+         "must contain whsec_… with at least 24 bytes in base64"),
         (["--drafts=https://example.com/in", "--webhook_secret=env:SHORT"],
-         "what is there is no whsec_… with at least 24 bytes in base64"),
+         "must contain whsec_… with at least 24 bytes in base64"),
         (["--analyses=http://example.com/in?t=x"],
          "--analyses: http://example.com/in?…: must be https://"),
         (["--dead_letters=https://me:pass@example.com/"],
-         "--dead_letters: https://example.com/: a user or password in an address is not taken"),
-        (["--drafts=https:///x"], "--drafts: 'https:///x' is no address; it is https://HOST/PATH"),
-        (["--drafts=https://example.com:port/"], "is no address"),
+         "--dead_letters: https://example.com/: must not contain a user or password"),
+        (["--drafts=https:///x"],
+         "--drafts: 'https:///x' is not an address; write https://HOST/PATH"),
+        (["--drafts=https://example.com:port/"], "is not an address"),
         (["--drafts=http://localhost\\@example.com/"], "a user or password"),
         (["--drafts=redis://x"], "and https://… (a webhook)"),
     ],

@@ -119,7 +119,7 @@ def test_a_damaged_file_says_so(file):
     ("content", "name", "says"),
     [
         (b"a,b,c\n1,2,3\n", "x.csv", "which column is the chat and the text: there are a, b, c"),
-        (b"chat_id;b\n1;2\n", "x.csv", "say so: --columns=text=COLUMN"),
+        (b"chat_id;b\n1;2\n", "x.csv", "say which, e.g. --columns=text=COLUMN"),
         (b"<!DOCTYPE html><p>404", "x.jsonl", "HTML"),
         (b"<html>404</html>", "x.jsonl.gz", "is not gzip, although its name says so"),
         (b"PAR1abc", "x", "Parquet"),

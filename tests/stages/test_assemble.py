@@ -261,7 +261,7 @@ def test_a_stream_in_order_and_a_shuffled_file_give_the_same_chats(seconds, ever
 
 
 def replay(rules, events):
-    """What `advance` gives when it is asked after each event, as in a stream in order."""
+    """What `advance` returns when it is called after each event, as in a stream in order."""
     kept, conversation, revisions = [], Conversation(), []
     times = [int(event.at.timestamp()) * 1_000_000 for event in events]
     for number, (event, at) in enumerate(zip(events, times, strict=True)):

@@ -27,7 +27,7 @@ from chatflow.stages.ask import Answered, Unanswered, tried
 
 @pytest.fixture
 def model(tmp_path):
-    """Writes a script under a name; gives the value of a flag for it."""
+    """Writes a script under a name; returns the value of a flag for it."""
 
     def write(name, *rules):
         path = tmp_path / f"{name}.jsonl"
@@ -249,7 +249,7 @@ def test_a_key_and_an_address_go_to_one_service_alone():
     )  # fmt: skip
     with pytest.raises(UsageError, match="--fallback_model: --model=anthropic:b: give --api_key"):
         specs(model="openai:a", fallback_model="anthropic:b", **both)
-    with pytest.raises(UsageError, match="--api_key: is of one service"):
+    with pytest.raises(UsageError, match="--api_key: belongs to one service"):
         specs(draft_model="openai:a", fallback_model="anthropic:b", api_key=key)
 
 

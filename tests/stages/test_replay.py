@@ -95,7 +95,7 @@ def test_a_letter_with_a_broken_payload_stops_no_other(encoding, stage):
 
 
 def streamed(*letters):
-    """Opens letters as they come, each in a bundle of its own; then the stream is drained."""
+    """Opens letters as they come, each in a separate bundle; then the stream is drained."""
     KEPT.clear()
     script = test_stream.TestStream(coder=registry.get_coder(Arrival))
     for one in letters:

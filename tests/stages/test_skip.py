@@ -1,4 +1,4 @@
-"""Chats that earlier results hold are left out; what has changed is asked about anew."""
+"""Chats that are in earlier results are skipped; changed ones are asked about again."""
 
 import pytest
 from conftest import APOLOGY, chat, mistake, read
@@ -90,7 +90,7 @@ def test_a_table_of_results_cannot_be_read_back_and_is_refused(tmp_path, lines, 
         "--skip_done", f"{tmp_path}/a.parquet",
     ]  # fmt: skip
     error = mistake(arguments, {}, capsys)
-    assert "a.parquet is a table, which does not hold all of a result" in error
+    assert "a.parquet is a table, which lacks parts of the results" in error
 
 
 def test_a_database_that_is_not_there_is_told(tmp_path, lines, script):

@@ -267,7 +267,7 @@ def test_what_says_something_else_is_not_kept(pieces, tmp_path, capsys):
         ({"tokenizer.ggml.model": "gpt2"}, "has a tokenizer of kind 'gpt2'; only SentencePiece"),
         ({"general.architecture": "llama"}, "holds a 'llama' model; gemma, gemma2 and gemma3"),
         ({"block_count": None}, "tiny.gguf lacks the field gemma.block_count"),
-        ({"cut": 0}, "tiny.gguf is no GGUF file"),
+        ({"cut": 0}, "tiny.gguf is not a GGUF file"),
     ],
 )
 def test_gguf_files_that_cannot_be_converted(fields, said, pieces, tmp_path, capsys):
@@ -311,11 +311,11 @@ def test_sources_and_destinations_that_cannot_be_used(pieces, tmp_path, capsys):
         ("llama", "new", "holds a 'llama' model; Gemma 1, 2 and 3 can be converted"),
         ("pickled", "new", "has no model.safetensors, which keras_hub reads"),
         ("full", "new", "config.json cannot be read"),
-        ("llama", "full", "holds other files, such as thesis.txt; name a folder of its own"),
+        ("llama", "full", "holds other files, such as thesis.txt; name an empty folder"),
     ]:
         places = {"FROM": str(tmp_path / source), "TO": str(tmp_path / destination)}
         assert said in mistake(["model", "convert", "FROM", "TO"], places, capsys)
     error = mistake(["model", "fetch", "no_such_preset", "TO"], places, capsys)
-    assert "or the name of a preset of keras_hub's" in error
+    assert "or the name of a keras_hub preset" in error
     assert not (tmp_path / "new").exists()
     assert held(tmp_path / "full") == ["thesis.txt"]

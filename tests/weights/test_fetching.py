@@ -199,7 +199,7 @@ def test_a_gated_repository_is_for_those_with_a_token(hub, tmp_path, capsys, mon
         ("hf://org/none", "there is no such repository at http://127.0.0.1"),
         ("org/none", ", nor such a folder here; if it is private or gated, accept its licence"),
         ("org/tiny@v9", "there is no revision 'v9'"),
-        ("hf://a/b/c", "is no repository's name; give hf://ORG/NAME"),
+        ("hf://a/b/c", "is not a repository's name; give hf://ORG/NAME"),
         ("org/empty", "has no weights that can be loaded"),
         ("./nowhere", "there is no such folder; give gemma3-270m"),
         ("EMPTY", "there is no such folder, or it is empty"),

@@ -34,7 +34,7 @@ def t5(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flan(t5, tmp_path_factory):
-    """The same as Google's Flan-T5 are on the hub: with an output of its own."""
+    """The same as Google's Flan-T5 are on the hub: with a separate output."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("flan") / "flan"
@@ -210,7 +210,7 @@ def memory(name):
 
 
 def converting(folder, path, results):
-    """Writes a model as float16; gives by how much the process's memory grew meanwhile."""
+    """Writes a model as float16; returns by how much the process's memory grew meanwhile."""
     torch.set_num_threads(1)  # the others' threads are not there after a fork
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory("VmRSS")
@@ -266,7 +266,7 @@ def test_a_value_beyond_float16_is_said(t5, tmp_path, capsys):
     out = tmp_path / "out"
     said = mistake_of(large, out / "t5.pt", capsys)
     assert "encoder.block.1.layer.1.DenseReluDense.wo.weight holds 7e+04" in said
-    assert "take --dtype=bfloat16" in said
+    assert "use --dtype=bfloat16" in said
     assert os.listdir(out) == []
     save(large, out / "t5.pt", "--dtype=bfloat16")
     assert sorted(os.listdir(out)) == ["t5.pt", "t5.pt.sha256"]
@@ -275,7 +275,7 @@ def test_a_value_beyond_float16_is_said(t5, tmp_path, capsys):
 def test_what_is_there_is_only_replaced_when_told_to(t5, tmp_path, capsys):
     path = tmp_path / "t5.pt"
     path.write_text("of another")
-    assert f"PATH={path} is there already; --overwrite" in mistake_of(t5, path, capsys)
+    assert f"PATH={path} exists already; --overwrite" in mistake_of(t5, path, capsys)
     assert path.read_text() == "of another"
     save(t5, path, "--overwrite")
     assert len(read(path)) == 54

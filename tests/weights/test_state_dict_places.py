@@ -44,7 +44,7 @@ def test_from_and_to_cloud_storage(cloud, t5, tmp_path, capsys):
     assert cloud.staged(f"{target}.sha256").decode() == f"{summary['sha256']}  t5.pt\n"
     (tmp_path / "t5.pt").write_bytes(content)
     assert len(read(tmp_path / "t5.pt")) == 54
-    assert "is there already" in mistake_of(t5, target, capsys)
+    assert "exists already" in mistake_of(t5, target, capsys)
     save(t5, target, "--overwrite", "--dtype=float32")
     assert len(cloud.staged(target)) > len(content) * 1.8
 

@@ -10,9 +10,9 @@ from chatflow.commands.model import fetch
 from chatflow.options import Parser
 
 DESCRIPTION = """
-Makes a folder that keras_hub loads as it is, from a GGUF file (Gemma 1, 2 or 3, any
-quantisation) or from weights in Hugging Face's format: a folder, hf://ORG/NAME, gs://….
-Then loads it and compares what both say of the next token, unless --check=false.
+Makes a folder that keras_hub can load, from a GGUF file (Gemma 1, 2 or 3, any quantisation)
+or from weights in Hugging Face's format: a folder, hf://ORG/NAME, gs://….
+Then loads it and compares how both predict the next token, unless --check=false.
 
   chatflow model convert gemma-3-1b-it-Q8_0.gguf gs://BUCKET/models/gemma-3-1b-it
 """

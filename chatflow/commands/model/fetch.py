@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """
 Copies a model to a folder, here or at gs://, for `--model` of chatflow run. SOURCE is
-gemma3-270m (embedded), hf://ORG/NAME, ORG/NAME@REVISION, kaggle://…, a preset of keras_hub's,
-gs://… or a folder. SHA256SUMS.json is written last: where it is, the folder is whole. A
-second run takes what is there; where files have changed, SHA256SUMS.json is gone until all are new.
-So give each version a folder of its own where --model_updates watches: else workers go back to an
-older one meanwhile.
+gemma3-270m (embedded), hf://ORG/NAME, ORG/NAME@REVISION, kaggle://…, a keras_hub preset,
+gs://… or a folder. SHA256SUMS.json is written last: a folder that has it is complete. A second
+run keeps the files that are right; if some have changed, SHA256SUMS.json is missing until all are
+new. So give each version its own folder if --model_updates watches it: otherwise workers go back
+to an older version until then.
 
   HF_TOKEN=… chatflow model fetch google/gemma-3-1b-it gs://BUCKET/models/gemma-3-1b-it
 """
@@ -91,7 +91,7 @@ def say(
     """Prints the outcome; warns if `instruct` and the destination's name does not say so."""
     if instruct and not is_instruct(parsed.destination):
         print(
-            f"warning: {parsed.source} was tuned to follow instructions, and the name "
+            f"warning: {parsed.source} was tuned to follow instructions, but the name "
             f"{parsed.destination} does not say so: its prompts would not be wrapped as turns; "
             "put -it or instruct into the name",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""`chatflow model info`: computes what writing a state dict, loading and running a model take."""
+"""`chatflow model info`: computes what it takes to write a state dict, load and run a model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from chatflow.weights.state_dict import CHUNK, DTYPES, SUFFIXES
 
 DESCRIPTION = """
 Computes what it takes to write a model's state dict, to load it and to run it, and the smallest
-machines for that; without NAME, for Flan-T5, Flan-UL2 and Gemma. chatflow size says more of what
-runs.
+machines for that; without NAME, for Flan-T5, Flan-UL2 and Gemma. chatflow size says more about
+running it.
 """
 
 PASSES_FLAGS_ON = False

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from chatflow.weights.fetching import Progressing
 
 DESCRIPTION = """
-Writes the state_dict of a model of Hugging Face's as one file, which Beam's PytorchModelHandler
-and --state_dict_path read, tensor by tensor: neither the model nor the file is ever in memory as a
-whole. Its SHA-256 is put beside it. --on=vertex does the same on a machine of Vertex AI.
+Writes the state_dict of a Hugging Face model as one file, which Beam's PytorchModelHandler and
+--state_dict_path read, tensor by tensor: neither the model nor the file is ever in memory as a
+whole. Its SHA-256 is written beside it. --on=vertex does the same on a machine of Vertex AI.
 """
 
 PASSES_FLAGS_ON = False
@@ -79,7 +79,7 @@ def check_path(path: str, overwrite: bool) -> None:
     with reached(path):
         there = FileSystems.exists(path)
     if there and not overwrite:
-        raise UsageError(f"PATH={path} is there already; --overwrite replaces it")
+        raise UsageError(f"PATH={path} exists already; --overwrite replaces it")
 
 
 def save(name: str, path: str, dtype: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _workplace(path: str, needed: int) -> tempfile.TemporaryDirectory[str]:
     os.makedirs(folder, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < needed:
         raise UsageError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the file needs {needed / 1e9:.1f} GB"
+            f"{folder} has {free / 1e9:.1f} GB free, but the file needs {needed / 1e9:.1f} GB"
             + (" (TMPDIR names another folder)" if remote else "")
         )
     return tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.rsplit('/', 1)[-1]}-")

@@ -12,13 +12,13 @@ from chatflow.commands.model.info import LEAST_DISK_GB, needs_of
 from chatflow.errors import FAILED, UsageError, one_line
 
 VERTEX_FLAGS = {
-    "project": "of Google Cloud; default: GOOGLE_CLOUD_PROJECT",
+    "project": "Google Cloud project; default: GOOGLE_CLOUD_PROJECT",
     "region": "e.g. us-central1; default: GOOGLE_CLOUD_LOCATION",
     "image": "chatflow's container image with PyTorch (chatflow[torch])",
     "machine_type": "default: what `chatflow model info` suggests",
     "disk_size_gb": "at least 100; default: what `chatflow model info` suggests",
-    "staging_bucket": "gs:// folder for what the job writes beside PATH",
-    "service_account": "whom the job runs as; default: that of the project's custom jobs",
+    "staging_bucket": "gs:// folder for what the job writes besides PATH",
+    "service_account": "account that the job runs as; default: that of the project's custom jobs",
     "api_endpoint": "address of the API instead of Google's; http:// is called without credentials",
 }
 

@@ -1,4 +1,4 @@
-// What pages do beyond links and forms: they stay up to date, and take keys.
+// Keeps pages up to date, and adds keyboard shortcuts.
 "use strict";
 
 const main = document.getElementById("main");
@@ -7,7 +7,7 @@ const text = document.getElementById("text");
 const toast = document.getElementById("toast");
 const signedOut = document.getElementById("signed-out");
 
-// Times, as people say them.
+// Shows times relative to now.
 
 const units = [["day", 86400], ["hour", 3600], ["minute", 60]];
 const ago = new Intl.RelativeTimeFormat("en", { numeric: "always", style: "short" });
@@ -23,7 +23,7 @@ function showTimes() {
   }
 }
 
-// How long a reply can be undone.
+// Shows how long an approval can be undone.
 
 const until = toast?.querySelector("[data-until]");
 
@@ -34,13 +34,13 @@ function countDown() {
   if (seconds <= 0) toast.querySelector("form")?.remove();
 }
 
-// New things, without loading the page anew.
+// Shows changes without a reload of the page.
 
 const AGAIN = 3000; // milliseconds, after something failed
 let asked = 0;
 let waits;
 
-// What has the focus may be replaced by its like.
+// Returns a selector for an element, because a refresh may replace the focused one with a new copy.
 function placeOf(element) {
   const href = element.getAttribute("href");
   if (element.id) return `#${CSS.escape(element.id)}`;
@@ -78,7 +78,7 @@ async function refresh() {
   if (!focused.isConnected) document.querySelector(placeOf(focused))?.focus();
   const count = page.getElementById("waiting")?.textContent;
   if (count !== undefined && document.title !== page.title) {
-    document.getElementById("said").textContent = `${count} drafts wait`;
+    document.getElementById("said").textContent = `${count} drafts waiting`;
   }
   document.title = page.title;
   const now = page.getElementById("main").dataset;
@@ -97,7 +97,7 @@ function refreshSoon() {
 let changes;
 
 function listen() {
-  // A hidden page asks for nothing: browsers allow few connections to one server.
+  // A hidden page closes its connection, because browsers allow few connections to one server.
   if (document.hidden) {
     changes?.close();
     changes = undefined;
@@ -106,7 +106,7 @@ function listen() {
     changes.addEventListener("change", refreshSoon);
     changes.addEventListener("open", () => document.body.toggleAttribute("data-listens", true));
     changes.addEventListener("error", () => {
-      // Browsers try again where the connection broke, but not after an answer that is an error.
+      // Browsers reconnect after a broken connection, but not after an error response.
       if (changes?.readyState !== EventSource.CLOSED) return;
       changes = undefined;
       setTimeout(listen, AGAIN);
@@ -115,7 +115,7 @@ function listen() {
   }
 }
 
-// What was typed is not lost by a slip of a key, nor by a session that has ended.
+// Keeps what a person typed if they leave the page by mistake or their session ends.
 
 const fields = ["text", "reason", "comment"].map((id) => document.getElementById(id));
 const keyOf = (draft) => `sent ${draft} by ${main.dataset.person}`;
@@ -126,17 +126,17 @@ function show(id, words = "") {
   if (words) part.querySelector(".typed").textContent = words;
 }
 
-// What a page came with; after a refusal, that is what was typed.
+// The text that the page was loaded with; after a refused form, it is what the person typed.
 const problem = document.getElementById("problem");
 const typed = problem ? null : text?.value;
 
 function restore() {
-  if (toast) sessionStorage.removeItem(keyOf(toast.dataset.draft)); // it has arrived
+  if (toast) sessionStorage.removeItem(keyOf(toast.dataset.draft)); // the form has arrived
   const { draft, version } = main.dataset;
   const kept = draft && JSON.parse(sessionStorage.getItem(keyOf(draft)));
   if (!kept) return;
   sessionStorage.removeItem(keyOf(draft));
-  if (problem) return; // it has arrived, and is on the page
+  if (problem) return; // the form has arrived, and its text is on the page
   const saved = kept.version !== version && document.getElementById("saved");
   if (text && (saved || kept.version === version)) {
     for (const field of fields) {
@@ -147,7 +147,7 @@ function restore() {
     }
     return;
   }
-  // The draft that it was meant for is another one by now.
+  // The draft has changed since the form was sent.
   const missing = (words) => words?.trim() && !main.textContent.includes(words.trim());
   const words = [kept.text, kept.comment].filter(missing).join("\n\n");
   if (words) show("kept-aside", words);
@@ -171,7 +171,7 @@ for (const select of document.querySelectorAll("#filters select")) {
   select.addEventListener("change", () => select.form.requestSubmit());
 }
 
-// Keys.
+// Keyboard shortcuts.
 
 const help = document.getElementById("help");
 const singleKeys = document.getElementById("single-keys");
@@ -184,7 +184,7 @@ singleKeys.checked = localStorage.getItem("single-keys") !== "off";
 singleKeys.addEventListener("change", () =>
   localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off"));
 
-// Whoever presses a key twice does not approve the next draft, which they have not seen.
+// Waits, so that a key pressed twice does not approve the next draft, which nobody has seen.
 let decides = false;
 setTimeout(() => (decides = document.body.toggleAttribute("data-decides", true)), 400);
 

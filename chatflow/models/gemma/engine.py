@@ -64,13 +64,13 @@ class Row(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A text to read, of which the states are asked for.
+    """A text to read for its hidden states.
 
     Attributes:
       prefix, suffix: the text; all texts of a template share the prefix.
       ends: where the pieces of the suffix end, in characters, rising; what follows the last is
         read, too. No token spans an end.
-      behind: texts that are asked behind it, each with its options; the same for all texts of a
+      behind: questions asked after the text, each with its options; the same for all texts of a
         batch.
     """
 
@@ -99,7 +99,7 @@ class Engine:
     """A decoder of keras_hub's with its tokenizer, ready to score and decode.
 
     `counts` has `prefill_tokens`, `decode_steps` and `decoded_tokens` so far. Raises `ValueError`
-    if the backbone is of no known family, or if its tokenizer lacks a token of the chat template.
+    if the backbone's family is unknown, or if its tokenizer lacks a token of the chat template.
 
     Args:
       instruct: wrap each prompt in the family's chat template, as one user turn. Control tokens
@@ -157,7 +157,7 @@ class Engine:
         for match in CONTROL_TOKEN.finditer(text):
             if (control := self._control(match[0])) is None:
                 raise ValueError(
-                    f"the tokenizer has no {match[0]}, so the model is not asked as its family is; "
+                    f"the tokenizer has no {match[0]}, which its family's chat template needs; "
                     "give --model_kind=base"
                 )
             ids += [*self.encode(text[at : match.start()]), control]
@@ -167,7 +167,8 @@ class Engine:
     def run(self, rows: Sequence[Row]) -> list[Result | PromptTooLongError]:
         """Returns one result or error per row, in order.
 
-        Raises `ValueError` if two choices begin alike, or if the vocabulary cannot write a text.
+        Raises `ValueError` if two choices begin with the same token, or if the vocabulary cannot
+        write a text.
         """
         self._know(row.text for row in rows if row.text)
         for choices in {row.choices for row in rows}:
@@ -331,7 +332,7 @@ class Engine:
     ) -> list[States | PromptTooLongError]:
         """Returns the states after these layers (from 1) of each piece of each text, in order.
 
-        Raises `ValueError` if two options begin alike.
+        Raises `ValueError` if two options begin with the same token.
         """
         behind = readings[0].behind if readings else ()
         if behind:  # what is asked behind a text needs all layers
@@ -397,7 +398,7 @@ class Engine:
         options = []
         ends = [start + len(row[3]) for row in block]
         for ids, first in asked:
-            # Each stands where the one before it stood, so that none sees another.
+            # Each overwrites the one before it in the cache, so that none sees another.
             hidden, cache = self._prefill(
                 self.forward.weights, cache, [ids] * len(block), ends, size, total
             )
@@ -499,7 +500,7 @@ def _without_last_layer(states: States) -> States:
 
 
 def _pooled(states: np.ndarray, pieces: np.ndarray) -> States:
-    """Returns the states of pieces of so many tokens each."""
+    """Returns the states of pieces; `pieces` has the number of tokens of each."""
     sums = np.concatenate(
         [np.zeros((1, *states.shape[1:])), np.cumsum(states, axis=0, dtype=float)]
     )
@@ -527,7 +528,7 @@ def load_engine(
         `chatflow tune` made it, only in the scoring pass, the only one that it is trained for.
 
     Raises:
-      ValueError: the preset is of no known family, or the adapter does not fit it.
+      ValueError: the preset's family is unknown, or the adapter does not fit it.
     """
     scoring = None
     if adapter and is_of_scoring(adapter):

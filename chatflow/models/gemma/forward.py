@@ -130,7 +130,7 @@ class Forward:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Returns a hash that tells models apart: of the scales of their norms.
+        """Returns a hash of the norms' scales, which tells models apart.
 
         Neither adapters nor quantisation change these.
         """
@@ -244,9 +244,9 @@ class Forward:
         chunk: int,
         layers: tuple[int, ...],
     ) -> tuple[jax.Array, Cache]:
-        """Feeds tokens as `prefill` does; returns what stands after some layers, and the cache.
+        """Feeds tokens as `prefill` does; returns the states after some layers, and the cache.
 
-        The states are `[rows, total, layers, hidden]`, those behind a row's end without meaning.
+        The states are `[rows, total, layers, hidden]`; those after a row's end have no meaning.
         Nothing above the highest layer is computed, so the cache is only filled up to it.
         """
         self.compilations += 1

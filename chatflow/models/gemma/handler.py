@@ -103,7 +103,7 @@ class GemmaModel(EngineModel):
         return [found[at] for at in range(len(parts))]
 
     def _read_alike(self, parts: Sequence[Part]) -> list[Result | ElementError]:
-        """Reads parts behind which the same is asked, and has heads choose."""
+        """Reads parts that ask the same suffixes, and lets the heads choose."""
         from chatflow.models.gemma.engine import Reading
 
         assert self.heads is not None  # a prompt is only read if its model has heads
@@ -210,7 +210,10 @@ class Gemma(Kind):
         check_preset(spec.name)
         family = family_named(spec.name)
         if family is not None and family.tuned and "thinking" in spec.name.lower():
-            raise UsageError(f"--model={spec.name}: it thinks before each answer; take another")
+            raise UsageError(
+                f"--model={spec.name}: it thinks before each answer, which is not supported; "
+                "choose another model"
+            )
         if family is not None and spec.worker.quantization != "none" and not family.quantizes:
             raise UsageError(
                 f"--quantization={spec.worker.quantization}: keras_hub cannot quantise "

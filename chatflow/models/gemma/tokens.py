@@ -16,13 +16,13 @@ Encode = Callable[[str], list[int]]
 def text_tokens(tokenizer: Any) -> tuple[Encode, list[bytes]]:
     """Returns a function from a text to token ids, and the bytes that each token writes, by id.
 
-    Control tokens are not found in texts, but SentencePiece's user-defined ones are, from which
-    `chat_text.as_data` protects. Tokens that never occur in a text write nothing.
+    Control tokens are not found in texts. SentencePiece's user-defined tokens are;
+    `chat_text.as_data` protects from them. Tokens that never occur in a text write nothing.
 
     Raises `ValueError` for a tokenizer of another kind.
     """
     if isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
-        # One that knows no control tokens, which else are looked for in the text.
+        # A tokenizer without control tokens; otherwise it would look for them in the text.
         plain = keras_hub.tokenizers.BytePairTokenizer(
             tokenizer.vocabulary, tokenizer.merges, unsplittable_tokens=[]
         )
@@ -55,13 +55,13 @@ def _pieces_of_sentences(proto: bytes) -> list[bytes]:
 
 
 def _pieces_of_pairs(vocabulary: dict[str, int], merges: list[str]) -> list[bytes]:
-    """Returns the bytes of each token of a byte-level BPE, as GPT-2's: a letter for each byte.
+    """Returns the bytes of each token of a byte-level BPE, which spells each byte as a letter.
 
-    Only single letters and what merges make occur in a text.
+    Only single letters and the results of merges occur in a text.
     """
     letters = _letters()
     if not letters.keys() <= vocabulary.keys():
-        raise ValueError("the tokenizer is not a byte-level BPE, as that of its family is")
+        raise ValueError("the tokenizer is not a byte-level BPE, which its family uses")
     in_text = {*letters, *(merge.replace(" ", "") for merge in merges)}
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for token, number in vocabulary.items():

@@ -222,7 +222,7 @@ class Tuner:
                 bucket(len(prompt.tokens), LENGTHS)
             except PromptTooLongError as error:
                 raise UsageError(
-                    f"a prompt is too long to be trained on, give --max_prompt_tokens: {error}"
+                    f"a prompt is too long to train on; give --max_prompt_tokens: {error}"
                 ) from None
             prompts.append((prompt, example.label))
         lengths = [len(made[0].tokens) + (rng.gauss(0, 4) if rng else 0) for made in prompts]

@@ -26,7 +26,7 @@ STATE_DICT = r"\.(pt|pth|bin|safetensors)$"
 def check_torch(name: str, state_dict_path: str, settings: WorkerSettings) -> None:
     """Checks a model without loading it; `name` is what follows `torch:`.
 
-    Raises `UsageError` if PyTorch is not installed, or the model or its state dict is not there.
+    Raises `UsageError` if PyTorch is not installed, or the model or its state dict does not exist.
     """
     flag = f"--model={TORCH}{name}"
     missing = [lib for lib in ("torch", "transformers") if importlib.util.find_spec(lib) is None]
@@ -37,11 +37,11 @@ def check_torch(name: str, state_dict_path: str, settings: WorkerSettings) -> No
     folder = brought(name) or Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{flag}: the folder has no config.json, so it is no model")
+            raise UsageError(f"{flag}: the folder has no config.json, so it is not a model")
     elif not _LOADABLE.fullmatch(name):
         raise UsageError(
-            f"{flag}: no such folder, and no name of the Hugging Face hub; give a folder, gs://…, "
-            "or a name like google/flan-t5-small"
+            f"{flag}: no such folder, and not a name on the Hugging Face hub; give a folder, "
+            "gs://…, or a name like google/flan-t5-small"
         )
     if state_dict_path:
         check_state_dict(state_dict_path)
@@ -52,7 +52,7 @@ _LOADABLE = re.compile(r"(hf://)?[\w-][\w.-]*(/[\w-][\w.-]*)?|(?!kaggle:|hf:)\w+
 
 
 def check_state_dict(path: str) -> None:
-    """Raises `UsageError` if there is no such file, or its filesystem cannot be asked."""
+    """Raises `UsageError` if the file does not exist, or its filesystem does not answer."""
     from apache_beam.io.filesystems import FileSystems
 
     try:

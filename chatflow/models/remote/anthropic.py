@@ -27,8 +27,8 @@ TOOL = "answer"
 class AnthropicClient(KeyedClient):
     """Calls the Messages API with `--api_key`, or else on Vertex AI with Google's credentials.
 
-    JSON is asked for as the input of a tool that has to be called, which all models take and no
-    organisation policy of Google's forbids.
+    Asks for JSON as the input of a tool that the model must call: all models support this, and
+    none of Google's organisation policies forbids it.
     """
 
     optional = ("temperature",)
@@ -71,7 +71,7 @@ class AnthropicClient(KeyedClient):
         else:
             hello = {"model": self.name, "messages": [{"role": "user", "content": "Hello"}]}
             await self.post(self._on_vertex("count-tokens"), hello)
-        return f"{self.name} is there"
+        return f"{self.name} exists"
 
 
 def reply_of(content: Any) -> Reply | Fault:

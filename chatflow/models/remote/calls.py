@@ -179,7 +179,7 @@ class RemoteModel(LanguageModel):
             budget.left -= seconds
             if outcome.kind is Kind.FATAL or malformed > MALFORMED_RETRIES or budget.left < 0:
                 times = "once" if calls == 1 else f"{calls} times"
-                wait = f", and is to wait {outcome.wait:.0f} s" if outcome.wait else ""
+                wait = f", and must wait {outcome.wait:.0f} s" if outcome.wait else ""
                 return outcome._replace(error=f"{outcome.error} (called {times}{wait})")
             self._count("retries")
             budget.earlier.append(outcome)

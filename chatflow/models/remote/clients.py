@@ -25,7 +25,7 @@ LEVELS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192}
 
 
 def level_tokens(setting: str) -> int:
-    """Returns what a level of `--thinking` adds; raises `UsageError` for what is none."""
+    """Returns the tokens that a level of `--thinking` adds; raises `UsageError` for other words."""
     if setting not in LEVELS:
         raise UsageError(
             f"--thinking={setting}: must be auto, none, a number of tokens, or one of "
@@ -68,12 +68,12 @@ def checked(reply: Reply, blocked: str = "") -> Reply | Fault:
     """Returns the reply, or a fault if it is empty or `blocked` (the service's own word)."""
     paid = (reply.prompt_tokens, reply.answer_tokens, reply.cached_tokens)
     if blocked:
-        said = f"the service blocked it: {blocked}"
+        said = f"the service blocked the answer: {blocked}"
         return Fault(Kind.FATAL, "blocked", said, 0.0, reply.text or None, *paid)
     if not reply.text.strip():
         # At the limit, a second call would end in the same way.
         kind = Kind.FATAL if reply.finish_reason == "length" else Kind.MALFORMED
-        said = f"the service gave no text; finish reason {reply.finish_reason}"
+        said = f"the service returned no text; finish reason {reply.finish_reason}"
         return Fault(kind, "no_answer", said, 0.0, None, *paid)
     return reply
 
@@ -94,7 +94,7 @@ class Client(abc.ABC):
 
     @abc.abstractmethod
     async def close(self) -> None:
-        """Ends all connections."""
+        """Closes all connections."""
 
 
 async def post(
@@ -130,7 +130,7 @@ async def _json_of(response: aiohttp.ClientResponse) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        said = f"the reply is no JSON: {error}"
+        said = f"the reply is not JSON: {error}"
         raise MalformedReplyError("malformed", said, text[:2000]) from None
 
 

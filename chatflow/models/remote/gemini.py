@@ -99,7 +99,7 @@ class GeminiClient(Client):
 
     async def check(self) -> str:
         await self._client.aio.models.count_tokens(model=self.name, contents="Hello")
-        return f"{self.name} is there"
+        return f"{self.name} exists"
 
     async def close(self) -> None:
         await self._client.aio.aclose()

@@ -52,7 +52,7 @@ class KeyedClient(Client):
         return self._key
 
     async def headers(self, url: str) -> Mapping[str, str]:
-        """Returns the headers by which the service knows us."""
+        """Returns the headers that identify us to the service."""
         host = urlsplit(url).hostname or ""
         if key := await self.key():
             azure = host.endswith(".azure.com")
@@ -107,7 +107,7 @@ def joined(address: str, path: str) -> str:
 def refused_field(
     error: HttpError, sent: Mapping[str, Any], optional: tuple[str, ...]
 ) -> str | None:
-    """Returns the optional field of a body that a server does not take, by its own words."""
+    """Returns the optional field that a server refuses, as its error message says."""
     said = str(error)
     if error.status not in (400, 422) or not _REFUSES.search(said):
         return None

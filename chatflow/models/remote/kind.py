@@ -50,7 +50,7 @@ class Remote(Kind):
             fault = faults.classify(error)
             said = f"--model={spec.name}: {fault.reason}: {one_line(error)}"
             if fault.kind is faults.Kind.FATAL and (local or fault.reason not in _NOT_OURS_TO_ASK):
-                raise UsageError(f"{said} (--check_endpoint=false does not ask)") from None
+                raise UsageError(f"{said} (--check_endpoint=false skips this check)") from None
             say(f"warning: not checked: {said}")
         finally:
             model.close()

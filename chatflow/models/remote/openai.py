@@ -28,7 +28,7 @@ PREFIX = "openai:"
 ADDRESS = "https://api.openai.com/v1"
 
 _THINKS_ALWAYS = re.compile(r"(?:.*/)?(?:o\d|gpt-5(?!.*chat))")
-"""OpenAI's models that think, unless told how little, longer than an answer may be."""
+"""OpenAI's thinking models. By default their thinking is longer than an answer may be."""
 
 _THOUGHTS = re.compile(
     r"\s*(?:<think(?:ing)?>|\[THINK\]).*?(?:</think(?:ing)?>|\[/THINK\]|$)", re.DOTALL
@@ -78,7 +78,7 @@ def reply_of(content: Any) -> Reply | Fault:
 
 
 def paid_for(usage: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Returns the tokens read, written, and of those read the ones that came from a cache."""
+    """Returns the tokens read, the tokens written, and how many of those read were cached."""
     details = usage.get("prompt_tokens_details") or {}
     counts = (
         usage.get("prompt_tokens"),
@@ -106,8 +106,8 @@ def without_thoughts(text: str) -> str:
 def thinking_of(model: str, setting: str) -> tuple[dict[str, Any], int]:
     """Returns the fields that say how much a model thinks, and the tokens that this adds.
 
-    A number makes only room for so many tokens: for models that think by themselves, as many local
-    ones do. Raises `UsageError` for an unknown setting.
+    A number only makes room for that many tokens, because many local models think without being
+    told to. Raises `UsageError` for an unknown setting.
     """
     if setting == "auto":
         setting = "low" if _THINKS_ALWAYS.match(model) else "none"
@@ -148,11 +148,11 @@ class OpenAIClient(KeyedClient):
         except HttpError as error:
             if error.status not in (404, 405):
                 raise
-            return f"{self.name} is not looked up: {self.address('models')} lists no models"
+            return f"{self.name} was not looked up: {self.address('models')} lists no models"
         models = listed.get("data") if isinstance(listed, dict) else None
         names = [str(model.get("id")) for model in models or () if isinstance(model, dict)]
         if self.name in names or not names:
-            return f"{self.name} is there"
+            return f"{self.name} exists"
         some = ", ".join(names[:5])
         return f"warning: {self.name} is not among the models that {self.address('')} lists: {some}"
 

@@ -112,12 +112,12 @@ class EndpointClient(Client):
     async def check(self) -> str:
         if self.settings.endpoint_override:
             return (
-                f"{self.name} is not looked up: it is called at {self.settings.endpoint_override}"
+                f"{self.name} was not looked up: it is called at {self.settings.endpoint_override}"
             )
         address = await self.address()
         if not address.models:
             raise _nothing_deployed(self.name)
-        return f"{self.name} is there, a {address.kind} endpoint"
+        return f"{self.name} exists, a {address.kind} endpoint"
 
     async def close(self) -> None:
         if self._http is not None:

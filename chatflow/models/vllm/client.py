@@ -83,7 +83,7 @@ class VllmClient(OpenAIClient):
 
     async def check(self) -> str:
         await self.prepare()
-        return f"{self.name} is there"
+        return f"{self.name} exists"
 
 
 def _scores_of(content: Any, part: Part) -> Reply | Fault:

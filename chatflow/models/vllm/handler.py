@@ -42,7 +42,7 @@ def check(name: str, worker: WorkerSettings) -> None:
     model = name.removeprefix(VLLM)
     folder = Path(model)
     if model and folder.is_dir() and not (folder / "config.json").is_file():
-        raise UsageError(f"--model={name}: the folder has no config.json, so it is no model")
+        raise UsageError(f"--model={name}: the folder has no config.json, so it is not a model")
     scheme, bucket, _ = model.partition("://")
     known = (
         scheme not in ("hf", "kaggle")
@@ -67,8 +67,8 @@ def check(name: str, worker: WorkerSettings) -> None:
         )
     if worker.quantization != "none":
         raise UsageError(
-            f"--quantization={worker.quantization}: is Keras's; vLLM has its own, e.g. "
-            "--vllm_args=quantization=fp8, and finds that of quantised weights by itself"
+            f"--quantization={worker.quantization}: only for Keras; for vLLM give e.g. "
+            "--vllm_args=quantization=fp8 (it detects quantised weights itself)"
         )
     parse_arguments(worker.vllm_args)
 
@@ -88,14 +88,14 @@ def parse_arguments(text: str) -> dict[str, str | None]:
         found = _ARGUMENT.fullmatch(item)
         if not found:
             raise UsageError(
-                f"--vllm_args: {item!r} is no flag of vLLM's; give e.g. "
+                f"--vllm_args: {item!r} is not a flag of vLLM; give e.g. "
                 "tensor-parallel-size=2,gpu-memory-utilization=0.9,enforce-eager"
             )
         name = found[1].replace("_", "-")
         if name in _OURS:
-            raise UsageError(f"--vllm_args: {name} is not yours to give; --model names the model")
+            raise UsageError(f"--vllm_args: {name} is set by chatflow; --model names the model")
         if name in arguments:
-            raise UsageError(f"--vllm_args: {name} is there twice")
+            raise UsageError(f"--vllm_args: {name} is given twice")
         arguments[name] = found[2]
     return arguments
 

@@ -72,7 +72,7 @@ class VllmServer:
         """Restarts a server that has ended, for one caller at a time; raises `ModelError`."""
         if not self._stop.alive:
             raise ModelError("no_server", f"{self.model}: its server was stopped")
-        _log.warning("the vLLM server of %s has ended, and is started again", self.model)
+        _log.warning("the vLLM server of %s has ended; restarting it", self.model)
         with self._starting():
             if self._server._server_process is None:  # the last start failed
                 self._server.get_server_port()

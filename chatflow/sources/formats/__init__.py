@@ -1,4 +1,4 @@
-"""How other systems write chats: each module turns one format into chatflow's own JSON."""
+"""Reads chats as other systems write them: each module turns a format into chatflow's own JSON."""
 
 import lazy_loader
 

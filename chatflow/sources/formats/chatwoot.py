@@ -1,4 +1,4 @@
-"""Chatwoot's webhooks, as they come, and its conversations with their messages.
+"""Reads Chatwoot's webhooks, and its conversations with their messages.
 
 https://www.chatwoot.com/hc/user-guide/articles/1677693021-how-to-use-webhooks
 """
@@ -47,7 +47,7 @@ def read(value: Value, name: str) -> Iterator[Ours]:
         }
     elif event in _CLOSES and value.get("status") in ("resolved", 1):
         yield {"chat_id": own_id(value, "id"), "event": "closed"}
-    # Others say nothing: a message that was updated, a conversation that was created.
+    # Other events are not needed, e.g. of an updated message or a new conversation.
 
 
 def _chat(value: Value, name: str) -> Ours:
@@ -66,7 +66,7 @@ def _chat(value: Value, name: str) -> Ours:
 def _message(message: Value) -> Ours:
     sender = part(message.get("sender"))
     role = _ROLES.get(message.get("message_type") or 0, "incoming")
-    # Webhooks of newer versions leave out that a sender is a contact.
+    # Newer versions do not say in webhooks that a sender is a contact.
     kind = str(sender.get("type") or ("contact" if role == "incoming" else "")).lower()
     if kind == "agent_bot":
         role = "bot"

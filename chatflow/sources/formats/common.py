@@ -1,4 +1,4 @@
-"""What the formats share: ids, times and attributes of objects whose fields may be missing."""
+"""Reads ids, times and attributes of objects whose fields may be missing; shared by all formats."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Value = Mapping[str, Any]
 Ours = dict[str, Any]
 """A chat or an event as in chatflow's own JSON; see `sources.chats`."""
 
-_FIRST_YEAR = 31_536_000  # seconds: 1971, before which a number is no time but an offset
+_FIRST_YEAR = 31_536_000  # seconds: 1971; a smaller number is an offset, not a time
 
 
 COMPRESSIONS = {"gz": "gzip", "bz2": "bzip2", "xz": "xz"}
-"""By the ending of a file's name."""
+"""Compressions by the ending of a file's name."""
 COMPRESSED = rf"(?:\.(?:{'|'.join(COMPRESSIONS)}))?"
-"""A pattern of these endings."""
+"""A pattern for these endings, or none."""
 
 _ENDING = re.compile(rf"\.(?:json|txt|zip){COMPRESSED}$", re.IGNORECASE)
 
 WINDOWS = "chatflow.windows"
-"""How bytes that are not UTF-8 are decoded: as Windows writes letters (cp1252)."""
+"""The name of an error handler that decodes bytes that are not UTF-8 as cp1252, like Windows."""
 
 
 def _as_windows(error: UnicodeError) -> tuple[str, int]:
@@ -43,8 +43,8 @@ def pairs_of(
     """Yields the pairs of a flag like `--columns=FIELD=COLUMN,…`, the known word first.
 
     Args:
-      form: "FIELD=COLUMN", for the message.
-      known: what the first word of each may be, or with `last`, the last.
+      form: e.g. "FIELD=COLUMN", for the message.
+      known: the words that each pair may begin with, or with `last`, end with.
 
     Raises `UsageError`.
     """
@@ -54,7 +54,7 @@ def pairs_of(
         if ours not in known or not theirs:
             name = form.split("=")[-1 if last else 0]
             raise UsageError(
-                f"{flag}: {pair!r} must be {form}, and {name} one of {', '.join(known)}"
+                f"{flag}: {pair!r} must be {form}, with {name} one of {', '.join(known)}"
             )
         yield ours, theirs
 
@@ -68,23 +68,23 @@ _encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def as_line(value: Any) -> bytes:
-    """Returns a value as JSON; what JSON does not have becomes a text."""
+    """Returns a value as JSON; values of types that JSON does not have become texts."""
     return _encode(value).encode("utf-8", "replace")
 
 
 def dicts(value: Any) -> Iterator[Value]:
-    """Yields the objects of a list; nothing else."""
+    """Yields the objects of a list and skips everything else."""
     if isinstance(value, list):
         yield from (item for item in value if isinstance(item, dict))
 
 
 def part(value: Any) -> Value:
-    """Returns an object, or an empty one in place of anything else."""
+    """Returns the value if it is an object, else an empty object."""
     return value if isinstance(value, dict) else {}
 
 
 def own_id(value: Value, *names: str, name: str = "") -> str:
-    """Returns the first id that there is, then the file's name, or a hash of the content."""
+    """Returns the first id that is set; else the file's name; else a hash of the content."""
     for key in names:
         found = value.get(key)
         if isinstance(found, (str, int)) and not isinstance(found, bool) and found != "":
@@ -96,7 +96,7 @@ def own_id(value: Value, *names: str, name: str = "") -> str:
 
 
 def since_1970(value: Any, unit: float = 1.0) -> float | None:
-    """Returns seconds since 1970; None for what is no number, or an offset in a recording."""
+    """Returns seconds since 1970; None if it is not a number, or an offset in a recording."""
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -105,7 +105,7 @@ def since_1970(value: Any, unit: float = 1.0) -> float | None:
 
 
 def attributes(**values: Any) -> dict[str, str]:
-    """Returns attributes of those values that there are: texts, numbers, and lists of them."""
+    """Returns the values that are set as attributes: texts, numbers, and lists of them."""
     found = {}
     for key, value in values.items():
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Chats and calls of Amazon Connect: Contact Lens's analysis, or the transcript itself.
+"""Reads chats and calls of Amazon Connect: Contact Lens's analysis, or the transcript itself.
 
 https://docs.aws.amazon.com/connect/latest/adminguide/contact-lens-example-output-files.html
 """

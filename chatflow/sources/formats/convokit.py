@@ -1,4 +1,4 @@
-"""Corpora of ConvoKit: utterances in any order, and beside them what is known of conversations.
+"""Reads corpora of ConvoKit: utterances in any order, and files about speakers and conversations.
 
 https://convokit.cornell.edu/documentation/data_format.html
 """
@@ -26,13 +26,13 @@ TITLE = "a corpus of ConvoKit"
 UTTERANCES = ("utterances.jsonl", "utterances.json")
 _CONVERSATIONS, _SPEAKERS = ("conversations.json",), ("speakers.json", "users.json")
 BESIDE = (*_CONVERSATIONS, *_SPEAKERS, "corpus.json", "index.json")
-"""Files beside the utterances that hold no messages."""
+"""Files in the folder of the utterances that contain no messages."""
 
 _ROLES = ("role", "speaker_role", "author_role", "speaker_type", "user_type")
 
 
 def fits(value: Any) -> bool:
-    """Returns whether an object is an utterance; earlier versions have `root` and `user`."""
+    """Returns whether an object is an utterance; earlier versions used `root` and `user`."""
     value = part(value)
     return (
         {"id", "text"} <= value.keys()
@@ -43,7 +43,7 @@ def fits(value: Any) -> bool:
 
 
 def without_beside(paths: Sequence[str]) -> list[str]:
-    """Returns the files of a folder without those that stand beside utterances."""
+    """Returns the files without those in `BESIDE` that have utterances in the same folder."""
     corpora = {path.rpartition("/")[0] for path in paths if _last(path) in UTTERANCES}
     return [
         path
@@ -61,13 +61,14 @@ def read(
 ) -> Iterator[tuple[int, Ours]]:
     """Yields the conversations, each with the number of its first utterance.
 
-    An utterance that cannot be read is yielded as it is, at once, so that it becomes a dead letter.
+    An utterance that cannot be read is yielded unchanged, at once, so that it becomes a dead
+    letter.
 
     Args:
       lines: the utterances, each with its number.
-      beside: yields the names and values of a file beside them, nothing if there is none.
+      beside: yields the names and values of a file in the same folder; nothing if it is missing.
 
-    Raises the first error of a file beside them, after all conversations.
+    Raises the first error of a file in the same folder, after all conversations.
     """
     fault = None
     with grouping() as groups:
@@ -135,14 +136,14 @@ def _role(meta: Value) -> str | None:
 
 
 def _time(value: Any) -> Any:
-    """Returns a time; None for "None", and for seconds since the beginning of a recording."""
+    """Returns a time; None for "None", and for seconds since the start of a recording."""
     with contextlib.suppress(TypeError, ValueError):
         return since_1970(float(value))
     return value if isinstance(value, str) and value[:4].isdecimal() else None
 
 
 def _in_order(messages: list[Ours]) -> list[Ours]:
-    """Returns messages, those without times behind what they reply to."""
+    """Returns messages; if they have no times, each after the message that it replies to."""
     if any("sent_at" in message for message in messages):
         return messages
     waiting: dict[str, list[Ours]] = {}

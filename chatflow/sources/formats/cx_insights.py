@@ -1,4 +1,4 @@
-"""Conversations of Google's CX Insights (CCAI Insights), one a file.
+"""Reads and writes conversations of Google's CX Insights (CCAI Insights), one per file.
 
 https://cloud.google.com/contact-center/insights/docs/conversation-data-format
 """
@@ -51,16 +51,16 @@ def read(value: Value, name: str) -> Iterator[Ours]:
 
 
 ROLES = {"customer": "CUSTOMER", "agent": "AGENT", "bot": "AUTOMATED_AGENT"}
-"""Google's words for ours."""
+"""Google's word for each of our roles."""
 
 
 def write(chat: Chat) -> Value | None:
-    """Returns what was said in a chat in this format, or None if that is nothing.
+    """Returns what was said in a chat in this format; None if nothing was said.
 
-    The format wants a number for each participant and a time for each message: a user's id that is
-    none becomes a hash of it, the same in all chats. A message without a time has its place in the
-    chat, in seconds since 1970, as Google's example does; `read` takes that as no time. Who has no
-    known role is a customer if the chat asks for their tone, else an agent.
+    The format requires a number for each participant and a time for each message. A user id that is
+    not a number becomes its hash, the same in all chats. A message without a time gets its position
+    in the chat, in seconds since 1970, as in Google's example; `read` treats that as no time. A
+    user without a known role is a customer if the chat asks for their tone, else an agent.
     """
     customers = chat.users()
     entries = [
@@ -87,7 +87,7 @@ def write(chat: Chat) -> Value | None:
 
 
 _LARGEST = 1 << 52
-"""Numbers below are ids as they are; twice that is the largest that all JSON readers keep."""
+"""Smaller numbers stay as ids; twice this is the largest number that all JSON readers keep."""
 
 
 def _number(user_id: str) -> int:
@@ -98,7 +98,7 @@ def _number(user_id: str) -> int:
 
 
 def file_name(chat_id: str) -> str:
-    """Returns the name of a chat's file: its id, or a hash of one that cannot be a file's name."""
+    """Returns the name of a chat's file: its id, or a hash if the id cannot be a file name."""
     name = urllib.parse.quote(chat_id, safe=" @+=,")
     if name.startswith(".") or name == "manifest" or len(name) > 200:
         name = hashlib.sha256(chat_id.encode()).hexdigest()[:32]

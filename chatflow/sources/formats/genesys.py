@@ -1,4 +1,4 @@
-"""Transcripts of Genesys Cloud: of a call or a chat, one communication a file.
+"""Reads transcripts of Genesys Cloud: of a call or a chat, one communication per file.
 
 https://developer.genesys.cloud/analyticsdatamanagement/speechtextanalytics/transcript-url
 """
@@ -19,7 +19,7 @@ from chatflow.sources.formats.common import (
     without_none,
 )
 
-# "internal" is who works there, not a note.
+# "internal" is somebody of the company, not a note.
 _ROLES = {
     "internal": "agent", "user": "agent", "external": "customer", "acd": "system",
     "ivr": "bot", "workflow": "bot", "botflow": "bot", "voicemail": "system",
@@ -36,7 +36,7 @@ def read(value: Value, name: str) -> Iterator[Ours]:
     phrases = [phrase for one in transcripts for phrase in dicts(one.get("phrases"))]
     phrases.sort(key=_start)
     language = next((one.get("language") for one in transcripts if one.get("language")), "")
-    ids = (value.get("conversationId"), value.get("communicationId"))  # of a call that went on
+    ids = (value.get("conversationId"), value.get("communicationId"))  # a call can have several
     yield {
         "chat_id": "-".join(str(one) for one in ids if one) or own_id(value, name=name),
         "messages": [_message(phrase) for phrase in phrases],
@@ -59,7 +59,7 @@ def _message(phrase: Value) -> Ours:
 
 
 def _start(phrase: Value) -> float:
-    """Returns when a phrase begins, in milliseconds, since 1970 or since the call began."""
+    """Returns when a phrase begins, in milliseconds since 1970 or since the start of the call."""
     found = phrase.get("startTimeMs")
     if found is None:
         offset = part(phrase.get("offset") or phrase.get("offsetMs"))

@@ -1,4 +1,4 @@
-"""Conversations of Intercom with their parts, and lists of them.
+"""Reads conversations of Intercom with their parts, and lists of them.
 
 https://developers.intercom.com/docs/references/rest-api/api.intercom.io/conversations
 """

@@ -1,4 +1,4 @@
-"""The formats in which a JSON object is one or more chats, or an event of one."""
+"""Reads the formats in which a JSON object is one or more chats, or an event of a chat."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Format(Protocol):
         """Returns whether an object is of this format."""
 
     def read(self, value: Value, name: str) -> Iterator[Ours]:
-        """Yields its chats and events; `name` is the file's, of one that holds nothing else."""
+        """Yields its chats and events; `name` is the file's name if it holds only this object."""
 
 
 FORMATS: Mapping[str, Format] = {
@@ -41,12 +41,12 @@ FORMATS: Mapping[str, Format] = {
     "openai": openai,
     "sharegpt": sharegpt,
 }
-"""By name. An object is of the first that it fits."""
+"""Formats by name. An object is of the first format that it fits."""
 
 OURS = "chatflow"
 
 ALL = ("auto", OURS, "csv", "parquet", "slack", "whatsapp", "convokit", *FORMATS)
-"""What `--input_format` may be."""
+"""The values of `--input_format`."""
 
 
 _TITLES = {
@@ -58,12 +58,12 @@ _UNITS = {"zendesk": "tickets", "slack": "threads"}
 
 
 def described(formats: Mapping[str, int], input: Mapping[str, int], messages: int = 0) -> str:
-    """Returns what was found: "Zendesk export: 1,204 tickets; 212 private notes left out".
+    """Returns a description such as "Zendesk export: 1,204 tickets; 212 private notes left out".
 
     Args:
-      formats: chats and events by format.
+      formats: the number of chats and events by format.
       input: what was left out, by name; see `sources.chats`.
-      messages: how many there are, notes and system messages too; 0: not known.
+      messages: the number of messages, including notes and system messages; 0: not known.
     """
     found = [
         f"{_TITLES.get(name, name.capitalize())} export: {_of(count, _UNITS.get(name, 'chats'))}"
@@ -83,20 +83,20 @@ def _of(count: int, units: str) -> str:
 
 
 class Found(NamedTuple):
-    """What an object of another format holds."""
+    """The chats and events in an object of another format."""
 
     format: str
     values: list[Ours]
 
 
 def as_ours(value: Value, name: str = "", format: str = "auto") -> Found | None:
-    """Returns the chats and events of an object, or None if it is of chatflow's own format.
+    """Returns the chats and events of an object, or None if it is in chatflow's own format.
 
     Args:
-      name: of the file that holds nothing else.
-      format: that of the object; `auto`: the first that it fits.
+      name: the name of the file, if it holds only this object.
+      format: the format of the object; `auto`: the first that it fits.
 
-    Raises `BadInputError` (`wrong_shape`) for an object that fits a format and cannot be read.
+    Raises `BadInputError` (`wrong_shape`) for an object that fits a format but cannot be read.
     """
     if format == OURS or ("chat_id" in value and not openai.fits(value)):
         return None

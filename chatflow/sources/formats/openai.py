@@ -1,4 +1,4 @@
-"""Conversations as OpenAI's API takes them: `messages` of a role and its content.
+"""Reads conversations in the form of OpenAI's API: `messages` with a role and a content.
 
 https://platform.openai.com/docs/api-reference/chat
 """
@@ -23,7 +23,7 @@ def fits(value: Value) -> bool:
 
 def read(value: Value, name: str) -> Iterator[Ours]:
     listed = next(value[key] for key in _LISTS if next(dicts(value.get(key)), None) is not None)
-    kept = ("user_id", "attributes", "revision")  # as chatflow's own chats have them
+    kept = ("user_id", "attributes", "revision")  # fields of chatflow's own chats
     yield {
         **{key: value[key] for key in kept if key in value},
         "chat_id": own_id(value, "chat_id", "id", "conversation_id", "task_id"),

@@ -1,4 +1,4 @@
-"""ShareGPT's conversations: `conversations` of who spoke (`from`) and what (`value`)."""
+"""Reads ShareGPT's `conversations`, in which `from` says who spoke, and `value` what."""
 
 from __future__ import annotations
 

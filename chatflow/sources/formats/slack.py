@@ -1,4 +1,4 @@
-"""Slack's export: a zip of channels, each a folder of days; a thread is a chat.
+"""Reads Slack's export: a zip of channels, each a folder of days; a thread is a chat.
 
 https://slack.com/help/articles/220556107-How-to-read-Slack-data-exports
 """
@@ -22,13 +22,13 @@ _SAID = (None, "bot_message", "thread_broadcast", "file_share", "me_message")
 
 
 def fits(names: list[str]) -> bool:
-    """Returns whether an archive with these files is an export."""
+    """Returns whether an archive with these files is an export of Slack."""
     has_users = any(name.rsplit("/", 1)[-1] == "users.json" for name in names)
     return has_users and any(map(_DAY.fullmatch, names))
 
 
 def read(archive: zipfile.ZipFile) -> Iterator[tuple[int, Ours]]:
-    """Yields the threads, and single messages as threads, each with a number.
+    """Yields the threads, each with a number; a single message is a thread.
 
     Raises the first error of a file that cannot be read, after the messages of all others.
     """
@@ -63,7 +63,7 @@ def read(archive: zipfile.ZipFile) -> Iterator[tuple[int, Ours]]:
 
 
 def _with_roles(chat: Ours) -> Ours:
-    """Takes who begins a thread for the customer, and other people in it for agents."""
+    """Makes the person who begins a thread the customer, and other people in it agents."""
     people = [message for message in chat["messages"] if "role" not in message]
     for message in people:
         asked = message["user_id"] == people[0]["user_id"]
@@ -89,7 +89,7 @@ def _message(message: Value, users: dict[str, Value]) -> Ours:
 
 
 def _words(text: str, users: dict[str, Value]) -> str:
-    """Returns a text with names in the place of ids, and links as people see them."""
+    """Returns a text with names instead of ids, and links as people see them."""
 
     def seen(found: re.Match[str]) -> str:
         target, _, label = found[1].partition("|")

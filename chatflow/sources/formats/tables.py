@@ -1,7 +1,7 @@
-"""Tables of messages: CSV and Parquet, a row a message, in any order of rows.
+"""Reads tables of messages in CSV and Parquet: one row per message, in any order.
 
-Rows wait in a SQLite file on disk until the table is read, and leave it chat by chat; so memory is
-bounded by the longest chat.
+Rows wait in a SQLite file on disk until the table is read. Then they leave it chat by chat, so that
+the longest chat bounds the memory.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ FIELDS = {
     "id": "message_id comment_id utterance_id tweet_id msg_id event_id id",
     "reply": "in_response_to_tweet_id reply_to in_reply_to parent_id",
 }
-"""What a column may be: the names by which it is known, the surest first."""
+"""The usual column names for each field, the surest first."""
 
 REQUIRED = ("chat", "text")
 PRIVATE = "private"
-"""What `--columns` may name besides: the column that marks notes for staff alone."""
+"""Another field for `--columns`: the column that marks notes that are only for staff."""
 
 DELIMITERS = ",;\t|"
 
 LONGEST_CELL = 16 << 20
 _LONGEST_ATTRIBUTE = 200
 _MOST_SEEN = 100_000
-"""How many chats are kept in memory, to leave out attributes of their later rows."""
+"""The most chats to keep in memory in order to store the attributes of each only once."""
 
 
 class Row(NamedTuple):
-    """A row by its number from 1, without the header; `error` says what is wrong with it."""
+    """A row; `number` counts from 1 without the header, `error` says what is wrong with it."""
 
     number: int
     cells: Mapping[str, Any]
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The column of each of our `FIELDS` that a table has."""
+    """The name of the table's column for each of our `FIELDS`, if it has one."""
 
     names: Mapping[str, str]
 
@@ -66,10 +66,10 @@ class Columns(NamedTuple):
 
 
 def columns_of(header: Sequence[str], given: Mapping[str, str]) -> Columns:
-    """Returns which column is what: those given, and those whose names leave no doubt.
+    """Returns the columns of our fields: those given, and those with unambiguous names.
 
-    Raises `UsageError` if a column is not there, or if it is not clear which holds the chat's id or
-    the text.
+    Raises `UsageError` if a given column is missing, or if it is not clear which column holds the
+    chat's id or the text.
     """
     listed = ", ".join(header)
     for ours, theirs in given.items():
@@ -98,14 +98,14 @@ def columns_of(header: Sequence[str], given: Mapping[str, str]) -> Columns:
         example = ",".join(f"{ours}=COLUMN" for ours in missing)
         raise UsageError(
             f"it is not clear which column is the {' and the '.join(missing)}: there are {listed}; "
-            f"say so: --columns={example}"
+            f"say which, e.g. --columns={example}"
         )
     return Columns({ours: found[ours] for ours in (*FIELDS, PRIVATE) if ours in found})
 
 
 @functools.lru_cache(maxsize=1000)
 def _plain(name: str) -> str:
-    """Returns a column's name as `FIELDS` have them: "Ticket ID" and "ticketId" are ticket_id."""
+    """Returns a column's name as in `FIELDS`: "Ticket ID" and "ticketId" become ticket_id."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip().lstrip("\ufeff"))
     return re.sub(r"[\W_]+", "_", name.casefold()).strip("_")
 
@@ -116,11 +116,11 @@ def given_columns(flag: str) -> dict[str, str]:
 
 
 def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
-    """Returns the header of a CSV table and its rows; the delimiter is that of the header."""
+    """Returns the header of a CSV table and its rows; the header shows the delimiter."""
     csv.field_size_limit(LONGEST_CELL)
     text = io.TextIOWrapper(stream, "utf-8-sig", WINDOWS, newline="")
     first = text.readline()
-    while first and (not first.strip() or first.startswith("sep=")):  # as Excel marks it
+    while first and (not first.strip() or first.startswith("sep=")):  # Excel's line about it
         first = text.readline()
     delimiter = max(DELIMITERS, key=first.count)
     reader = csv.reader(itertools.chain([first], text), delimiter=delimiter)
@@ -129,21 +129,21 @@ def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
     def rows() -> Iterator[Row]:
         width = len(header)
         for number, cells in enumerate(filter(None, reader), 1):
-            while len(cells) > width and not cells[-1]:  # a delimiter at the end
+            while len(cells) > width and not cells[-1]:  # the row ends with a delimiter
                 cells.pop()
             row: dict[str, Any] = dict(zip(header, cells, strict=False))
             error = ""
             if len(cells) != width:
                 error = f"{len(cells)} cells under {width} columns"
                 row |= {f"cell {at}": cells[at - 1] for at in range(width + 1, len(cells) + 1)}
-            row.pop("", None)  # an index without a name
+            row.pop("", None)  # an index column without a name
             yield Row(number, row, error)
 
     return [name for name in header if name], rows()
 
 
 def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
-    """Returns the columns of a Parquet table and its rows; raises pyarrow's errors."""
+    """Returns the column names of a Parquet table and its rows; raises pyarrow's errors."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -166,7 +166,7 @@ def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
 def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours | bytes]]:
     """Yields the chats of a table as lines, each with the number of its first row.
 
-    A row without a chat's id, or with too many or too few cells, is yielded as it is, at once, so
+    A row without a chat's id, or with too many or too few cells, is yielded unchanged, at once, so
     that it becomes a dead letter.
     """
     table: _Table | None = None
@@ -183,7 +183,7 @@ def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours 
                 parent = _id(cells, table.reply)
                 groups.add(number, str(key), table.message(cells), table.others(cells),
                            str(parent or ""))  # fmt: skip
-        except Exception as error:  # the rows before it are read all the same
+        except Exception as error:  # the rows before it are still yielded
             fault = error
         yield from groups.lines()
     if fault is not None:
@@ -191,7 +191,7 @@ def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours 
 
 
 class _Table:
-    """Which columns are what, for all rows; `cells` are those of any row."""
+    """Knows which column holds which field; `cells` are the cells of any row."""
 
     def __init__(self, columns: Columns, cells: Mapping[str, Any]):
         names = columns.names
@@ -210,7 +210,7 @@ class _Table:
             role = answers.get(str(role).strip().casefold(), role)
         user = _id(cells, self.user)
         if self.who is None and self.user is None:
-            role = "customer"  # a table of what customers say, without who says it
+            role = "customer"  # a table of customers' texts without their authors
         found = {
             "message_id": _id(cells, self.id),
             "user_id": user if user is not None else role,
@@ -226,7 +226,7 @@ class _Table:
         return without_none(**found)
 
     def others(self, cells: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the other cells, for the attributes of the chat."""
+        """Returns the other cells as attributes of the chat."""
         found = {}
         for name in self._others:
             value = cells[name]
@@ -238,7 +238,7 @@ class _Table:
 
 
 def _id(cells: Mapping[str, Any], name: str | None) -> Any:
-    """Returns an id; a whole number of a column with gaps is written 3.0."""
+    """Returns an id; 3.0, which is a whole number in a column with gaps, becomes 3."""
     value = _cell(cells, name)
     if isinstance(value, str) and value.endswith(".0") and value[:-2].isdecimal():
         return value[:-2]
@@ -249,7 +249,7 @@ def _cell(cells: Mapping[str, Any], name: str | None) -> Any:
     value = cells.get(name) if name is not None else None
     if isinstance(value, str):
         return value or None
-    if isinstance(value, float) and value.is_integer():  # of a column with gaps
+    if isinstance(value, float) and value.is_integer():  # from a column with gaps
         value = int(value)
     return None if value != value else value  # NaN
 
@@ -259,7 +259,7 @@ def _time(value: Any) -> Any:
     if isinstance(value, (datetime, date)):
         return value.isoformat()
     if isinstance(value, str) and value[:1].isalpha():
-        with contextlib.suppress(ValueError):  # "Tue Oct 31 22:08:27 +0000 2017", Twitter's
+        with contextlib.suppress(ValueError):  # Twitter's "Tue Oct 31 22:08:27 +0000 2017"
             return datetime.strptime(value, "%a %b %d %H:%M:%S %z %Y").isoformat()
     return value
 
@@ -271,7 +271,7 @@ def _as_json(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Groups:
-    """Messages that leave chat by chat, in the order of their first messages."""
+    """Collects messages and yields them chat by chat, in the order of their first messages."""
 
     def __init__(self, path: str):
         self._db = sqlite3.connect(path, isolation_level=None)
@@ -287,9 +287,9 @@ class Groups:
     def add(
         self, number: int, chat: str, message: Ours, others: Mapping[str, str], parent: str = ""
     ) -> None:
-        """Adds a message; with a `parent` it belongs to the chat of that message.
+        """Adds a message; with a `parent`, it belongs to the chat of that message.
 
-        `others` are attributes of the chat; those of its first message count.
+        `others` are attributes of the chat; only those of its first message are used.
         """
         self._threads |= bool(parent)
         known = chat in self._seen
@@ -302,7 +302,7 @@ class Groups:
             self._flush()
 
     def note(self, kind: str, key: str, note: Mapping[str, str]) -> None:
-        """Keeps what is known beside the messages, e.g. of a speaker, for `noted`."""
+        """Stores what else is known, e.g. about a speaker; `noted` returns it."""
         if note:
             values = (kind, key, as_line(note))
             self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", values)
@@ -343,21 +343,22 @@ class Groups:
         self._db.execute("CREATE INDEX of_chat ON rows (chat, n)")
         firsts = "SELECT min(n), chat FROM rows GROUP BY chat ORDER BY 1"
         of_chat = "SELECT message, others FROM rows WHERE chat = ? ORDER BY n"
-        for first, chat in self._db.execute(firsts):  # ids alone: sorting messages takes long
+        for first, chat in self._db.execute(firsts):  # only ids, because sorting messages is slow
             rows = self._db.execute(of_chat, (chat,)).fetchall()
             yield first, chat, [message for message, _ in rows], rows[0][1]
 
     def _to_roots(self) -> None:
-        """Gives each message the id of the one that its thread begins with.
+        """Gives each message the id of the first message of its thread.
 
-        Each round doubles the steps that an id is from its message, so that few are enough.
+        Each round doubles the distance between a message and the id that it has, so that few rounds
+        are enough.
         """
         self._db.executescript(
             "CREATE TABLE links AS SELECT chat AS id, parent AS up FROM rows;"
             "CREATE INDEX by_id ON links (id);"
             "DELETE FROM links WHERE up = '' OR up NOT IN (SELECT chat FROM rows);"
         )
-        for _ in range(40):  # more than any thread has; a circle stays as it is
+        for _ in range(40):  # more than any thread needs; a cycle stays as it is
             moved = self._db.execute(
                 "UPDATE links SET up = (SELECT l.up FROM links l WHERE l.id = links.up) "
                 "WHERE up IN (SELECT id FROM links) AND up != id"
@@ -374,7 +375,7 @@ class Groups:
 
 @contextlib.contextmanager
 def grouping() -> Iterator[Groups]:
-    """Gives `Groups` on disk, and removes them afterwards."""
+    """Yields `Groups` on disk, and removes them afterwards."""
     with tempfile.TemporaryDirectory(prefix="chatflow-rows-") as folder:
         groups = Groups(f"{folder}/rows.db")
         try:

@@ -1,4 +1,4 @@
-"""Telegram's `result.json`: one chat, or all chats of an account.
+"""Reads Telegram's `result.json`: one chat, or all chats of an account.
 
 https://core.telegram.org/import-export
 """
@@ -32,7 +32,7 @@ def read(value: Value, name: str) -> Iterator[Ours]:
 
 
 def _listed(value: Value) -> list[Value]:
-    """Returns the chats of an account, also those that it has left."""
+    """Returns the chats of an account, including those that it has left."""
     return [
         chat for key in ("chats", "left_chats") for chat in dicts(part(value.get(key)).get("list"))
     ]
@@ -52,7 +52,7 @@ def _message(message: Value) -> Ours:
 
 
 def _text(message: Value) -> str:
-    """Returns the text, of which links and bold words are parts of their own."""
+    """Returns the text; links and bold words are separate parts of it."""
     text = message.get("text")
     pieces = text if isinstance(text, list) else [text]
     words = (str(one.get("text") or "") if isinstance(one, dict) else one for one in pieces)

@@ -1,4 +1,4 @@
-"""Reads JSON values one after another, of a text that may be longer than memory."""
+"""Reads JSON values one after another from a text that may not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _BETWEEN = re.compile(r"[\s,]*")
 _OUTSIDE, _IN_STRING = re.compile(r'["\[\]{}]'), re.compile(r'\\.|"', re.DOTALL)
 _LONGEST_WORD = 16  # characters of a literal or an escape, which may be cut at the end of a piece
 
-_LONGEST_EXPONENT = 3  # characters behind a number that are part of it only with those behind them
+_LONGEST_EXPONENT = 3  # characters such as "e+" that belong to a number only if a digit follows
 
 
 class Element(NamedTuple):
-    """A value and its length in characters; None if that is more than can be read."""
+    """A value and its length in characters; the value is None if it is too long."""
 
     value: Any
     length: int
 
 
 def elements(pieces: Iterator[str], most: int) -> Iterator[Element]:
-    """Yields the elements of arrays, and the values beside them.
+    """Yields the elements of arrays, and the values outside of arrays.
 
     Args:
       pieces: the text.
-      most: a value of more characters is not kept in memory.
+      most: a value with more characters is not kept in memory.
 
     Raises `ValueError` where the text is not JSON, and `EOFError` where it ends too early.
     """
@@ -43,7 +43,7 @@ def elements(pieces: Iterator[str], most: int) -> Iterator[Element]:
 
 
 def pairs(pieces: Iterator[str], most: int) -> Iterator[tuple[str, Any]]:
-    """Yields the names and values of an object, but longer ones; raises as `elements` does."""
+    """Yields the names and values of an object, except too long ones; raises as `elements` does."""
     text = _Text(pieces, most)
     text.take("{")
     while text.mark() != "}":
@@ -55,7 +55,7 @@ def pairs(pieces: Iterator[str], most: int) -> Iterator[tuple[str, Any]]:
 
 
 class _Text:
-    """A text of which the part from `_at` is still to be read."""
+    """A text; the part from `_at` on is still to be read."""
 
     def __init__(self, pieces: Iterator[str], most: int):
         self._pieces, self._most = pieces, most
@@ -97,13 +97,13 @@ class _Text:
             except RecursionError:
                 raise ValueError("it is nested too deeply") from None
             if end > len(self._text) - _LONGEST_EXPONENT and self._more():
-                continue  # a number may go on
+                continue  # a number may continue in the next piece
             length = end - self._at
             self._at = end
             return Element(value if length <= self._most else None, length)
 
     def _skip(self) -> int:
-        """Goes to the end of an object, array or string, and returns its length."""
+        """Skips an object, array or string, and returns its length."""
         length, depth, in_string = 0, 0, False
         while True:
             found = (_IN_STRING if in_string else _OUTSIDE).search(self._text, self._at)
@@ -124,7 +124,7 @@ class _Text:
                 return length
 
     def _more(self) -> bool:
-        """Reads as much again as is still to be read; returns whether there was more."""
+        """Reads at least as much as is still waiting; returns whether there was more."""
         found = [self._text[self._at :]]
         wanted = len(found[0])
         while piece := next(self._pieces, ""):

@@ -1,4 +1,4 @@
-"""WhatsApp's "Export chat": a text of one chat, with the dates of the phone that wrote it."""
+"""Reads WhatsApp's "Export chat": a text of one chat, with dates as the phone writes them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _plain(line: str) -> str:
 def read(lines: Iterable[str], name: str) -> Iterator[Ours]:
     """Yields the chat. Times are left out if the dates fit several orders of day and month.
 
-    Nobody in it has a role: the first who writes is taken for the customer.
+    Nobody in it has a role, so the first author counts as the customer.
     """
     found: list[_Line] = []
     for line in map(_plain, lines):
@@ -77,13 +77,13 @@ def _parsed(found: re.Match[str]) -> _Line | None:
     numbers = (int(found["a"]), int(found["b"]), int(found["c"]))
     try:
         clock = time(hour, int(found["minute"]), int(found["second"] or 0))
-    except ValueError:  # no time, so no message
+    except ValueError:  # not a time, so not a new message
         return None
     return _Line(numbers, clock, author, [text])
 
 
 def _order(dates: list[tuple[int, int, int]]) -> tuple[int, int, int] | None:
-    """Returns where year, month and day stand, if only one order fits all dates."""
+    """Returns the positions of year, month and day, if only one order fits all dates."""
     fitting = [
         order
         for order in ((0, 1, 2), (2, 1, 0), (2, 0, 1))
@@ -93,9 +93,9 @@ def _order(dates: list[tuple[int, int, int]]) -> tuple[int, int, int] | None:
 
 
 def _date(order: tuple[int, int, int], numbers: tuple[int, int, int]) -> date | None:
-    """Returns the date that numbers are in an order, if they can be one."""
+    """Returns the date that numbers mean in an order, or None if they cannot be a date."""
     year, month, day = (numbers[at] for at in order)
-    if order[0] == 0 and year <= 31:  # a year in front has four digits
+    if order[0] == 0 and year <= 31:  # a year at the front has four digits
         return None
     try:
         return date(year + (2000 if year < 100 else 0), month, day)

@@ -1,4 +1,4 @@
-"""Tickets of Zendesk with their comments: one, or a page of them with its users.
+"""Reads Zendesk's tickets with their comments: one ticket, or a page of tickets with its users.
 
 https://developer.zendesk.com/api-reference/ticketing/tickets/ticket_comments/
 https://developer.zendesk.com/api-reference/ticketing/ticket-management/incremental_exports/
@@ -28,7 +28,7 @@ def fits(value: Value) -> bool:
 
 
 def _is_ticket(value: Value) -> bool:
-    # Freshdesk's tickets have `conversations`, which are not read.
+    # Freshdesk's tickets are similar, but have `conversations`, which this does not read.
     has_text = "comments" in value or "description" in value
     return "requester_id" in value and has_text and "conversations" not in value
 
@@ -46,10 +46,10 @@ def read(value: Value, name: str) -> Iterator[Ours]:
 
 def _chat(ticket: Value, users: dict[str, Value]) -> Ours:
     comments = ticket.get("comments")
-    if isinstance(comments, dict):  # as the API pages them
+    if isinstance(comments, dict):  # a page of the API
         comments = comments.get("comments")
     said = [_message(comment, ticket, users) for comment in dicts(comments)]
-    if not said:  # an export of tickets alone has the first comment as the description
+    if not said:  # an export without comments has the first comment as the description
         first = {
             "author_id": ticket.get("requester_id"),
             "body": ticket.get("description"),

@@ -404,7 +404,7 @@ def test_output_weights_of_its_own_are_kept(t5, tmp_path):
             lambda sd: sd["lm_head.weight"][0].fill_(torch.inf),
             "weights lm_head.weight are not all finite",
         ),
-        (lambda sd: sd.update(step=7), "holds no state dict"),
+        (lambda sd: sd.update(step=7), "is not a state dict"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused(t5, tmp_path, change, says):
@@ -431,7 +431,7 @@ def test_what_is_no_model_is_refused(t5, tmp_path):
     [
         (["--model=torch:./none"], "--model=torch:./none: no such folder"),
         (["--model=torch:EMPTY"], "has no config.json"),
-        (["--model=torch:kaggle://a/b"], "no name of the Hugging Face hub"),
+        (["--model=torch:kaggle://a/b"], "not a name on the Hugging Face hub"),
         (["--model=torch:T5", "--state_dict_path=none.pt"], "--state_dict_path=none.pt: no such"),
         (["--model=torch:T5", "--state_dict_path=EMPTY"], "no such file"),
         (["--model=torch:T5", "--inference=remote"], "runs on the workers"),
@@ -608,5 +608,5 @@ def test_a_text_that_is_too_long_is_a_dead_letter(script):
 
 def test_texts_are_asked_of_one_model(script):
     model = Model(SeveralModelsHandler({"x": ModelSpec(script({"answer": "x"})).handler()}))
-    with pytest.raises(UsageError, match="AskTexts: model: asks one model"):
+    with pytest.raises(UsageError, match="AskTexts: model: must be a single model"):
         AskTexts(model, load_template(EXAMPLES / "prompts" / "respond.jinja"))

@@ -113,7 +113,7 @@ class Outage(Service):
 
 
 def load(service, requests, seconds, gate=None):
-    """Sends requests through a gate, each again until it is answered; gives the gate."""
+    """Sends requests through a gate, each again until it is answered; returns the gate."""
     gate = gate or Gate(64)
     pauses = random.Random(7)
 

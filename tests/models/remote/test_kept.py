@@ -151,7 +151,7 @@ def test_a_mistake_in_the_flag_is_one_clear_line(tmp_path):
 
 def test_a_budget_needs_a_database_and_a_price(uri):
     flags = {"input": "x", "output": "y", "inference": "remote", "api_endpoint": "http://x/v1"}
-    with pytest.raises(UsageError, match="--max_cost_usd: give --answers=DATABASE, too"):
+    with pytest.raises(UsageError, match="--max_cost_usd: also give --answers=DATABASE"):
         plan(Options(model="openai:gpt-5-mini", max_cost_usd=1.0, **flags), NO_CLOUD)
     with pytest.raises(UsageError, match="no price by tokens is known of openai:mine"):
         plan(Options(model="openai:mine", max_cost_usd=1.0, answers=uri, **flags), NO_CLOUD)

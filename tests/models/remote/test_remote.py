@@ -111,7 +111,7 @@ def test_a_wait_beyond_the_budget_is_not_begun(fake, model):
     started = time.monotonic()
     (bad,) = ask(fake, model, request("poison"))
     assert (bad.reason, len(brain.calls)) == ("http_429", 1)
-    assert "is to wait 3600 s" in bad.error
+    assert "must wait 3600 s" in bad.error
     assert time.monotonic() - started < 10
 
 
@@ -629,8 +629,8 @@ def test_what_came_from_a_cache_costs_less():
     [
         ("not TOML", "--prices="),
         ('[gemini]\ninput = "much"', "input is 'much'"),
-        ("[gemini]\nminute = 1", "unknown ['minute']"),
-        ("gemini = 3", "no table of input, output, cached and hour"),
+        ("[gemini]\nminute = 1", "unknown fields ['minute']"),
+        ("gemini = 3", "not a table of input, output, cached and hour"),
     ],
 )
 def test_a_mistake_in_the_table_of_prices_is_told(fake, tmp_path, lines, capsys, text, says):
@@ -702,7 +702,7 @@ def test_prompts_for_a_remote_model_need_a_block_json(fake, tmp_path, lines, cap
     base = ROOT / "prompts" / "base"
     arguments = flags(fake, lines(chat("late")), tmp_path, "--prompts", str(base))
     assert main(arguments) == 2
-    assert "json, by which remote models are asked" in capsys.readouterr().err
+    assert "json, which remote models need" in capsys.readouterr().err
 
 
 def test_the_location_and_the_project_are_those_of_the_flags_else_the_environments(monkeypatch):

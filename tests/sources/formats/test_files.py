@@ -75,7 +75,7 @@ def test_a_table_is_chats_whatever_the_order_of_its_rows(file):
     assert chats["7"].attributes == {"Product": "kettle"}
     assert errors == ["there is no Ticket ID", "4 cells under 6 columns"]
     assert about(path) == (
-        "a table; its columns are taken for "
+        "a table; its columns are read as "
         "--columns='chat=Ticket ID,text=Body,who=Author Role,at=Created At'"
     )
 

@@ -1,4 +1,4 @@
-"""Keeps what was chosen of a chat, and what composed texts quote."""
+"""Stores what was chosen for a chat, and what composed texts quote."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Keeps the opinion in whose place another model gave one."""
+"""Stores the first model's opinion if another model's opinion replaces it."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Keeps what models answered, so that nothing is paid for twice, and what each run has spent."""
+"""Stores the answers of models, so that nothing is paid for twice, and the cost of each run."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Keeps chats as they came, and says where placeholders stand for personal data."""
+"""Stores original chats, and the positions of placeholders for personal data."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -14,8 +14,9 @@ def upgrade() -> None:
         "raw_chats",
         sa.Column("chat_id", sa.Text, primary_key=True),
         sa.Column("revision", sa.BigInteger, primary_key=True),
-        sa.Column("chat", JSON, nullable=False),
+        sa.Column("chat", JSON),
         sa.Column("placeholders", JSON, nullable=False),
         sa.Column("stored_at", sa.DateTime(timezone=True), nullable=False),
     )
+    op.add_column("outbox", sa.Column("placeholders", JSON))
     op.add_column("analyses", sa.Column("redacted", JSON))
