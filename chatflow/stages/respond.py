@@ -101,7 +101,7 @@ class AskTexts(beam.PTransform):
             raise BadInputError(
                 "prompt_too_long",
                 f"the prompt has about {tokens:,} tokens; max_prompt_tokens is "
-                f"{self.max_prompt_tokens:,}; shorten the text, or raise this limit",
+                f"{self.max_prompt_tokens:,}: shorten the text, or raise this limit",
             )
         settings = self.template.settings
         part = Part(
