@@ -244,7 +244,7 @@ def _record_payload(record: Record) -> dict[str, Any]:
 
 @payload_of.register
 def _raw_payload(raw: RawChat) -> dict[str, Any]:
-    """A letter is no place for what is kept apart."""
+    """Returns the ids alone, because a raw chat must not leave the place where it is kept."""
     fields = {"chat_id": raw.chat_id, "revision": raw.revision}
     return {"payload": json.dumps(fields), "chat_id": raw.chat_id}
 

@@ -29,7 +29,7 @@ def of_machine(error: OSError) -> str:
 
 
 REMEDIES = {
-    errno.ENOSPC: "; free some space there",
+    errno.ENOSPC: "; make room there",
     errno.EMFILE: "; `ulimit -n 4096` lets a process open more files",
 }
 

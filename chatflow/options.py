@@ -245,8 +245,8 @@ class ModelSettings(Settings):
         DEFAULT_MODEL,
         "The model. On the worker: gemma3-270m (embedded, needs no download), a keras_hub preset "
         "of Gemma, Llama 3, Qwen 3 or SmolLM 3 (gemma3_instruct_1b, qwen3_4b_en, …), a "
-        "folder, hf://…, kaggle://… or gs://…; torch:NAME for "
-        "T5 and other text models on PyTorch, vllm:NAME for one that vLLM serves on the worker's "
+        "folder, hf://…, kaggle://… or gs://…. Also torch:NAME for "
+        "T5 and other text models on PyTorch, and vllm:NAME for one that vLLM serves on the worker's "
         "GPU (google/flan-t5-small, google/gemma-3-1b-it, a folder, gs://…). "
         "Remotely: gemini-… or projects/P/locations/L/endpoints/E on Vertex AI, openai:NAME at "
         "--api_endpoint, anthropic:NAME. "

@@ -419,9 +419,10 @@ class DeadLetter(Record):
         an id); `prompt`, `model` or `answer` of an analysis; `draft_prompt`, `draft_model` or
         `draft_answer`; `write` (a sink refused a record); `replay` (of a dead letter).
       reason: a short code, e.g. `not_json`.
-      payload: the original element; its encoding is `base64` if it is not UTF-8; `gzip`
-        (compressed, then base64) if it is too large for its sink; or `file` if it names the part
-        of a file that was not read, as `Range` writes it.
+      payload: the original element.
+      payload_encoding: `base64` if the payload is not UTF-8; `gzip` (compressed, then base64) if
+        it is too large for its sink; or `file` if it names the part of a file that was not read,
+        as `Range` writes it.
       attributes: those of the Pub/Sub message.
       answer: the model's raw answer, if any.
       part: from 1 to `parts`, if the letter is a part of one that is too large even if compressed.

@@ -329,7 +329,7 @@ def formats_table() -> str:
 
 
 def columns_table() -> str:
-    """Returns the names that a column of a table may have."""
+    """Returns the names that a table's column may have."""
     rows = [(code(n), codes(names.split())) for n, names in tables_of_messages.FIELDS.items()]
     return table(("field of `--columns`", "found by these names, the surest first"), rows)
 

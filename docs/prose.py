@@ -53,6 +53,7 @@ RULES = tuple((re.compile(pattern), remedy) for pattern, remedy in _RULES.items(
 _NOT_VERBS = frozenset("This Its His As Always Perhaps Sometimes Thus Plus Yes Unless Less".split())
 _NOT_PROSE = re.compile(r"#\s*(noqa|type:|fmt:|pragma|!|checkov|shellcheck|syntax=)")
 _UNREAD = re.compile(r"``.*?``|`[^`]*`|\"[^\"]*\"|“[^”]*”|https?://[^\s)>]*[^\s)>.,;:]", re.DOTALL)
+_NAMES = re.compile(r"X(?:, X){3,}")  # a list of names is not read as a sentence is
 _SENTENCE = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)[\"')*]*\s+")
 _ITEM = re.compile(r"\s*([-*+]|\d+\.)\s|\s*[\w`,. *]+: |\s*>>> |\s*\|")
 
@@ -91,6 +92,7 @@ def check_file(path: str, text: str) -> list[Finding]:
 def _check_blocks(path: str, blocks: Iterator[Block]) -> Iterator[Finding]:
     for line, text in blocks:
         plain = _UNREAD.sub(lambda found: "X" + "\n" * found[0].count("\n"), text)
+        plain = _NAMES.sub("X", plain)
         for pattern, remedy in RULES:
             for found in pattern.finditer(plain.replace("\n", " ")):
                 at = line + plain[: found.start()].count("\n")

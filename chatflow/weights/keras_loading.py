@@ -63,7 +63,7 @@ def is_of_scoring(path: str) -> bool:
 
 @contextlib.contextmanager
 def by_default(dtype: str) -> Iterator[None]:
-    """Gives this type to layers that are made without one, such as those of SmolLM 3."""
+    """Sets this type for layers that are made without one, such as those of SmolLM 3."""
     known = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:

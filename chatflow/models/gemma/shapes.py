@@ -65,5 +65,5 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
             return one
     raise PromptTooLongError(
         "prompt_too_long",
-        f"prompt and answer have {size:,} tokens; the limit is {buckets[-1]:,}",
+        f"prompt and answer have {size:,} tokens; at most {buckets[-1]:,} are allowed",
     )

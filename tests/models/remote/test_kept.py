@@ -145,7 +145,7 @@ def test_a_second_run_asks_nothing_and_writes_all(tmp_path, lines, script, uri):
 
 
 def test_a_mistake_in_the_flag_is_one_clear_line(tmp_path):
-    with pytest.raises(UsageError, match=r"--answers: .* is no database"):
+    with pytest.raises(UsageError, match=r"--answers: .* is not a database"):
         plan(Options(input="x", output="y", answers="redis"), NO_CLOUD)
 
 

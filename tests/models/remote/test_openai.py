@@ -197,10 +197,10 @@ def test_claude_on_vertex_ai_is_named_by_the_address(fake):
 
 def test_at_launch_a_server_is_asked_what_it_has(fake, monkeypatch):
     monkeypatch.setenv("THE_KEY", "k")
-    assert checked(fake, OPENAI) == ["small is there"]
-    assert checked(fake, CLAUDE) == ["small is there"]
+    assert checked(fake, OPENAI) == ["small exists"]
+    assert checked(fake, CLAUDE) == ["small exists"]
     own = {"api_key": "env:THE_KEY", "api_endpoint": f"{fake.address}/v1"}
-    assert checked(fake, CLAUDE, **own) == ["small is there"]
+    assert checked(fake, CLAUDE, **own) == ["small exists"]
     (said,) = checked(fake, "openai:tiny", api_endpoint=f"{fake.address}/v1")
     assert said.startswith("warning: tiny is not among the models that http://127.0.0.1")
     assert said.endswith("lists: small, large")
