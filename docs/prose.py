@@ -158,7 +158,8 @@ def markdown_blocks(text: str) -> Iterator[Block]:
         return "\n" * found[0].count("\n")
 
     text = re.sub(r"^ *(```|~~~).*?^ *\1[^\n]*$", blank, text, flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL)
+    made = r"<!-- ([a-z]+): (?:made|written) .*?<!-- end of \1 -->"  # of the code's own words
+    text = re.sub(rf"{made}|<!--.*?-->", blank, text, flags=re.DOTALL)
     text = re.sub(r"!?\[([^\]]*)\]\([^)\s]*\)", r"\1", text)
     return _paragraphs(text, 1)
 

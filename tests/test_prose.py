@@ -55,6 +55,11 @@ def test_usual_english_quotations_and_code_are_left_alone(text):
     assert found(f"# Title\n\n{text}\n") == []
 
 
+def test_a_part_of_a_page_that_is_made_from_code_is_left_alone():
+    made = "<!-- flags: made from x -->\nIt is no chat.\n<!-- end of flags -->"
+    assert found(f"{made}\n\nIt is no chat.\n") == [(5, "is no c")]
+
+
 def test_words_are_found_across_lines_and_their_line_is_named():
     assert found("One line.\nIt is kept so\nlong.\n") == [(2, "so long")]
     assert found("x = 1\n# It is kept so\n# long.\ny = 2\n", "x.py") == [(2, "so long")]
