@@ -61,8 +61,8 @@ def test_the_columns_are_the_fields_in_their_order():
         "analysis_id", "chat_id", "user_id", "revision", "sentiment", "summary", "summary_source",
         "quotations", "field.topic", "field.grievances", "confidence.topic",
         "confidence.grievances", "fields", "language", "unproven_language", "tone_scores",
-        "confidence", "dropped_messages", "cut_messages", "first", "repairs", "model",
-        "prompt_version", "analysed_at",
+        "confidence", "dropped_messages", "cut_messages", "first", "redacted", "repairs",
+        "model", "prompt_version", "analysed_at",
     ]  # fmt: skip
     assert list(Layout(DeadLetter).columns)[:3] == ["dead_letter_id", "stage", "reason"]
 
