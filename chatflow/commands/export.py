@@ -206,6 +206,8 @@ def columns_of(fields: Sequence[str], attributes: Sequence[str]) -> dict[str, st
         "draft_flag": text,
         "grievances": text,
         "draft_status": text,
+        "draft_revision": "INTEGER",
+        "draft_model": text,
         "decided_by": text,
         "decided_at": time,
         "reason": text,
@@ -241,6 +243,8 @@ def row_of(found: Conversation, fields: Sequence[str], attributes: Sequence[str]
             "draft_flag": draft["flag"],
             "grievances": tuple(draft["grievances"] or ()),
             "draft_status": draft["status"],
+            "draft_revision": draft["revision"],
+            "draft_model": draft["model"],
             "reply": (draft["edited_text"] or draft["text"]) if approved else None,
             "replied_at": found.replied_at,
         }

@@ -64,8 +64,8 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     counts: Counter[str] = Counter()
     before = metrics.local_counts()
     first_error = ""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(letters_in)  # of an earlier import
+    if os.path.isdir(parsed.output):
+        raise UsageError(f"OUTPUT: {parsed.output!r} is a folder; name a file in it")
     with (
         open(f"{parsed.output}.part", "w", encoding="utf-8") as out,
         contextlib.ExitStack() as opened,
@@ -82,7 +82,9 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
                     read = parse_arrival(arrival, timedelta(0), customs, own)
                 except Exception as error:
                     if letters is None:
-                        letters = opened.enter_context(open(letters_in, "w", encoding="utf-8"))
+                        letters = opened.enter_context(
+                            open(f"{letters_in}.part", "w", encoding="utf-8")
+                        )
                     letter = dead_letter("read", arrival, error)
                     letters.write(letter.to_json() + "\n")
                     first_error = first_error or f"{error} ({arrival.source or path})"
@@ -97,6 +99,11 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
                 if counts["lines"] % 1000 == 0:
                     status.update(f"reading: {counts['chats']:,} chats")
     os.replace(f"{parsed.output}.part", parsed.output)
+    if letters is not None:
+        os.replace(f"{letters_in}.part", letters_in)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(letters_in)  # of an earlier import
     for name, count in metrics.local_counts().items():
         if name.startswith(("formats/", "input/")) and count > before.get(name, 0):
             counts[name] += count - before.get(name, 0)

@@ -231,6 +231,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     if others or not chats:
         found = f"{len(others)} lines or rows are not chats" if others else "has no chats"
         raise UsageError(f"--chats={parsed.chats}: {found}")
+    parsed.roles = ""  # they are ours now, and must not be changed a second time
     parsed.input = subscription_of(EVENTS)
     for kind, topic in (("analyses", ANALYSES), ("drafts", DRAFTS), ("dead_letters", DEAD_LETTERS)):
         own = getattr(parsed, kind) or (f"{parsed.output}/{kind}" if parsed.output else "")

@@ -16,7 +16,7 @@ from chatflow.errors import UsageError, one_line
 from chatflow.records import Arrival, Chat, Event, now
 from chatflow.sinks.pubsub import ordering_key, publisher, wait_published
 from chatflow.sources.chats import USUAL, Customs
-from chatflow.sources.lines import numbered
+from chatflow.sources.lines import numbered, root_of
 from chatflow.sources.parse import parse_arrival
 from chatflow.sources.read import files_of
 
@@ -40,10 +40,11 @@ class Lines:
     paths: Sequence[str]
     flag: str
     customs: Customs
+    root: str
 
     def __iter__(self) -> Iterator[bytes]:
         for path in self.paths:
-            for _, line in numbered(path, self.flag, self.customs):
+            for _, line in numbered(path, self.flag, self.customs, self.root):
                 yield line
 
 
@@ -52,7 +53,7 @@ def read_lines(pattern: str, flag: str = "FILE", customs: Customs = USUAL) -> It
 
     Raises `UsageError` if there is no file; iterating it, if one cannot be read to its end.
     """
-    lines = Lines(files_of(pattern, flag), flag, customs)
+    lines = Lines(files_of(pattern, flag), flag, customs, root_of([pattern]))
     pipes = [path for path in lines.paths if "://" not in path and not os.path.isfile(path)]
     return list(lines) if pipes else lines
 

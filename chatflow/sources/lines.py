@@ -28,7 +28,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from chatflow import metrics
-from chatflow.errors import BadInputError, UsageError, one_line
+from chatflow.errors import UsageError, one_line
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import LARGEST_INTEGER, Arrival, Fault, Range
 from chatflow.sources.chats import USUAL, Customs
@@ -92,7 +92,7 @@ def root_of(inputs: Sequence[str]) -> str:
 
 
 def numbered(
-    path: str, flag: str = "", customs: Customs | None = None
+    path: str, flag: str = "", customs: Customs | None = None, root: str | None = None
 ) -> Iterator[tuple[int, bytes]]:
     """Yields the lines of a file that are not blank, with their numbers from 1.
 
@@ -100,14 +100,16 @@ def numbered(
 
     Raises `UsageError`, with the `flag` that names the file, if it cannot be read to its end.
     """
-    return ((arrival.number, arrival.line) for arrival in whole(path, flag, customs))
+    return ((arrival.number, arrival.line) for arrival in whole(path, flag, customs, root))
 
 
-def whole(path: str, flag: str = "", customs: Customs | None = None) -> Iterator[Arrival]:
+def whole(
+    path: str, flag: str = "", customs: Customs | None = None, root: str | None = None
+) -> Iterator[Arrival]:
     """Yields the lines of a file as `numbered` does, but as arrivals, which say where they are."""
     plain = customs is None
     most = LARGEST_INTEGER if plain else MAX_LINE_BYTES
-    for arrival in read_lines(Range(path), most, plain, customs or USUAL):
+    for arrival in read_lines(Range(path), most, plain, customs or USUAL, root):
         if arrival.fault is not None:
             raise UsageError(f"{flag}: {arrival.fault.message}" if flag else arrival.fault.message)
         yield arrival
@@ -227,7 +229,8 @@ class _Reader:
         """Yields the lines of each file in an archive, except hidden ones."""
         path = self.part.path
         with zipfile.ZipFile(stream) as archive:
-            names = [name for name in archive.namelist() if not _HIDDEN.search(name)]
+            members = [one for one in archive.infolist() if not _HIDDEN.search(one.filename)]
+            names = [one.filename for one in members]
             if slack.fits(names) or self.customs.format == "slack":
                 self.about = slack.TITLE
                 if self.only_check:
@@ -235,7 +238,10 @@ class _Reader:
                 yield from self._ours(slack.read(archive), "slack", "message")
                 return
             faults: list[Arrival] = []
-            for name in convokit.without_beside(names):
+            wanted = {*convokit.without_beside(names)}
+            for member in members:  # two of them may have the same name
+                if (name := member.filename) not in wanted:
+                    continue
                 if _MEDIA.search(name):
                     if not self.only_check:
                         metrics.count("input/attachments")
@@ -243,7 +249,7 @@ class _Reader:
                 within = Range(f"{path}/{name}")
                 beside = functools.partial(_open_member, archive, name.rpartition("/")[0])
                 inner = _Reader(within, self.most, self.customs, self.only_check, beside, self.root)
-                for arrival in inner.all(opened=functools.partial(archive.open, name)):
+                for arrival in inner.all(opened=functools.partial(archive.open, member)):
                     fault = arrival.fault
                     found = arrival._replace(fault=fault and fault._replace(part=self.part))
                     if self.only_check and fault and fault.reason in OF_FILES:
@@ -280,7 +286,7 @@ class _Reader:
             return
         self.about = f"a table; its columns are read as --columns='{columns}'"
         if not self.only_check:
-            yield from self._ours(tables.chats_in(rows, columns), kind, "row")
+            yield from self._ours(tables.chats_in(header, rows, columns), kind, "row")
 
     def of_corpus(self, stream: Any) -> Iterator[Arrival]:
         """Yields the conversations of a corpus, composed of its utterances."""
@@ -340,7 +346,7 @@ class _Reader:
     def each(self, text: bytes, source: str, number: int, name: str) -> Iterator[Arrival]:
         """Yields a line, or a line for each of the chats that an object of another format holds."""
         if b'"chat_id"' not in text and self.customs.format != OURS:
-            with contextlib.suppress(ValueError, RecursionError, BadInputError):
+            with contextlib.suppress(Exception):  # the parser says what is wrong with this line
                 value = json.loads(text)
                 found = as_ours(value, "", self.customs.format) if isinstance(value, dict) else None
                 if found is not None and len(found.values) > 1:
@@ -406,7 +412,10 @@ class _Reader:
         for one in itertools.chain([first], [second] if second else [], others):
             self.lines += 1
             source = path if alone else f"{path}, element {self.lines}"
-            if one.length > self.most:
+            if one.is_deep:
+                fault = Fault("too_deep", f"{source} is nested too deeply", self.part)
+                yield Arrival(b"", fault=fault)
+            elif one.length > self.most:
                 message = f"{source} has {one.length} characters, more than --max_line_bytes="
                 fault = Fault("line_too_long", f"{message}{self.most}", self.part)
                 yield Arrival(b"", fault=fault)
@@ -543,6 +552,9 @@ def kind_of(head: bytes, path: str = "") -> str:
     lines = [line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
     if not lines:
         return LINES
+    is_named_table = _TABLE.search(path) and not lines[0].lstrip().startswith((b"{", b"["))
+    if is_named_table and head[:1000].count(0) <= 3 and _is_table(head, sure=True):
+        return "csv"  # also if a cell of several lines holds an object
     objects = (found for found in map(_object, lines[:100]) if found is not None)
     if (first_object := next(objects, None)) is not None:
         return "convokit" if convokit.fits(first_object) else LINES

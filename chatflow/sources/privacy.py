@@ -20,7 +20,8 @@ _KINDS = frozenset(
     "type parttype messagetype notetype commenttype kind visibility privacy scope audience "
     "role".split()
 )
-_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
+TRUE, FALSE = ("true", "1", "yes", "t", "y", "on"), ("false", "0", "no", "f", "n", "off")
+"""How systems write booleans in texts; PostgreSQL's exports have t and f."""
 
 
 def is_private(value: Mapping[str, Any]) -> bool:
@@ -38,7 +39,7 @@ def is_private(value: Mapping[str, Any]) -> bool:
             if means == "kind":
                 if word(found) in PRIVATE_KINDS:
                     return True
-            elif _yes_or_no(found) in (_TRUE if means == "private" else _FALSE):
+            elif _yes_or_no(found) in (TRUE if means == "private" else FALSE):
                 return True
     return False
 

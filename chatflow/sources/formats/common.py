@@ -101,7 +101,10 @@ def since_1970(value: Any, unit: float = 1.0) -> float | None:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value / unit if value / unit >= _FIRST_YEAR else None
+    try:
+        return value / unit if value / unit >= _FIRST_YEAR else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def attributes(**values: Any) -> dict[str, str]:

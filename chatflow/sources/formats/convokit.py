@@ -20,6 +20,7 @@ from chatflow.sources.formats.common import (
     without_none,
 )
 from chatflow.sources.formats.tables import grouping
+from chatflow.sources.privacy import is_private
 
 TITLE = "a corpus of ConvoKit"
 
@@ -126,6 +127,7 @@ def _message(value: Value) -> Ours:
         role=_role(meta),
         text=value.get("text"),
         sent_at=_time(value.get("timestamp")),
+        private=True if is_private(value) or is_private(meta) else None,
         attributes=attributes(**meta) or None,
         reply_to=value.get("reply_to", value.get("reply-to")),
     )
@@ -137,7 +139,7 @@ def _role(meta: Value) -> str | None:
 
 def _time(value: Any) -> Any:
     """Returns a time; None for "None", and for seconds since the start of a recording."""
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return since_1970(float(value))
     return value if isinstance(value, str) and value[:4].isdecimal() else None
 

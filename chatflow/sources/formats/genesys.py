@@ -64,4 +64,5 @@ def _start(phrase: Value) -> float:
     if found is None:
         offset = part(phrase.get("offset") or phrase.get("offsetMs"))
         found = offset.get("milliseconds", phrase.get("offsetMs"))
-    return float(found) if isinstance(found, (int, float)) else 0.0
+    is_number = isinstance(found, (int, float)) and abs(found) < 2**63
+    return float(found) if is_number else 0.0

@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from chatflow.errors import UsageError
 from chatflow.sources.formats.common import WINDOWS, Ours, as_line, pairs_of, without_none
-from chatflow.sources.privacy import is_private, may_mark, tells_privacy
+from chatflow.sources.privacy import FALSE, TRUE, is_private, may_mark, tells_privacy
 
 FIELDS = {
     "chat": "chat_id conversation_id conversation ticket_id ticket session_id thread_id case_id "
@@ -123,12 +123,32 @@ def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
     while first and (not first.strip() or first.startswith("sep=")):  # Excel's line about it
         first = text.readline()
     delimiter = max(DELIMITERS, key=first.count)
-    reader = csv.reader(itertools.chain([first], text), delimiter=delimiter)
+    taken: list[str] = []  # the lines of the row that is being read
+
+    def lines() -> Iterator[str]:
+        for line in itertools.chain([first], text):
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter)
     header = [name.strip() for name in next(reader, [])]
 
     def rows() -> Iterator[Row]:
         width = len(header)
-        for number, cells in enumerate(filter(None, reader), 1):
+        number = 0
+        while True:
+            taken.clear()
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as wrong:  # a cell that is too long; the reader begins anew
+                number += 1
+                yield Row(number, {"line": "".join(taken)[:1000]}, str(wrong))
+                continue
+            if not cells:
+                continue
+            number += 1
             while len(cells) > width and not cells[-1]:  # the row ends with a delimiter
                 cells.pop()
             row: dict[str, Any] = dict(zip(header, cells, strict=False))
@@ -137,9 +157,21 @@ def csv_rows(stream: IO[bytes]) -> tuple[list[str], Iterator[Row]]:
                 error = f"{len(cells)} cells under {width} columns"
                 row |= {f"cell {at}": cells[at - 1] for at in range(width + 1, len(cells) + 1)}
             row.pop("", None)  # an index column without a name
+            if len(taken) > 1 and _is_open(taken, delimiter):
+                error = "a quotation mark has no end, so this row holds all lines after it"
             yield Row(number, row, error)
 
     return [name for name in header if name], rows()
+
+
+def _is_open(lines: Sequence[str], delimiter: str) -> bool:
+    """Returns whether the lines of a row end within quotation marks, as only the last one can."""
+    if "".join(lines).count('"') % 2 == 0:
+        return False
+    try:
+        return not [*csv.reader(lines, delimiter=delimiter, strict=True)]
+    except csv.Error as error:
+        return "unexpected end" in str(error)
 
 
 def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
@@ -163,18 +195,19 @@ def parquet_rows(file: Any) -> tuple[list[str], Iterator[Row]]:
     return table.schema_arrow.names, rows()
 
 
-def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours | bytes]]:
+def chats_in(
+    header: Sequence[str], rows: Iterable[Row], columns: Columns
+) -> Iterator[tuple[int, Ours | bytes]]:
     """Yields the chats of a table as lines, each with the number of its first row.
 
     A row without a chat's id, or with too many or too few cells, is yielded unchanged, at once, so
     that it becomes a dead letter.
     """
-    table: _Table | None = None
+    table = _Table(columns, header)
     fault: Exception | None = None
     with grouping() as groups:
         try:
             for number, cells, error in rows:
-                table = table or _Table(columns, cells)
                 key = _id(cells, table.chat)
                 if key is None or error:
                     said = error or f"there is no {table.chat}"
@@ -191,23 +224,23 @@ def chats_in(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[int, Ours 
 
 
 class _Table:
-    """Knows which column holds which field; `cells` are the cells of any row."""
+    """Knows which column holds which field."""
 
-    def __init__(self, columns: Columns, cells: Mapping[str, Any]):
+    def __init__(self, columns: Columns, header: Sequence[str]):
         names = columns.names
         self.chat, self.reply = names.get("chat") or names["id"], names.get("reply")
         self.text, self.who, self.user = names["text"], names.get("who"), names.get("user")
         self.at, self.id, self.private = names.get("at"), names.get("id"), names.get(PRIVATE)
         self._inbound = _plain(self.who or "") == "inbound"
-        self._marks = [name for name in cells if may_mark(name) and name != self.who]
+        self._marks = [name for name in header if may_mark(name) and name != self.who]
         taken = {*names.values()}
-        self._others = [name for name in cells if name not in taken and not tells_privacy(name)]
+        self._others = [name for name in header if name not in taken and not tells_privacy(name)]
 
     def message(self, cells: Mapping[str, Any]) -> Ours:
         role = _cell(cells, self.who)
         if self._inbound and role is not None:
-            answers = {"true": "customer", "1": "customer", "false": "agent", "0": "agent"}
-            role = answers.get(str(role).strip().casefold(), role)
+            word = str(role).strip().casefold()
+            role = "customer" if word in TRUE else "agent" if word in FALSE else role
         user = _id(cells, self.user)
         if self.who is None and self.user is None:
             role = "customer"  # a table of customers' texts without their authors
@@ -218,7 +251,7 @@ class _Table:
             "text": _cell(cells, self.text) or "",
             "sent_at": _time(_cell(cells, self.at)),
         }
-        marks = {name: cells[name] for name in self._marks}
+        marks = {name: cells.get(name) for name in self._marks}
         if self.private is not None:
             mark = cells.get(self.private)
             marks |= {"private": mark, "visibility": mark}
@@ -229,8 +262,8 @@ class _Table:
         """Returns the other cells as attributes of the chat."""
         found = {}
         for name in self._others:
-            value = cells[name]
-            if value is not None and not isinstance(value, (list, dict, bytes)):
+            value = _cell(cells, name) if isinstance(cells.get(name), bytes) else cells.get(name)
+            if value is not None and not isinstance(value, (list, dict)):
                 text = value if isinstance(value, str) else str(value)
                 if 0 < len(text) <= _LONGEST_ATTRIBUTE:
                     found[name] = text
@@ -247,6 +280,8 @@ def _id(cells: Mapping[str, Any], name: str | None) -> Any:
 
 def _cell(cells: Mapping[str, Any], name: str | None) -> Any:
     value = cells.get(name) if name is not None else None
+    if isinstance(value, bytes):  # a text of Parquet whose type does not say so
+        value = value.decode("utf-8", WINDOWS)
     if isinstance(value, str):
         return value or None
     if isinstance(value, float) and value.is_integer():  # from a column with gaps
@@ -268,6 +303,11 @@ def _as_json(cells: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a row as JSON can hold it."""
     known = (str, int, bool, type(None))
     return {key: v if isinstance(v, known) else str(v) for key, v in cells.items() if key}
+
+
+def whole_text(text: str) -> str:
+    """Returns a text that can be encoded: half a pair of surrogates becomes a question mark."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class Groups:
@@ -292,6 +332,7 @@ class Groups:
         `others` are attributes of the chat; only those of its first message are used.
         """
         self._threads |= bool(parent)
+        chat, parent = whole_text(chat), whole_text(parent)
         known = chat in self._seen
         self._waiting.append(
             (number, chat, parent, as_line(message), None if known else as_line(others))
@@ -304,12 +345,12 @@ class Groups:
     def note(self, kind: str, key: str, note: Mapping[str, str]) -> None:
         """Stores what else is known, e.g. about a speaker; `noted` returns it."""
         if note:
-            values = (kind, key, as_line(note))
+            values = (kind, whole_text(key), as_line(note))
             self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", values)
 
     def noted(self, kind: str, key: str) -> dict[str, str]:
         query = "SELECT note FROM notes WHERE kind = ? AND id = ?"
-        found = self._db.execute(query, (kind, key)).fetchone()
+        found = self._db.execute(query, (kind, whole_text(key))).fetchone()
         return json.loads(found[0]) if found else {}
 
     def _flush(self) -> None:

@@ -15,10 +15,11 @@ _LONGEST_EXPONENT = 3  # characters such as "e+" that belong to a number only if
 
 
 class Element(NamedTuple):
-    """A value and its length in characters; the value is None if it is too long."""
+    """A value and its length in characters; None if it is too long, or nested too deeply."""
 
     value: Any
     length: int
+    is_deep: bool = False
 
 
 def elements(pieces: Iterator[str], most: int) -> Iterator[Element]:
@@ -49,8 +50,8 @@ def pairs(pieces: Iterator[str], most: int) -> Iterator[tuple[str, Any]]:
     while text.mark() != "}":
         name = text.value().value
         text.take(":")
-        value, length = text.value()
-        if length <= most:
+        value, length, is_deep = text.value()
+        if length <= most and not is_deep:
             yield str(name), value
 
 
@@ -95,7 +96,7 @@ class _Text:
                     raise EOFError(str(error)) from None
                 continue
             except RecursionError:
-                raise ValueError("it is nested too deeply") from None
+                return Element(None, self._skip(), is_deep=True)
             if end > len(self._text) - _LONGEST_EXPONENT and self._more():
                 continue  # a number may continue in the next piece
             length = end - self._at
