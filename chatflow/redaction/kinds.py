@@ -55,7 +55,7 @@ def emails(text: str, countries: Sequence[str]) -> Iterator[Span]:
 _EMAIL = re.compile(
     r"[^\W_][\w.+%'-]{0,63}(?:@|%40|&#(?:64|x40);|\s?[\[(]\s?at\s?[\])]\s?)"
     r"(?:[^\W_](?:[\w-]{0,62})(?:\.|\s?[\[(]\s?dot\s?[\])]\s?))+(?:[^\W\d_]{2,24}|xn--[\w-]{2,59})"
-    r"(?![^\W_])",
+    r"(?![^\W\d_])",
     re.IGNORECASE,
 )
 

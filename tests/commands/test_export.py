@@ -104,6 +104,7 @@ def test_a_conversation_is_a_row_with_all_that_is_known(filled, tmp_path, capsys
         "attribute.language": "en", "attribute.tenant": "acme", "tone": "angry", "sentiment": -1,
         "summary": "=late", "field.topic": "delivery", "confidence.topic": 0.9,
         "draft": "We are sorry.", "grievances": "late", "draft_status": "approved",
+        "draft_revision": 2, "draft_model": "m",
         "decided_by": "ada", "reply": "We are so sorry.", "replied_at": "2026-03-02T00:00:00Z",
         "model": "m", "prompt_version": "v", "revision": 2,
         "analysed_at": "2026-03-01T10:00:00.250000Z", "analysis_id": "a-1-2", "draft_id": "d-1-2",

@@ -5,11 +5,15 @@ import binascii
 import csv
 import gzip
 import json
+import os
 import re
+import shutil
 import sqlite3
+import subprocess
+import sys
 
 import pytest
-from conftest import ANGRY, APOLOGY, read
+from conftest import ANGRY, APOLOGY, as_line, read
 from consoles import Visitor, angry_chat, served, write
 from fakes.hook import Hook
 
@@ -76,17 +80,17 @@ def dump(path) -> bytes:
 
 @pytest.fixture(autouse=True)
 def own_logs():
-    """A run's log lines are redacted until its process ends."""
+    """Ends what a run in this process began: its log lines are redacted until the process ends."""
     yield
     stop_redacting()
 
 
-@pytest.fixture
-def planted(tmp_path, lines, vertex, capfd, caplog, monkeypatch):
-    """Runs the pipeline on chats with planted items; returns everything that came out."""
-    own = tmp_path / "own.toml"
-    own.write_text("contract = 'C-\\d{6}'\n")
-    monkeypatch.setenv("HOOK_SECRET", "whsec_" + base64.b64encode(bytes(32)).decode())
+@pytest.fixture(scope="module")
+def planted_once(tmp_path_factory, fake_vertex):
+    """Runs the pipeline as a user does, with all log lines, on chats with planted items."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "own.toml").write_text("contract = 'C-\\d{6}'\n")
+    (folder / "chats.jsonl").write_bytes(b"".join(as_line(line) + b"\n" for line in LINES))
     asked = []
 
     def answer(prompt):
@@ -97,25 +101,34 @@ def planted(tmp_path, lines, vertex, capfd, caplog, monkeypatch):
             return "I would rather not: " + prompt[-2000:]
         return '{"sentiment": -1, "summary": "The parcel of [NAME_1] is late."}'
 
-    vertex.brain.answer = answer
+    fake_vertex.reset()
+    before, fake_vertex.brain.answer = fake_vertex.brain.answer, answer
     with Hook() as hook:
-        code = main([
-            "run", f"--input={lines(*LINES)}", f"--output={tmp_path}/out",
-            f"--analyses={tmp_path}/out/analyses,{hook.address}/analyses",
-            f"--database=sqlite:///{tmp_path}/chatflow.db", "--inference=remote",
-            "--model=openai:small", f"--api_endpoint={vertex.address}/v1", "--max_line_bytes=3000",
-            "--redact=all", f"--redact_patterns={own}",
-            f"--keep_raw=sqlite:///{tmp_path}/raw.db", "--summary=json",
-            "--webhook_secret=env:HOOK_SECRET",
-        ])  # fmt: skip
+        ran = subprocess.run(
+            [
+                sys.executable, "-m", "chatflow", "run", "--input=chats.jsonl", "--output=out",
+                f"--analyses=out/analyses,{hook.address}/analyses", "--webhook_secret=env:HOOK",
+                "--database=sqlite:///chatflow.db", "--inference=remote", "--model=openai:small",
+                f"--api_endpoint={fake_vertex.address}/v1", "--max_line_bytes=3000",
+                "--redact=all", "--redact_patterns=own.toml", "--keep_raw=sqlite:///raw.db",
+                "--summary=json", "--debug",
+            ],
+            cwd=folder, capture_output=True, check=True,
+            env={**os.environ, "HOOK": "whsec_" + base64.b64encode(bytes(32)).decode()},
+        )  # fmt: skip
         sent = b"".join(one.body for one in hook.received)
-    printed = capfd.readouterr()
+    fake_vertex.brain.answer = before
     return {
-        "code": code, "sent": sent,
-        "counts": json.loads((printed.out or printed.err).splitlines()[-1]),
-        "printed": (printed.out + printed.err + caplog.text).encode(),
-        "prompts": "\n".join(asked).encode(), "folder": tmp_path,
+        "sent": sent, "counts": json.loads(ran.stdout), "printed": ran.stdout + ran.stderr,
+        "prompts": "\n".join(asked).encode(), "folder": folder,
     }  # fmt: skip
+
+
+@pytest.fixture
+def planted(planted_once, tmp_path):
+    """What came out of that run; the folder is a copy."""
+    shutil.copytree(planted_once["folder"], tmp_path, dirs_exist_ok=True)
+    return {**planted_once, "folder": tmp_path}
 
 
 def test_what_was_planted_is_nowhere(planted):

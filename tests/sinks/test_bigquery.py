@@ -289,8 +289,11 @@ def test_a_record_that_is_too_large_is_a_dead_letter_and_fails_no_other(tables):
 @pytest.mark.parametrize(
     ("analyses", "said"),
     [
-        ("bigquery://proj-1.chatflow", "it is bigquery://PROJECT.DATASET.TABLE"),
-        ("bigquery://proj-1.chatflow.t?upsert=maybe", "it is bigquery://PROJECT.DATASET.TABLE"),
+        ("bigquery://proj-1.chatflow", "is not a table; write bigquery://PROJECT.DATASET.TABLE"),
+        (
+            "bigquery://proj-1.chatflow.t?upsert=maybe",
+            "is not a table; write bigquery://PROJECT.DATASET.TABLE",
+        ),
         ("bigquery://proj-1.chatflow.nowhere", "cannot be written to: 404"),
         ("bigquery://proj-1.chatflow.drafts", "has no column sentiment, summary, summary_source"),
     ],
