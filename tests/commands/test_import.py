@@ -54,6 +54,16 @@ def test_the_report_is_a_table_and_says_how_columns_were_taken(tmp_path, table, 
     assert f"the first that could not be read: there is no ticket_id ({table}, row 5)" in said.err
 
 
+def test_chats_of_one_object_are_counted_once(tmp_path, capsys):
+    users = [{"id": 1, "role": "end-user"}]
+    comments = [{"id": 5, "author_id": 1, "public": True, "plain_body": "late"}]
+    tickets = [{"id": n, "requester_id": 1, "subject": "s", "comments": comments} for n in (1, 2)]
+    path = tmp_path / "page.json"
+    path.write_text(json.dumps({"tickets": tickets, "users": users}))
+    report = run(capsys, path, tmp_path / "x.jsonl")
+    assert (report["chats"], report["formats/zendesk"]) == (2, 2)
+
+
 def test_an_import_of_nothing_is_none(tmp_path, capsys):
     path = tmp_path / "x.csv"
     path.write_text("chat_id,text\n,lost\n")
