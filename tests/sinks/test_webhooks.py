@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import re
+import socket
 import ssl
 import time
 from datetime import UTC, datetime, timedelta
@@ -291,9 +292,10 @@ def test_a_service_that_stays_away_is_given_up(hook, monkeypatch, how, reason, s
 @pytest.mark.slow
 def test_a_port_where_nobody_listens(apologise, tmp_path, monkeypatch):
     monkeypatch.setattr(webhooks, "WEBHOOK_SECONDS", 0.2)
-    with Loopback() as gone:
-        pass
-    assert apologise(gone.address)["dead_letters_by_reason"] == {"write/webhook_unreachable": 3}
+    with socket.socket() as taken:  # so that no other test's server gets the port meanwhile
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert apologise(address)["dead_letters_by_reason"] == {"write/webhook_unreachable": 3}
     assert "Cannot connect to host" in letters(tmp_path / "out")[0].error
 
 
