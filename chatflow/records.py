@@ -451,15 +451,18 @@ class DeadLetter(Record):
 
     def payload_bytes(self) -> bytes:
         """Returns the original payload; raises `BadInputError`: `bad_payload`."""
-        if self.payload_encoding in ("utf-8", "file"):
-            return self.payload.encode()
-        try:
-            raw = base64.b64decode(self.payload, validate=True)
-            return gzip.decompress(raw) if self.payload_encoding == "gzip" else raw
-        except (ValueError, OSError, EOFError, zlib.error) as error:
-            raise BadInputError(
-                "bad_payload", f"the payload is not {self.payload_encoding}: {error}"
-            ) from None
+        return unpacked(self.payload, self.payload_encoding)
+
+
+def unpacked(payload: str, encoding: str) -> bytes:
+    """Returns what a dead letter's payload holds; raises `BadInputError`: `bad_payload`."""
+    if encoding in ("utf-8", "file"):
+        return payload.encode()
+    try:
+        raw = base64.b64decode(payload, validate=True)
+        return gzip.decompress(raw) if encoding == "gzip" else raw
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise BadInputError("bad_payload", f"the payload is not {encoding}: {error}") from None
 
 
 KINDS: Mapping[str, type[Record]] = {

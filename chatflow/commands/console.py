@@ -167,13 +167,11 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def raw_database(parsed: argparse.Namespace) -> Database | None:
     """Returns the database that `--raw_database` names, or None; raises `UsageError`."""
-    from chatflow.database.connections import Database, password_at
+    from chatflow.database.connections import opened, password_at
 
     if not parsed.raw_database:
         return None
-    raw = Database(parsed.raw_database, password_at(parsed.database_password))
-    raw.upgrade()
-    return raw
+    return opened(parsed.raw_database, password_at(parsed.database_password))
 
 
 def _end_with_stdin(server: Server) -> None:

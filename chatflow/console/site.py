@@ -91,7 +91,7 @@ class Console:
             """Returns a text of a draft, chat or event as this person may see it."""
             if text is None or not (person and person.reads_texts):
                 return redacted(text)
-            return fill(text, hidden.get((of["chat_id"], of["revision"]), {}))
+            return filled(text, of)
 
         def filled(text: str, of: Mapping[str, Any]) -> str:
             return fill(text, hidden.get((of["chat_id"], of["revision"]), {}))

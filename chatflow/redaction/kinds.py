@@ -47,9 +47,17 @@ _OTHER_NUMBER = re.compile(
 )
 
 
-def emails(text: str, countries: Sequence[str]) -> Iterator[Span]:
-    for found in _EMAIL.finditer(text):
-        yield found.span()
+Recogniser = Callable[[str, Sequence[str]], Iterator[Span]]
+"""Yields where something is in a text, by the text and the countries to think of."""
+
+
+def of_form(pattern: re.Pattern[str]) -> Recogniser:
+    """Returns a recogniser of everything that has a form."""
+
+    def find(text: str, countries: Sequence[str]) -> Iterator[Span]:
+        return (found.span() for found in pattern.finditer(text))
+
+    return find
 
 
 _EMAIL = re.compile(
@@ -238,12 +246,12 @@ _DATE = re.compile(
 def _is_dialled(text: str, start: int, end: int) -> bool:
     """Returns whether a number that could be dialled is meant to be."""
     number = text[start:end]
-    if sum(map(str.isdigit, number)) < 8 and not words_before(text, start, _DIAL):
+    called = words_before(text, start, _DIAL)
+    if sum(map(str.isdigit, number)) < 8 and not called:
         return False
     if "+" in number or number.startswith("00"):
         return True
     before = text[max(0, start - 60) : start].rpartition("\n")[2]
-    called = words_before(text, start, _DIAL)
     if _DATE.fullmatch(number) or re.search(r"[$€£#/_-]\s?$", before):
         return False
     if before.rstrip().endswith("=") and not called:
@@ -276,12 +284,7 @@ _SSN = re.compile(r"(?:(?<![\w-])|(?<=ssn))\d{3}([ .-]?)\d{2}\1\d{4}(?![\w-]|\.\
 _SOCIAL = re.compile(r"\b(?:ssn?|social|soc|seguro|tax(?:payer)? id|itin)\b", re.IGNORECASE)
 
 
-def ninos(text: str, countries: Sequence[str]) -> Iterator[Span]:
-    """Yields national insurance numbers, by HMRC's manual NIM39110: they have no check digit."""
-    for found in _NINO.finditer(text):
-        yield found.span()
-
-
+# National insurance numbers, by HMRC's manual NIM39110, have no check digit.
 _NINO = re.compile(
     r"(?<![A-Za-z0-9-])(?!BG|GB|KN|NK|NT|TN|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]([ -]?)\d{2}\1"
     r"\d{2}\1\d{2}\1[A-D](?![A-Za-z0-9-])",
@@ -305,7 +308,7 @@ _NHS = re.compile(r"(?<![\w+-])\d{3}([ -]?)\d{3}\1\d{4}(?![\w-])")
 _HEALTH = re.compile(r"\b(?:nhs|health|patient|gp|surgery|hospital)\b", re.IGNORECASE)
 
 
-def numbers_of(module: str, form: str) -> Callable[[str, Sequence[str]], Iterator[Span]]:
+def numbers_of(module: str, form: str) -> Recogniser:
     """Returns a recogniser of what has a form, and whose check digits python-stdnum finds right."""
     pattern = re.compile(rf"(?<![\w+.-])(?:{form})(?![\w-]|\.\d)", re.IGNORECASE)
 
@@ -394,11 +397,9 @@ _ADDRESSES = {
 }
 
 
-Recogniser = Callable[[str, Sequence[str]], Iterator[Span]]
-
 NATIONAL_IDS: dict[str, dict[str, Recogniser]] = {
     "US": {"ssn": ssns},
-    "GB": {"nino": ninos, "nhs": nhs_numbers},
+    "GB": {"nino": of_form(_NINO), "nhs": nhs_numbers},
     "DE": {"steuer_id": numbers_of("de.idnr", r"[1-9]\d([ ]?)\d{3}\1\d{3}\1\d{3}")},
     "FR": {
         "nir": numbers_of("fr.nir", r"[12][ ]?\d\d[ ]?\d\d[ ]?\d[\dAB][ ]?\d{3}[ ]?\d{3}[ ]?\d\d")
@@ -422,7 +423,7 @@ NATIONAL_IDS: dict[str, dict[str, Recogniser]] = {
 
 FIXED: dict[str, Recogniser] = {
     "url": urls,
-    "email": emails,
+    "email": of_form(_EMAIL),
     "iban": ibans,
     "card": cards,
     "ip": ips,

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import tomllib
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple, Self
 import requests
 
 from chatflow import metrics
-from chatflow.errors import UsageError, one_line
+from chatflow.errors import BadInputError, UsageError, one_line
 from chatflow.options import RedactionSettings
-from chatflow.records import Chat, DeadLetter, Message, RawChat, Redaction
+from chatflow.records import Chat, DeadLetter, Message, RawChat, Redaction, unpacked
 from chatflow.redaction.dlp import Dlp
 from chatflow.redaction.kinds import (
     KINDS,
@@ -360,10 +359,8 @@ class _Session:
     def _packed(self, letter: Mapping[str, Any]) -> str:
         """Returns the payload of a dead letter in a dead letter, or "" if it cannot be read."""
         try:
-            content = base64.b64decode(str(letter.get("payload")), validate=True)
-            if letter["payload_encoding"] == "gzip":
-                content = gzip.decompress(content)
-        except (ValueError, OSError, EOFError, zlib.error):
+            content = unpacked(str(letter.get("payload")), letter["payload_encoding"])
+        except BadInputError:
             return ""
         encoding = _encoding_of(content)
         raw = self.text(_unescaped(content.decode(encoding))).encode(encoding)
