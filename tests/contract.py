@@ -95,9 +95,10 @@ def on_worker(gemma, monkeypatch, heads):
     from chatflow.models.gemma import engine
 
     # A prompt longer than the longest cache, which is made a short one.
-    for name in ("TOTALS", "READ_TOTALS"):
-        short = tuple(total for total in getattr(engine, name) if total <= 1024)
-        monkeypatch.setattr(engine, name, short)
+    monkeypatch.setattr(engine, "TOTALS", tuple(total for total in engine.TOTALS if total <= 1024))
+    shape = gemma.engine.shape
+    streams = {total: block for total, block in shape.streams.items() if total <= 2048}
+    monkeypatch.setattr(gemma.engine, "shape", shape._replace(streams=streams))
     spec = ModelSpec(heads=heads)
     LoadedGemma.loaded = copy.copy(gemma)
     LoadedGemma.loaded.name = spec.result_name

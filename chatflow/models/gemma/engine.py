@@ -23,10 +23,9 @@ import numpy as np
 
 from chatflow.chat_text import CONTROL_TOKEN
 from chatflow.choices.reading import States
-from chatflow.models.gemma.forward import Cache, Forward, Rules, Writing
+from chatflow.models.gemma.forward import Cache, Forward, Known, Rules, Stream, Writing
 from chatflow.models.gemma.grammar import DONE, ENDLESS, Text, Vocabulary, compile_texts
 from chatflow.models.gemma.shapes import (
-    READ_TOTALS,
     STEPS,
     TOTALS,
     PromptTooLongError,
@@ -95,6 +94,22 @@ class _Prompt(NamedTuple):
         return bool(self.row.choices and self.row.text)
 
 
+class _Text(NamedTuple):
+    """A reading as tokens: of each piece, and of each question behind it."""
+
+    number: int
+    pieces: list[list[int]]
+    asked: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        return sum(map(len, self.pieces))
+
+    @property
+    def size(self) -> int:
+        return self.length + sum(map(len, self.asked))
+
+
 class Engine:
     """A decoder of keras_hub's with its tokenizer, ready to score and decode.
 
@@ -134,6 +149,9 @@ class Engine:
             self._before += self._turn(before)
             self._after = self._turn(after)
         self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
+        self._read_prefixes: collections.OrderedDict[tuple[str, int], Known] = (
+            collections.OrderedDict()
+        )
         # A separate step reads all weights. A byte of a cache costs 7 times as much as one of the
         # weights (measured on a CPU), because caches are copied.
         weights = sum(value.nbytes for value in self.forward.weights)
@@ -349,65 +367,91 @@ class Engine:
         behind: tuple[tuple[str, tuple[str, ...]], ...],
     ) -> list[States | PromptTooLongError]:
         results: dict[int, States | PromptTooLongError] = {}
-        waiting = []
         asked = [(self.encode(text), self.first_tokens(options)) for text, options in behind]
-        longest = max((len(ids) for ids, _ in asked), default=0)
+        waiting: dict[str, list[_Text]] = collections.defaultdict(list)
         for number, reading in enumerate(readings):
-            start = self.prefix(reading.prefix)[1]
             cuts = [0, *reading.ends, len(reading.suffix)]
             pieces = [self.encode(reading.suffix[a:b]) for a, b in itertools.pairwise(cuts)]
-            ids = [token for piece in pieces for token in piece]
-            size = max(self.shape.fed(len(ids)), len(ids) + self.shape.fed(longest))
+            text = _Text(number, pieces, [ids for ids, _ in asked])
             try:
-                total = bucket(start + size, READ_TOTALS)
+                bucket(text.size, tuple(self.shape.streams))
             except PromptTooLongError as error:
                 results[number] = error
             else:
-                waiting.append((reading.prefix, total, number, ids, [len(p) for p in pieces]))
-        waiting.sort(key=lambda row: (row[0], len(row[3])))
-        while waiting:
-            prefix, total = waiting[-1][:2]
-            fit = self.shape.cache_bytes // (total * self.forward.cache_bytes)
-            most = max([n for n in self.shape.blocks if n <= fit], default=self.shape.blocks[0])
-            block = [row for row in waiting[-most:] if row[0] == prefix]
-            del waiting[-len(block) :]
-            self._read_block(block, prefix, total, layers, asked, results)
+                waiting[reading.prefix].append(text)
+        for prefix, texts in waiting.items():
+            while texts:
+                count = self._fitting(texts)
+                self._read_stream(texts[:count], prefix, layers, asked, results)
+                del texts[:count]
         return [results[number] for number in range(len(readings))]
 
-    def _read_block(
+    def _fitting(self, texts: Sequence[_Text]) -> int:
+        """Returns how many of the first texts are read as one stream: at least one."""
+        total = 0
+        for count, text in enumerate(texts):
+            total += text.size
+            if count and (total > self.shape.together or count == self.shape.batches[-1]):
+                return count
+        return len(texts)
+
+    def _read_stream(
         self,
-        block: list[Any],
+        texts: Sequence[_Text],
         prefix: str,
-        total: int,
         layers: tuple[int, ...],
         asked: Sequence[tuple[list[int], np.ndarray]],
         results: dict[int, Any],
     ) -> None:
-        size = bucket(len(block), self.shape.blocks)
-        known, start = self.prefix(prefix)
-        cache = self.forward.cache(known, rows=size, total=total)
-        padded, lengths = np.zeros((size, total), np.int32), np.ones(size, np.int32)
-        for at, (*_, ids, _pieces) in enumerate(block):
-            padded[at, : len(ids)] = ids
-            lengths[at] = max(len(ids), 1)
-        self.counts["prefill_tokens"] += sum(len(row[3]) for row in block)
-        states, cache = self.forward.read(
-            self.forward.weights, cache, padded, np.full(size, start, np.int32), lengths,
-            chunk=self.shape.chunks[size], layers=layers,
-        )  # fmt: skip
-        options = []
-        ends = [start + len(row[3]) for row in block]
-        for ids, first in asked:
-            # Each overwrites the one before it in the cache, so that none sees another.
-            hidden, cache = self._prefill(
-                self.forward.weights, cache, [ids] * len(block), ends, size, total
-            )
-            scores = np.asarray(self.forward.scores(self.forward.weights, hidden, first))
-            options.append(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+        known = self._known(prefix, max(layers))
+        stream, starts, states, _ = self._feed(texts, known, layers)
+        self.counts["prefill_tokens"] += int((stream.text >= 0).sum())
         rows = np.asarray(states)  # cut here: on the device, each length would be compiled
-        for at, (_, _, number, ids, pieces) in enumerate(block):
-            found = _pooled(rows[at, : len(ids)].astype(np.float32), np.array(pieces))
-            results[number] = found._replace(options=tuple(scores[at] for scores in options))
+        options = []
+        ends = np.array([start + text.length for start, text in zip(starts, texts, strict=True)])
+        for ids, first in asked:
+            ends += len(ids)
+            size = bucket(len(ends), self.shape.batches)
+            last = np.zeros((size, self.forward.size.hidden), rows.dtype)
+            last[: len(ends)] = rows[ends - 1, -1]
+            scores = np.asarray(self.forward.scores_of_states(self.forward.weights, last, first))
+            options.append(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+        for at, (start, text) in enumerate(zip(starts, texts, strict=True)):
+            own = rows[start : start + text.length].astype(np.float32)
+            found = _pooled(own, np.array([len(piece) for piece in text.pieces]))
+            scores_of_text = tuple(scores[at] for scores in options)
+            results[text.number] = found._replace(options=scores_of_text)
+
+    def _feed(
+        self, texts: Sequence[_Text], known: Known, layers: tuple[int, ...]
+    ) -> tuple[Stream, list[int], jax.Array, Any]:
+        """Reads texts as one stream; returns it, where each text begins, and what was read."""
+        total = bucket(sum(text.size for text in texts), tuple(self.shape.streams))
+        stream, starts = _stream(texts, total, int(known.length), self.shape.piece)
+        states, caches = self.forward.read(
+            self.forward.weights,
+            known,
+            stream,
+            block=self.shape.streams[total],
+            piece=self.shape.piece,
+            layers=layers,
+        )
+        return stream, starts, states, caches
+
+    def _known(self, prefix: str, layers: int) -> Known:
+        """Returns the keys and values of a prefix, up to a layer."""
+        key = prefix, layers
+        if key not in self._read_prefixes:
+            ids = [*self._before, *self.encode(prefix)]
+            nothing = self.forward.no_prefix(layers)
+            *_, caches = self._feed([_Text(0, [ids], [])], nothing, (layers,))
+            kept = -(-len(ids) // self.shape.piece) * self.shape.piece
+            caches = jax.tree.map(lambda values: values[:kept], caches)
+            self._read_prefixes[key] = Known(caches, np.int32(len(ids)))
+            while len(self._read_prefixes) > PREFIXES_KEPT:
+                self._read_prefixes.popitem(last=False)
+        self._read_prefixes.move_to_end(key)
+        return self._read_prefixes[key]
 
     # Decode.
 
@@ -493,6 +537,28 @@ class Engine:
             automaton = compile_texts(list(known), self.vocabulary)
             self._starts = dict(zip(known, automaton.starts, strict=True))
             self._rules = self.forward.rules(automaton)
+
+
+def _stream(texts: Sequence[_Text], total: int, start: int, piece: int) -> tuple[Stream, list[int]]:
+    """Returns texts as a stream, and where each begins; `start` is the length of their prefix."""
+    token, position, suffix, first = (np.zeros(total, np.int32) for _ in range(4))
+    text_number = np.full(total, -1, np.int32)
+    begins: list[int] = []
+    at = 0
+    for number, text in enumerate(texts):
+        begins.append(at)
+        after = start + text.length
+        parts = [[token for piece in text.pieces for token in piece], *text.asked]
+        for part, ids in enumerate(parts):
+            places = slice(at, at + len(ids))
+            token[places] = ids
+            text_number[places] = number
+            position[places] = np.arange(len(ids)) + (after if part else start)
+            suffix[places] = part
+            at += len(ids)
+        first[begins[-1] : at] = begins[-1] // piece
+    place = np.arange(total, dtype=np.int32) // piece
+    return Stream(token, text_number, position, suffix, place, first), begins
 
 
 def _without_last_layer(states: States) -> States:

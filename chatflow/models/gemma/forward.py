@@ -20,9 +20,13 @@ import jax.numpy as jnp
 import keras
 import keras_hub
 import numpy as np
+from keras_hub.src.vllm.context import vllm_context_scope
 
-from chatflow.models.gemma.grammar import DONE, Automaton
+from chatflow.models.gemma.grammar import DONE, ENDLESS, Automaton
 from chatflow.weights.families import family_of
+
+_LOWEST = -1e30
+"""Below every score, and finite, so that differences are."""
 
 Cache = Any
 """Keys and values: a tree of arrays `[rows, …]`; see `Family.position_axis`."""
@@ -61,6 +65,123 @@ class Writing(NamedTuple):
     @property
     def active(self) -> jax.Array:
         return (self.state != DONE) & (self.tokens > 0)
+
+
+class Stream(NamedTuple):
+    """Texts that are read one after the other; every array is `[tokens]`.
+
+    Attributes:
+      token: ids.
+      text: the number of a token's text; texts stand in order; negative: padding, at the end.
+      position: of a token, counted from the start of the prefix of its text.
+      suffix: 0 for the text itself, then the number of a question that follows it and does not
+        see the other questions.
+      place: the piece in which a token stands: its index by the piece's length.
+      first: the piece in which a token's text begins.
+    """
+
+    token: Any
+    text: Any
+    position: Any
+    suffix: Any
+    place: Any
+    first: Any
+
+
+class Known(NamedTuple):
+    """A prefix: keys and values `[positions, heads, head_dim]` of each layer, and its length."""
+
+    caches: Any
+    length: Any
+
+
+class Sums(NamedTuple):
+    """The sums of a softmax over the keys seen so far.
+
+    Attributes:
+      highest: score, `[kv_heads, queries, group]`.
+      total: of the exponentials of all scores less the highest.
+      weighted: values by the same exponentials, `[…, head_dim]`.
+    """
+
+    highest: jax.Array
+    total: jax.Array
+    weighted: jax.Array
+
+
+class Attention(NamedTuple):
+    """Attention to keys that come piece by piece: Milakov and Gimelshein, "Online normalizer
+    calculation for softmax", 2018 (arXiv:1805.02867).
+
+    Attributes:
+      query: scaled, `[queries, kv_heads, group, head_dim]`.
+      soft_cap: of the scores, or None.
+    """
+
+    query: jax.Array
+    soft_cap: float | None
+
+    def nothing(self) -> Sums:
+        queries, kv_heads, group, head = self.query.shape
+        shape = (kv_heads, queries, group)
+        return Sums(
+            jnp.full(shape, _LOWEST, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, head), jnp.float32),
+        )
+
+    def add(self, sums: Sums, keys: jax.Array, values: jax.Array, visible: jax.Array) -> Sums:
+        """Adds keys and values `[keys, kv_heads, head_dim]`; `visible` is `[queries, keys]`."""
+        scores = jnp.einsum("qkgd,skd->kqgs", self.query, keys).astype(jnp.float32)
+        if self.soft_cap:
+            scores = jnp.tanh(scores / self.soft_cap) * self.soft_cap
+        seen = visible[None, :, None, :]
+        highest = jnp.maximum(sums.highest, jnp.where(seen, scores, _LOWEST).max(axis=-1))
+        scores = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
+        less = jnp.exp(sums.highest - highest)
+        more = jnp.einsum("kqgs,skd->kqgd", scores.astype(values.dtype), values)
+        return Sums(
+            highest,
+            sums.total * less + scores.sum(axis=-1),
+            sums.weighted * less[..., None] + more.astype(jnp.float32),
+        )
+
+    def result(self, sums: Sums) -> jax.Array:
+        """Returns the mean of the values, `[queries, heads * head_dim]`; 0 where none was seen."""
+        mean = sums.weighted / jnp.maximum(sums.total, 1e-30)[..., None]
+        return jnp.swapaxes(mean, 0, 1).reshape(len(self.query), -1)
+
+
+def _attend(
+    attention: Attention,
+    own: Stream,
+    prefix: tuple[jax.Array, jax.Array],
+    length: Any,
+    caches: tuple[jax.Array, jax.Array],
+    stream: Stream,
+    window: int,
+) -> jax.Array:
+    """Returns what a piece of a stream sees of its prefix and of its texts, `[piece, …]`."""
+
+    def near(position: Any) -> Any:
+        before = own.position[:, None] - position
+        return (before >= 0) & (before < window)
+
+    piece = len(own.token)
+    places = jnp.arange(len(prefix[0]))
+    sums = attention.add(attention.nothing(), *prefix, near(places) & (places < length))
+
+    def add(number: Any, sums: Sums) -> Sums:
+        keys, values, other = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, number * piece, piece), (*caches, stream)
+        )
+        alike = (own.text[:, None] == other.text) & (
+            (other.suffix == 0) | (own.suffix[:, None] == other.suffix)
+        )
+        return attention.add(sums, keys, values, alike & near(other.position))
+
+    sums = jax.lax.fori_loop(own.first[0], own.place[0] + 1, add, sums)
+    return attention.result(sums)
 
 
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
@@ -232,38 +353,41 @@ class Forward:
         hidden, cache = jax.lax.fori_loop(0, chunks, feed, (last, cache))
         return hidden, cache
 
-    @_compiled(static_argnames=("chunk", "layers"), donate_argnames="cache")
+    @_compiled(static_argnames=("block", "piece", "layers"))
     def read(
         self,
         weights: Any,
-        cache: Cache,
-        tokens: Any,
-        starts: Any,
-        lengths: Any,
+        prefix: Known,
+        stream: Stream,
         *,
-        chunk: int,
+        block: int,
+        piece: int,
         layers: tuple[int, ...],
-    ) -> tuple[jax.Array, Cache]:
-        """Feeds tokens as `prefill` does; returns the states after some layers, and the cache.
+    ) -> tuple[jax.Array, Any]:
+        """Reads texts that stand one after the other, `block` tokens at a time; `piece` divides it.
 
-        The states are `[rows, total, layers, hidden]`; those after a row's end have no meaning.
-        Nothing above the highest layer is computed, so the cache is only filled up to it.
+        Every text follows the prefix, and sees nothing of the others. Returns the states after
+        some layers (from 1), `[tokens, layers, hidden]`, each divided by its root mean square, as
+        some are a thousand times larger; and keys and values, `[tokens, heads, head_dim]`, of each
+        layer. Nothing above the highest layer is computed.
         """
         self.compilations += 1
-        run = jax.vmap(functools.partial(self.states, layers=layers), in_axes=(None, 0, 0, 0))
+        tokens = stream.token.shape[0]
+        dtype = self.model.backbone.compute_dtype
+        one = jnp.zeros((tokens, self.size.kv_heads, self.size.head), dtype)
+        found = jnp.zeros((tokens, len(layers), self.size.hidden), dtype)
 
         def feed(number: Any, state: Any) -> Any:
-            found, cache = state
-            begin = number * chunk
-            part = jax.lax.dynamic_slice_in_dim(tokens, begin, chunk, axis=1)
-            states, cache = run(weights, part, cache, starts + begin)
-            return jax.lax.dynamic_update_slice_in_dim(found, states, begin, axis=1), cache
+            found, caches = state
+            states, caches = self._block(
+                weights, prefix, stream, caches, number, block, piece, layers
+            )
+            return jax.lax.dynamic_update_slice_in_dim(found, states, number * block, 0), caches
 
-        shape = (*tokens.shape, len(layers), self.size.hidden)
-        found = jnp.zeros(shape, self.model.backbone.compute_dtype)
-        chunks = (jnp.max(lengths) + chunk - 1) // chunk
-        found, cache = jax.lax.fori_loop(0, chunks, feed, (found, cache))
-        return found, cache
+        blocks = (jnp.sum(stream.text >= 0) + block - 1) // block
+        start = found, [(one, one)] * max(layers)
+        states, caches = jax.lax.fori_loop(0, blocks, feed, start)
+        return states, caches
 
     @_compiled()
     def scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
@@ -271,6 +395,18 @@ class Forward:
         self.compilations += 1
         logits = self.logits(weights, hidden).astype(jnp.float32)
         return jax.nn.log_softmax(logits)[:, tokens]
+
+    @_compiled()
+    def scores_of_states(self, weights: Any, states: Any, tokens: Any) -> jax.Array:
+        """Returns `scores` of states `[rows, hidden]` of the last layer, as `read` gives them."""
+        with self._using(weights):
+            hidden = self.model.backbone.layer_norm(states)
+        return self.scores(weights, hidden, tokens)
+
+    def no_prefix(self, layers: int) -> Known:
+        """Returns an empty prefix for the first `layers` layers."""
+        one = jnp.zeros((1, self.size.kv_heads, self.size.head), self.model.backbone.compute_dtype)
+        return Known([(one, one)] * layers, np.int32(0))
 
     @_compiled()
     def first(self, weights: Any, hidden: Any, rules: Rules, writing: Writing) -> Writing:
@@ -377,41 +513,71 @@ class Forward:
         """Returns a padding mask that leaves out no position of a cache of one row."""
         return jnp.ones((1, jax.tree.leaves(cache)[0].shape[self._position_axis]), bool)
 
-    def states(
+    def _block(
         self,
         weights: Any,
-        tokens: jax.Array,
-        cache: Cache,
-        start: Any,
-        *,
+        prefix: Known,
+        stream: Stream,
+        caches: list[Any],
+        number: Any,
+        block: int,
+        piece: int,
         layers: tuple[int, ...],
-    ) -> tuple[Any, Cache]:
-        """Runs one row: tokens [n] at cache position `start` -> [n, layers, hidden], cache.
-
-        Each state is divided by its root mean square, as some are a thousand times larger.
-        Does what keras_hub's `call_with_cache` of Gemma 1 to 3 does up to the highest of `layers`.
-        """
+    ) -> tuple[jax.Array, list[Any]]:
+        """Runs one block of a stream: states `[block, layers, hidden]`, and the filled caches."""
         backbone = self.model.backbone
-        caches = [cache[number] for number in range(max(layers))]
-        found = []
-        with self._using(weights):
-            x = backbone.token_embedding(tokens[None])
-            x = x * jnp.sqrt(backbone.hidden_dim).astype(x.dtype)
-            for number, known in enumerate(caches):
-                one = jax.tree.map(lambda values: values[None], known)
-                x, filled = backbone.transformer_layers[number](
-                    x, cache=one, cache_update_index=start
-                )
-                caches[number] = jax.tree.map(lambda values: values[0], filled)
-                found += [x[0]] * (number + 1 in layers)
-        states = jnp.stack(found, axis=1).astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(states**2, axis=-1, keepdims=True) + 1e-6)
-        return (states * scale).astype(x.dtype), self._with_layers(cache, caches)
+        begin = number * block
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, block), stream)
+        filled: list[Any] = []
+        found: list[jax.Array] = []
 
-    def _with_layers(self, cache: Cache, layers: list[Cache]) -> Cache:
-        if self._position_axis == 1:
-            return (*layers, *cache[len(layers) :])
-        return jnp.concatenate([jnp.stack(layers), cache[len(layers) :]])
+        def attend(
+            _: Any,
+            query: Any,
+            key: Any,
+            value: Any,
+            scale: float,
+            head: int,
+            heads: int,
+            kv_heads: int,
+            sliding_window: int | None,
+            soft_cap: float | None,
+        ) -> tuple[None, jax.Array]:
+            """Stands in for keras_hub's own attention, as vLLM's does: see its `vllm.attention`."""
+            at = len(filled)
+            keys, values = filled_now = tuple(
+                jax.lax.dynamic_update_slice_in_dim(
+                    known, new.reshape(block, kv_heads, head), begin, 0
+                )
+                for known, new in zip(caches[at], (key, value), strict=True)
+            )
+            filled.append(filled_now)
+            result = jax.lax.map(
+                lambda some: _attend(
+                    Attention(some[0] * scale, soft_cap),
+                    some[1],
+                    prefix.caches[at],
+                    prefix.length,
+                    (keys, values),
+                    stream,
+                    sliding_window or ENDLESS,
+                ),
+                jax.tree.map(
+                    lambda x: x.reshape(block // piece, piece, *x.shape[1:]),
+                    (query.reshape(block, kv_heads, -1, head), own),
+                ),
+            )
+            return None, result.reshape(block, -1).astype(query.dtype)
+
+        with self._using(weights), vllm_context_scope(attend, own.position):
+            x = backbone.token_embedding(own.token[:, None])
+            x = x * jnp.sqrt(backbone.hidden_dim).astype(x.dtype)
+            for layer in range(max(layers)):
+                x = backbone.transformer_layers[layer](x)
+                found += [x[:, 0]] * (layer + 1 in layers)
+        states = jnp.stack(found, axis=1).astype(jnp.float32)
+        norm = jax.lax.rsqrt(jnp.mean(states**2, axis=-1, keepdims=True) + 1e-6)
+        return (states * norm).astype(x.dtype), filled
 
     def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
         """Returns logits [rows, vocabulary] of hidden states [rows, hidden]."""

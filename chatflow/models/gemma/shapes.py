@@ -12,8 +12,6 @@ from chatflow.errors import ModelError
 TOTALS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
           16384, 24576, 32768)  # fmt: skip
 """Positions of a cache: prompt and answer."""
-READ_TOTALS = tuple(2**power for power in range(8, 16))
-"""Positions of a cache for a text that is only read; few, because nothing waits behind it."""
 STEPS = (64, 256, 1024, 4096)
 """Tokens of an answer that one call decodes."""
 
@@ -25,11 +23,17 @@ class Shape(NamedTuple):
       chunks: how many tokens of each row a prefill feeds at once, by its number of rows.
       batches: rows of one decoding batch.
       cache_bytes: the most for the caches of one batch.
+      streams: how many tokens run at once in a stream of texts that are read, by its length.
+      together: the most tokens of a stream of several texts.
+      piece: how many tokens of a stream attend together, to as many at a time.
     """
 
     chunks: dict[int, int]
     batches: tuple[int, ...]
     cache_bytes: int
+    streams: dict[int, int]
+    together: int
+    piece: int
 
     @classmethod
     def of_device(cls, dtype: str) -> Shape:
@@ -38,10 +42,12 @@ class Shape(NamedTuple):
         if device.platform == "cpu":
             # XLA multiplies a single row of bfloat16 with a slow kernel.
             one = 1 if dtype == "float32" else 2
-            return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30)
+            return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30,
+                       {256: 64, 2048: 256, 8192: 256, 32768: 256}, 2048, 64)  # fmt: skip
         memory = device.memory_stats() or {}
         free = memory.get("bytes_limit", 8 << 30) - memory.get("bytes_in_use", 0)
-        return cls({1: 64, 8: 64, 64: 64}, (1, 8, 32, 64, 128), free // 4)
+        return cls({1: 64, 8: 64, 64: 64}, (1, 8, 32, 64, 128), free // 4,
+                   {2048: 2048, 8192: 2048, 32768: 2048}, 8192, 512)  # fmt: skip
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -313,6 +313,17 @@ def test_texts_of_different_prefixes_are_read_in_one_call(engine):
         same(found, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_texts_fill_several_streams_and_long_ones_several_blocks(engine, monkeypatch):
+    """Whatever a stream holds, and wherever its blocks and pieces end."""
+    every = [reading(pieces) for pieces in [*TALKS, *TALKS[::-1]]]
+    alone = [engine.read([asked], (1, 2))[0] for asked in every]
+    shape = engine.shape._replace(streams={64: 32, 128: 64, 512: 64}, together=128, piece=16)
+    monkeypatch.setattr(engine, "shape", shape)
+    monkeypatch.setattr(engine, "_read_prefixes", type(engine._read_prefixes)())
+    for found, expected in zip(engine.read(every, (1, 2)), alone, strict=True):
+        same(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_reading_leaves_what_is_written_as_it_is(engine):
     row = write("the parcel is late", 6, reading(TALKS[0]).prefix)
     (before,) = engine.run([row])
@@ -322,7 +333,7 @@ def test_reading_leaves_what_is_written_as_it_is(engine):
 
 
 def test_a_text_that_is_too_long_to_be_read_fails_alone(engine, monkeypatch):
-    monkeypatch.setattr("chatflow.models.gemma.engine.READ_TOTALS", (256, 512))
+    monkeypatch.setattr(engine, "shape", engine.shape._replace(streams={256: 64, 512: 64}))
     long = reading(["angry " * 800, " so"])
     one, two, three = engine.read([reading(TALKS[0]), long, reading(TALKS[1])], (1, 2))
     assert isinstance(two, PromptTooLongError)
