@@ -130,8 +130,8 @@ class Engine:
         instruct: bool = False,
         scoring: Mapping[str, jax.Array] | None = None,
     ):
-        self.shape = Shape.of_device(backbone.compute_dtype)
         self.forward = Forward(backbone)
+        self.shape = Shape.of_device(self.forward.dtype)
         self.scoring = self.forward.replaced(scoring or {})
         weakref.finalize(self, self.forward.release).atexit = False
         self.tokenizer = tokenizer

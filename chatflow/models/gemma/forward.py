@@ -267,6 +267,12 @@ class Forward:
         return int(jax.tree.leaves(cache)[0].shape[self._position_axis])
 
     @property
+    def dtype(self) -> str:
+        """The type of the weights that are multiplied: the model's own, or int8."""
+        quantised = any(value.dtype == jnp.int8 for value in self.weights)
+        return "int8" if quantised else str(self.model.backbone.compute_dtype)
+
+    @property
     def layers(self) -> int:
         return self.size.layers
 
@@ -582,5 +588,24 @@ class Forward:
     def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
         """Returns logits [rows, vocabulary] of hidden states [rows, hidden]."""
         with self._using(weights):
-            logits: jax.Array = self._embedding(hidden, reverse=True)
+            logits: jax.Array
+            if self.dtype == "int8":
+                return self._int8_logits(hidden)
+            logits = self._embedding(hidden, reverse=True)
             return logits
+
+    def _int8_logits(self, hidden: jax.Array) -> jax.Array:
+        """Does what Keras's `ReversibleEmbedding` does, which transposes the embedding first: on a
+        CPU, XLA then takes 840 ms of a processor a step for Gemma 3 270M, and 28 ms so."""
+        layer = self._embedding
+        if not layer.tie_weights:
+            return layer(hidden, reverse=True)
+        rounded, scale = layer.inputs_quantizer(hidden)
+        contracted = (((1,), (1,)), ((), ()))
+        products = jax.lax.dot_general(
+            rounded, layer._embeddings.value, contracted, preferred_element_type=jnp.int32
+        )
+        scales = scale * layer.embeddings_scale.value.reshape(1, -1)
+        logits = products.astype(hidden.dtype) / scales
+        cap = layer.logit_soft_cap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap

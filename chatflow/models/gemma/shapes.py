@@ -37,10 +37,11 @@ class Shape(NamedTuple):
 
     @classmethod
     def of_device(cls, dtype: str) -> Shape:
-        """Returns the shape measured as best for this device; see bench/README.md."""
+        """Returns the shape measured as best for weights of this type on this device; see
+        bench/README.md."""
         device = jax.devices()[0]
         if device.platform == "cpu":
-            # XLA multiplies a single row of bfloat16 with a slow kernel.
+            # XLA multiplies a single row of bfloat16 or int8 with a slow kernel.
             one = 1 if dtype == "float32" else 2
             return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30,
                        {256: 64, 2048: 256, 8192: 256, 32768: 256}, 2048, 64)  # fmt: skip
