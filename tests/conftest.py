@@ -14,9 +14,7 @@ import json
 import os
 import sys
 import threading
-import types
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,9 @@ import pytest
 import sqlalchemy as sa
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
-from apache_beam.transforms import core
 from fakes.vertex import FakeVertex
 from postgres import MissingError, postgres
+from remembered import remember
 from rich.console import Console
 
 from chatflow.cli import main
@@ -119,23 +117,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def remembered(look: Callable[..., Any]) -> Callable[..., Any]:
-    """Caches what Beam asks about a method: some hundred times for each while it builds a graph."""
-    known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-    def found(method: Any) -> tuple[list[str], list[Any]]:
-        if not isinstance(method, types.MethodType):
-            return look(method)
-        function = method.__func__
-        if function not in known:
-            known[function] = look(method)
-        names, defaults = known[function]
-        return [*names], [*defaults]
-
-    return found
-
-
-core.get_function_args_defaults = remembered(core.get_function_args_defaults)
+remember()
 
 
 def chat(*texts: str, chat_id: str = "7", **fields: Any) -> Chat:
