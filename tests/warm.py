@@ -19,8 +19,9 @@ from pathlib import Path
 from chatflow.cli import main
 
 IMPORTED = (
-    "chatflow.database.migrations", "chatflow.running.launch", "chatflow.sinks.tables",
-    "chatflow.sinks.database",
+    "alembic.command", "apache_beam.runners.portability.fn_api_runner.fn_runner",
+    "chatflow.database.upserts", "chatflow.pipeline", "chatflow.running.launch",
+    "chatflow.sinks.database", "chatflow.sinks.tables", "py3langid.langid",
 )  # fmt: skip
 PROGRAM = """#!{python} -IS
 import json, os, socket, sys
