@@ -28,6 +28,7 @@ from fakes.vertex import FakeVertex
 from postgres import MissingError, postgres
 from remembered import remember
 from rich.console import Console
+from warm import Warm
 
 from chatflow.cli import main
 from chatflow.commands.stream import Run
@@ -279,6 +280,14 @@ def gemma() -> Any:
     gc.collect()
     gc.freeze()
     return loaded
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Yields what starts processes that have imported chatflow already."""
+    started = Warm(tmp_path_factory.mktemp("warm"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

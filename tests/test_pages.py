@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SAMPLES
 from generate import DOCS, README
-from warm import warm_chatflow
 
 PAGES = sorted(DOCS.rglob("*.md"))
 
@@ -44,14 +43,6 @@ INSTALLED = "your-chats.md"
 """The page whose commands start as users start them; the other pages' come from a warm process."""
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """Returns a folder with the fast command."""
-    folder = tmp_path_factory.mktemp("warm")
-    with warm_chatflow(folder):
-        yield folder
-
-
 @pytest.mark.slow
 @pytest.mark.gemma
 @pytest.mark.parametrize("page", filter(is_run, PAGES), ids=lambda page: page.name)
@@ -61,7 +52,8 @@ def test_the_commands_of_a_page_run(page, tmp_path, request):
     shutil.copytree(SAMPLES.parent, folder / "samples")
     script.write_text("".join(commands for reason, commands in blocks_of(page) if not reason))
     installed = Path(sys.executable).parent
-    first = installed if page.name == INSTALLED else request.getfixturevalue("warm")
+    warm = page.name != INSTALLED
+    first = request.getfixturevalue("warm").folder if warm else installed
     path = os.pathsep.join([str(first), str(installed), os.environ["PATH"]])
     shell = subprocess.Popen(
         ["bash", "-e", "-v", "-o", "pipefail", str(script)],

@@ -8,8 +8,6 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -742,12 +740,10 @@ def texts_in(out):
 
 
 @contextlib.contextmanager
-def stalled(source, model, out):
+def stalled(warm, source, model, out):
     """A run in another process, while its model is answering."""
-    code = "import sys; from chatflow.cli import main; sys.exit(main())"
     flags = ["--output", str(out), "--model", model, "--max_batch_size=1"]
-    command = [sys.executable, "-c", code, "run", "--input", source, *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with warm.start("-m", "chatflow", "run", "--input", source, *flags) as process:
         for line in process.stderr:
             if "analyses 0 of 1" in line:
                 break
@@ -759,26 +755,31 @@ STALLS = {"stall_seconds": 60, "answer": "x"}
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
-def test_an_interrupt_ends_a_run_with_130_and_earlier_results_stay(tmp_path, lines, script, number):
+def test_an_interrupt_ends_a_run_with_130_and_earlier_results_stay(
+    tmp_path, lines, script, number, warm
+):
     out = tmp_path / "out"
     with earlier_results_stay(out):
-        with stalled(lines(chat("x")), script(STALLS), out) as process:
+        with stalled(warm, lines(chat("x")), script(STALLS), out) as process:
             process.send_signal(number)
             assert process.stderr.read() == "chatflow: interrupted\n"
         assert process.returncode == 130
 
 
 @pytest.mark.slow
-def test_a_folder_in_use_is_refused_and_a_killed_run_is_cleared_up(tmp_path, lines, script, capsys):
+def test_a_folder_in_use_is_refused_and_a_killed_run_is_cleared_up(
+    tmp_path, lines, script, capsys, warm
+):
     source, out = lines(chat("late!")), tmp_path / "out"
     with earlier_results_stay(out):
-        with stalled(source, script(STALLS), out) as process:
+        with stalled(warm, source, script(STALLS), out) as process:
             again = ["run", "--input", source, "--output", str(out), "--summary=json", "--model"]
             assert main([*again, script(ANGRY, APOLOGY)]) == 2
             error = capsys.readouterr().err
             assert error.count("\n") == 1
             assert f"is in use by another run (process {process.pid} on " in error
             process.kill()
+            process.wait()
         (staged,) = out.glob(".chatflow-new-*")
         assert main([*again, "scripted:/none"]) == 2  # found before the folder is looked at
         assert staged.exists()
@@ -816,7 +817,7 @@ main()
 @pytest.mark.parametrize("moved", [0, 1, 3])
 @pytest.mark.slow
 def test_a_run_killed_while_its_files_are_moved_is_finished_by_the_next(
-    tmp_path, lines, script, moved, capsys
+    tmp_path, lines, script, moved, capsys, warm
 ):
     """The next one fails, and so leaves the results of the killed one."""
     source, out = lines(chat("late!", chat_id="new")), tmp_path / "out"
@@ -824,8 +825,7 @@ def test_a_run_killed_while_its_files_are_moved_is_finished_by_the_next(
     (out / "analyses-00000-of-00001.jsonl").write_text('{"chat_id": "old"}\n')
     (out / "drafts-00001-of-00002.jsonl").write_text('{"chat_id": "old"}\n')
     flags = ["run", "--input", source, "--output", str(out), "--model"]
-    command = [sys.executable, "-c", KILLED_WHILE_MOVING, str(moved), *flags]
-    killed = subprocess.run([*command, script(ANGRY, APOLOGY)], capture_output=True, check=False)
+    killed = warm.run("-c", KILLED_WHILE_MOVING, str(moved), *flags, script(ANGRY, APOLOGY))
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(SystemExit):
         main([*flags, failing(tmp_path)])

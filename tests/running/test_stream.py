@@ -9,8 +9,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -506,25 +504,17 @@ def test_a_publisher_of_other_processes(pubsub, script, lines):
 # The commands.
 
 
-def command(*arguments, **options):
-    code = "import sys; from chatflow.cli import main; sys.exit(main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
-def test_run_publish_and_tail_from_the_command_line(pubsub, script, lines, tmp_path, capsys):
+def test_run_publish_and_tail_from_the_command_line(pubsub, script, lines, tmp_path, capsys, warm):
     source = lines(chat("late again!", "sorry", chat_id="a<b"), chat("thanks", chat_id="2"), "bad")
     topics = [f"--{kind}={pubsub.topic(kind)}" for kind in ("analyses", "drafts", "dead_letters")]
     model = script(ANGRY, APOLOGY)
-    with command(
-        "run", f"--input={pubsub.subscription('events')}", *topics, "--model", model,
-        "--summary=json",
-    ) as run, command(
-        "tail", "--json", "--count=5", *map(pubsub.subscription, ("analyses", "drafts")),
-        pubsub.subscription("dead_letters"),
+    with warm.start(
+        "-m", "chatflow", "run", f"--input={pubsub.subscription('events')}", *topics,
+        "--model", model, "--summary=json",
+    ) as run, warm.start(
+        "-m", "chatflow", "tail", "--json", "--count=5",
+        *map(pubsub.subscription, ("analyses", "drafts", "dead_letters")),
     ) as tail:  # fmt: skip
         assert main(["publish", source, "--topic", pubsub.topic("events"), "--as_messages",
                      "--rate=50", "--summary=json"]) == 0  # fmt: skip
@@ -601,14 +591,15 @@ def test_publish_sends_lines_as_they_are(pubsub, lines):
 
 
 @pytest.mark.slow
-def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
+def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path, warm):
     """With its own emulator, as a newcomer runs it; a draft is approved; then Ctrl-C."""
     start_emulator().stop()  # it can be started here
     source = lines(*(chat("late!", "sorry", chat_id=str(n)) for n in range(10)))
     environment = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
-    with command(
-        "stream", "--chats", source, "--rate=100", "--model", script(ANGRY, APOLOGY),
-        "--summary=json", f"--output={tmp_path}/out", "--console_port=0", env=environment,
+    with warm.start(
+        "-m", "chatflow", "stream", "--chats", source, "--rate=100",
+        "--model", script(ANGRY, APOLOGY), "--summary=json", f"--output={tmp_path}/out",
+        "--console_port=0", env=environment,
     ) as process:  # fmt: skip
         host = page = approved = None
         for line in process.stderr:
