@@ -168,6 +168,7 @@ def serve(folder: Path) -> None:
     os.chdir(place)
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     kind, what, *sys.argv[1:] = arguments
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
