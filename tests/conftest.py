@@ -77,9 +77,9 @@ SECRET = "whsec_" + base64.b64encode(b"a secret of more than 24 bytes").decode()
 """Signs webhooks."""
 
 LONGEST = (
-    "gemma", "browser", "updates", "tune", "pipeline", "contract", "remote", "stream", "engine",
-    "deploy", "console", "database", "webhooks", "draft", "routes", "assemble",
-    "conversion", "torch", "bigquery", "vllm", "memory",
+    "pages", "gemma", "pipeline", "stream", "browser", "engine", "database", "remote", "deploy",
+    "tune", "kept", "families", "updates", "console", "contract", "conversion", "torch", "webhooks",
+    "draft", "routes", "assemble", "bigquery", "vllm", "memory", "prism",
 )  # fmt: skip
 """The files that take longest; they start first, so that no process ends alone with one."""
 
