@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import os
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -220,13 +219,15 @@ GEMMA3_1B = {
 }  # fmt: skip
 """The fields that decide the size in the `config.json` of google/gemma-3-1b-it."""
 
-JOB_SERVICE = [
-    "--runner=PortableRunner",
-    "--job_endpoint=embed",
-    "--environment_type=beam:env:harness_subprocess_python:v1",
-    f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
-]
-"""Flags for Beam's job service with workers in other processes."""
+
+def job_service(python: str | Path) -> list[str]:
+    """Returns flags for Beam's job service with workers in other processes."""
+    return [
+        "--runner=PortableRunner",
+        "--job_endpoint=embed",
+        "--environment_type=beam:env:harness_subprocess_python:v1",
+        f"--environment_config={python} -m apache_beam.runners.worker.sdk_worker_main",
+    ]
 
 
 def read(folder: str | Path, kind: str) -> list[Any]:

@@ -8,13 +8,14 @@ import hashlib
 import json
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 import apache_beam as beam
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
-from conftest import ANGRY, APOLOGY, JOB_SERVICE, SAMPLES, answer_any, as_line, chat, mistake, read
+from conftest import ANGRY, APOLOGY, SAMPLES, answer_any, as_line, chat, job_service, mistake, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -539,7 +540,7 @@ def test_workers_in_other_processes_give_the_same_records(tmp_path, lines, scrip
     happy = {"task": "analysis", "match": "(?i)thank", "answer": {"sentiment": 1, "summary": "x"}}
     model = script({"chat_id": "flight-lost-bag", "error": "overloaded"}, happy, ANGRY, APOLOGY)
     made = []
-    for number, flags in enumerate(([], JOB_SERVICE)):
+    for number, flags in enumerate(([], job_service(sys.executable))):
         output = tmp_path / str(number)
         options = Options(input=source, output=str(output), model=model)
         assert execute(options, flags).lost == 0

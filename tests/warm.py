@@ -3,7 +3,7 @@
 `python warm.py FOLDER` imports chatflow once and serves at a socket in the folder until it is
 stopped. For each caller it forks a process that has the caller's arguments, folder, environment
 and files, and does what `python -c CODE ARGUMENTS` or `python -m MODULE ARGUMENTS` would do. The
-program `chatflow` in the folder is such a caller.
+programs `chatflow` and `python` in the folder are such callers.
 """
 
 import concurrent.futures
@@ -33,7 +33,7 @@ PROGRAM = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-said = json.dumps([["-m", "chatflow", *sys.argv[1:]], os.getcwd(), dict(os.environ)]).encode()
+said = json.dumps([[*{first}, *sys.argv[1:]], os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [len(said).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(said)
 replies = server.makefile()
@@ -46,7 +46,7 @@ class Warm:
     """The server of warm processes.
 
     Attributes:
-      folder: has the program `chatflow`.
+      folder: has the programs `chatflow` and `python`.
     """
 
     def __init__(self, folder: Path):
@@ -140,9 +140,10 @@ def serve(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        program = folder / "chatflow"
-        program.write_text(PROGRAM.format(python=sys.executable, address=address))
-        program.chmod(0o755)
+        for name, first in (("chatflow", ["-m", "chatflow"]), ("python", [])):
+            program = PROGRAM.format(python=sys.executable, address=address, first=first)
+            (folder / name).write_text(program)
+            (folder / name).chmod(0o755)
         print("ready", flush=True)
         while True:
             caller, _ = listener.accept()

@@ -20,9 +20,9 @@ import pytest
 from conftest import (
     ANGRY,
     APOLOGY,
-    JOB_SERVICE,
     PubSub,
     chat,
+    job_service,
     mistake,
     read,
     scripted,
@@ -492,12 +492,12 @@ def hold(element):
 
 
 @pytest.mark.slow
-def test_a_publisher_of_other_processes(pubsub, script, lines):
+def test_a_publisher_of_other_processes(pubsub, script, lines, warm):
     """Files in, topics out, on workers of the job service."""
     source = lines(*(chat("late!", chat_id=str(n)) for n in range(5)))
     options = pubsub.options(input=source, model=script(ANGRY, APOLOGY))
     with pubsub.inbox() as inbox:
-        assert execute(options, JOB_SERVICE).lost == 0
+        assert execute(options, job_service(warm.folder / "python")).lost == 0
         inbox.wait(lambda inbox: len(inbox.drafts) == 5)
 
 
