@@ -12,11 +12,8 @@ import importlib.util
 import io
 import json
 import os
-import sys
 import threading
-import types
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,11 @@ import pytest
 import sqlalchemy as sa
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
-from apache_beam.transforms import core
 from fakes.vertex import FakeVertex
 from postgres import MissingError, postgres
+from remembered import remember
 from rich.console import Console
+from warm import Warm
 
 from chatflow.cli import main
 from chatflow.commands.stream import Run
@@ -78,9 +76,9 @@ SECRET = "whsec_" + base64.b64encode(b"a secret of more than 24 bytes").decode()
 """Signs webhooks."""
 
 LONGEST = (
-    "gemma", "browser", "updates", "tune", "pipeline", "contract", "remote", "stream", "engine",
-    "deploy", "console", "database", "webhooks", "draft", "routes", "assemble",
-    "conversion", "torch", "bigquery", "vllm", "memory",
+    "pages", "gemma", "pipeline", "stream", "browser", "engine", "database", "remote", "deploy",
+    "tune", "kept", "families", "updates", "console", "contract", "conversion", "torch", "webhooks",
+    "draft", "routes", "assemble", "bigquery", "vllm", "memory", "prism",
 )  # fmt: skip
 """The files that take longest; they start first, so that no process ends alone with one."""
 
@@ -119,23 +117,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def remembered(look: Callable[..., Any]) -> Callable[..., Any]:
-    """Caches what Beam asks about a method: some hundred times for each while it builds a graph."""
-    known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-    def found(method: Any) -> tuple[list[str], list[Any]]:
-        if not isinstance(method, types.MethodType):
-            return look(method)
-        function = method.__func__
-        if function not in known:
-            known[function] = look(method)
-        names, defaults = known[function]
-        return [*names], [*defaults]
-
-    return found
-
-
-core.get_function_args_defaults = remembered(core.get_function_args_defaults)
+remember()
 
 
 def chat(*texts: str, chat_id: str = "7", **fields: Any) -> Chat:
@@ -237,13 +219,15 @@ GEMMA3_1B = {
 }  # fmt: skip
 """The fields that decide the size in the `config.json` of google/gemma-3-1b-it."""
 
-JOB_SERVICE = [
-    "--runner=PortableRunner",
-    "--job_endpoint=embed",
-    "--environment_type=beam:env:harness_subprocess_python:v1",
-    f"--environment_config={sys.executable} -m apache_beam.runners.worker.sdk_worker_main",
-]
-"""Flags for Beam's job service with workers in other processes."""
+
+def job_service(python: str | Path) -> list[str]:
+    """Returns flags for Beam's job service with workers in other processes."""
+    return [
+        "--runner=PortableRunner",
+        "--job_endpoint=embed",
+        "--environment_type=beam:env:harness_subprocess_python:v1",
+        f"--environment_config={python} -m apache_beam.runners.worker.sdk_worker_main",
+    ]
 
 
 def read(folder: str | Path, kind: str) -> list[Any]:
@@ -297,6 +281,14 @@ def gemma() -> Any:
     gc.collect()
     gc.freeze()
     return loaded
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Yields what starts processes that have imported chatflow already."""
+    started = Warm(tmp_path_factory.mktemp("warm"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

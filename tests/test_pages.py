@@ -39,15 +39,22 @@ def test_all_commands_of_a_page_are_run_or_say_why_not(page):
     assert not re.findall(r"^ *```(?:bash|shell|console|zsh|sh .*)$", text, re.MULTILINE)
 
 
+INSTALLED = "your-chats.md"
+"""The page whose commands start as users start them; the other pages' come from a warm process."""
+
+
 @pytest.mark.slow
 @pytest.mark.gemma
 @pytest.mark.parametrize("page", filter(is_run, PAGES), ids=lambda page: page.name)
-def test_the_commands_of_a_page_run(page, tmp_path):
+def test_the_commands_of_a_page_run(page, tmp_path, request):
     """Word for word, in one shell, in a folder with nothing but the samples."""
     folder, script = tmp_path / "folder", tmp_path / "commands.sh"
     shutil.copytree(SAMPLES.parent, folder / "samples")
     script.write_text("".join(commands for reason, commands in blocks_of(page) if not reason))
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    installed = Path(sys.executable).parent
+    warm = page.name != INSTALLED
+    first = request.getfixturevalue("warm").folder if warm else installed
+    path = os.pathsep.join([str(first), str(installed), os.environ["PATH"]])
     shell = subprocess.Popen(
         ["bash", "-e", "-v", "-o", "pipefail", str(script)],
         cwd=folder, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},

@@ -886,6 +886,8 @@ def refuses(address):
         httpx.get(address)
     except httpx.ConnectError:
         return True
+    except httpx.TransportError:  # it is just ending
+        return False
     return False
 
 

@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 from conftest import ANGRY, APOLOGY, as_line, read
@@ -86,7 +84,7 @@ def own_logs():
 
 
 @pytest.fixture(scope="module")
-def planted_once(tmp_path_factory, fake_vertex):
+def planted_once(tmp_path_factory, fake_vertex, warm):
     """Runs the pipeline as a user does, with all log lines, on chats with planted items."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "own.toml").write_text("contract = 'C-\\d{6}'\n")
@@ -104,22 +102,21 @@ def planted_once(tmp_path_factory, fake_vertex):
     fake_vertex.reset()
     before, fake_vertex.brain.answer = fake_vertex.brain.answer, answer
     with Hook() as hook:
-        ran = subprocess.run(
-            [
-                sys.executable, "-m", "chatflow", "run", "--input=chats.jsonl", "--output=out",
-                f"--analyses=out/analyses,{hook.address}/analyses", "--webhook_secret=env:HOOK",
-                "--database=sqlite:///chatflow.db", "--inference=remote", "--model=openai:small",
-                f"--api_endpoint={fake_vertex.address}/v1", "--max_line_bytes=3000",
-                "--redact=all", "--redact_patterns=own.toml", "--keep_raw=sqlite:///raw.db",
-                "--summary=json", "--debug",
-            ],
-            cwd=folder, capture_output=True, check=True,
+        ran = warm.run(
+            "-m", "chatflow", "run", "--input=chats.jsonl", "--output=out",
+            f"--analyses=out/analyses,{hook.address}/analyses", "--webhook_secret=env:HOOK",
+            "--database=sqlite:///chatflow.db", "--inference=remote", "--model=openai:small",
+            f"--api_endpoint={fake_vertex.address}/v1", "--max_line_bytes=3000",
+            "--redact=all", "--redact_patterns=own.toml", "--keep_raw=sqlite:///raw.db",
+            "--summary=json", "--debug", cwd=folder,
             env={**os.environ, "HOOK": "whsec_" + base64.b64encode(bytes(32)).decode()},
         )  # fmt: skip
+        assert ran.returncode == 0
         sent = b"".join(one.body for one in hook.received)
     fake_vertex.brain.answer = before
     return {
-        "sent": sent, "counts": json.loads(ran.stdout), "printed": ran.stdout + ran.stderr,
+        "sent": sent, "counts": json.loads(ran.said),
+        "printed": f"{ran.said}{ran.complained}".encode(),
         "prompts": "\n".join(asked).encode(), "folder": folder,
     }  # fmt: skip
 

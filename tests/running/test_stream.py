@@ -9,8 +9,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -22,9 +20,9 @@ import pytest
 from conftest import (
     ANGRY,
     APOLOGY,
-    JOB_SERVICE,
     PubSub,
     chat,
+    job_service,
     mistake,
     read,
     scripted,
@@ -84,12 +82,12 @@ MALFORMED = (
 
 
 @pytest.mark.slow
-def test_500_chats_shuffled_repeated_late_and_malformed(pubsub):
+def test_300_chats_shuffled_repeated_late_and_malformed(pubsub):
     """Each chat's last revision holds exactly its messages; what is malformed is a letter."""
     chance = random.Random(4)
     began = now() - timedelta(minutes=10)
     events, expected = [], {}
-    for number in range(500):
+    for number in range(300):
         codes = [f"m{number}x{n}" for n in range(chance.randint(2, 8))]
         expected[str(number)] = " ".join(sorted(codes))
         for n, code in enumerate(codes):
@@ -100,7 +98,7 @@ def test_500_chats_shuffled_repeated_late_and_malformed(pubsub):
     late = chance.sample([e for e in events if "text" in e], total // 20)
     on_time = [event for event in events if event not in late]
     bad = [chance.choice(MALFORMED).format(number=n) for n in range(total // 50)]
-    repeated = chance.sample(on_time, total // 10)
+    repeated = chance.sample(on_time, total // 7)
     first = on_time + repeated + bad
     chance.shuffle(first)
 
@@ -494,37 +492,29 @@ def hold(element):
 
 
 @pytest.mark.slow
-def test_a_publisher_of_other_processes(pubsub, script, lines):
+def test_a_publisher_of_other_processes(pubsub, script, lines, warm):
     """Files in, topics out, on workers of the job service."""
     source = lines(*(chat("late!", chat_id=str(n)) for n in range(5)))
     options = pubsub.options(input=source, model=script(ANGRY, APOLOGY))
     with pubsub.inbox() as inbox:
-        assert execute(options, JOB_SERVICE).lost == 0
+        assert execute(options, job_service(warm.folder / "python")).lost == 0
         inbox.wait(lambda inbox: len(inbox.drafts) == 5)
 
 
 # The commands.
 
 
-def command(*arguments, **options):
-    code = "import sys; from chatflow.cli import main; sys.exit(main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
-def test_run_publish_and_tail_from_the_command_line(pubsub, script, lines, tmp_path, capsys):
+def test_run_publish_and_tail_from_the_command_line(pubsub, script, lines, tmp_path, capsys, warm):
     source = lines(chat("late again!", "sorry", chat_id="a<b"), chat("thanks", chat_id="2"), "bad")
     topics = [f"--{kind}={pubsub.topic(kind)}" for kind in ("analyses", "drafts", "dead_letters")]
     model = script(ANGRY, APOLOGY)
-    with command(
-        "run", f"--input={pubsub.subscription('events')}", *topics, "--model", model,
-        "--summary=json",
-    ) as run, command(
-        "tail", "--json", "--count=5", *map(pubsub.subscription, ("analyses", "drafts")),
-        pubsub.subscription("dead_letters"),
+    with warm.start(
+        "-m", "chatflow", "run", f"--input={pubsub.subscription('events')}", *topics,
+        "--model", model, "--summary=json",
+    ) as run, warm.start(
+        "-m", "chatflow", "tail", "--json", "--count=5",
+        *map(pubsub.subscription, ("analyses", "drafts", "dead_letters")),
     ) as tail:  # fmt: skip
         assert main(["publish", source, "--topic", pubsub.topic("events"), "--as_messages",
                      "--rate=50", "--summary=json"]) == 0  # fmt: skip
@@ -601,14 +591,16 @@ def test_publish_sends_lines_as_they_are(pubsub, lines):
 
 
 @pytest.mark.slow
-def test_stream_runs_the_whole_system_and_leaves_nothing_behind(script, lines, tmp_path):
+def test_stream_runs_the_whole_system_and_leaves_nothing_behind(
+    emulator_host, script, lines, tmp_path, warm
+):
     """With its own emulator, as a newcomer runs it; a draft is approved; then Ctrl-C."""
-    start_emulator().stop()  # it can be started here
     source = lines(*(chat("late!", "sorry", chat_id=str(n)) for n in range(10)))
     environment = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
-    with command(
-        "stream", "--chats", source, "--rate=100", "--model", script(ANGRY, APOLOGY),
-        "--summary=json", f"--output={tmp_path}/out", "--console_port=0", env=environment,
+    with warm.start(
+        "-m", "chatflow", "stream", "--chats", source, "--rate=100",
+        "--model", script(ANGRY, APOLOGY), "--summary=json", f"--output={tmp_path}/out",
+        "--console_port=0", env=environment,
     ) as process:  # fmt: skip
         host = page = approved = None
         for line in process.stderr:

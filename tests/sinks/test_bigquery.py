@@ -7,7 +7,7 @@ import random
 import grpc
 import pytest
 from apache_beam.utils.timestamp import Timestamp
-from conftest import ANALYSIS, DRAFT, JOB_SERVICE, ROOT, chat, mistake
+from conftest import ANALYSIS, DRAFT, ROOT, chat, job_service, mistake
 from fakes.bigquery import FakeBigQuery, Table
 
 from chatflow import network
@@ -132,8 +132,8 @@ def test_a_service_that_stays_away_fails_the_bundle(tables, analyse, monkeypatch
 
 
 @pytest.mark.slow
-def test_workers_in_other_processes_write_too(tables, analyse):
-    assert analyse(*JOB_SERVICE).lost == 0
+def test_workers_in_other_processes_write_too(tables, analyse, warm):
+    assert analyse(*job_service(warm.folder / "python")).lost == 0
     assert [len(rows(tables, name)) for name in KINDS] == [4, 2, 1]
 
 

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from conftest import JOB_SERVICE, chat, mistake
+from conftest import chat, job_service, mistake
 
 from chatflow import dead_letters, network
 from chatflow.cli import main
@@ -440,8 +440,8 @@ def test_who_has_no_draft_waits_since_it_failed_first(database):
 
 
 @pytest.mark.slow
-def test_workers_in_other_processes_write_too(analyse, new_database):
-    assert analyse(*JOB_SERVICE).lost == 0
+def test_workers_in_other_processes_write_too(analyse, new_database, warm):
+    assert analyse(*job_service(warm.folder / "python")).lost == 0
     assert counts(Database(new_database)) == COUNTS
 
 

@@ -4,9 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -386,20 +383,19 @@ with open_results([sys.argv[1]], [], sys.argv[2] == "stream", True, "chatflow te
 """
 
 
-def hold(prefix, kind):
+def hold(warm, prefix, kind):
     """Another process that uses a folder, until it is killed or its input ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, prefix, kind],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert process.stdout.readline() == b"holds\n"
+    process = warm.start("-c", HOLD, prefix, kind)
+    assert process.stdout.readline() == "holds\n"
     return process
 
 
 @pytest.mark.parametrize("kinds", [("batch", "batch"), ("batch", "stream"), ("stream", "batch")])
 @pytest.mark.slow
-def test_a_second_run_is_refused_and_told_who_is_there_until_that_one_is_killed(tmp_path, kinds):
-    process = hold(f"{tmp_path}/x", kinds[0])
+def test_a_second_run_is_refused_and_told_who_is_there_until_that_one_is_killed(
+    tmp_path, kinds, warm
+):
+    process = hold(warm, f"{tmp_path}/x", kinds[0])
     streaming = kinds[1] == "stream"
     with process:
         says = rf"in use by another run \(process {process.pid} on .*, started 20.*Z\); wait for it"
@@ -412,8 +408,8 @@ def test_a_second_run_is_refused_and_told_who_is_there_until_that_one_is_killed(
 
 
 @pytest.mark.slow
-def test_streams_share_a_folder(tmp_path):
-    with hold(f"{tmp_path}/x", "stream") as process:
+def test_streams_share_a_folder(tmp_path, warm):
+    with hold(warm, f"{tmp_path}/x", "stream") as process:
         with opened(f"{tmp_path}/x", streaming=True):
             pass
         process.communicate()
@@ -471,7 +467,7 @@ def test_a_stream_that_is_alone_clears_up_and_beside_another_only_what_is_old(tm
         assert set(files_in(str(tmp_path))) == kept
 
 
-def test_what_a_killed_stream_wrote_is_put_in_place(tmp_path):
+def test_what_a_killed_stream_wrote_is_put_in_place(tmp_path, warm):
     """A whole line was acknowledged; half a line was not."""
     program = (
         "import os, sys, conftest; from chatflow.sinks.files import AppendFiles, _AppendDoFn;"
@@ -479,12 +475,8 @@ def test_what_a_killed_stream_wrote_is_put_in_place(tmp_path):
         "do.process(conftest.ANALYSIS); do.finish_bundle();"
         "do.file.write(b'{half'); do.file.flush(); print('written', flush=True); sys.stdin.read()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "tests"},
-        cwd=ROOT,
-    )  # fmt: skip
-    assert process.stdout.readline() == b"written\n"
+    process = warm.start("-c", program, cwd=ROOT)
+    assert process.stdout.readline() == "written\n"
     with opened(f"{tmp_path}/x", streaming=True):
         assert result_files(f"{tmp_path}/x") == []  # it lives, and goes on writing
         assert len(list(tmp_path.glob("*.part"))) == 1

@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import os
-import subprocess
-import sys
 import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
@@ -266,7 +264,7 @@ def test_a_streams_table_elsewhere_is_the_same_when_it_is_written_again(tmp_path
     assert len(parquet_rows(Path(one).read_bytes())) == 2
 
 
-def killed_stream(uri):
+def killed_stream(warm, uri):
     """The process of a stream that has acknowledged one record, and begun a second."""
     program = (
         "import os, conftest; from chatflow.sinks.files import _AppendDoFn;"
@@ -275,14 +273,13 @@ def killed_stream(uri):
         "do.start_bundle(); do.process(conftest.ANALYSIS); do.finish_bundle();"
         "do.file.write(b'{half'); do.file.flush(); os.kill(os.getpid(), 9)"
     )
-    env = {**os.environ, "PYTHONPATH": f"tests{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True)
-    assert done.returncode == -9, done.stderr
+    done = warm.run("-c", program, cwd=ROOT)
+    assert done.returncode == -9, done.complained
 
 
-def test_what_a_killed_stream_wrote_becomes_a_table(tmp_path, monkeypatch):
+def test_what_a_killed_stream_wrote_becomes_a_table(tmp_path, monkeypatch, warm):
     uri = f"{tmp_path}/a.csv"
-    killed_stream(uri)
+    killed_stream(warm, uri)
     (left,) = tmp_path.glob("*.part")
     with monkeypatch.context() as patch:  # the next run is killed while it makes the table
         patch.setattr("chatflow.sinks.files.move", interrupted)

@@ -4,9 +4,6 @@ import collections
 import dataclasses
 import json
 import random
-import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -158,7 +155,7 @@ def test_a_budget_needs_a_database_and_a_price(uri):
 
 
 @pytest.mark.slow
-def test_a_run_of_four_processes_stops_asking_at_its_budget(vertex, tmp_path, lines, uri):
+def test_a_run_of_two_processes_stops_asking_at_its_budget(vertex, tmp_path, lines, uri):
     vertex.brain.answer = lambda prompt: json.dumps({"sentiment": 0, "summary": "Asks."})
     (tmp_path / "prices.toml").write_text('["openai:*"]\ninput = 1000\noutput = 1000\n')
     options = Options(
@@ -167,14 +164,14 @@ def test_a_run_of_four_processes_stops_asking_at_its_budget(vertex, tmp_path, li
         api_endpoint=f"{vertex.address}/v1", max_cost_usd=20.0, max_in_flight=4,
         prices=f"{tmp_path}/prices.toml",
     )  # fmt: skip
-    four = ["--direct_running_mode=multi_processing", "--direct_num_workers=4"]
-    counts = execute(options, four).to_dict()
+    two = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+    counts = execute(options, two).to_dict()
     assert (counts["lost"], counts["analysed"] + counts["dead_letters"]) == (0, 400)
     assert set(counts["dead_letters_by_reason"]) == {"model/over_budget"}
     calls = len(vertex.brain.calls)
     one = counts["cost_usd"] / calls
     assert calls == counts["analysed"]
-    assert 20.0 <= counts["cost_usd"] <= 20.0 + 4 * 4 * one
+    assert 20.0 <= counts["cost_usd"] <= 20.0 + 2 * 4 * one
     letters = read(f"{tmp_path}/out", "dead_letters")
     assert all(json.loads(letter["payload"])["messages"] for letter in letters)
 
@@ -183,7 +180,9 @@ CHATS, KILLS, IN_FLIGHT = 1_000, 5, 16
 
 
 @pytest.mark.slow
-def test_a_batch_that_is_killed_five_times_pays_for_each_answer_once(vertex, tmp_path, lines, uri):
+def test_a_batch_that_is_killed_five_times_pays_for_each_answer_once(
+    vertex, tmp_path, lines, uri, warm
+):
     path = lines(*(chat(f"Where is parcel number {n}?", chat_id=str(n)) for n in range(CHATS)))
     moments = sorted(random.Random(7).sample(range(50, CHATS - 50), KILLS))
     answered, reached = [0], threading.Event()
@@ -196,22 +195,20 @@ def test_a_batch_that_is_killed_five_times_pays_for_each_answer_once(vertex, tmp
 
     vertex.brain.answer = answer
     command = [
-        sys.executable, "-m", "chatflow", "run", "--input", path, "--output", f"{tmp_path}/out",
+        "-m", "chatflow", "run", "--input", path, "--output", f"{tmp_path}/out",
         "--inference=remote", "--model", OPENAI, "--api_endpoint", f"{vertex.address}/v1",
         "--answers", uri, "--summary=json", f"--max_in_flight={IN_FLIGHT}",
     ]  # fmt: skip
     while moments:
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as run:
+        with warm.start(*command, cwd=ROOT) as run:
             assert reached.wait(300)
-            run.send_signal(signal.SIGKILL)
+            run.kill()
             run.communicate()
         moments.pop(0)
         reached.clear()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
+    done = warm.run(*command, cwd=ROOT)
+    assert done.returncode == 0, done.complained
+    counts = json.loads(done.said)
     assert (counts["analysed"], counts["lost"], counts["dead_letters"]) == (CHATS, 0, 0)
     assert len({one["chat_id"] for one in read(f"{tmp_path}/out", "analyses")}) == CHATS
     # Only what was on its way when a run was killed is asked again: the service had answered it,
