@@ -41,7 +41,7 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Cue:
-    """A regular expression in alternatives, compiled at its first use: all of them take a second."""
+    """A regular expression in alternatives, compiled at its first use: all take a second."""
 
     patterns: tuple[str, ...]
 

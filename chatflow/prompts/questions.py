@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Self
 
 import jinja2
@@ -112,9 +113,10 @@ class Prompt:
     def __post_init__(self) -> None:
         self.check_settings()
         for number, (chat, user_id, analysis) in enumerate(_PROBES):
+            view = _view(chat, chat.messages, user_id, analysis)
             for block in self.block_names:
                 try:
-                    text = self._render(block, chat, chat.messages, user_id, analysis)
+                    text = self.template.render(block, **view)
                 except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
                     raise UsageError(self.template.error_at(error)) from None
                 if number == 0 and not text:
@@ -182,7 +184,7 @@ class Prompt:
 
     def _shared(self, block: str) -> str:
         texts = [
-            self._render(block, chat, chat.messages, user_id, analysis)
+            self.template.render(block, **_view(chat, chat.messages, user_id, analysis))
             for chat, user_id, analysis in _PROBES
         ]
         common = os.path.commonprefix(texts)  # noqa: RUF071 (texts, not paths)
@@ -205,13 +207,14 @@ class Prompt:
         """
         kept = keep(chat, user_id, self._own_budget)
         sentences: tuple[Sentence, ...] = ()
+        view = _view(chat, kept.messages, user_id, analysis) if self.block_names else {}
         try:
             parts = [
                 self.part(
                     block,
-                    self._render(block, chat, kept.messages, user_id, analysis),
-                    self._beside(f"{block}_start", chat, kept.messages, user_id, analysis),
-                    self._beside(f"{block}_end", chat, kept.messages, user_id, analysis),
+                    self.template.render(block, **view),
+                    self._beside(f"{block}_start", view),
+                    self._beside(f"{block}_end", view),
                 )
                 for block in self.block_names
             ]
@@ -256,18 +259,15 @@ class Prompt:
         """Returns a request of a short chat, like those to expect."""
         return self.question(*_PROBES[0]).request
 
-    def _beside(self, block: str, *values: Any) -> str:
-        return self._render(block, *values) if block in self.template.blocks else ""
+    def _beside(self, block: str, view: Mapping[str, Any]) -> str:
+        return self.template.render(block, **view) if block in self.template.blocks else ""
 
     def _budget(self, blocks: Sequence[str]) -> int:
         """Returns what the longest of some blocks leaves for a chat, in estimated tokens."""
         chat, user_id, analysis = _PROBES[0]
+        view = _view(chat, chat.messages, user_id, analysis)
         longest = max(
-            (
-                estimate_tokens(self._render(block, chat, chat.messages, user_id, analysis))
-                for block in blocks
-            ),
-            default=0,
+            (estimate_tokens(self.template.render(block, **view)) for block in blocks), default=0
         )
         return max(self.max_prompt_tokens - longest, 64)
 
@@ -275,35 +275,34 @@ class Prompt:
     def _own_budget(self) -> int:
         return self._budget(self.block_names)
 
-    def _render(
-        self,
-        block: str,
-        chat: Chat,
-        messages: Iterable[Message],
-        user_id: str,
-        analysis: Analysis | None,
-    ) -> str:
-        has_roles = any(message.role for message in chat.messages)
-        view: dict[str, Any] = {
-            # Without its messages, because they may not fit the budget.
-            "chat": {k: _data_view(v) for k, v in dict(chat).items() if k != "messages"},
-            "messages": [
-                {**_data_view(message), "speaker": speaker_of(message, user_id, has_roles)}
-                for message in messages
-            ],
-            "user_id": as_data(user_id),
-        }
-        if analysis is not None:
-            view["analysis"] = _data_view(analysis)
-        return self.template.render(block, **view)
+
+def _view(
+    chat: Chat, messages: Iterable[Message], user_id: str, analysis: Analysis | None
+) -> dict[str, Any]:
+    """Returns what a template sees."""
+    has_roles = any(message.role for message in chat.messages)
+    view: dict[str, Any] = {
+        # Without its messages, because they may not fit the budget.
+        "chat": {k: _data_view(v) for k, v in vars(chat).items() if k != "messages"},
+        "messages": [
+            {**_data_view(message), "speaker": speaker_of(message, user_id, has_roles)}
+            for message in messages
+        ],
+        "user_id": as_data(user_id),
+    }
+    if analysis is not None:
+        view["analysis"] = _data_view(analysis)
+    return view
 
 
 def _data_view(value: Any) -> Any:
     """Returns a record as dictionaries for a template, with all its strings made safe."""
-    if isinstance(value, (Message, Analysis)):
-        return _data_view({k: v for k, v in dict(value).items() if k != "original"})
     if isinstance(value, str):
         return as_data(value)
+    if value is None or isinstance(value, (bool, int, float, datetime)):
+        return value
+    if isinstance(value, (Message, Analysis)):
+        return {k: _data_view(v) for k, v in vars(value).items() if k != "original"}
     if isinstance(value, Mapping):
         return {key: _data_view(item) for key, item in value.items()}
     if isinstance(value, Sequence):
@@ -504,7 +503,7 @@ class AnalysisPrompt(Prompt):
     def reading_hash(self) -> str:
         """Returns a hash of how a chat is shown to be read, whatever comments a template has."""
         chat, user_id, _ = _PROBES[0]
-        shown = self._render(READING, chat, chat.messages, user_id, None)
+        shown = self.template.render(READING, **_view(chat, chat.messages, user_id, None))
         return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
     @property
@@ -533,7 +532,7 @@ class AnalysisPrompt(Prompt):
         """
         kept = keep(chat, user_id, self._budget([READING]))
         try:
-            text = self._render(READING, chat, kept.messages, user_id, None)
+            text = self.template.render(READING, **_view(chat, kept.messages, user_id, None))
             part = self.part(READING, text, "", "")
             return laid_out(part, chat, kept, user_id)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
