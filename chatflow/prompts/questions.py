@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jinja2
+import pydantic
 
 from chatflow.chat_text import KeptMessages, as_data, estimate_tokens, keep
 from chatflow.choices.declared import HEAD, SUFFIX, Choice, choices_of
@@ -20,6 +22,7 @@ from chatflow.choices.languages import language_of
 from chatflow.choices.reading import layout_of
 from chatflow.choices.sentences import Sentence, sentences_of, speaker_of
 from chatflow.choices.words import Words, words_of
+from chatflow.coders import LOSSLESS
 from chatflow.errors import BadAnswerError, BadInputError, UsageError
 from chatflow.models.requests import FIRST, Part, Request, Suffix, Version
 from chatflow.models.spec import ModelSpec
@@ -52,6 +55,21 @@ class Question:
     prompt_version: str
     settings: Mapping[str, Any]
 
+    __pydantic_config__ = LOSSLESS
+
+    @property
+    def asked(self) -> Request:
+        """Returns the request with what coders leave out: checks, and the other model's request."""
+        return self.request
+
+
+def with_read(found: AnalysedChat) -> AnalysedChat:
+    """Returns a chat from JSON with the type of what was read, which records do not know."""
+    return found._replace(read=found.read and _READ.validate_python(found.read))
+
+
+_READ = pydantic.TypeAdapter(Read)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatQuestion(Question):
@@ -59,19 +77,21 @@ class ChatQuestion(Question):
 
     Attributes:
       user_id: the user whose tone is asked for, or to whom the draft speaks.
+      content: of the chat, as `Chat.content` returns it.
       language: that of what the user writes, "" if it is not known.
       speakers, openings: the fixed texts of a summary in it; see `choices.words`.
       dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
       sentences: those in the prompt, if it is read by heads.
       analysis: that of the draft's chat; None in a question for an analysis.
       read: what the analysis was made from, if its prompt was read.
-      instead: the draft to use if the one that the model writes is unfit.
+      instead: the draft to use if the one that the model writes is unfit; None: composed then.
       otherwise: the same question to the model that is asked if this one does not answer.
       first: the analysis that is not sure enough, if this question asks again.
     """
 
     chat: Chat
     user_id: str
+    content: str
     language: str
     speakers: Mapping[str, str]
     openings: Mapping[str, str]
@@ -82,12 +102,44 @@ class ChatQuestion(Question):
     read: Read | None = None
     instead: Draft | None = None
     otherwise: ChatQuestion | None = None
-    first: AnalysedChat | None = None
+    first: Annotated[
+        AnalysedChat | None, pydantic.AfterValidator(lambda first: first and with_read(first))
+    ] = None
 
     def id_of(self, model: str) -> str:
         """Returns the id of an answer by `model`, which may not be the model that was asked."""
-        identity = Identity.of(self.chat, self.user_id, self.prompt_version, model)
-        return identity.digest()
+        chat = self.chat
+        return Identity(
+            chat.chat_id, self.user_id, chat.revision, self.content, self.prompt_version, model
+        ).digest()
+
+    @property
+    def asked(self) -> Request:
+        request = self.request
+        parts = tuple(
+            checked(part, self.settings, self.chat, self.user_id, self.analysis)
+            for part in request.parts
+        )
+        other = self.otherwise.asked if self.otherwise is not None else None
+        if other is request.otherwise and all(map(operator.is_, parts, request.parts)):
+            return request
+        return dataclasses.replace(request, parts=parts, otherwise=other)
+
+
+def checked(
+    part: Part, settings: Mapping[str, Any], chat: Chat, user_id: str, analysis: Analysis | None
+) -> Part:
+    """Returns a part whose answer is held against the chat, if the model writes freely."""
+    check: Callable[[str], object]
+    if part.check is not None:
+        return part
+    if part.schema is not None:
+        check = functools.partial(check_summary, reader(settings), chat, user_id)
+    elif analysis is not None:
+        check = functools.partial(check_draft, chat, user_id)
+    else:
+        return part
+    return dataclasses.replace(part, check=check)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +202,6 @@ class Prompt:
     def part(self, block: str, text: str, lead: str, tail: str) -> Part:
         """Returns the prompt of a block as a part of a request."""
         raise NotImplementedError
-
-    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
-        """Returns a part whose answer is held against the chat, if the model writes freely."""
-        return part
 
     @functools.cached_property
     def words(self) -> Mapping[str, Words]:
@@ -218,11 +266,11 @@ class Prompt:
                 )
                 for block in self.block_names
             ]
-            parts = [self.checked(part, chat, user_id) for part in parts]
             if READING in self.block_names:
                 parts[0], sentences = laid_out(parts[0], chat, kept, user_id)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
+        settings = self.template.settings
         language = self._language(chat, user_id) if analysis is None else analysis.language or ""
         words = self.words.get(language, self.words["en"])
         identity = Identity.of(chat, user_id, self.version, self.result_name)
@@ -235,14 +283,14 @@ class Prompt:
             task=self.template.name.removesuffix(".jinja"),
             chat_id=chat.chat_id,
             user_id=user_id,
-            parts=tuple(parts),
+            parts=tuple(checked(part, settings, chat, user_id, analysis) for part in parts),
             model=self.model.key,
             version=self.weights,
-            otherwise=otherwise.request if otherwise is not None else None,
+            otherwise=otherwise.asked if otherwise is not None else None,
         )
         return ChatQuestion(
-            request, self.version, self.template.settings,
-            chat, user_id, language, words.speakers, words.openings,
+            request, self.version, settings,
+            chat, user_id, identity.content, language, words.speakers, words.openings,
             kept.dropped, kept.cut, sentences, analysis, read, None, otherwise,
         )  # fmt: skip
 
@@ -419,13 +467,6 @@ class AnalysisPrompt(Prompt):
             if choice.by == SUFFIX
         )
 
-    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
-        if part.check is None:
-            return part
-        read = reader(self.template.settings)
-        check = functools.partial(check_summary, read, chat, user_id)
-        return dataclasses.replace(part, check=check)
-
     @functools.cached_property
     def choices(self) -> tuple[Choice, ...]:
         """Returns the choices made about a chat that is read."""
@@ -569,7 +610,6 @@ class AnalysisPrompt(Prompt):
                 field=None,
                 schema=ANALYSIS_SCHEMA,
                 characters=max(1, characters),
-                check=reader(settings),
                 **common,
             )
         return Part(
@@ -589,9 +629,6 @@ class DraftPrompt(Prompt):
     @property
     def block_names(self) -> tuple[str, ...]:
         return ("draft",) if "draft" in self.template.blocks else ()
-
-    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
-        return dataclasses.replace(part, check=functools.partial(check_draft, chat, user_id))
 
     def check_settings(self) -> None:
         where = self.template.where

@@ -108,7 +108,9 @@ def draft_faults(text: str, chat: Chat, user_id: str) -> list[str]:
     """Returns why a draft may not be sent, each as a phrase."""
     unsure = "?"
     own = language_of([text], unsure)
-    language = language_of(chat.texts_of(user_id), chat.attributes.get("language") or own)
+    language = own
+    if own != unsure:
+        language = language_of(chat.texts_of(user_id), chat.attributes.get("language") or own)
     ours = unquoted(text)
     return [
         *_unsaid(text, chat, "sorry"),
