@@ -137,13 +137,12 @@ def shares(path: str, chats: int) -> dict[str, float]:
         for stage, (known, name) in STAGES.items():
             if name == function and Path(file).name == known:
                 found[stage] += seconds
-    every = {name: function for name, function in STAGES.items()}
     whole = sum(
         seconds
         for (_, _, function), (_, _, _, seconds, _) in stats.stats.items()
         if function == "process_encoded"
     )
-    found["the rest, nearly all Beam's"] = whole - sum(found[name] for name in every)
+    found["the rest, nearly all Beam's"] = whole - sum(found.values())
     return {stage: seconds / chats * 1000 for stage, seconds in found.items()}
 
 

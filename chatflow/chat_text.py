@@ -87,9 +87,10 @@ def keep(chat: Chat, user_id: str, budget: int) -> KeptMessages:
     take([at for at in own if cost[at] >= 8][:1])
     take(reversed(said), budget // 3)
     take(said, budget // 6)
+    theirs = said.keys() - set(own)
     middle = sorted(
-        said,
-        key=lambda at: (at not in own, not any(map(str.isdigit, said[at].text)), -cost[at]),
+        said.keys() - kept.keys(),
+        key=lambda at: (at in theirs, not any(map(str.isdigit, said[at].text)), -cost[at], at),
     )
     for at in middle:
         take([at])

@@ -162,7 +162,7 @@ def test_fields_that_a_later_version_adds_are_left_out():
 
 
 def test_an_unknown_format_is_named():
-    with pytest.raises(ValueError, match="b'9' is not a format of Chat .* drain the stream"):
+    with pytest.raises(ValueError, match=r"b'9' is not a format of Chat .* drain the stream"):
         coder(Chat).decode(b"9{}")
 
 
