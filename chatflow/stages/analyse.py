@@ -273,7 +273,7 @@ def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
 
 
 def scores_of(answer: Answer) -> dict[str, float]:
-    """Returns the scores of the tones without those that are no numbers, which JSON has not."""
+    """Returns the finite scores of the tones; JSON cannot hold the others."""
     return {tone: score for tone, score in answer.tone_scores if math.isfinite(score)}
 
 
