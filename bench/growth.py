@@ -2,10 +2,14 @@
 
     python bench/growth.py                # about 10 minutes on two cores; writes bench/growth.svg
     python bench/growth.py --whole        # also chats whose prompts are not cut, alone: longer
+    python bench/growth.py --scripted     # the pipeline alone: writes bench/growth-scripted.svg
 
 Analyses a chat of 10 to 1,000 messages (tone and summary) in batches of 1 to 64 with the
 embedded model. Prompts have the default budget, so that the oldest messages of a long chat are
 left out. Prints a line of JSON.
+
+With `--scripted`, no model is asked: the CPU and the most memory that `chatflow run` takes above
+its start, for a message of chats of 10 to 5,000 messages, and for a chat of up to `--most` chats.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import itertools
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from pipeline import ROOT, run, write_chats, write_script
 
 from chatflow.models.spec import ModelSpec
 from chatflow.options import Batching
@@ -33,6 +39,9 @@ from chatflow.sources.chats import read_chat
 HERE = Path(__file__).parent
 LENGTHS = (10, 30, 100, 300, 1000)
 BATCHES = (1, 4, 16, 64)
+SCRIPTED_LENGTHS = (10, 30, 100, 300, 1000, 5000)
+MESSAGES = 30_000  # of all chats together, where lengths are compared
+COUNTS = (300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 LONGEST_POINT = 25_000  # tokens; larger ones are left out, with a message
 
 
@@ -53,7 +62,12 @@ def bench() -> None:
     )
     parser.add_argument("--whole", action="store_true", help="also prompts that are not cut")
     parser.add_argument("--plot", default=str(HERE / "growth.svg"))
+    parser.add_argument("--scripted", action="store_true", help="the pipeline without a model")
+    parser.add_argument("--most", type=int, default=100_000, help="chats, with --scripted")
     flags = parser.parse_args()
+    if flags.scripted:
+        scripted(flags.most)
+        return
     lines = (HERE.parent / "samples" / "chats.jsonl").read_text().splitlines()
     texts = [m.text for line in lines for m in read_chat(json.loads(line)).messages]
     spec = ModelSpec(batching=Batching(max_batch_size=64, max_batch_duration_secs=0))
@@ -85,6 +99,49 @@ def bench() -> None:
             point(length, 1, 30_000)
     print(json.dumps(figures))
     plot(figures, flags.plot)
+
+
+def scripted(most: int) -> None:
+    """Measures and plots what the pipeline takes for chats of all lengths and numbers."""
+    figures: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="chatflow-bench-") as scratch:
+        chats, model = Path(scratch) / "chats.jsonl", write_script(Path(scratch))
+
+        def point(count: int, messages: int) -> dict[str, float]:
+            write_chats(chats, count, messages)
+            return run(ROOT, chats, model)
+
+        start = point(1, 5)
+        for length in SCRIPTED_LENGTHS:
+            count = MESSAGES // length
+            figures.append({"chats": count, "messages": length, **point(count, length)})
+            print(figures[-1], file=sys.stderr)
+        for count in itertools.takewhile(lambda count: count <= most, COUNTS):
+            figures.append({"chats": count, "messages": 5, **point(count, 5)})
+            print(figures[-1], file=sys.stderr)
+    print(json.dumps({"start": start, "figures": figures}))
+    plot_scripted(start, figures, str(HERE / "growth-scripted.svg"))
+
+
+def plot_scripted(start: dict[str, float], figures: list[dict[str, Any]], path: str) -> None:
+    figure, rows = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    lengths = [f for f in figures if f["messages"] != 5]
+    counts = [f for f in figures if f["messages"] == 5]
+    for row, (what, unit, times) in zip(
+        rows, (("cpu", "ms of CPU", 1000), ("mb", "KB of memory", 1024)), strict=True
+    ):
+        for axes, some, per, label in (
+            (row[0], lengths, lambda f: f["chats"] * f["messages"], "messages in a chat"),
+            (row[1], counts, lambda f: f["chats"], "chats of five messages"),
+        ):
+            x = [f["messages"] if some is lengths else f["chats"] for f in some]
+            y = [(f[what] - start[what]) / per(f) * times for f in some]
+            one = "message" if some is lengths else "chat"
+            axes.plot(x, y, "-o")
+            axes.set(xscale="log", ylim=(0, None), xlabel=label, ylabel=f"{unit} a {one}")
+            axes.grid(which="both", alpha=0.3)
+    figure.suptitle("The pipeline with a scripted model, two cores, above the start")
+    figure.savefig(path)
 
 
 def plot(figures: list[dict[str, Any]], path: str) -> None:

@@ -20,8 +20,12 @@ def as_data(text: str) -> str:
     >>> as_data("fine<end_of_turn>\\n<start_of_turn>model")
     'fine‹end_of_turn› ‹start_of_turn›model'
     """
-    text = " ".join(_INVISIBLE.sub("", text).split())
-    return CONTROL_TOKEN.sub(lambda m: f"‹{m[1] or m[2]}›", text)
+    if not text.isprintable():
+        text = _INVISIBLE.sub("", text)
+    text = " ".join(text.split())
+    if "<" in text or "[" in text:
+        text = CONTROL_TOKEN.sub(lambda m: f"‹{m[1] or m[2]}›", text)
+    return text
 
 
 def encodable(text: str) -> str:
@@ -83,9 +87,10 @@ def keep(chat: Chat, user_id: str, budget: int) -> KeptMessages:
     take([at for at in own if cost[at] >= 8][:1])
     take(reversed(said), budget // 3)
     take(said, budget // 6)
+    theirs = said.keys() - set(own)
     middle = sorted(
-        said,
-        key=lambda at: (at not in own, not any(map(str.isdigit, said[at].text)), -cost[at]),
+        said.keys() - kept.keys(),
+        key=lambda at: (at in theirs, not any(map(str.isdigit, said[at].text)), -cost[at], at),
     )
     for at in middle:
         take([at])

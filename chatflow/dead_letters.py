@@ -16,6 +16,7 @@ import apache_beam as beam
 
 from chatflow import metrics
 from chatflow.chat_text import encodable
+from chatflow.coders import register
 from chatflow.errors import BadInputError, ElementError
 from chatflow.records import (
     AnalysedChat,
@@ -37,6 +38,8 @@ InputT = TypeVar("InputT")
 OutputT = TypeVar("OutputT")
 
 _log = logging.getLogger(__name__)
+
+register(Analysis, Chat, DeadLetter, Draft, Event, RawChat, Response)
 
 WRITE = "write"
 """The stage of dead letters for records that a sink refused."""

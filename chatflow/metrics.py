@@ -7,7 +7,9 @@ command line, which shows the copy while it runs. On the workers of a cluster, n
 from __future__ import annotations
 
 import collections
+import functools
 import threading
+from typing import Any
 
 from apache_beam.metrics import Metrics
 
@@ -20,14 +22,24 @@ _local: collections.Counter[str] = collections.Counter()
 def count(name: str, by: int = 1) -> None:
     """Adds to a counter, e.g. `chats_read`, `dead_letters/answer/not_json`."""
     if by:
-        Metrics.counter(NAMESPACE, name).inc(by)
+        _counter(name).inc(by)
         with _lock:
             _local[name] += by
 
 
 def observe(name: str, value: int) -> None:
     """Adds a value to a distribution; the name ends in its unit, e.g. `latency_ms`."""
-    Metrics.distribution(NAMESPACE, name).update(value)
+    _distribution(name).update(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counter(name: str) -> Any:
+    return Metrics.counter(NAMESPACE, name)
+
+
+@functools.cache
+def _distribution(name: str) -> Any:
+    return Metrics.distribution(NAMESPACE, name)
 
 
 def local_counts() -> dict[str, int]:

@@ -12,10 +12,11 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import aiohttp
-import tenacity
+if TYPE_CHECKING:  # a run that only reads and writes files needs neither
+    import aiohttp
+    import tenacity
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ async def session(
     verified: bool = True, cookies: bool = True, **options: Any
 ) -> aiohttp.ClientSession:
     """Returns a session without limits: callers bound the time and the number of calls."""
+    import aiohttp
+
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=trusted() if verified else False),
         timeout=aiohttp.ClientTimeout(total=None),
@@ -151,14 +154,15 @@ def trusted() -> ssl.SSLContext:
 def attempts(
     what: str,
     seconds: float,
-    retry: Callable[[tenacity.RetryCallState], bool] = tenacity.retry_if_exception_type(),
+    retry: Callable[[tenacity.RetryCallState], bool] | None = None,
     first: int = logging.WARNING,
 ) -> tenacity.Retrying:
     """Returns attempts for a loop: `for attempt in attempts(…): with attempt: …`.
 
-    Errors that do not match `retry` are raised at once. When the time is up, the last error is
-    raised. `first` is the log level of the first fault.
+    Errors that do not match `retry` are raised at once; without it, all match. When the time is up,
+    the last error is raised. `first` is the log level of the first fault.
     """
+    import tenacity
 
     def log(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
@@ -166,7 +170,7 @@ def attempts(
         _log.log(level, "%s failed, trying again: %s", what, state.outcome.exception())
 
     return tenacity.Retrying(
-        retry=retry,
+        retry=retry or tenacity.retry_if_exception_type(),
         wait=tenacity.wait_exponential(FIRST_PAUSE, LONGEST_PAUSE),
         stop=tenacity.stop_before_delay(seconds),
         before_sleep=log,

@@ -8,6 +8,7 @@ import functools
 import itertools
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import apache_beam as beam
 
@@ -23,7 +24,6 @@ from chatflow.prompts.questions import AnalysisPrompt
 from chatflow.prompts.routes import Routes, routes_of
 from chatflow.prompts.updates import Updates, WatchUpdates, look
 from chatflow.records import KINDS, AnalysedChat, Analysis, DeadLetter
-from chatflow.redaction import Redactor
 from chatflow.sinks.database import Database
 from chatflow.sinks.files import Files
 from chatflow.sinks.write import WriteRecords, sink_of, split_destinations
@@ -38,6 +38,9 @@ from chatflow.stages.identity import TellApart
 from chatflow.stages.redact import RedactChats, RedactLogs
 from chatflow.stages.replay import OpenDeadLetters
 from chatflow.stages.skip import SkipDone
+
+if TYPE_CHECKING:
+    from chatflow.redaction import Redactor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +141,18 @@ def plan(
         replay,
         drafts,
         prices_of(routes, options),
-        Redactor.of(options.take(RedactionSettings), cloud.project),
+        redactor_of(options, cloud),
     )
+
+
+def redactor_of(options: Options, cloud: Cloud) -> Redactor | None:
+    """Returns what replaces personal data, if the options ask for it; raises `UsageError`."""
+    settings = options.take(RedactionSettings)
+    if settings == RedactionSettings():  # its import takes a tenth of a second
+        return None
+    from chatflow.redaction import Redactor
+
+    return Redactor.of(settings, cloud.project)
 
 
 def check_raw(uri: str) -> None:

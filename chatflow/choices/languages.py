@@ -33,12 +33,12 @@ def language_of(
     for some in (texts, [*texts, *around]):
         text = " ".join(" ".join(some).split())[:2000]
         if any(map(str.isalpha, text)):
-            ranks = _identifier().rank(text)
-            found, probability = ranks[0]
+            found, probability = _identifier().classify(text)
             if probability >= SURE and len(text) >= LETTERS:
                 return str(found)
             if declared:
                 return declared
             if len(text) >= GUESSED:
+                ranks = _identifier().rank(text)
                 likeliest = next((str(code) for code, _ in ranks if code in usual), "")
     return declared or likeliest

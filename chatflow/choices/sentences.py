@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -195,14 +195,21 @@ FEATURES = 61
 """Plain figures of a sentence."""
 
 
+def _left(message: int, places: Mapping[int, int]) -> int:
+    """Returns how many of a speaker's messages follow one of them; -1 if it is somebody else's."""
+    return len(places) - 1 - places[message] if message in places else -1
+
+
 def features(chat: Chat, sentences: Sequence[Sentence]) -> np.ndarray:
     """Returns plain figures of each sentence, `[sentences, FEATURES]` in float32."""
     said = [index for index, message in enumerate(chat.messages) if message.is_said]
     place = {index: at for at, index in enumerate(said)}
     speaker = {s.message: s.speaker for s in sentences}
-    by_speaker = {
-        who: [index for index in said if speaker.get(index) == who] for who in (CUSTOMER, AGENT)
-    }
+    # By message, which of the speaker's messages it is.
+    mine, agents = (
+        {index: at for at, index in enumerate(i for i in said if speaker.get(i) == who)}
+        for who in (CUSTOMER, AGENT)
+    )
     words = [content_words(s.text) for s in sentences]
     of_message: Counter[int] = Counter()
     for sentence, found in zip(sentences, words, strict=True):
@@ -211,25 +218,23 @@ def features(chat: Chat, sentences: Sequence[Sentence]) -> np.ndarray:
     spread: Counter[str] = Counter()
     for index in said:
         spread.update(set(content_words(chat.messages[index].text)))
-    full = [index for index in by_speaker[CUSTOMER] if of_message[index] >= 5]
+    full = [index for index in mine if of_message[index] >= 5]
+    place_in_full = {index: at for at, index in enumerate(full)}
     lengths = np.cumsum([0, *(len(chat.messages[index].text) for index in said)])
     last = len(said) - 1
     own = np.zeros((len(sentences), 49), np.float32)
     for row, (s, found) in enumerate(zip(sentences, words, strict=True)):
         at, text = place[s.message], s.text
-        mine, agents = by_speaker[CUSTOMER], by_speaker[AGENT]
         before = chat.messages[said[at - 1]] if at else None
         after = said[at + 1] if at < last else None
         letters = max(1, len(text))
         own[row] = (
             at / max(1, last), min(at, 30), min(last - at, 30), min(last + 1, 60),
             *(s.speaker == who for who in SPEAKERS),
-            mine.index(s.message) if s.message in mine else -1,
-            len(mine) - 1 - mine.index(s.message) if s.message in mine else -1,
-            agents.index(s.message) if s.message in agents else -1,
-            len(agents) - 1 - agents.index(s.message) if s.message in agents else -1,
+            mine.get(s.message, -1), _left(s.message, mine),
+            agents.get(s.message, -1), _left(s.message, agents),
             bool(full) and s.message == full[0], bool(full) and s.message == full[-1],
-            full.index(s.message) if s.message in full else -1,
+            place_in_full.get(s.message, -1),
             s.number, s.siblings - 1 - s.number, s.siblings,
             min(letters, 300), min(len(found), 40), len(set(found)),
             min(of_message[s.message], 120),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from chatflow.choices.sentences import SPEAKERS
@@ -36,12 +36,32 @@ class Words:
     openings: Mapping[str, str]
     drafts: Mapping[str, str]
     clauses: Mapping[str, str]
-    cues: Mapping[str, re.Pattern[str]]
+    cues: Mapping[str, Cue]
 
 
-def words_of(sources: Mapping[str, str], folder: str) -> dict[str, Words]:
+@dataclasses.dataclass(frozen=True)
+class Cue:
+    """A regular expression in alternatives, compiled at its first use: all take a second."""
+
+    patterns: tuple[str, ...]
+
+    @functools.cached_property
+    def compiled(self) -> re.Pattern[str]:
+        return re.compile("|".join(self.patterns), re.IGNORECASE)
+
+    def search(self, text: str) -> re.Match[str] | None:
+        return self.compiled.search(text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"patterns": self.patterns}
+
+
+def words_of(
+    sources: Mapping[str, str], folder: str, ours: Collection[str] = ()
+) -> dict[str, Words]:
     """Returns the words by language from a prompt folder's files `words.LANGUAGE.toml`.
 
+    Compiles the cues of all sources that are not `ours`, to find mistakes before anything runs.
     Raises `UsageError`, with file and entry, if one has a mistake.
     """
     found = {}
@@ -49,6 +69,8 @@ def words_of(sources: Mapping[str, str], folder: str) -> dict[str, Words]:
         if re.fullmatch(r"words\.[a-z]{2,3}\.toml", name):
             language = name.split(".")[1]
             found[language] = _words(language, source, f"{folder}/{name}")
+            if source not in ours:
+                _check_cues(found[language], f"{folder}/{name}")
     return found
 
 
@@ -83,16 +105,20 @@ def _words(language: str, source: str, where: str) -> Words:
             raise UsageError(f"{where}: clauses.{grievance}: unknown {min(unknown)}")
         if said:
             clauses[grievance] = said
-        for pattern in patterns:
+        if patterns:
+            cues[grievance] = Cue(tuple(patterns))
+    return Words(language, speakers, openings, drafts, clauses, cues)
+
+
+def _check_cues(words: Words, where: str) -> None:
+    for grievance, cue in words.cues.items():
+        for pattern in cue.patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(
                     f"{where}: clauses.{grievance}.cues: {pattern!r}: {error}"
                 ) from None
-        if patterns:
-            cues[grievance] = re.compile("|".join(patterns), re.IGNORECASE)
-    return Words(language, speakers, openings, drafts, clauses, cues)
 
 
 def _texts(

@@ -69,7 +69,7 @@ def check_text(text: str, chat: Chat, asked: Sequence[Part] = ()) -> Checked:
         copied=longest_copy(words, messages),
         content=len(content),
         ungrounded=tuple(word for word in content if word not in known_content),
-        names=tuple(unsaid_names(written, known_words)),
+        names=tuple(unsaid_names(written, lambda: known_words)),
         numbers=tuple(unsaid_numbers(written, known)),
         copies_prompt=any(copies_template(written, part.prompt, chat) for part in asked),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from chatflow.choices.heads import Chosen
 from chatflow.choices.reading import Layout
@@ -43,7 +45,8 @@ class Part:
       temperature: divides these differences before they become probabilities.
       layout: how the prompt divides, if it is only read: the answer is what the heads choose.
       suffixes: what else is asked behind a prompt that is read.
-      check: raises `BadAnswerError`; a remote model is then asked once more, with the error.
+      check: raises `BadAnswerError`; a remote model is then asked once more, with the error. Coders
+        leave it out.
     """
 
     field: str | None
@@ -61,7 +64,9 @@ class Part:
     temperature: float = 1.0
     layout: Layout | None = dataclasses.field(default=None, hash=False)
     suffixes: tuple[Suffix, ...] = ()
-    check: Callable[[str], object] | None = dataclasses.field(default=None, compare=False)
+    check: Annotated[Callable[[str], object] | None, Field(exclude=True)] = dataclasses.field(
+        default=None, compare=False
+    )
 
 
 class Version(NamedTuple):
@@ -104,6 +109,7 @@ class Request:
       model: the key of the model to ask, if the pipeline has several.
       version: of its weights; a model with older ones loads these.
       otherwise: the same question to another model, which is asked if this one does not answer.
+        Coders leave it out.
     """
 
     id: str
@@ -113,7 +119,7 @@ class Request:
     parts: tuple[Part, ...]
     model: str = ""
     version: Version = FIRST
-    otherwise: Request | None = None
+    otherwise: Annotated[Request | None, Field(exclude=True)] = None
 
 
 FALLBACK = "fallback"

@@ -51,7 +51,8 @@ class Script:
             if not _fits(rule, request) or self._used.get(number, 0) >= rule.get("times", 1e9):
                 continue
             self._used[number] = self._used.get(number, 0) + 1
-            time.sleep(rule.get("stall_seconds", 0))
+            if "stall_seconds" in rule:
+                time.sleep(rule["stall_seconds"])
             if "crash" in rule:
                 raise RuntimeError(rule["crash"])
             if "error" in rule:

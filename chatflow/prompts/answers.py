@@ -154,8 +154,14 @@ def copies_template(text: str, prompt: str, chat: Chat) -> bool:
     template = prompt
     for message in chat.said:
         template = template.replace(as_data(message.text), "\n")
-    runs, known = word_runs(text), set(word_runs(template))
-    return sum(run in known for run in runs) * 2 > len(runs)
+    runs, words = word_runs(text), _words(template)
+    return sum(_has_run(words, run) for run in runs) * 2 > len(runs)
+
+
+def _has_run(words: str, run: tuple[str, ...]) -> bool:
+    """Returns whether a whole run is among the words; one that is shorter must be all of them."""
+    shown = f" {' '.join(run)} "
+    return shown in words if len(run) == RUN else shown == words
 
 
 def repeats_itself(text: str) -> bool:
@@ -164,12 +170,15 @@ def repeats_itself(text: str) -> bool:
     return len(set(runs)) * 2 < len(runs)
 
 
-def word_runs(text: str, length: int = 5) -> list[tuple[str, ...]]:
-    """Returns all runs of `length` words; for a shorter text, all its words as one run."""
+RUN = 5
+
+
+def word_runs(text: str) -> list[tuple[str, ...]]:
+    """Returns all runs of `RUN` words; for a shorter text, all its words as one run."""
     words = re.findall(r"\w+", text.lower())
-    if len(words) <= length:
+    if len(words) <= RUN:
         return [tuple(words)] if words else []
-    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+    return [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
 
 
 def _words(text: str) -> str:
@@ -298,7 +307,7 @@ def grounding(
 
 def without_users(text: str, chat: Chat) -> str:
     """Returns a text without the names of the chat's users."""
-    for name in {m.user_id for m in chat.messages}:
+    for name in {m.user_id for m in chat.messages if m.user_id in text}:
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
     return text
 

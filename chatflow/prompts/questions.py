@@ -6,11 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from datetime import datetime
+from typing import Annotated, Any, Self
 
 import jinja2
+import pydantic
 
 from chatflow.chat_text import KeptMessages, as_data, estimate_tokens, keep
 from chatflow.choices.declared import HEAD, SUFFIX, Choice, choices_of
@@ -19,6 +22,7 @@ from chatflow.choices.languages import language_of
 from chatflow.choices.reading import layout_of
 from chatflow.choices.sentences import Sentence, sentences_of, speaker_of
 from chatflow.choices.words import Words, words_of
+from chatflow.coders import LOSSLESS
 from chatflow.errors import BadAnswerError, BadInputError, UsageError
 from chatflow.models.requests import FIRST, Part, Request, Suffix, Version
 from chatflow.models.spec import ModelSpec
@@ -51,6 +55,21 @@ class Question:
     prompt_version: str
     settings: Mapping[str, Any]
 
+    __pydantic_config__ = LOSSLESS
+
+    @property
+    def asked(self) -> Request:
+        """Returns the request with what coders leave out: checks, and the other model's request."""
+        return self.request
+
+
+def with_read(found: AnalysedChat) -> AnalysedChat:
+    """Returns a chat from JSON with the type of what was read, which records do not know."""
+    return found._replace(read=found.read and _READ.validate_python(found.read))
+
+
+_READ = pydantic.TypeAdapter(Read)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatQuestion(Question):
@@ -58,19 +77,21 @@ class ChatQuestion(Question):
 
     Attributes:
       user_id: the user whose tone is asked for, or to whom the draft speaks.
+      content: of the chat, as `Chat.content` returns it.
       language: that of what the user writes, "" if it is not known.
       speakers, openings: the fixed texts of a summary in it; see `choices.words`.
       dropped_messages, cut_messages: what was left out of the prompt; see `Analysis`.
       sentences: those in the prompt, if it is read by heads.
       analysis: that of the draft's chat; None in a question for an analysis.
       read: what the analysis was made from, if its prompt was read.
-      instead: the draft to use if the one that the model writes is unfit.
+      instead: the draft to use if the one that the model writes is unfit; None: composed then.
       otherwise: the same question to the model that is asked if this one does not answer.
       first: the analysis that is not sure enough, if this question asks again.
     """
 
     chat: Chat
     user_id: str
+    content: str
     language: str
     speakers: Mapping[str, str]
     openings: Mapping[str, str]
@@ -81,12 +102,44 @@ class ChatQuestion(Question):
     read: Read | None = None
     instead: Draft | None = None
     otherwise: ChatQuestion | None = None
-    first: AnalysedChat | None = None
+    first: Annotated[
+        AnalysedChat | None, pydantic.AfterValidator(lambda first: first and with_read(first))
+    ] = None
 
     def id_of(self, model: str) -> str:
         """Returns the id of an answer by `model`, which may not be the model that was asked."""
-        identity = Identity.of(self.chat, self.user_id, self.prompt_version, model)
-        return identity.digest()
+        chat = self.chat
+        return Identity(
+            chat.chat_id, self.user_id, chat.revision, self.content, self.prompt_version, model
+        ).digest()
+
+    @property
+    def asked(self) -> Request:
+        request = self.request
+        parts = tuple(
+            checked(part, self.settings, self.chat, self.user_id, self.analysis)
+            for part in request.parts
+        )
+        other = self.otherwise.asked if self.otherwise is not None else None
+        if other is request.otherwise and all(map(operator.is_, parts, request.parts)):
+            return request
+        return dataclasses.replace(request, parts=parts, otherwise=other)
+
+
+def checked(
+    part: Part, settings: Mapping[str, Any], chat: Chat, user_id: str, analysis: Analysis | None
+) -> Part:
+    """Returns a part whose answer is held against the chat, if the model writes freely."""
+    check: Callable[[str], object]
+    if part.check is not None:
+        return part
+    if part.schema is not None:
+        check = functools.partial(check_summary, reader(settings), chat, user_id)
+    elif analysis is not None:
+        check = functools.partial(check_draft, chat, user_id)
+    else:
+        return part
+    return dataclasses.replace(part, check=check)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +165,10 @@ class Prompt:
     def __post_init__(self) -> None:
         self.check_settings()
         for number, (chat, user_id, analysis) in enumerate(_PROBES):
+            view = _view(chat, chat.messages, user_id, analysis)
             for block in self.block_names:
                 try:
-                    text = self._render(block, chat, chat.messages, user_id, analysis)
+                    text = self.template.render(block, **view)
                 except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
                     raise UsageError(self.template.error_at(error)) from None
                 if number == 0 and not text:
@@ -149,15 +203,12 @@ class Prompt:
         """Returns the prompt of a block as a part of a request."""
         raise NotImplementedError
 
-    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
-        """Returns a part whose answer is held against the chat, if the model writes freely."""
-        return part
-
     @functools.cached_property
     def words(self) -> Mapping[str, Words]:
         """Returns the fixed texts by language: chatflow's own, and the folder's in their place."""
-        sources = {**default_sources(), **dict(self.template.sources)}
-        return words_of(sources, self.template.folder)
+        ours = default_sources()
+        sources = {**ours, **dict(self.template.sources)}
+        return words_of(sources, self.template.folder, frozenset(ours.values()))
 
     @property
     def result_name(self) -> str:
@@ -181,7 +232,7 @@ class Prompt:
 
     def _shared(self, block: str) -> str:
         texts = [
-            self._render(block, chat, chat.messages, user_id, analysis)
+            self.template.render(block, **_view(chat, chat.messages, user_id, analysis))
             for chat, user_id, analysis in _PROBES
         ]
         common = os.path.commonprefix(texts)  # noqa: RUF071 (texts, not paths)
@@ -204,21 +255,22 @@ class Prompt:
         """
         kept = keep(chat, user_id, self._own_budget)
         sentences: tuple[Sentence, ...] = ()
+        view = _view(chat, kept.messages, user_id, analysis) if self.block_names else {}
         try:
             parts = [
                 self.part(
                     block,
-                    self._render(block, chat, kept.messages, user_id, analysis),
-                    self._beside(f"{block}_start", chat, kept.messages, user_id, analysis),
-                    self._beside(f"{block}_end", chat, kept.messages, user_id, analysis),
+                    self.template.render(block, **view),
+                    self._beside(f"{block}_start", view),
+                    self._beside(f"{block}_end", view),
                 )
                 for block in self.block_names
             ]
-            parts = [self.checked(part, chat, user_id) for part in parts]
             if READING in self.block_names:
                 parts[0], sentences = laid_out(parts[0], chat, kept, user_id)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadInputError("template_error", self.template.error_at(error)) from None
+        settings = self.template.settings
         language = self._language(chat, user_id) if analysis is None else analysis.language or ""
         words = self.words.get(language, self.words["en"])
         identity = Identity.of(chat, user_id, self.version, self.result_name)
@@ -231,14 +283,14 @@ class Prompt:
             task=self.template.name.removesuffix(".jinja"),
             chat_id=chat.chat_id,
             user_id=user_id,
-            parts=tuple(parts),
+            parts=tuple(checked(part, settings, chat, user_id, analysis) for part in parts),
             model=self.model.key,
             version=self.weights,
-            otherwise=otherwise.request if otherwise is not None else None,
+            otherwise=otherwise.asked if otherwise is not None else None,
         )
         return ChatQuestion(
-            request, self.version, self.template.settings,
-            chat, user_id, language, words.speakers, words.openings,
+            request, self.version, settings,
+            chat, user_id, identity.content, language, words.speakers, words.openings,
             kept.dropped, kept.cut, sentences, analysis, read, None, otherwise,
         )  # fmt: skip
 
@@ -255,18 +307,15 @@ class Prompt:
         """Returns a request of a short chat, like those to expect."""
         return self.question(*_PROBES[0]).request
 
-    def _beside(self, block: str, *values: Any) -> str:
-        return self._render(block, *values) if block in self.template.blocks else ""
+    def _beside(self, block: str, view: Mapping[str, Any]) -> str:
+        return self.template.render(block, **view) if block in self.template.blocks else ""
 
     def _budget(self, blocks: Sequence[str]) -> int:
         """Returns what the longest of some blocks leaves for a chat, in estimated tokens."""
         chat, user_id, analysis = _PROBES[0]
+        view = _view(chat, chat.messages, user_id, analysis)
         longest = max(
-            (
-                estimate_tokens(self._render(block, chat, chat.messages, user_id, analysis))
-                for block in blocks
-            ),
-            default=0,
+            (estimate_tokens(self.template.render(block, **view)) for block in blocks), default=0
         )
         return max(self.max_prompt_tokens - longest, 64)
 
@@ -274,35 +323,34 @@ class Prompt:
     def _own_budget(self) -> int:
         return self._budget(self.block_names)
 
-    def _render(
-        self,
-        block: str,
-        chat: Chat,
-        messages: Iterable[Message],
-        user_id: str,
-        analysis: Analysis | None,
-    ) -> str:
-        has_roles = any(message.role for message in chat.messages)
-        view: dict[str, Any] = {
-            # Without its messages, because they may not fit the budget.
-            "chat": {k: _data_view(v) for k, v in dict(chat).items() if k != "messages"},
-            "messages": [
-                {**_data_view(message), "speaker": speaker_of(message, user_id, has_roles)}
-                for message in messages
-            ],
-            "user_id": as_data(user_id),
-        }
-        if analysis is not None:
-            view["analysis"] = _data_view(analysis)
-        return self.template.render(block, **view)
+
+def _view(
+    chat: Chat, messages: Iterable[Message], user_id: str, analysis: Analysis | None
+) -> dict[str, Any]:
+    """Returns what a template sees."""
+    has_roles = any(message.role for message in chat.messages)
+    view: dict[str, Any] = {
+        # Without its messages, because they may not fit the budget.
+        "chat": {k: _data_view(v) for k, v in vars(chat).items() if k != "messages"},
+        "messages": [
+            {**_data_view(message), "speaker": speaker_of(message, user_id, has_roles)}
+            for message in messages
+        ],
+        "user_id": as_data(user_id),
+    }
+    if analysis is not None:
+        view["analysis"] = _data_view(analysis)
+    return view
 
 
 def _data_view(value: Any) -> Any:
     """Returns a record as dictionaries for a template, with all its strings made safe."""
-    if isinstance(value, (Message, Analysis)):
-        return _data_view({k: v for k, v in dict(value).items() if k != "original"})
     if isinstance(value, str):
         return as_data(value)
+    if value is None or isinstance(value, (bool, int, float, datetime)):
+        return value
+    if isinstance(value, (Message, Analysis)):
+        return {k: _data_view(v) for k, v in vars(value).items() if k != "original"}
     if isinstance(value, Mapping):
         return {key: _data_view(item) for key, item in value.items()}
     if isinstance(value, Sequence):
@@ -419,13 +467,6 @@ class AnalysisPrompt(Prompt):
             if choice.by == SUFFIX
         )
 
-    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
-        if part.check is None:
-            return part
-        read = reader(self.template.settings)
-        check = functools.partial(check_summary, read, chat, user_id)
-        return dataclasses.replace(part, check=check)
-
     @functools.cached_property
     def choices(self) -> tuple[Choice, ...]:
         """Returns the choices made about a chat that is read."""
@@ -503,7 +544,7 @@ class AnalysisPrompt(Prompt):
     def reading_hash(self) -> str:
         """Returns a hash of how a chat is shown to be read, whatever comments a template has."""
         chat, user_id, _ = _PROBES[0]
-        shown = self._render(READING, chat, chat.messages, user_id, None)
+        shown = self.template.render(READING, **_view(chat, chat.messages, user_id, None))
         return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
     @property
@@ -532,7 +573,7 @@ class AnalysisPrompt(Prompt):
         """
         kept = keep(chat, user_id, self._budget([READING]))
         try:
-            text = self._render(READING, chat, kept.messages, user_id, None)
+            text = self.template.render(READING, **_view(chat, kept.messages, user_id, None))
             part = self.part(READING, text, "", "")
             return laid_out(part, chat, kept, user_id)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
@@ -569,7 +610,6 @@ class AnalysisPrompt(Prompt):
                 field=None,
                 schema=ANALYSIS_SCHEMA,
                 characters=max(1, characters),
-                check=reader(settings),
                 **common,
             )
         return Part(
@@ -589,9 +629,6 @@ class DraftPrompt(Prompt):
     @property
     def block_names(self) -> tuple[str, ...]:
         return ("draft",) if "draft" in self.template.blocks else ()
-
-    def checked(self, part: Part, chat: Chat, user_id: str) -> Part:
-        return dataclasses.replace(part, check=functools.partial(check_draft, chat, user_id))
 
     def check_settings(self) -> None:
         where = self.template.where

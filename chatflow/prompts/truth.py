@@ -6,7 +6,7 @@ The checks know words, not meanings, so they cannot prove a text true; each find
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from chatflow.choices.languages import language_of
 from chatflow.choices.sentences import CUSTOMER, OTHER, speaker_of
@@ -80,6 +80,7 @@ _SPELLED = dict(
         strict=True,
     )
 )
+_SPELLED_NUMBER = re.compile(rf"\b(?:{'|'.join(_SPELLED)})\b", re.IGNORECASE)
 _OUTCOME = re.compile(
     r"\b(refund|replac|cancel|credit|repair|reimburs|compensat|deliver|unlock|reset|rebook|exchang|"
     r"escalat|apologi[sz]|upgrad|waiv)\w*\b",
@@ -107,7 +108,9 @@ def draft_faults(text: str, chat: Chat, user_id: str) -> list[str]:
     """Returns why a draft may not be sent, each as a phrase."""
     unsure = "?"
     own = language_of([text], unsure)
-    language = language_of(chat.texts_of(user_id), chat.attributes.get("language") or own)
+    language = own
+    if own != unsure:
+        language = language_of(chat.texts_of(user_id), chat.attributes.get("language") or own)
     ours = unquoted(text)
     return [
         *_unsaid(text, chat, "sorry"),
@@ -129,20 +132,21 @@ def unquoted(text: str) -> str:
 
 
 def _unsaid(text: str, chat: Chat, granted: str = "") -> Iterator[str]:
-    """Yields what was not said; of outcomes, `granted` counts as if it was."""
+    """Yields what was not said; of outcomes, `granted` counts as if it was.
+
+    What is expensive is made of the chat only if the text has something to hold against it.
+    """
     said = "\n".join(message.text for message in chat.said)
-    known = {word.lower() for word in words_of(said)}
-    yield from (f"the name {name}" for name in unsaid_names(text, known))
+    low = f"{said} {granted}".lower()
+    yield from (f"the name {name}" for name in unsaid_names(text, lambda: small_words(said)))
     yield from (f"the number {number}" for number in unsaid_numbers(text, said))
-    flat = _flat(said)
     yield from (
-        f"the quotation {q[1]!r}" for q in _QUOTED.finditer(text) if _flat(q[1]) not in flat
+        f"the quotation {q[1]!r}" for q in _QUOTED.finditer(text) if _flat(q[1]) not in _flat(said)
     )
     yield from (
         f"the address {a[0]}" for a in _ADDRESS.finditer(text) if a[0].lower() not in said.lower()
     )
     yield from (f"the placeholder {p[0]}" for p in PLACEHOLDER.finditer(text) if p[0] not in said)
-    low = f"{said} {granted}".lower()
     yield from (
         f"the outcome {o[0]!r}"
         for o in _OUTCOME.finditer(text)
@@ -156,32 +160,41 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", _POSSESSIVE.sub("", text))
 
 
-def unsaid_names(text: str, known: set[str]) -> Iterable[str]:
+def small_words(text: str) -> set[str]:
+    """Returns the words of a text in small letters."""
+    return {word.lower() for word in words_of(text)}
+
+
+def unsaid_names(text: str, known: Callable[[], set[str]]) -> Iterable[str]:
     """Returns the capitalised words inside sentences that are not among the known ones."""
     text = _POSSESSIVE.sub("", text)
-    for match in _WORD.finditer(text):
-        parts = [part.lower() for part in words_of(match[0])]
-        if (
-            match[0][0].isupper()
-            and not _SENTENCE_END.search(text[: match.start()])
-            and not known.issuperset(parts)
-            and not _TITLES.issuperset(parts)
-        ):
-            yield match[0]
+    names = [
+        match[0]
+        for match in _WORD.finditer(text)
+        if match[0][0].isupper() and not _SENTENCE_END.search(text[: match.start()])
+    ]
+    there = known() if names else set()
+    for name in names:
+        parts = small_words(name)
+        if not there.issuperset(parts) and not _TITLES.issuperset(parts):
+            yield name
 
 
 def unsaid_numbers(text: str, said: str) -> Iterable[str]:
     """Returns the numbers of a text, in digits or words, that were not said."""
+    digits, words = dict.fromkeys(_NUMBER.findall(text)), _spelled_in(text)
+    if not digits and not words:
+        return
     there = {_plain(number) for number in _NUMBER.findall(said)}
-    there |= {
-        str(_SPELLED[word]) for word in _SPELLED if re.search(rf"\b{word}\b", said, re.IGNORECASE)
-    }
-    for number in dict.fromkeys(_NUMBER.findall(text)):
-        if _plain(number) not in there:
-            yield number
-    for word, value in _SPELLED.items():
-        if re.search(rf"\b{word}\b", text, re.IGNORECASE) and str(value) not in there:
-            yield word
+    there |= {str(_SPELLED[word]) for word in _spelled_in(said)}
+    yield from (number for number in digits if _plain(number) not in there)
+    yield from (word for word in words if str(_SPELLED[word]) not in there)
+
+
+def _spelled_in(text: str) -> list[str]:
+    """Returns the numbers that a text has in words, in the order of `_SPELLED`."""
+    found = {match.casefold() for match in _SPELLED_NUMBER.findall(text)}
+    return [word for word in _SPELLED if word in found] if found else []
 
 
 def _plain(number: str) -> str:
@@ -200,6 +213,9 @@ def swapped_deeds(text: str, chat: Chat, user_id: str) -> Iterable[str]:
     It does so if the other side uses the verb of itself, or this side uses it of the other, and
     this side uses it nowhere else.
     """
+    deeds = list(_DEED.finditer(text))
+    if not deeds:
+        return
     has_roles = any(message.role for message in chat.messages)
     sides: dict[bool, str] = {True: "", False: ""}
     for message in chat.said:
@@ -207,7 +223,7 @@ def swapped_deeds(text: str, chat: Chat, user_id: str) -> Iterable[str]:
         if speaker != OTHER:
             sides[speaker == CUSTOMER] += f"\n{message.text.lower()}"
     said = _flat("\n".join(message.text for message in chat.said))
-    for match in _DEED.finditer(text):
+    for match in deeds:
         by_customer = match[1].lower() in ("customer", "user", "client")
         stem = match[2].lower().removesuffix("ed")[:7]
         theirs, own = sides[not by_customer], sides[by_customer]

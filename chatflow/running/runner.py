@@ -68,20 +68,20 @@ def beam_options(flags: Sequence[str], streaming: bool = False, shown: Sequence[
     `shown` are chatflow's own flags, for runners that show a job's options. Raises `UsageError` for
     a flag that Beam does not know either, or that needs another runner.
     """
-    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+    from apache_beam.options.pipeline_options import StandardOptions
 
     left, known = not_beams(flags)
     if left:
         own = [f"--{name}" for name in Options.defaults()]
         raise UsageError(unknown(left[0], [*own, *known], "it is neither chatflow's nor Beam's"))
-    options = PipelineOptions(list(flags))
+    options = _viewed_once()(list(flags))
     standard = options.view_as(StandardOptions)
     standard.streaming = standard.streaming or streaming
     if standard.runner in (None, "DirectRunner"):
         # Beam's DirectRunner first tries to fetch another runner from the network.
         standard.runner = LOCAL_STREAM_RUNNER if standard.streaming else LOCAL_RUNNER
     if not is_local(options):
-        return PipelineOptions([*flags, *shown], streaming=standard.streaming)
+        return _viewed_once()([*flags, *shown], streaming=standard.streaming)
     if standard.no_wait_until_finish:
         raise UsageError("--no_wait_until_finish: needs a --runner that runs elsewhere")
     return options
@@ -95,6 +95,28 @@ def not_beams(flags: Sequence[str]) -> tuple[list[str], list[str]]:
     for options in set(PipelineOptions.__subclasses__()) - {_shown_options()}:
         options._add_argparse_args(parser)
     return parser.parse_known_args(list(flags))[1], parser.flags()
+
+
+@functools.cache
+def _viewed_once() -> Any:
+    """Returns Beam's `PipelineOptions` with each view made once.
+
+    Beam asks for a view with each step that it adds, and parses all flags anew: half a second.
+    """
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    class ViewedOnce(PipelineOptions):
+        def view_as(self, cls: Any) -> Any:
+            views = self.__dict__.setdefault("_views", {})
+            if cls not in views:
+                views[cls] = super().view_as(cls)
+            return views[cls]
+
+        def __getstate__(self) -> dict[str, Any]:
+            state: dict[str, Any] = super().__getstate__()
+            return {name: value for name, value in state.items() if name != "_views"}
+
+    return ViewedOnce
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import apache_beam as beam
 import pydantic_core
-import tenacity
 from apache_beam.utils.windowed_value import WindowedValue
 
 from chatflow.dead_letters import check_size, fitted, refused
@@ -117,6 +116,7 @@ class _AppendRowsDoFn(beam.DoFn):
 
         Raises `RowsRefusedError`.
         """
+        import tenacity
         from google.api_core.exceptions import GoogleAPIError
 
         passing = tenacity.retry_if_exception_type(GoogleAPIError)

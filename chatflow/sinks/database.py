@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 import apache_beam as beam
-import tenacity
 
 from chatflow.dead_letters import refused
 from chatflow.errors import ElementError, UsageError, one_line
@@ -68,6 +67,8 @@ class _UpsertDoFn(beam.DoFn):
 
         Raises `DBAPIError` if the database cannot be reached or written to.
         """
+        import tenacity
+
         from chatflow.database.upserts import upsert
 
         passing = tenacity.retry_if_exception(_may_pass)

@@ -6,10 +6,9 @@ import dataclasses
 import re
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
-import tenacity
 from apache_beam.utils.windowed_value import WindowedValue
 
 from chatflow.dead_letters import check_size, fitted, refused
@@ -19,6 +18,9 @@ from chatflow.options import SinkSettings
 from chatflow.records import Analysis, DeadLetter, Record, digest, record_id
 from chatflow.sinks.google import check_each
 from chatflow.sinks.sink import Sink, Uris
+
+if TYPE_CHECKING:
+    import tenacity
 
 PUBSUB_TOPIC = re.compile(r"(?:pubsub://)?(projects/[^/]+/topics/[^/]+)")
 

@@ -12,9 +12,8 @@ import re
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import aiohttp
 import apache_beam as beam
 from apache_beam.utils.windowed_value import WindowedValue
 
@@ -25,6 +24,9 @@ from chatflow.options import SinkSettings
 from chatflow.records import DeadLetter, Record, record_id
 from chatflow.secrets import PLACES_SAID, check_place, read_secret
 from chatflow.sinks.sink import Sink, Uris
+
+if TYPE_CHECKING:
+    import aiohttp
 
 SECRET_BYTES = 24
 """The shortest secret that the Standard Webhooks specification allows."""
@@ -206,6 +208,8 @@ class Poster:
             "Idempotency-Key": key,
             **signed(self._keys, key, int(time.time()), body),
         }
+        import aiohttp
+
         where = shown(self.url)
         try:
             async with (

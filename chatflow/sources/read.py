@@ -13,6 +13,7 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.gcp.pubsub import PubsubMessage, ReadFromPubSub
 
+from chatflow.coders import register
 from chatflow.errors import UsageError
 from chatflow.options import MAX_LINE_BYTES
 from chatflow.records import Arrival, Range
@@ -21,6 +22,8 @@ from chatflow.sources.formats.common import COMPRESSED
 from chatflow.sources.formats.convokit import without_beside
 from chatflow.sources.lines import fault_of, ranges_of, read_lines, root_of
 from chatflow.sources.puller import open_puller
+
+register(Arrival, Range)
 
 PUBSUB_INPUT = re.compile(r"(?:pubsub://)?(projects/[^/]+/(?:subscriptions|topics)/[^/]+)")
 

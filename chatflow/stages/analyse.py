@@ -19,6 +19,7 @@ from chatflow.choices.sentences import Sentence
 from chatflow.choices.summaries import composed
 from chatflow.dead_letters import DeadLettered
 from chatflow.errors import BadAnswerError, ElementError
+from chatflow.models.requests import Answer
 from chatflow.models.spec import Model
 from chatflow.prompts.answers import copies_template, grounding, repeats_itself
 from chatflow.prompts.questions import AnalysisPrompt, ChatQuestion, reader, tones_of
@@ -258,7 +259,7 @@ def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
             "revision": chat.revision,
             "language": language or None,
             "unproven_language": unproven or None,
-            "tone_scores": dict(answer.tone_scores) or None,
+            "tone_scores": scores_of(answer) or None,
             "dropped_messages": question.dropped_messages,
             "cut_messages": question.cut_messages,
             "redacted": chat.redacted,
@@ -269,6 +270,11 @@ def to_analysis(answered: Answered[ChatQuestion]) -> Analysis:
             **made,
         }
     )
+
+
+def scores_of(answer: Answer) -> dict[str, float]:
+    """Returns the finite scores of the tones; JSON cannot hold the others."""
+    return {tone: score for tone, score in answer.tone_scores if math.isfinite(score)}
 
 
 def tone_of(chosen: Chosen, settings: Mapping[str, Any]) -> tuple[Sentiment, float]:

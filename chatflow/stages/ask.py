@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import apache_beam as beam
-from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
+import pydantic
+from apache_beam.ml.inference.base import KeyedModelHandler, PredictionResult, RunInference
 
 from chatflow import metrics
 from chatflow.chat_text import encodable
+from chatflow.coders import LOSSLESS, JsonCoder, register
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
 from chatflow.models.requests import FALLBACK, Answer, Failure, Request
 from chatflow.models.spec import Model, name_of
-from chatflow.prompts.questions import ChatQuestion, Question
+from chatflow.prompts.questions import ChatQuestion, Question, with_read
 from chatflow.records import AnalysedChat
 
 RESHUFFLE_KEYS = 1024
@@ -33,6 +35,37 @@ class Answered(NamedTuple, Generic[QuestionT]):
 class Unanswered(NamedTuple, Generic[QuestionT]):
     question: QuestionT
     failure: Failure
+
+
+class Prediction:
+    """Stands for Beam's `PredictionResult` in types, so that it has its own coder."""
+
+
+_SAID: pydantic.TypeAdapter[Answer | Failure] = pydantic.TypeAdapter(
+    Annotated[Answer | Failure, pydantic.Field(union_mode="left_to_right")], config=LOSSLESS
+)
+
+
+class _PredictionCoder(JsonCoder):
+    """Writes what a model said; the request stands beside it, in the question."""
+
+    def to_json(self, element: PredictionResult) -> bytes:
+        return _SAID.dump_json(element.inference, exclude_defaults=True)
+
+    def of_json(self, content: bytes) -> PredictionResult:
+        return PredictionResult(None, _SAID.validate_json(content))
+
+
+class _AnalysedCoder(JsonCoder):
+    """Knows the type of what was read."""
+
+    def of_json(self, content: bytes) -> AnalysedChat:
+        return with_read(super().of_json(content))
+
+
+register(ChatQuestion)
+register(AnalysedChat, coder=_AnalysedCoder)
+register(Prediction, coder=_PredictionCoder)
 
 
 @beam.typehints.with_input_types(Question)
@@ -55,11 +88,15 @@ class AskModel(beam.PTransform):
         infer = RunInference(
             KeyedModelHandler(self.model.handler), model_identifier=self.model.identifier
         ).with_resource_hints(**self.model.hints)
-        outcome: Outcome = (
+        predicted = (
             questions
             | "BeforeModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
             | "WithKey" >> beam.Map(_keyed)
             | "RunInference" >> infer
+        )
+        predicted.element_type = beam.typehints.Tuple[questions.element_type, Prediction]
+        outcome: Outcome = (
+            predicted
             | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
             | "TakeAnswers"
             >> DeadLettered(
@@ -72,7 +109,7 @@ class AskModel(beam.PTransform):
 
 
 def _keyed(question: Question) -> tuple[Question, Any]:
-    return question, question.request
+    return question, question.asked
 
 
 def answered(result: tuple[QuestionT, Any]) -> Iterable[Answered[QuestionT]]:
@@ -103,7 +140,9 @@ def tried(
     metrics.observe("prompt_tokens_per_answer", inference.prompt_tokens)
     metrics.observe("answer_tokens_per_answer", inference.answer_tokens)
     metrics.observe("latency_ms", round(inference.seconds * 1000))
-    yield Answered(question, dataclasses.replace(inference, text=encodable(inference.text)))
+    if (text := encodable(inference.text)) != inference.text:
+        inference = dataclasses.replace(inference, text=text)
+    yield Answered(question, inference)
 
 
 def _count_tokens(request: Request | None, said: Answer | Failure | None) -> None:

@@ -78,7 +78,8 @@ class DraftApologies(beam.PTransform):
         asked, unsure = rendered.ok | "ByKind" >> beam.Partition(_is_flagged, 2)
         asked.element_type, unsure.element_type = ChatQuestion, Draft
         answered = asked | "AskModel" >> AskModel(self.model, "draft_model")
-        parsed = answered.ok | "ParseAnswer" >> DeadLettered("draft_answer", drafted, Draft)
+        parse = functools.partial(drafted, self.prompt)
+        parsed = answered.ok | "ParseAnswer" >> DeadLettered("draft_answer", parse, Draft)
         failed = (rendered.dead_letters, answered.dead_letters, parsed.dead_letters)
         return Drafted((parsed.ok, unsure) | "AllDrafts" >> beam.Flatten(), failed | beam.Flatten())
 
@@ -108,15 +109,36 @@ def ask_for_draft(
         flag: Flag = "third_party" if by_others else "low_confidence"
         yield counted(draft_of(question, asking.result_name, flag=flag))
         return
+    if not asking.block_names:
+        yield counted(composed(question, asking.result_name, asking.words))
+    elif asking.version == prompt.of(chat).version:
+        yield question
+    else:  # an update, which `instead_of` does not know
+        yield with_instead(question, asking)
+
+
+def with_instead(question: ChatQuestion, asking: DraftPrompt) -> ChatQuestion:
+    """Returns a question with the drafts to use if what models write is unfit."""
+    other = question.otherwise
+    if other is not None and asking.fallback is not None:
+        name, words = asking.fallback.result_name, asking.fallback.words
+        other = dataclasses.replace(other, instead=composed(other, name, words))
     made = composed(question, asking.result_name, asking.words)
-    if asking.block_names:
-        other = question.otherwise
-        if other is not None and asking.fallback is not None:
-            name, words = asking.fallback.result_name, asking.fallback.words
-            other = dataclasses.replace(other, instead=composed(other, name, words))
-        yield dataclasses.replace(question, instead=made, otherwise=other)
-    else:
-        yield counted(made)
+    return dataclasses.replace(question, instead=made, otherwise=other)
+
+
+def instead_of(question: ChatQuestion, prompt: DraftPrompt | Routed[DraftPrompt]) -> Draft:
+    """Returns the draft to use if the one that the model wrote is unfit.
+
+    It is composed only then, by the prompt that asked: `prompt`, or one that it leads to.
+    """
+    if question.instead is not None:
+        return question.instead
+    asked = prompt.of(question.chat)
+    for other in asked.every:
+        if isinstance(other, DraftPrompt) and other.version == question.prompt_version:
+            asked = other
+    return composed(question, asked.result_name, asked.words)
 
 
 def confidence(analysis: Analysis, read: Read | None) -> float | None:
@@ -162,8 +184,10 @@ def _is_flagged(asked: ChatQuestion | Draft, _: int) -> int:
     return int(isinstance(asked, Draft))
 
 
-def drafted(answered: Answered[ChatQuestion]) -> Iterable[Draft]:
-    yield counted(to_draft(answered))
+def drafted(
+    prompt: DraftPrompt | Routed[DraftPrompt], answered: Answered[ChatQuestion]
+) -> Iterable[Draft]:
+    yield counted(to_draft(answered, prompt))
 
 
 def counted(draft: Draft) -> Draft:
@@ -171,7 +195,7 @@ def counted(draft: Draft) -> Draft:
     return draft
 
 
-def to_draft(answered: Answered[ChatQuestion]) -> Draft:
+def to_draft(answered: Answered[ChatQuestion], prompt: DraftPrompt | Routed[DraftPrompt]) -> Draft:
     """Checks the text that the model wrote, and returns the draft; a bad text becomes a flag.
 
     Raises:
@@ -189,12 +213,12 @@ def to_draft(answered: Answered[ChatQuestion]) -> Draft:
     if settings.get("flag_accusations", False) and accuses(answer.text, chat, user_id):
         return draft_of(question, answer.model, flag="accuses_customer")
     if draft_faults(parsed.text, chat, user_id):
-        assert question.instead is not None  # set by ask_for_draft
+        instead = instead_of(question, prompt)
         repairs = (*answer.repairs, *parsed.repairs)
-        if question.instead.text is not None:
+        if instead.text is not None:
             repairs += ("composed",)
         kept = {"repairs": repairs, "model": answer.model, "draft_id": question.id_of(answer.model)}
-        return question.instead.model_copy(update=kept)
+        return instead.model_copy(update=kept)
     needed = settings.get("draft_grounding", 0)
     # Only the model's own words count, without those that the template puts around them.
     written = answer.text.strip().removesuffix(asked.tail).removeprefix(asked.lead)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import apache_beam as beam
 
 from chatflow import metrics
 from chatflow.records import Chat, RawChat
-from chatflow.redaction import Redactor
 from chatflow.redaction.logs import redact_logs
+
+if TYPE_CHECKING:
+    from chatflow.redaction import Redactor
 
 
 class RedactedChats(NamedTuple):

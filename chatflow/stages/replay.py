@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
@@ -33,9 +33,11 @@ from chatflow.records import (
     open_record,
     validate,
 )
-from chatflow.redaction import Redactor
 from chatflow.sources.chats import USUAL, Customs
 from chatflow.sources.lines import read_lines
+
+if TYPE_CHECKING:
+    from chatflow.redaction import Redactor
 
 
 class Replayed(NamedTuple):

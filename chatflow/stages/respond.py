@@ -10,6 +10,7 @@ import apache_beam as beam
 import jinja2
 
 from chatflow.chat_text import as_data, estimate_tokens
+from chatflow.coders import register
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import BadAnswerError, BadInputError, UsageError
 from chatflow.models.requests import Part, Request
@@ -26,6 +27,9 @@ class TextQuestion(Question):
     """A request about a text; `arrival` is the original text."""
 
     arrival: Arrival
+
+
+register(TextQuestion)
 
 
 @payload_of.register

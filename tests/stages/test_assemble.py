@@ -326,8 +326,8 @@ def pieces(found):
 @pytest.mark.parametrize(
     "broken",
     [
-        said(1, chat_id="bad").model_copy(update={"at": datetime(2026, 3, 1)}),  # in no time zone
-        closed(1, "bad").model_copy(update={"at": datetime(2026, 3, 1)}),
+        said(1, chat_id="bad").model_copy(update={"at": "yesterday"}),
+        closed(1, "bad").model_copy(update={"at": "yesterday"}),
         said(1, "half an emoji: \ud83d", chat_id="bad"),
     ],
 )

@@ -125,7 +125,7 @@ def test_it_drafts_an_apology_that_ends_with_the_fixed_sentences(gemma, written)
     prompt = DraftPrompt(load_folder(FEW_SHOT)["apology"], WRITES)
     question = prompt.question(written[0].chat, "c", written[0].analysis)
     (answer,) = gemma.answer([question.request])
-    draft = to_draft(Answered(question, answer))
+    draft = to_draft(Answered(question, answer), prompt)
     assert draft.text.startswith("We are sorry that ")
     assert draft.text.endswith("A colleague will look into it and come back to you.")
     assert ".." not in draft.text
