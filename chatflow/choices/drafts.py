@@ -18,7 +18,7 @@ from chatflow.choices.sentences import (
     Sentence,
     content_words,
 )
-from chatflow.choices.words import Words
+from chatflow.choices.words import Words, says
 from chatflow.records import Flag
 
 LONGEST_QUOTATION = 230
@@ -100,18 +100,18 @@ def clause_for(
     for name, p in likely[:6]:
         cue = words.cues.get(name)
         sure = p > 0.2 and p > 0.5 * likely[0][1]
-        if name in words.clauses and cue and sure and cue.search(quotation):
+        if name in words.clauses and cue and sure and says(cue, quotation):
             return name
     for name, p in likely[:2]:
         cue = words.cues.get(name)
         sure = p > 0.5 and p > 0.7 * likely[0][1]
-        if name in words.clauses and cue and sure and cue.search(everything):
+        if name in words.clauses and cue and sure and says(cue, everything):
             return name
     if not likely:  # nothing was read: use what the quotation says plainly
         hits = [
             name
             for name, cue in words.cues.items()
-            if name in words.clauses and cue.search(quotation)
+            if name in words.clauses and says(cue, quotation)
         ]
         return hits[0] if len(hits) == 1 else None
     return None

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from chatflow.choices.sentences import SPEAKERS
@@ -28,7 +28,8 @@ class Words:
       openings: the sentences that say how a chat stands, `resolved` and `unresolved`.
       drafts: the sentences of drafts, by name.
       clauses: what follows "We are sorry that", by grievance.
-      cues: what the customer's own words must say for the clause of a grievance.
+      cues: what the customer's own words must say for the clause of a grievance, as a regular
+        expression; see `says`.
     """
 
     language: str
@@ -36,24 +37,32 @@ class Words:
     openings: Mapping[str, str]
     drafts: Mapping[str, str]
     clauses: Mapping[str, str]
-    cues: Mapping[str, re.Pattern[str]]
+    cues: Mapping[str, str]
 
 
-def words_of(sources: Mapping[str, str], folder: str) -> dict[str, Words]:
+def says(cue: str, text: str) -> bool:
+    """Returns whether a text has a cue; compiles it at its first use, because all take a second."""
+    return re.search(cue, text, re.IGNORECASE) is not None
+
+
+def words_of(
+    sources: Mapping[str, str], folder: str, known: Collection[str] = ()
+) -> dict[str, Words]:
     """Returns the words by language from a prompt folder's files `words.LANGUAGE.toml`.
 
-    Raises `UsageError`, with file and entry, if one has a mistake.
+    The cues of `known` sources are not checked, because tests have checked them. Raises
+    `UsageError`, with file and entry, if one has a mistake.
     """
     found = {}
     for name, source in sources.items():
         if re.fullmatch(r"words\.[a-z]{2,3}\.toml", name):
             language = name.split(".")[1]
-            found[language] = _words(language, source, f"{folder}/{name}")
+            found[language] = _words(language, source, f"{folder}/{name}", source not in known)
     return found
 
 
 @functools.lru_cache(maxsize=64)
-def _words(language: str, source: str, where: str) -> Words:
+def _words(language: str, source: str, where: str, check: bool) -> Words:
     try:
         data = tomllib.loads(source)
     except tomllib.TOMLDecodeError as error:
@@ -64,7 +73,8 @@ def _words(language: str, source: str, where: str) -> Words:
     for name, placeholder in (("sorry", "{clause}"), ("quotation", "{quotation}")):
         if placeholder not in drafts[name]:
             raise UsageError(f"{where}: drafts.{name} must have {placeholder} in it")
-    clauses, cues = {}, {}
+    clauses: dict[str, str] = {}
+    cues: dict[str, str] = {}
     table = data.get("clauses", {})
     if not isinstance(table, dict):
         raise UsageError(f"{where}: clauses must be a table")
@@ -83,7 +93,7 @@ def _words(language: str, source: str, where: str) -> Words:
             raise UsageError(f"{where}: clauses.{grievance}: unknown {min(unknown)}")
         if said:
             clauses[grievance] = said
-        for pattern in patterns:
+        for pattern in patterns if check else ():
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -91,7 +101,7 @@ def _words(language: str, source: str, where: str) -> Words:
                     f"{where}: clauses.{grievance}.cues: {pattern!r}: {error}"
                 ) from None
         if patterns:
-            cues[grievance] = re.compile("|".join(patterns), re.IGNORECASE)
+            cues[grievance] = "|".join(patterns)
     return Words(language, speakers, openings, drafts, clauses, cues)
 
 

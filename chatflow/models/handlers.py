@@ -11,12 +11,11 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, cast
 
-from apache_beam.ml.inference.base import ModelHandler, PredictionResult
-
 from chatflow import metrics
 from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
 from chatflow.models.base import LanguageModel
+from chatflow.models.inference import ModelHandler, PredictionResult
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import ONE_BUNDLE, Batching, WorkerSettings
 

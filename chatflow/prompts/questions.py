@@ -156,8 +156,9 @@ class Prompt:
     @functools.cached_property
     def words(self) -> Mapping[str, Words]:
         """Returns the fixed texts by language: chatflow's own, and the folder's in their place."""
-        sources = {**default_sources(), **dict(self.template.sources)}
-        return words_of(sources, self.template.folder)
+        known = default_sources()
+        sources = {**known, **dict(self.template.sources)}
+        return words_of(sources, self.template.folder, known.values())
 
     @property
     def result_name(self) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import apache_beam as beam
-from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 
 from chatflow import metrics
 from chatflow.chat_text import encodable
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
+from chatflow.models.inference import KeyedModelHandler, RunInference
 from chatflow.models.requests import FALLBACK, Answer, Failure, Request
 from chatflow.models.spec import Model, name_of
 from chatflow.prompts.questions import ChatQuestion, Question
