@@ -1,4 +1,4 @@
-"""Beam's RunInference, without the model manager, which imports PyTorch and SciPy's optimisers."""
+"""Beam's RunInference, without its `ModelManager`, which imports PyTorch and SciPy's optimisers."""
 
 import resource
 
