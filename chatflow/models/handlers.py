@@ -104,8 +104,9 @@ class LanguageModelHandler(
         return cast(ModelT, refreshed)
 
     def _loaded(self, version: Version = FIRST) -> ModelT:
-        model = self.load(version)
-        model.warm_up(self.expected)
+        with metrics.waiting(f"loading {self.name}"):
+            model = self.load(version)
+            model.warm_up(self.expected)
         return model
 
     holds_weights = True

@@ -23,6 +23,7 @@ from rich.console import Console
 from chatflow.errors import FAILED, UsageError
 from chatflow.options import Options
 from chatflow.records import now
+from chatflow.running.early import let_results_pass
 from chatflow.running.runner import (
     beam_options,
     check_credentials,
@@ -71,7 +72,8 @@ def execute(
         started = time.monotonic()
         # Other runners keep counts in other processes, and show progress themselves.
         local = is_local(pipeline.options)
-        progress = terminal.progress(console) if local else contextlib.nullcontext()
+        shown = options.show > 0 and options.summary != "json"
+        progress = terminal.progress(console, shown) if local else contextlib.nullcontext()
         with failures(planned), sigterm_interrupts():
             with progress:
                 result = pipeline.run()
@@ -176,6 +178,8 @@ def prepare(
             if options.check_endpoint:
                 spec.kind.check_service(spec, local, say)
         results.stage(pipeline)
+        if local and not planned.streaming:
+            let_results_pass(pipeline)
         yield Prepared(planned, pipeline, results, inputs)
 
 

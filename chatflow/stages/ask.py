@@ -21,6 +21,9 @@ from chatflow.records import AnalysedChat
 RESHUFFLE_KEYS = 1024
 """The number of random keys: more than a step has threads; few, as runners keep state per key."""
 
+AFTER_MODEL = "AfterModel"
+"""The label of the Reshuffle behind a model."""
+
 
 QuestionT = TypeVar("QuestionT", bound=Question)
 
@@ -60,7 +63,7 @@ class AskModel(beam.PTransform):
             | "BeforeModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
             | "WithKey" >> beam.Map(_keyed)
             | "RunInference" >> infer
-            | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
+            | AFTER_MODEL >> beam.Reshuffle(RESHUFFLE_KEYS)
             | "TakeAnswers"
             >> DeadLettered(
                 self.stage,

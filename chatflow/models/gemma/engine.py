@@ -21,6 +21,7 @@ import jax
 import keras_hub
 import numpy as np
 
+from chatflow import metrics
 from chatflow.chat_text import CONTROL_TOKEN
 from chatflow.choices.reading import States
 from chatflow.models.gemma.forward import Cache, Forward, Rules, Writing
@@ -283,6 +284,7 @@ class Engine:
         hidden, cache = self.forward.prefill(
             weights, cache, padded, positions, lengths, chunk=self.shape.chunks[rows]
         )
+        metrics.note("tokens", sum(map(len, tokens)))
         return hidden, cache
 
     def _read(
@@ -390,7 +392,8 @@ class Engine:
         for at, (*_, ids, _pieces) in enumerate(block):
             padded[at, : len(ids)] = ids
             lengths[at] = max(len(ids), 1)
-        self.counts["prefill_tokens"] += sum(len(row[3]) for row in block)
+        read = sum(len(row[3]) for row in block)
+        self.counts["prefill_tokens"] += read
         states, cache = self.forward.read(
             self.forward.weights, cache, padded, np.full(size, start, np.int32), lengths,
             chunk=self.shape.chunks[size], layers=layers,
@@ -408,6 +411,8 @@ class Engine:
         for at, (_, _, number, ids, pieces) in enumerate(block):
             found = _pooled(rows[at, : len(ids)].astype(np.float32), np.array(pieces))
             results[number] = found._replace(options=tuple(scores[at] for scores in options))
+        metrics.note("requests_read", len(block))
+        metrics.note("tokens", read)
 
     # Decode.
 
@@ -483,6 +488,7 @@ class Engine:
             counts = before - np.asarray(writing.tokens)
             self.counts["decode_steps"] += int(counts.max())
             self.counts["decoded_tokens"] += int(counts.sum())
+            metrics.note("tokens", int(counts.sum()))
             for row, ids, count in zip(rows, np.asarray(chosen), counts, strict=False):
                 written[row] += ids[:count].tolist()  # row -1 adds nothing: its count is 0
 

@@ -10,10 +10,11 @@ are buckets, and loops on the device feed and decode any number of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from chatflow import metrics
 from chatflow.models.gemma.grammar import DONE, Automaton
 from chatflow.weights.families import family_of
 
@@ -71,8 +73,13 @@ def _compiled(**options: Any) -> Callable[[MethodT], MethodT]:
     function exists, and a class keeps its functions forever."""
 
     def marked(method: MethodT) -> MethodT:
-        method.compiled = options  # type: ignore[attr-defined]
-        return method
+        @functools.wraps(method)
+        def traced(self: Forward, *args: Any, **kwargs: Any) -> Any:  # called once for each shape
+            self.compiling.enter_context(metrics.waiting("compiling, once"))
+            return method(self, *args, **kwargs)
+
+        traced.compiled = options  # type: ignore[attr-defined]
+        return cast(MethodT, traced)
 
     return marked
 
@@ -104,12 +111,22 @@ class Forward:
         ]
         self._paths = [variable.path for variable in self.model.variables]
         self.compilations = 0
+        self.compiling = contextlib.ExitStack()
         self._own: list[Any] = []
         for name, method in vars(Forward).items():
             if (options := getattr(method, "compiled", None)) is not None:
                 function = jax.jit(functools.partial(method, self), **options)
-                setattr(self, name, function)
+                setattr(self, name, self._called(function))
                 self._own.append(function)
+
+    def _called(self, function: Any) -> Callable[..., Any]:
+        """Returns a compiled function that ends what its compilation has begun to say."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.compiling:
+                return function(*args, **kwargs)
+
+        return call
 
     def release(self) -> None:
         """Frees the weights and what was compiled for them."""

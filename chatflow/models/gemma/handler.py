@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from chatflow.models.gemma.engine import Row
 
 _log = logging.getLogger(__name__)
+
+FIRST_BATCH = 4
+"""Requests in the first batch: as many rows as a processor reads at once."""
 
 
 class GemmaModel(EngineModel):
@@ -177,6 +181,20 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         self.settings = settings
         self.most = batching.max_batch_size
         self.instruct = is_tuned(preset) if instruct is None else instruct
+
+    def batch_elements_kwargs(self) -> Mapping[str, Any]:
+        """Returns Beam's settings of batches.
+
+        Where texts are only read, those of files begin small and double, so that the first results
+        come soon. Texts that are generated would be compiled for each of these sizes.
+        """
+        batching = super().batch_elements_kwargs()
+        if not self.heads or batching.get("max_batch_duration_secs"):
+            return batching
+        first = min(FIRST_BATCH, self.most)
+        # Without a target of time, Beam doubles a batch until it has its largest size.
+        untimed = {"target_batch_overhead": None, "target_batch_duration_secs": math.inf}
+        return {**batching, "min_batch_size": first, **untimed}
 
     def load(self, version: Version = FIRST) -> GemmaModel:
         """Returns the model; a version replaces the preset (a folder) or the adapter (a file)."""
