@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import StandardOptions
+from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
 from apache_beam.pipeline import PipelineVisitor
 from rich.console import Console
 
@@ -74,8 +74,10 @@ def execute(
         local = is_local(pipeline.options)
         shown = options.show > 0 and options.summary != "json"
         progress = terminal.progress(console, shown) if local else contextlib.nullcontext()
+        in_process = pipeline.options.view_as(DirectOptions).direct_running_mode == "in_memory"
+        ahead = planned.model.handler.ahead() if local and in_process else contextlib.nullcontext()
         with failures(planned), sigterm_interrupts():
-            with progress:
+            with progress, ahead:
                 result = pipeline.run()
                 finish(result, console)
             summary = Summary.of(result, time.monotonic() - started, planned)

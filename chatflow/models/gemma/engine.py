@@ -128,13 +128,14 @@ class Engine:
         pieces = pieces[:size] + [b""] * (size - len(pieces))
         self.vocabulary = Vocabulary(tuple(pieces), tuple(ends))
         self.counts: collections.Counter[str] = collections.Counter()
+        self.warming = False  # nobody waits for what is read now
         start = tokenizer.start_token_id
         self._before, self._after = [] if start is None else [start], []
         if instruct:
             before, after = family.turns(backbone)
             self._before += self._turn(before)
             self._after = self._turn(after)
-        self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
+        self._prefixes: collections.OrderedDict[Any, tuple[Cache, int]] = collections.OrderedDict()
         # A separate step reads all weights. A byte of a cache costs 7 times as much as one of the
         # weights (measured on a CPU), because caches are copied.
         weights = sum(value.nbytes for value in self.forward.weights)
@@ -198,6 +199,10 @@ class Engine:
         finally:
             self._longest = ENDLESS
 
+    def _note(self, name: str, by: int) -> None:
+        if not self.warming:
+            metrics.note(name, by)
+
     def all_counts(self) -> collections.Counter[str]:
         return self.counts + collections.Counter(compilations=self.forward.compilations)
 
@@ -253,18 +258,24 @@ class Engine:
     def prefix(self, prefix: str) -> tuple[Cache, int]:
         """Returns the KV cache of a prefix, as one row, and its number of tokens."""
         if prefix not in self._prefixes:
-            ids = [*self._before, *self.encode(prefix)]
+            ids = self._prefix_ids(prefix)
             total = bucket(self.shape.fed(len(ids)), TOTALS)
             rows = self.shape.blocks[0]
             cache = self.forward.cache(None, rows=rows, total=total)
             _, cache = self._prefill(self.forward.weights, cache, [ids], [0], rows, total)
             if rows > 1:
                 cache = jax.tree.map(lambda values: values[:1], cache)
-            self._prefixes[prefix] = cache, len(ids)
-            while len(self._prefixes) > PREFIXES_KEPT:
-                self._prefixes.popitem(last=False)
+            self._keep(prefix, (cache, len(ids)))
         self._prefixes.move_to_end(prefix)
         return self._prefixes[prefix]
+
+    def _keep(self, key: Any, prefix: tuple[Cache, int]) -> None:
+        self._prefixes[key] = prefix
+        while len(self._prefixes) > PREFIXES_KEPT:
+            self._prefixes.popitem(last=False)
+
+    def _prefix_ids(self, prefix: str) -> list[int]:
+        return [*self._before, *self.encode(prefix)]
 
     def _prefill(
         self,
@@ -284,7 +295,7 @@ class Engine:
         hidden, cache = self.forward.prefill(
             weights, cache, padded, positions, lengths, chunk=self.shape.chunks[rows]
         )
-        metrics.note("tokens", sum(map(len, tokens)))
+        self._note("tokens", sum(map(len, tokens)))
         return hidden, cache
 
     def _read(
@@ -354,8 +365,9 @@ class Engine:
         waiting = []
         asked = [(self.encode(text), self.first_tokens(options)) for text, options in behind]
         longest = max((len(ids) for ids, _ in asked), default=0)
+        starts = {text: len(self._prefix_ids(text)) for text in {r.prefix for r in readings}}
         for number, reading in enumerate(readings):
-            start = self.prefix(reading.prefix)[1]
+            start = starts[reading.prefix]
             cuts = [0, *reading.ends, len(reading.suffix)]
             pieces = [self.encode(reading.suffix[a:b]) for a, b in itertools.pairwise(cuts)]
             ids = [token for piece in pieces for token in piece]
@@ -386,7 +398,7 @@ class Engine:
         results: dict[int, Any],
     ) -> None:
         size = bucket(len(block), self.shape.blocks)
-        known, start = self.prefix(prefix)
+        known, start = self._read_prefix(prefix, size, total, layers)
         cache = self.forward.cache(known, rows=size, total=total)
         padded, lengths = np.zeros((size, total), np.int32), np.ones(size, np.int32)
         for at, (*_, ids, _pieces) in enumerate(block):
@@ -411,8 +423,29 @@ class Engine:
         for at, (_, _, number, ids, pieces) in enumerate(block):
             found = _pooled(rows[at, : len(ids)].astype(np.float32), np.array(pieces))
             results[number] = found._replace(options=tuple(scores[at] for scores in options))
-        metrics.note("requests_read", len(block))
-        metrics.note("tokens", read)
+        self._note("requests_read", len(block))
+        self._note("tokens", read)
+
+    def _read_prefix(
+        self, prefix: str, size: int, total: int, layers: tuple[int, ...]
+    ) -> tuple[Cache, int]:
+        """Returns what `prefix` does, by the function that reads the block: one less to compile."""
+        key = prefix, layers  # the cache is only filled up to the highest layer
+        if key not in self._prefixes:
+            ids = self._prefix_ids(prefix)
+            cache = self.forward.cache(None, rows=size, total=total)
+            padded = np.zeros((size, total), np.int32)
+            padded[0, : len(ids)] = ids
+            known = max(len(ids), 1)
+            lengths = np.full(size, known, np.int32)
+            self.counts["prefill_tokens"] += len(ids)
+            _, cache = self.forward.read(
+                self.forward.weights, cache, padded, np.zeros(size, np.int32), lengths,
+                chunk=self.shape.chunks[size], layers=layers,
+            )  # fmt: skip
+            self._keep(key, (self.forward.first_of(cache, known), len(ids)))
+        self._prefixes.move_to_end(key)
+        return self._prefixes[key]
 
     # Decode.
 
@@ -488,7 +521,7 @@ class Engine:
             counts = before - np.asarray(writing.tokens)
             self.counts["decode_steps"] += int(counts.max())
             self.counts["decoded_tokens"] += int(counts.sum())
-            metrics.note("tokens", int(counts.sum()))
+            self._note("tokens", int(counts.sum()))
             for row, ids, count in zip(rows, np.asarray(chosen), counts, strict=False):
                 written[row] += ids[:count].tolist()  # row -1 adds nothing: its count is 0
 

@@ -162,6 +162,13 @@ class Forward:
         """Returns the number of positions in a cache."""
         return int(jax.tree.leaves(cache)[0].shape[self._position_axis])
 
+    def first_of(self, cache: Cache, positions: int) -> Cache:
+        """Returns the first row of a cache, up to a position."""
+        axis = self._position_axis
+        return jax.tree.map(
+            lambda values: jax.lax.slice_in_dim(values[:1], 0, positions, axis=axis), cache
+        )
+
     @property
     def layers(self) -> int:
         return self.size.layers
