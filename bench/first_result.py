@@ -97,7 +97,7 @@ def first_result(tree: Path, cache: Path, to_the_end: bool = False) -> tuple[flo
                 while not (found := rows(database) or any(n in said.read_text() for n in names)):
                     if process.poll() is not None:
                         break
-                    time.sleep(0.05)
+                    time.sleep(0.2)
                 seconds = time.monotonic() - began, processors(process.pid)
                 if not found and not any(n in said.read_text() for n in names):
                     sys.exit(f"no analysis came:\n{said.read_text()}")

@@ -12,6 +12,7 @@ the whole prompt each time. Here
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -122,11 +123,7 @@ class Engine:
         weakref.finalize(self, self.forward.release).atexit = False
         self.tokenizer = tokenizer
         family = self.forward.family
-        self.encode, pieces = text_tokens(tokenizer)
-        size = self.forward.size.vocabulary
-        ends = {tokenizer.end_token_id, *map(self._control, family.ends)} - {None}
-        pieces = pieces[:size] + [b""] * (size - len(pieces))
-        self.vocabulary = Vocabulary(tuple(pieces), tuple(ends))
+        self.encode, self._pieces = text_tokens(tokenizer)
         self.counts: collections.Counter[str] = collections.Counter()
         self.warming = False  # nobody waits for what is read now
         start = tokenizer.start_token_id
@@ -143,6 +140,14 @@ class Engine:
         self._starts: dict[Text, int] = {}  # each text's first state of the automaton
         self._rules: Rules
         self._longest = ENDLESS
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Returns what each token writes, and which tokens end a text."""
+        size, pieces = self.forward.size.vocabulary, self._pieces()
+        controls = map(self._control, self.forward.family.ends)
+        ends = {self.tokenizer.end_token_id, *controls} - {None}
+        return Vocabulary(tuple(pieces[:size] + [b""] * (size - len(pieces))), tuple(ends))
 
     def _control(self, token: str) -> int | None:
         """Returns the id of a control token, if the tokenizer has it."""
