@@ -59,7 +59,7 @@ def analyses_in(database):
 
 def analysis(number):
     return Analysis(
-        analysis_id=str(number), chat_id=f"chat-{number}", user_id="u", sentiment=-1,
+        analysis_id=str(number), chat_id=f"chat-{number}", user_id="u", revision=0, sentiment=-1,
         summary="Too [late].", model="m", prompt_version="p", analysed_at=now(),
     )  # fmt: skip
 
