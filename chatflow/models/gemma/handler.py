@@ -85,7 +85,7 @@ class GemmaModel(EngineModel):
         if rows and not self.batches_grow:
             self.engine.warm_up(rows, self.most)
         if read and self.batches_grow:  # the first is of this size
-            self._read(read * FIRST_BATCH)
+            self._read(read * min(FIRST_BATCH, self.most))
         elif read:
             self._read(read)
             self._read(read * self.most)
