@@ -86,7 +86,7 @@ NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-
 $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
-.PHONY: help setup demo demo-remote stream test test-fast lint evaluate eval bench bench-model bench-remote \
+.PHONY: help setup setup-torch setup-dev demo demo-remote stream test test-fast lint evaluate eval bench bench-model bench-remote \
   console docs docs-serve screenshots lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
@@ -94,7 +94,11 @@ help: ## Print this list
 	@echo '  Google Cloud: PROJECT= REGION= are needed; INFERENCE=on_worker|remote MODEL= GPU=nvidia-l4'
 	@echo '  WORKERS= INPUT= NAME= and others have defaults; DRY_RUN=1 prints the commands.'
 
-setup: $(VENV)/.done ## Make .venv with everything needed; the command is .venv/bin/chatflow
+setup: $(VENV)/.done ## Make .venv with what runs; the command is .venv/bin/chatflow
+
+setup-torch: $(VENV)/.torch ## Add PyTorch to it, for torch: models
+
+setup-dev: $(VENV)/.dev ## Add all that tests, linters, benches and docs need, PyTorch too
 
 # Installs the packages of a lock file into an environment, with checked hashes; installs uv from
 # the package index if it is missing.
@@ -112,12 +116,19 @@ endef
 TORCH := torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# One environment that grows: chatflow does not import what only development has.
 $(VENV)/.done: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "chatflow needs Python 3.11 or newer; try make PYTHON=python3.12 setup"; exit 2; }
 	$(call INSTALL,$(VENV),requirements.lock, && \
-	  $$uv pip install -q --python $(BIN)/python --no-deps -e . && \
+	  $$uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .)
+
+$(VENV)/.torch: infra/docker/requirements-torch.lock $(VENV)/.done
+	$(call INSTALL,$(VENV),$<, && \
 	  $(BIN)/python -m pip install -q --retries 0 --extra-index-url $(TORCH_INDEX) $(TORCH))
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.torch
+	$(call INSTALL,$(VENV),$<)
 
 demo: setup ## Analyse the sample chats with the embedded Gemma, and show the results
 	@mkdir -p out
@@ -139,13 +150,13 @@ console: setup ## Serve the staff's page for DATABASE= (default: sqlite:///out/c
 	$(BIN)/chatflow console --database '$(DATABASE)' --replies '$(REPLIES)' $(ARGS)
 
 # Python keeps bytecode, so that the many processes of the tests do not compile it again.
-test: setup ## Run all tests, in three processes
+test: setup-dev ## Run all tests, in three processes
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 3 --dist loadfile
 
-test-fast: setup ## Run the tests that need no real model, browser, emulator or server
+test-fast: setup-dev ## Run the tests that need no real model, browser, emulator or server
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadfile --fast
 
-lint: setup .venv-lint/.done ## Check style, types, imports, images, scripts and Terraform
+lint: setup-dev .venv-lint/.done ## Check style, types, imports, images, scripts and Terraform
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -164,7 +175,7 @@ lint: setup .venv-lint/.done ## Check style, types, imports, images, scripts and
 # --strict, because without it a service that does not answer counts as no finding.
 .PHONY: audit
 audit: .venv-lint/.done ## Look up known vulnerabilities of the locked packages; needs pypi.org
-	@for lock in requirements.lock infra/docker/*.lock infra/lint.lock; do echo "$$lock:"; \
+	@for lock in requirements*.lock infra/docker/*.lock infra/lint.lock; do echo "$$lock:"; \
 	  $(LINT)/pip-audit --strict --disable-pip --require-hashes -r $$lock || failed=1; done; \
 	  test -z "$$failed"
 
@@ -178,16 +189,16 @@ eval: setup ## Check that prompts and model answer as well as before; the histor
 	@mkdir -p out
 	$(BIN)/chatflow evaluate tuning/eval.jsonl --history tuning/history.jsonl --report out/eval.html
 
-bench: setup ## Measure the stream: events a second, latency, Beam's runner beside ours
+bench: setup-dev ## Measure the stream: events a second, latency, Beam's runner beside ours
 	$(BIN)/python bench/stream.py
 
-bench-model: setup ## Measure the model on this machine, beside keras_hub, llama.cpp and others
+bench-model: setup-dev ## Measure the model on this machine, beside keras_hub, llama.cpp and others
 	$(BIN)/python bench/model.py
 
-bench-remote: setup ## Measure the remote path beside Beam's own handlers, on the stand-in
+bench-remote: setup-dev ## Measure the remote path beside Beam's own handlers, on the stand-in
 	$(BIN)/python bench/remote.py
 
-docs: setup ## Write what is made from code (reference, template, table schemas); build out/site
+docs: setup-dev ## Write what is made from code (reference, template, table schemas); build out/site
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/make_site.py
 
@@ -196,15 +207,16 @@ docs-serve: docs ## Serve the documentation at http://127.0.0.1:8000
 
 LOCK    = PATH="$(BIN):$$PATH" uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate
 COMPILE = $(LOCK) --universal
-screenshots: setup ## Take the README's pictures of the console again, with the real Gemma
+screenshots: setup-dev ## Take the README's pictures of the console again, with the real Gemma
 	$(BIN)/python docs/screenshots.py
 
-lock: setup ## Update the lock files for development, images and linters
-	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
-	$(COMPILE) -c requirements.lock --extra gemma pyproject.toml -o infra/docker/requirements-cpu.lock
-	$(COMPILE) -c requirements.lock --extra gpu pyproject.toml -o infra/docker/requirements-gpu.lock
-	$(COMPILE) -c requirements.lock pyproject.toml -o infra/docker/requirements-remote.lock
-	$(COMPILE) -c requirements.lock --extra torch pyproject.toml -o infra/docker/requirements-torch.lock
+lock: setup ## Update the lock files: what runs, development, images and linters
+	$(COMPILE) --extra dev pyproject.toml -o requirements-dev.lock
+	$(COMPILE) -c requirements-dev.lock --extra gemma --extra console --extra build pyproject.toml -o requirements.lock
+	$(COMPILE) -c requirements-dev.lock --extra gemma pyproject.toml -o infra/docker/requirements-cpu.lock
+	$(COMPILE) -c requirements-dev.lock --extra gpu pyproject.toml -o infra/docker/requirements-gpu.lock
+	$(COMPILE) -c requirements-dev.lock pyproject.toml -o infra/docker/requirements-remote.lock
+	$(COMPILE) -c requirements-dev.lock --extra torch pyproject.toml -o infra/docker/requirements-torch.lock
 	$(LOCK) --no-config --python-platform x86_64-manylinux_2_31 --extra vllm pyproject.toml \
 	  -o infra/docker/requirements-vllm.lock
 	$(COMPILE) infra/lint.in -o infra/lint.lock

@@ -170,8 +170,9 @@ def model_of(routes: Routes, first: Updates, streaming: bool, options: Options) 
     """Returns the model for both inference steps: a single one, or several by key."""
     expected: dict[str, list[Request]] = {spec.key: [] for spec in routes.specs}
     for prompt in itertools.chain.from_iterable(p.every for pair in first.by_route for p in pair):
-        # In a stream, the first answers are wanted soon, so warm up the model while it loads.
-        if streaming or prompt.model.updates:
+        # In a stream, the first answers are wanted soon, so warm up the model while it loads. Of
+        # files, the first batch is known if texts are only read.
+        if streaming or prompt.model.updates or prompt.model.own_heads:
             expected[prompt.model.key].append(prompt.probe)
     handlers = {spec.key: spec.handler(expected[spec.key]) for spec in routes.specs}
     kept = kept_of(routes, options)

@@ -82,6 +82,10 @@ USES = (
      "apache_beam.options.pipeline_options", "PipelineOptions._add_argparse_args"),
     ("chatflow/options.py", "name the flag that was meant, of its own and Beam's",
      "argparse", "ArgumentParser._option_string_actions"),
+    ("chatflow/models/inference.py", "not import PyTorch", "apache_beam.ml.inference.model_manager",
+     "ModelManager"),
+    ("chatflow/models/inference.py", "measure memory without the model manager",
+     "apache_beam.ml.inference.base", "resource"),
     ("chatflow/running/launch.py", "find what a pipeline reads and writes",
      "apache_beam.pipeline", "PipelineVisitor.enter_composite_transform"),
 )  # fmt: skip

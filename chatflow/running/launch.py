@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import StandardOptions
+from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
 from apache_beam.pipeline import PipelineVisitor
 from rich.console import Console
 
 from chatflow.errors import FAILED, UsageError
 from chatflow.options import Options
 from chatflow.records import now
+from chatflow.running.early import let_results_pass
 from chatflow.running.runner import (
     beam_options,
     check_credentials,
@@ -71,9 +72,12 @@ def execute(
         started = time.monotonic()
         # Other runners keep counts in other processes, and show progress themselves.
         local = is_local(pipeline.options)
-        progress = terminal.progress(console) if local else contextlib.nullcontext()
+        shown = options.show > 0 and options.summary != "json"
+        progress = terminal.progress(console, shown) if local else contextlib.nullcontext()
+        in_process = pipeline.options.view_as(DirectOptions).direct_running_mode == "in_memory"
+        ahead = planned.model.handler.ahead() if local and in_process else contextlib.nullcontext()
         with failures(planned), sigterm_interrupts():
-            with progress:
+            with progress, ahead:
                 result = pipeline.run()
                 finish(result, console)
             summary = Summary.of(result, time.monotonic() - started, planned)
@@ -176,6 +180,8 @@ def prepare(
             if options.check_endpoint:
                 spec.kind.check_service(spec, local, say)
         results.stage(pipeline)
+        if local and not planned.streaming:
+            let_results_pass(pipeline)
         yield Prepared(planned, pipeline, results, inputs)
 
 

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from chatflow import metrics
 from chatflow.errors import BadInputError
@@ -137,20 +139,36 @@ def counts_table(summary: Summary) -> Table:
 
 
 @contextlib.contextmanager
-def progress(console: Console) -> Iterator[None]:
-    """Shows the counts of this process while a run is in progress."""
+def progress(console: Console, results: bool = False) -> Iterator[None]:
+    """Shows counts, what the run waits for, and with `results` the newest analyses.
+
+    All are of this process. Without a terminal, they are lines.
+    """
     metrics.reset_local_counts()
     started = time.monotonic()
 
     def text() -> str:
         counts = ", ".join(
-            f"{what} {count}" + (f" of {total}" if total != count else "")
+            f"{what} {count:,}" + (f" of {total:,}" if total != count else "")
             for what, count, total in _state()
         )
-        return f"[{time.monotonic() - started:5.0f} s] {counts}"
+        waits = "".join(f"; {wait}" for wait in _waits())
+        return f"[{time.monotonic() - started:5.0f} s] {counts}{waits}"
 
-    with in_background(_bars, console) if console.is_terminal else lines(console, text):
+    def first() -> str:
+        newest = metrics.results() if results else []
+        return f"[{time.monotonic() - started:5.0f} s] {for_people(newest[0])}" if newest else ""
+
+    if console.is_terminal:
+        show = in_background(_bars, console, results)
+    else:
+        show = lines(console, text, first=first)
+    with show:
         yield
+
+
+def _waits() -> list[str]:
+    return [f"{what}: {seconds:.0f} s" for what, seconds in metrics.waits()]
 
 
 @contextlib.contextmanager
@@ -166,12 +184,28 @@ def in_background(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
         thread.join()
 
 
-def lines(console: Console, text: Callable[[], str], every: float = 5.0) -> Any:
-    """Prints a line every `every` seconds, for logs; returns a context that ends it."""
+def lines(
+    console: Console,
+    text: Callable[[], str],
+    every: float = 5.0,
+    first: Callable[[], str] = lambda: "",
+) -> Any:
+    """Prints lines for logs; returns a context that ends it.
+
+    Args:
+      text: what to print every `every` seconds.
+      first: what to print once, with rich's markup, as soon as it is not empty.
+    """
 
     def show(done: threading.Event) -> None:
-        while not done.wait(every):
-            console.print(text(), highlight=False, markup=False, soft_wrap=True)
+        said, due = False, time.monotonic() + every
+        while not done.wait(0.2):
+            if not said and (line := first()):
+                said = True
+                console.print(line, highlight=False, soft_wrap=True)
+            if time.monotonic() >= due:
+                due += every
+                console.print(text(), highlight=False, markup=False, soft_wrap=True)
 
     return in_background(show)
 
@@ -184,26 +218,38 @@ def _state() -> list[tuple[str, int, int]]:
     drafts = counts.get("drafted", 0) + sum(
         count for name, count in counts.items() if name.startswith("drafts_flagged/")
     )
+    # Of a batch that is not done, the model has read a part.
+    analyses = max(counts.get("answered/analysis", 0), counts.get("requests_read", 0))
+    tokens = counts.get("tokens", 0)
     return [
         ("lines read", read, read),
-        ("analyses", counts.get("answered/analysis", 0), counts.get("asked", 0)),
+        ("analyses", analyses, counts.get("asked", 0)),
         ("drafts", drafts, counts.get("drafts_asked", 0)),
         ("dead letters", letters, letters),
+        *([("tokens", tokens, tokens)] if tokens else []),
     ]
 
 
-def _bars(console: Console, done: threading.Event) -> None:
+def _bars(console: Console, results: bool, done: threading.Event) -> None:
     columns = (
         TextColumn("{task.description:>12}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks = {what: bars.add_task(what, total=None) for what, _, _ in _state()}
+    bars = Progress(*columns, console=console)
+    tasks: dict[str, Any] = {}
+    with Live(bars, console=console, transient=True, refresh_per_second=5) as live:
         while not done.wait(0.2):
             for what, count, total in _state():
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=None)
                 bars.update(tasks[what], completed=count, total=total or None)
+            newest = metrics.results() if results else []
+            shown = [Text.from_markup(for_people(one), overflow="ellipsis") for one in newest]
+            for line in shown:
+                line.no_wrap = True
+            live.update(Group(*shown, bars, *(Text(wait, "dim") for wait in _waits())))
 
 
 def for_people(record: Record) -> str:

@@ -47,7 +47,7 @@ class UpsertRecords(beam.PTransform):
     def expand(self, records: beam.PCollection[Record]) -> beam.PCollection[DeadLetter]:
         return (
             records
-            | "Batch" >> beam.BatchElements(ROWS, ROWS)
+            | "Batch" >> beam.BatchElements(1, ROWS)  # the first are there soon
             | "Upsert"
             >> beam.ParDo(_UpsertDoFn(self.uri, self.password)).with_output_types(DeadLetter)
         )

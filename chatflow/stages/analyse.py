@@ -202,6 +202,7 @@ def parsed_only(answered: Answered[ChatQuestion]) -> Iterable[AnalysedChat]:
 def count_analysed(analysed: AnalysedChat) -> AnalysedChat:
     analysis = analysed.analysis
     metrics.count("analysed")
+    metrics.result(analysis)
     metrics.count(f"analysed/{analysis.sentiment.name.lower()}")
     metrics.count(f"summaries/{analysis.summary_source}")
     for repair in analysis.repairs:

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import apache_beam as beam
 import pydantic
-from apache_beam.ml.inference.base import KeyedModelHandler, PredictionResult, RunInference
 
 from chatflow import metrics
 from chatflow.chat_text import encodable
 from chatflow.coders import LOSSLESS, JsonCoder, register
 from chatflow.dead_letters import DeadLettered, Outcome, payload_of
 from chatflow.errors import ModelError
+from chatflow.models.inference import KeyedModelHandler, PredictionResult, RunInference
 from chatflow.models.requests import FALLBACK, Answer, Failure, Request
 from chatflow.models.spec import Model, name_of
 from chatflow.prompts.questions import ChatQuestion, Question, with_read
@@ -22,6 +22,9 @@ from chatflow.records import AnalysedChat
 
 RESHUFFLE_KEYS = 1024
 """The number of random keys: more than a step has threads; few, as runners keep state per key."""
+
+AFTER_MODEL = "AfterModel"
+"""The label of the Reshuffle behind a model."""
 
 
 QuestionT = TypeVar("QuestionT", bound=Question)
@@ -97,7 +100,7 @@ class AskModel(beam.PTransform):
         predicted.element_type = beam.typehints.Tuple[questions.element_type, Prediction]
         outcome: Outcome = (
             predicted
-            | "AfterModel" >> beam.Reshuffle(RESHUFFLE_KEYS)
+            | AFTER_MODEL >> beam.Reshuffle(RESHUFFLE_KEYS)
             | "TakeAnswers"
             >> DeadLettered(
                 self.stage,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chatflow.errors import UsageError, one_line
+from chatflow.imports import UNUSED_BY_KERAS, without
 from chatflow.weights import embedded
 from chatflow.weights.families import FAMILIES, family_named
 
@@ -102,7 +103,9 @@ def use_jax(alone: bool = True) -> None:
     import jax
 
     try:
-        import keras
+        with without(*UNUSED_BY_KERAS):
+            import keras
+            import keras_hub  # noqa: F401 (here, so that it does without these, too)
     except (OSError, ValueError) as error:  # e.g. a keras.json of somebody else's in /tmp
         raise UsageError(
             f"keras cannot read its settings: {one_line(error)}; fix that file, or set KERAS_HOME "

@@ -12,6 +12,7 @@ the whole prompt each time. Here
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import jax
 import keras_hub
 import numpy as np
 
+from chatflow import metrics
 from chatflow.chat_text import CONTROL_TOKEN
 from chatflow.choices.reading import States
 from chatflow.models.gemma.forward import Cache, Forward, Known, Rules, Stream, Writing
@@ -136,22 +138,16 @@ class Engine:
         weakref.finalize(self, self.forward.release).atexit = False
         self.tokenizer = tokenizer
         family = self.forward.family
-        self.encode, pieces = text_tokens(tokenizer)
-        size = self.forward.size.vocabulary
-        ends = {tokenizer.end_token_id, *map(self._control, family.ends)} - {None}
-        pieces = pieces[:size] + [b""] * (size - len(pieces))
-        self.vocabulary = Vocabulary(tuple(pieces), tuple(ends))
+        self.encode, self._pieces = text_tokens(tokenizer)
         self.counts: collections.Counter[str] = collections.Counter()
+        self.warming = False  # nobody waits for what is read now
         start = tokenizer.start_token_id
         self._before, self._after = [] if start is None else [start], []
         if instruct:
             before, after = family.turns(backbone)
             self._before += self._turn(before)
             self._after = self._turn(after)
-        self._prefixes: collections.OrderedDict[str, tuple[Cache, int]] = collections.OrderedDict()
-        self._read_prefixes: collections.OrderedDict[tuple[str, int], Known] = (
-            collections.OrderedDict()
-        )
+        self._prefixes: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         # A separate step reads all weights. A byte of a cache costs 7 times as much as one of the
         # weights (measured on a CPU), because caches are copied.
         weights = sum(value.nbytes for value in self.forward.weights)
@@ -159,6 +155,14 @@ class Engine:
         self._starts: dict[Text, int] = {}  # each text's first state of the automaton
         self._rules: Rules
         self._longest = ENDLESS
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Returns what each token writes, and which tokens end a text."""
+        size, pieces = self.forward.size.vocabulary, self._pieces()
+        controls = map(self._control, self.forward.family.ends)
+        ends = {self.tokenizer.end_token_id, *controls} - {None}
+        return Vocabulary(tuple(pieces[:size] + [b""] * (size - len(pieces))), tuple(ends))
 
     def _control(self, token: str) -> int | None:
         """Returns the id of a control token, if the tokenizer has it."""
@@ -215,6 +219,10 @@ class Engine:
         finally:
             self._longest = ENDLESS
 
+    def _note(self, name: str, by: int) -> None:
+        if not self.warming:
+            metrics.note(name, by)
+
     def all_counts(self) -> collections.Counter[str]:
         return self.counts + collections.Counter(compilations=self.forward.compilations)
 
@@ -270,18 +278,25 @@ class Engine:
     def prefix(self, prefix: str) -> tuple[Cache, int]:
         """Returns the KV cache of a prefix, as one row, and its number of tokens."""
         if prefix not in self._prefixes:
-            ids = [*self._before, *self.encode(prefix)]
+            ids = self._prefix_ids(prefix)
             total = bucket(self.shape.fed(len(ids)), TOTALS)
             rows = self.shape.blocks[0]
             cache = self.forward.cache(None, rows=rows, total=total)
             _, cache = self._prefill(self.forward.weights, cache, [ids], [0], rows, total)
             if rows > 1:
                 cache = jax.tree.map(lambda values: values[:1], cache)
-            self._prefixes[prefix] = cache, len(ids)
-            while len(self._prefixes) > PREFIXES_KEPT:
-                self._prefixes.popitem(last=False)
+            self._keep(prefix, (cache, len(ids)))
         self._prefixes.move_to_end(prefix)
-        return self._prefixes[prefix]
+        cache, length = self._prefixes[prefix]
+        return cache, length
+
+    def _keep(self, key: Any, prefix: Any) -> None:
+        self._prefixes[key] = prefix
+        while len(self._prefixes) > PREFIXES_KEPT:
+            self._prefixes.popitem(last=False)
+
+    def _prefix_ids(self, prefix: str) -> list[int]:
+        return [*self._before, *self.encode(prefix)]
 
     def _prefill(
         self,
@@ -301,6 +316,7 @@ class Engine:
         hidden, cache = self.forward.prefill(
             weights, cache, padded, positions, lengths, chunk=self.shape.chunks[rows]
         )
+        self._note("tokens", sum(map(len, tokens)))
         return hidden, cache
 
     def _read(
@@ -403,9 +419,10 @@ class Engine:
         asked: Sequence[tuple[list[int], np.ndarray]],
         results: dict[int, Any],
     ) -> None:
-        known = self._known(prefix, max(layers))
-        stream, starts, states, _ = self._feed(texts, known, layers)
-        self.counts["prefill_tokens"] += int((stream.text >= 0).sum())
+        known = self._known(prefix, layers)
+        starts, states, _ = self._feed(texts, known, layers)
+        self._note("requests_read", len(texts))
+        self._note("tokens", sum(text.size for text in texts))
         rows = np.asarray(states)  # cut here: on the device, each length would be compiled
         options = []
         ends = np.array([start + text.length for start, text in zip(starts, texts, strict=True)])
@@ -424,10 +441,11 @@ class Engine:
 
     def _feed(
         self, texts: Sequence[_Text], known: Known, layers: tuple[int, ...]
-    ) -> tuple[Stream, list[int], jax.Array, Any]:
-        """Reads texts as one stream; returns it, where each text begins, and what was read."""
+    ) -> tuple[list[int], jax.Array, Any]:
+        """Reads texts as one stream; returns where each begins in it, states, keys and values."""
         total = bucket(sum(text.size for text in texts), tuple(self.shape.streams))
         stream, starts = _stream(texts, total, int(known.length), self.shape.piece)
+        self.counts["prefill_tokens"] += sum(text.size for text in texts)
         states, caches = self.forward.read(
             self.forward.weights,
             known,
@@ -436,22 +454,24 @@ class Engine:
             piece=self.shape.piece,
             layers=layers,
         )
-        return stream, starts, states, caches
+        return starts, states, caches
 
-    def _known(self, prefix: str, layers: int) -> Known:
-        """Returns the keys and values of a prefix, up to a layer."""
+    def _known(self, prefix: str, layers: tuple[int, ...]) -> Known:
+        """Returns the keys and values of a prefix, up to the highest of these layers.
+
+        It is read by the function that reads what follows it: one less to compile.
+        """
         key = prefix, layers
-        if key not in self._read_prefixes:
-            ids = [*self._before, *self.encode(prefix)]
-            nothing = self.forward.no_prefix(layers)
-            *_, caches = self._feed([_Text(0, [ids], [])], nothing, (layers,))
-            kept = -(-len(ids) // self.shape.piece) * self.shape.piece
+        if key not in self._prefixes:
+            ids = self._prefix_ids(prefix)
+            kept = -(-max(len(ids), 1) // self.shape.piece) * self.shape.piece
+            nothing = self.forward.no_prefix(max(layers), kept)
+            *_, caches = self._feed([_Text(0, [ids], [])], nothing, layers)
             caches = jax.tree.map(lambda values: values[:kept], caches)
-            self._read_prefixes[key] = Known(caches, np.int32(len(ids)))
-            while len(self._read_prefixes) > PREFIXES_KEPT:
-                self._read_prefixes.popitem(last=False)
-        self._read_prefixes.move_to_end(key)
-        return self._read_prefixes[key]
+            self._keep(key, Known(caches, np.int32(len(ids))))
+        self._prefixes.move_to_end(key)
+        known: Known = self._prefixes[key]
+        return known
 
     # Decode.
 
@@ -527,6 +547,7 @@ class Engine:
             counts = before - np.asarray(writing.tokens)
             self.counts["decode_steps"] += int(counts.max())
             self.counts["decoded_tokens"] += int(counts.sum())
+            self._note("tokens", int(counts.sum()))
             for row, ids, count in zip(rows, np.asarray(chosen), counts, strict=False):
                 written[row] += ids[:count].tolist()  # row -1 adds nothing: its count is 0
 

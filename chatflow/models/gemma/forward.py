@@ -10,10 +10,11 @@ are buckets, and loops on the device feed and decode any number of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import keras_hub
 import numpy as np
 from keras_hub.src.vllm.context import vllm_context_scope
 
+from chatflow import metrics
 from chatflow.models.gemma.grammar import DONE, ENDLESS, Automaton
 from chatflow.weights.families import family_of
 
@@ -192,8 +194,13 @@ def _compiled(**options: Any) -> Callable[[MethodT], MethodT]:
     function exists, and a class keeps its functions forever."""
 
     def marked(method: MethodT) -> MethodT:
-        method.compiled = options  # type: ignore[attr-defined]
-        return method
+        @functools.wraps(method)
+        def traced(self: Forward, *args: Any, **kwargs: Any) -> Any:  # called once for each shape
+            self.compiling.enter_context(metrics.waiting("compiling, once"))
+            return method(self, *args, **kwargs)
+
+        traced.compiled = options  # type: ignore[attr-defined]
+        return cast(MethodT, traced)
 
     return marked
 
@@ -225,12 +232,22 @@ class Forward:
         ]
         self._paths = [variable.path for variable in self.model.variables]
         self.compilations = 0
+        self.compiling = contextlib.ExitStack()
         self._own: list[Any] = []
         for name, method in vars(Forward).items():
             if (options := getattr(method, "compiled", None)) is not None:
                 function = jax.jit(functools.partial(method, self), **options)
-                setattr(self, name, function)
+                setattr(self, name, self._called(function))
                 self._own.append(function)
+
+    def _called(self, function: Any) -> Callable[..., Any]:
+        """Returns a compiled function that ends what its compilation has begun to say."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.compiling:
+                return function(*args, **kwargs)
+
+        return call
 
     def release(self) -> None:
         """Frees the weights and what was compiled for them."""
@@ -409,9 +426,11 @@ class Forward:
             hidden = self.model.backbone.layer_norm(states)
         return self.scores(weights, hidden, tokens)
 
-    def no_prefix(self, layers: int) -> Known:
-        """Returns an empty prefix for the first `layers` layers."""
-        one = jnp.zeros((1, self.size.kv_heads, self.size.head), self.model.backbone.compute_dtype)
+    def no_prefix(self, layers: int, positions: int) -> Known:
+        """Returns an empty prefix for the first `layers` layers, of so many positions."""
+        one = jnp.zeros(
+            (positions, self.size.kv_heads, self.size.head), self.model.backbone.compute_dtype
+        )
         return Known([(one, one)] * layers, np.int32(0))
 
     @_compiled()
@@ -589,17 +608,16 @@ class Forward:
         """Returns logits [rows, vocabulary] of hidden states [rows, hidden]."""
         with self._using(weights):
             logits: jax.Array
-            if self.dtype == "int8":
-                return self._int8_logits(hidden)
-            logits = self._embedding(hidden, reverse=True)
+            if self.dtype == "int8" and self._embedding.tie_weights:
+                logits = self._int8_logits(hidden)
+            else:
+                logits = self._embedding(hidden, reverse=True)
             return logits
 
-    def _int8_logits(self, hidden: jax.Array) -> jax.Array:
+    def _int8_logits(self, hidden: jax.Array) -> Any:
         """Does what Keras's `ReversibleEmbedding` does, which transposes the embedding first: on a
         CPU, XLA then takes 840 ms of a processor a step for Gemma 3 270M, and 28 ms so."""
         layer = self._embedding
-        if not layer.tie_weights:
-            return layer(hidden, reverse=True)
         rounded, scale = layer.inputs_quantizer(hidden)
         contracted = (((1,), (1,)), ((), ()))
         products = jax.lax.dot_general(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+FIRST_BATCH = 4
+"""Requests in the first batch: few, because somebody waits for them."""
+
 
 class GemmaModel(EngineModel):
     """A loaded decoder that answers part by part.
 
-    `adapter` and `heads` are local files. Raises `UsageError` if the heads were fitted on the
-    states of another model.
+    `adapter` and `heads` are local files; `batches_grow` from `FIRST_BATCH` requests. Raises
+    `UsageError` if the heads were fitted on the states of another model.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class GemmaModel(EngineModel):
         most: int,
         adapter: str = "",
         heads: str = "",
+        batches_grow: bool = False,
     ):
         started = time.monotonic()
         use_jax(alone=settings.large_model and settings.model_copies == 1)
@@ -61,6 +66,7 @@ class GemmaModel(EngineModel):
         super().__init__(name, engine, most, settings.merge_seconds)
         if heads and not engine.forward.family.learns:
             raise UsageError(f"--heads={heads}: only for Gemma 1 to 3, not for {name}")
+        self.batches_grow = batches_grow
         self.heads = Heads.load(heads) if heads else None
         if self.heads and self.heads.weights != engine.forward.fingerprint:
             raise UsageError(
@@ -72,14 +78,18 @@ class GemmaModel(EngineModel):
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Compiles what answers to such requests need, alone and in a full batch."""
         started = time.monotonic()
+        self.engine.warming = True
         parts = [part for request in requests for part in request.parts]
         rows = [row_of(part) for part in parts if not part.layout]
         read = [part for part in parts if part.layout]
-        if rows:
+        if rows and not self.batches_grow:
             self.engine.warm_up(rows, self.most)
-        if read:
+        if read and self.batches_grow:  # the first is of this size
+            self._read(read * min(FIRST_BATCH, self.most))
+        elif read:
             self._read(read)
             self._read(read * self.most)
+        self.engine.warming = False
         if parts:
             _log.info(
                 "warmed up in %.1f s: %d compilations",
@@ -176,7 +186,23 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         self.adapter, self.heads = adapter, heads
         self.settings = settings
         self.most = batching.max_batch_size
+        self.batches_grow = bool(heads) and not batching.max_batch_duration_secs
+        self.loads_ahead = preset == embedded.NAME
         self.instruct = is_tuned(preset) if instruct is None else instruct
+
+    def batch_elements_kwargs(self) -> Mapping[str, Any]:
+        """Returns Beam's settings of batches.
+
+        Where texts are only read, those of files begin small and double, so that the first results
+        come soon. Texts that are generated would be compiled for each of these sizes.
+        """
+        batching: Mapping[str, Any] = super().batch_elements_kwargs()
+        if not self.batches_grow:
+            return batching
+        first = min(FIRST_BATCH, self.most)
+        # Without a target of time, Beam doubles a batch until it has its largest size.
+        untimed = {"target_batch_overhead": None, "target_batch_duration_secs": math.inf}
+        return {**batching, "min_batch_size": first, **untimed}
 
     def load(self, version: Version = FIRST) -> GemmaModel:
         """Returns the model; a version replaces the preset (a folder) or the adapter (a file)."""
@@ -193,6 +219,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
             self.most,
             local_adapter(adapter, _log.info) if adapter else "",
             local_heads(self.heads, _log.info) if self.heads else "",
+            self.batches_grow,
         )
 
 

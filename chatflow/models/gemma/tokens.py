@@ -11,11 +11,13 @@ import sentencepiece
 from chatflow.chat_text import CONTROL_TOKEN
 
 Encode = Callable[[str], list[int]]
+Pieces = Callable[[], list[bytes]]
 
 
-def text_tokens(tokenizer: Any) -> tuple[Encode, list[bytes]]:
-    """Returns a function from a text to token ids, and the bytes that each token writes, by id.
+def text_tokens(tokenizer: Any) -> tuple[Encode, Pieces]:
+    """Returns a function from a text to token ids, and one that returns the bytes of each token.
 
+    The second takes a second with a large vocabulary, and only what writes texts needs it.
     Control tokens are not found in texts. SentencePiece's user-defined tokens are;
     `chat_text.as_data` protects from them. Tokens that never occur in a text write nothing.
 
@@ -26,8 +28,9 @@ def text_tokens(tokenizer: Any) -> tuple[Encode, list[bytes]]:
         plain = keras_hub.tokenizers.BytePairTokenizer(
             tokenizer.vocabulary, tokenizer.merges, unsplittable_tokens=[]
         )
-        return _encoder(plain), _pieces_of_pairs(tokenizer.vocabulary, tokenizer.merges)
-    return _encoder(tokenizer), _pieces_of_sentences(tokenizer.proto)
+        pieces = _pieces_of_pairs(tokenizer.vocabulary, tokenizer.merges)
+        return _encoder(plain), lambda: pieces
+    return _encoder(tokenizer), lambda: _pieces_of_sentences(tokenizer.proto)
 
 
 def _encoder(tokenizer: Any) -> Encode:

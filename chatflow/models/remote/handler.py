@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from apache_beam.io.components.rate_limiter import EnvoyRateLimiter
-from apache_beam.ml.inference.base import PredictionResult, RemoteModelHandler
 
 from chatflow.models.handlers import METRICS, LanguageModelHandler
+from chatflow.models.inference import PredictionResult, RemoteModelHandler
 from chatflow.models.remote.calls import RemoteModel
 from chatflow.models.remote.clients import Client
 from chatflow.models.requests import FIRST, Request, Version

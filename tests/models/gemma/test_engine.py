@@ -319,7 +319,7 @@ def test_texts_fill_several_streams_and_long_ones_several_blocks(engine, monkeyp
     alone = [engine.read([asked], (1, 2))[0] for asked in every]
     shape = engine.shape._replace(streams={64: 32, 128: 64, 512: 64}, together=128, piece=16)
     monkeypatch.setattr(engine, "shape", shape)
-    monkeypatch.setattr(engine, "_read_prefixes", type(engine._read_prefixes)())
+    monkeypatch.setattr(engine, "_prefixes", type(engine._prefixes)())
     for found, expected in zip(engine.read(every, (1, 2)), alone, strict=True):
         same(found, expected, rtol=1e-3, atol=1e-4)
 
