@@ -86,7 +86,7 @@ NEEDS_CLOUD := image push template deploy update drain cancel logs status infra-
 $(foreach goal,$(filter $(NEEDS_CLOUD),$(MAKECMDGOALS)),$(foreach name,PROJECT REGION,$(if \
   $($(name)),,$(error $(name) is missing: make $(goal) $(name)=…, or set it in settings.mk))))
 
-.PHONY: help setup setup-torch setup-dev demo demo-remote stream test test-fast lint evaluate eval bench bench-model bench-remote \
+.PHONY: help setup setup-torch setup-dev demo demo-remote stream test test-fast lint evaluate eval bench bench-stream bench-model bench-remote \
   console docs docs-serve screenshots lock clean wheel $(NEEDS_CLOUD)
 
 help: ## Print this list
@@ -189,7 +189,13 @@ eval: setup ## Check that prompts and model answer as well as before; the histor
 	@mkdir -p out
 	$(BIN)/chatflow evaluate tuning/eval.jsonl --history tuning/history.jsonl --report out/eval.html
 
-bench: setup-dev ## Measure the stream: events a second, latency, Beam's runner beside ours
+bench: setup-dev ## Measure beside llama.cpp and the version before: first result, pipeline, model (half an hour)
+	$(BIN)/python bench/machine.py
+	$(BIN)/python bench/first_result.py
+	$(BIN)/python bench/pipeline.py
+	$(BIN)/python bench/model.py --sides 'llama.cpp, 4 bits;llama.cpp, 8 bits;chatflow;chatflow, int8'
+
+bench-stream: setup-dev ## Measure the stream: events a second, latency, Beam's runner beside ours
 	$(BIN)/python bench/stream.py
 
 bench-model: setup-dev ## Measure the model on this machine, beside keras_hub, llama.cpp and others

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import resource
@@ -130,24 +131,31 @@ class Llama(Side):
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count() or 1
         self.model = xllamacpp.Server(settings)
         self.pool = concurrent.futures.ThreadPoolExecutor(self.slots)
+        pairs = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*work["json_prompts"]))
+        self.shared = len(list(pairs))
+        self.runs = 0
 
     def ask(self, prompts: Sequence[Ids], tokens: int, **more: Any) -> list[dict[str, Any]]:
         """Returns the answers to prompts, which are sent at once."""
-        given = {"n_predict": tokens, "temperature": 0, "return_tokens": True, **more}
+        given = {"n_predict": tokens, "temperature": 0, **more}
         asked = [{"prompt": prompt, **given} for prompt in prompts]
         return list(self.pool.map(self.model.handle_completions, asked))
 
     def generate(self, prompts: list[Ids], tokens: int) -> list[Ids]:
         answers = self.ask(prompts, tokens, cache_prompt=False, ignore_eos=True)
-        return [answer["tokens"] for answer in answers]
+        assert all(answer["usage"]["completion_tokens"] == tokens for answer in answers)
+        return []  # it does not say which
 
     def read(self, prompts: list[Ids]) -> None:
         self.ask(prompts, 0, cache_prompt=False)
 
     def task(self, numbers: list[int]) -> list[str]:
-        prompts = [self.work["json_prompts"][n] for n in numbers]
+        # A token after the examples, so that chats of an earlier run are not in the cache.
+        self.runs += 1
+        asked = [self.work["json_prompts"][n] for n in numbers]
+        prompts = [[*p[: self.shared], 1000 + self.runs, *p[self.shared :]] for p in asked]
         answers = self.ask(prompts, self.work["json_tokens"], json_schema=self.work["schema"])
-        return [answer["content"] for answer in answers]
+        return [answer["choices"][0]["text"] for answer in answers]
 
 
 class Llama8(Llama):
@@ -238,11 +246,16 @@ class Ours(FewShot):
         assert self.model.heads is not None
         self.model.engine.read([Reading("", text, ()) for text in texts], self.model.heads.layers)
 
+    @functools.cached_property
+    def words(self) -> Any:
+        from chatflow.choices.words import words_of
+        from chatflow.prompts.templates import default_sources
+
+        return words_of(default_sources(), "base")
+
     def task(self, numbers: list[int]) -> list[str]:
         import dataclasses
 
-        from chatflow.choices.words import words_of
-        from chatflow.prompts.templates import default_sources
         from chatflow.stages.analyse import read_of, to_analysis
         from chatflow.stages.ask import Answered
         from chatflow.stages.draft import composed
@@ -256,7 +269,7 @@ class Ours(FewShot):
             if analysis.sentiment == -1:
                 read = read_of(answered)
                 asked = dataclasses.replace(question, analysis=analysis, read=read)
-                composed(asked, answer.model, words_of(default_sources(), "base"))
+                composed(asked, answer.model, self.words)
             found.append(
                 json.dumps({"sentiment": int(analysis.sentiment), "summary": analysis.summary})
             )
@@ -320,7 +333,7 @@ def measure(name: str, work: dict[str, Any]) -> dict[str, Any]:
                 "ms_per_step": (seconds - short) / len(batches) / (tokens - 2) * 1000,
             }
         )
-        figures["tokens"] = found
+        figures["tokens"] = found or None
         print(f"{name}: engine, batch {size}: {tokens * count / seconds:.1f}/s", file=sys.stderr)
     figures["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     figures["compilations"] = side.compilations
