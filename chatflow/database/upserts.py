@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from enum import IntEnum
 from typing import Any
 
@@ -88,6 +89,25 @@ def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
             for name, value in sorted(chat.attributes.items())
         ],
     )
+    _note_waits(connection, ids)
+
+
+def _note_waits(connection: sa.Connection, chat_ids: Iterable[str]) -> None:
+    """Notes since when customers wait whose drafts wait for review: since they last wrote."""
+    drafts, chats = tables.drafts, tables.chats
+    of_these = drafts.c.chat_id.in_(sorted(set(chat_ids))), drafts.c.status == tables.WAITING
+    joined = drafts.join(chats, chats.c.chat_id == drafts.c.chat_id)
+    query = sa.select(drafts.c.draft_id, drafts.c.user_id, chats.c.messages).select_from(joined)
+    for row in connection.execute(query.where(*of_these)).all():
+        times = [
+            sent_at
+            for message in row.messages
+            if message["user_id"] == row.user_id and (sent_at := message.get("sent_at"))
+        ]
+        if times:
+            since = max(map(datetime.fromisoformat, times))
+            this = sa.update(drafts).where(drafts.c.draft_id == row.draft_id)
+            connection.execute(this.values(waits_since=since))
 
 
 def _write_raw(connection: sa.Connection, found: Sequence[RawChat]) -> None:
@@ -138,6 +158,7 @@ def _write_drafts(connection: sa.Connection, found: Sequence[Draft]) -> None:
 
     _upsert_rows(connection, tables.drafts, rows, lambda _: waits, set_to)
     supersede(connection, [record.chat_id for record in found])
+    _note_waits(connection, [record.chat_id for record in found])
 
 
 def _write_dead_letters(connection: sa.Connection, found: Sequence[DeadLetter]) -> None:

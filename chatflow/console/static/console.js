@@ -12,11 +12,15 @@ const signedOut = document.getElementById("signed-out");
 const units = [["day", 86400], ["hour", 3600], ["minute", 60]];
 const ago = new Intl.RelativeTimeFormat("en", { numeric: "always", style: "short" });
 
+// The server's clock, because this machine's may be wrong.
+const skew = main.dataset.asked * 1000 - Date.now();
+const opened = performance.now();
+
 function showTimes() {
   for (const time of document.querySelectorAll("time")) {
     const moment = new Date(time.dateTime);
     if (isNaN(moment)) continue;
-    const seconds = (moment - Date.now()) / 1000;
+    const seconds = (moment - Date.now() - skew) / 1000;
     const [unit, size] = units.find(([, size]) => Math.abs(seconds) >= size) ?? ["", 1];
     time.textContent = unit ? ago.format(Math.round(seconds / size), unit) : "just now";
     time.title = moment.toLocaleString();
@@ -25,11 +29,11 @@ function showTimes() {
 
 // Shows how long an approval can be undone.
 
-const until = toast?.querySelector("[data-until]");
+const until = toast?.querySelector("[data-seconds]");
 
 function countDown() {
-  if (!until?.dataset.until) return;
-  const seconds = Math.ceil((new Date(until.dataset.until) - Date.now()) / 1000);
+  if (!until) return;
+  const seconds = Math.ceil(until.dataset.seconds - (performance.now() - opened) / 1000);
   until.textContent = seconds > 0 ? `in ${seconds} s` : "now";
   if (seconds <= 0) toast.querySelector("form")?.remove();
 }
@@ -152,6 +156,8 @@ function restore() {
   const words = [kept.text, kept.comment].filter(missing).join("\n\n");
   if (words) show("kept-aside", words);
 }
+
+document.getElementById("sign-out")?.addEventListener("submit", () => sessionStorage.clear());
 
 let submitting = false;
 document.addEventListener("input", () => (submitting = false));
