@@ -21,6 +21,7 @@ from chatflow.running.runner import quieten
 
 if TYPE_CHECKING:
     from chatflow.console.app import Server
+    from chatflow.console.openid import Provider
     from chatflow.console.people import People
     from chatflow.database.connections import Database
 
@@ -120,6 +121,24 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--tls_key", default="", metavar="FILE.pem", help="its private key")
     parser.add_argument(
+        "--openid",
+        default="",
+        metavar="ISSUER",
+        help="address of an OpenID provider that signs people in, such as "
+        "https://accounts.google.com; they need an entry of --users, or --default_role",
+    )
+    parser.add_argument("--openid_client", default="", help="the console's client id there")
+    parser.add_argument(
+        "--openid_secret",
+        default="",
+        help="where the client's secret is: env:NAME, file:PATH or projects/P/secrets/S/versions/V",
+    )
+    parser.add_argument(
+        "--openid_claim",
+        default="email",
+        help="the claim of the ID token that names a person (default: %(default)s)",
+    )
+    parser.add_argument(
         "--identity_header",
         default="",
         help="header in which a reverse proxy says who has signed in there, e.g. X-Forwarded-User",
@@ -214,6 +233,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
         hosts=[*people.OWN_HOSTS, parsed.host.lower(), *names],
         idle=timedelta(minutes=parsed.idle_minutes),
         audit_log=parsed.audit_log,
+        openid=provider(parsed) if parsed.openid else None,
     )
     listener = listen(parsed.host, parsed.port)
     shown = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
@@ -264,11 +284,14 @@ def people_of(parsed: argparse.Namespace) -> People:
         ]
     except ValueError as error:
         raise UsageError(f"--trusted_proxies: {error}") from None
-    if parsed.identity_header and not (parsed.users or parsed.default_role):
-        raise UsageError(
-            f"--identity_header={parsed.identity_header}: nobody has a role; give --users=FILE, or "
-            "--default_role for all whom the proxy has signed in"
-        )
+    for name in ("identity_header", "openid"):
+        if getattr(parsed, name) and not (parsed.users or parsed.default_role):
+            raise UsageError(
+                f"--{name}={getattr(parsed, name)}: nobody has a role; give --users=FILE, or "
+                "--default_role for all who have signed in there"
+            )
+    if parsed.identity_header and parsed.openid:
+        raise UsageError("--identity_header and --openid: only one of them can sign people in")
     secret = parsed.proxy_secret
     known = People(
         getpass.getuser(),
@@ -277,6 +300,7 @@ def people_of(parsed: argparse.Namespace) -> People:
         proxies,
         redacted,
         parsed.mask_ids,
+        openid=bool(parsed.openid),
         default_role=parsed.default_role,
         proxy_secret=read_secret(secret, "--proxy_secret").strip() if secret else "",
     )
@@ -309,6 +333,22 @@ def check_place(host: str, names: Sequence[str], known: People) -> None:
             f"--allowed_hosts={others[0]}: others can reach it by that name, so they must sign "
             "in; give --users=FILE or --identity_header=NAME"
         )
+
+
+def provider(parsed: argparse.Namespace) -> Provider:
+    """Returns the OpenID provider; raises `UsageError` if it cannot be used."""
+    from chatflow.secrets import read_secret
+
+    if not (parsed.openid_client and parsed.openid_secret):
+        raise UsageError("--openid: needs --openid_client and --openid_secret too")
+    try:
+        from chatflow.console.openid import Provider
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is missing; --openid needs: pip install 'chatflow[console]'"
+        ) from None
+    secret = read_secret(parsed.openid_secret, "--openid_secret").strip()
+    return Provider(parsed.openid, parsed.openid_client, secret, parsed.openid_claim)
 
 
 def check_tls(parsed: argparse.Namespace) -> None:

@@ -85,6 +85,8 @@ def app(console: Console) -> Starlette:
             Route("/changes", console.changes.stream),
             get("/sign-in", pages.show_sign_in),
             post("/sign-in", pages.sign_in),
+            get("/sign-in/openid", pages.begin_openid),
+            get("/sign-in/openid/back", pages.end_openid),
             post("/sign-out", pages.sign_out),
             get("/healthz", pages.health),
             Mount("/static", _Static(packages=[("chatflow.console", "static")])),

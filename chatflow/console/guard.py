@@ -53,7 +53,7 @@ class Guard:
         scope["address"] = self._address(request)
         scope["secure"] = secure = self._is_secure(request)
         scope["local"] = self._host(request) in OWN_HOSTS
-        known = _cookie_in(request, cookie_name(secure))
+        known = cookie_in(request)
         scope["session"] = session = known or secrets.token_urlsafe(32)
 
         async def send_guarded(message: Message) -> None:
@@ -242,22 +242,23 @@ def page_of(request: Request) -> str:
     return f"{path}?{query}" if query else path
 
 
-def cookie_name(secure: bool) -> str:
-    """Returns the cookie's name; browsers let nobody else set one that begins with __Host-."""
-    return f"__Host-{COOKIE}" if secure else COOKIE
+def _full_name(name: str, secure: bool) -> str:
+    """Returns a cookie's name; browsers let nobody else set one that begins with __Host-."""
+    return f"__Host-{name}" if secure else name
 
 
-def cookie(value: str, secure: bool, age: int | None = None, name: str = "") -> str:
+def cookie(value: str, secure: bool, age: int | None = None, name: str = COOKIE) -> str:
     # Lax and not Strict, so that links to drafts from elsewhere work. What changes something needs
     # a form of the same origin.
-    parts = [f"{name or cookie_name(secure)}={value}", "Path=/", "HttpOnly", "SameSite=Lax"]
+    parts = [f"{_full_name(name, secure)}={value}", "Path=/", "HttpOnly", "SameSite=Lax"]
     parts += ["Secure"] if secure else []
     return "; ".join(parts + ([] if age is None else [f"Max-Age={age}"]))
 
 
-def _cookie_in(request: Request, name: str) -> str:
+def cookie_in(request: Request, name: str = COOKIE) -> str:
     """Returns the value of a cookie; "" if it is not there, or there twice."""
     said = "; ".join(request.headers.getlist("cookie"))
     found = [part.strip().partition("=") for part in said.split(";")]
-    values = [value for known, _, value in found if known == name]
-    return values[0] if len(values) == 1 and len(values[0]) <= 100 else ""
+    full = _full_name(name, request.scope["secure"])
+    values = [value for known, _, value in found if known == full]
+    return values[0] if len(values) == 1 else ""

@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response, S
 
 from chatflow.console import audit, dashboard, decisions, inbox
 from chatflow.console.decisions import DecisionError
-from chatflow.console.guard import cookie
+from chatflow.console.guard import cookie, cookie_in
 from chatflow.console.labels import labelled
 from chatflow.console.people import Person, digest_of
 from chatflow.console.sessions import LONGEST, METHODS
@@ -259,6 +259,55 @@ def sign_in(console: Console, request: Request, form: Mapping[str, str]) -> Resp
     response = RedirectResponse(to if _OWN_PAGE.fullmatch(to) else "/", 303)
     method = "token" if console.people.others else "code"
     return begin_session(console, request, response, person, method)
+
+
+def begin_openid(console: Console, request: Request) -> Response:
+    """Sends a person to the OpenID provider."""
+    from chatflow.console.openid import seal
+
+    if console.openid is None:
+        raise HTTPException(404, "There is no OpenID provider.")
+    to = request.query_params.get("to", "/")[:1000]
+    address, attempt = console.openid.begin(_way_back(request), to)
+    response = RedirectResponse(address, 303)
+    value = seal(console.key, attempt)
+    response.headers["Set-Cookie"] = cookie(value, request.scope["secure"], 600, OPENID_COOKIE)
+    return response
+
+
+def end_openid(console: Console, request: Request) -> Response:
+    """Signs in whom the OpenID provider has sent back."""
+    from chatflow.console.openid import SignInError, unseal
+
+    if console.openid is None:
+        raise HTTPException(404, "There is no OpenID provider.")
+    name, person = "", None
+    try:
+        attempt = unseal(console.key, cookie_in(request, OPENID_COOKIE))
+        if attempt is None:
+            raise SignInError("this browser did not begin to sign in")
+        name = console.openid.end(_way_back(request), attempt, dict(request.query_params))
+        person = console.people.person(name)
+        if person is None:
+            raise SignInError("has no access")
+    except SignInError as error:
+        console.audit.note(request, "sign_in_failed", f"OpenID: {error}", name)
+        said = "You were not signed in. Try again, or ask a lead whether you have access."
+        response = console.page(request, "sign_in", 403, problem=said, to="/")
+    else:
+        to = attempt.to if _OWN_PAGE.fullmatch(attempt.to) else "/"
+        response = begin_session(console, request, RedirectResponse(to, 303), person, "openid")
+    secure = request.scope["secure"]
+    response.headers.append("Set-Cookie", cookie("", secure, 0, OPENID_COOKIE))
+    return response
+
+
+OPENID_COOKIE = "chatflow_openid"
+
+
+def _way_back(request: Request) -> str:
+    scheme = "https" if request.scope["secure"] else "http"
+    return f"{scheme}://{request.headers['host']}/sign-in/openid/back"
 
 
 def begin_session(

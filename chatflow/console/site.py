@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import sqlalchemy as sa
@@ -28,6 +28,9 @@ from chatflow.database.raw import Hidden, Key, values_of
 from chatflow.errors import one_line
 from chatflow.records import now
 from chatflow.redaction.placeholders import fill
+
+if TYPE_CHECKING:
+    from chatflow.console.openid import Provider
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Console:
       keep: how long unchanged chats are kept; None means forever.
       hosts: names under which the console accepts requests; refusing others prevents DNS rebinding.
       idle: how long a person stays signed in without opening a page.
+      openid: signs people in, besides tokens.
       audit_log: a file of JSON lines for the entries of the audit log; "": the database alone.
     """
 
@@ -69,6 +73,7 @@ class Console:
     hosts: Sequence[str] = OWN_HOSTS
     idle: timedelta = IDLE
     audit_log: str = ""
+    openid: Provider | None = None
 
     def __post_init__(self) -> None:
         self.raw = self.raw or self.database
@@ -78,7 +83,7 @@ class Console:
         self.failures = Rate(FAILURES)
         self.met = Rate(1, self.idle.total_seconds())
         with self.database.read() as connection:
-            self._key = console_key(connection)
+            self.key = console_key(connection)
         source = jinja2.PackageLoader("chatflow.console", "templates")
         self._templates = jinja2.Environment(
             loader=source,
@@ -123,7 +128,7 @@ class Console:
             """Returns an id or attribute as this person may see it, the same one always alike."""
             if person is None or person.reads_ids:
                 return visible(name) or ""
-            return f"•{signed(self._key, 'id', name)[:6]}"
+            return f"•{signed(self.key, 'id', name)[:6]}"
 
         text = self._templates.get_template(f"{name}.html.jinja").render(
             person=person,
@@ -144,7 +149,7 @@ class Console:
     def csrf_of(self, request: Request) -> str:
         """Returns the token in a person's forms, which another site or person cannot know."""
         person = request.scope["person"]
-        return signed(self._key, "csrf", request.scope["session"], person.name if person else "")
+        return signed(self.key, "csrf", request.scope["session"], person.name if person else "")
 
     def is_signed_in(self, request: Request) -> bool:
         """Returns whether the person who sent a request may still use the console."""
