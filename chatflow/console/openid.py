@@ -81,9 +81,8 @@ class Provider:
 
     def begin(self, redirect_uri: str, to: str) -> tuple[str, Attempt]:
         """Returns the provider's address for a person to sign in, and what to remember."""
-        attempt = Attempt(
-            *(secrets.token_urlsafe(32) for _ in range(3)), to, int(time.time()) + ATTEMPT_SECONDS
-        )
+        state, nonce, verifier = (secrets.token_urlsafe(32) for _ in range(3))
+        attempt = Attempt(state, nonce, verifier, to, int(time.time()) + ATTEMPT_SECONDS)
         with self._session(redirect_uri) as session:
             address, _ = session.create_authorization_url(
                 self._metadata["authorization_endpoint"],

@@ -17,7 +17,7 @@ def serve(port: int, redirect_uri: str) -> None:
     from canaille import create_app
     from canaille.app import models
     from canaille.backends import Backend
-    from flask import request
+    from canaille.oidc.provider import AuthorizationCodeGrant
     from joserfc.jwk import RSAKey
     from werkzeug.serving import make_server
 
@@ -59,13 +59,12 @@ def serve(port: int, redirect_uri: str) -> None:
         client.audience = [client]
         Backend.instance.save(client)
 
-    @app.before_request
-    def forget_codes() -> None:
-        # Canaille's memory finds any code of a client, so there must be only the newest.
-        if request.path == "/oauth/authorize":
-            for code in Backend.instance.query(models.AuthorizationCode):
-                Backend.instance.delete(code)
+    def find_code(_: AuthorizationCodeGrant, code: str, client: models.Client) -> object:
+        # Canaille's memory joins conditions by "or", so that each code of a client would do.
+        found = Backend.instance.query(models.AuthorizationCode, code=code)
+        return next((each for each in found if each.client == client), None)
 
+    AuthorizationCodeGrant.query_authorization_code = find_code
     server = make_server("localhost", port, app, threaded=True)
     print(address, flush=True)
     server.serve_forever()
