@@ -70,7 +70,11 @@ class Guard:
                     self.console.audit.note(request, "refused", what)
             await send(message)
 
-        refusal = self._refusal(request) or await run_in_threadpool(self._sign_in, request)
+        refusal = self._refusal(request)
+        if refusal is None and known:
+            refusal = await run_in_threadpool(self._sign_in, request, True)
+        elif refusal is None:  # strangers take no thread and no connection of the database
+            refusal = self._sign_in(request, False)
         await (refusal or self.app)(scope, receive, send_guarded)
 
     def _by_proxy(self, request: Request) -> bool:
@@ -138,7 +142,7 @@ class Guard:
                 return PlainTextResponse("The form is too large.\n", 413, {"Connection": "close"})
         return None
 
-    def _sign_in(self, request: Request) -> Response | None:
+    def _sign_in(self, request: Request, has_cookie: bool) -> Response | None:
         """Identifies the person; returns a response if they must sign in first."""
         people, path = self.console.people, request.scope["path"]
         person: Person | None = None
@@ -154,7 +158,7 @@ class Guard:
             if person is None:
                 self.console.failures.count(request.scope["address"])
                 self.console.audit.note(request, "sign_in_failed", "token in a header")
-        else:
+        elif has_cookie:
             person = self.console.sessions.who(request.scope["session"], is_visit(request))
         request.scope["person"] = person
         if (
