@@ -76,6 +76,7 @@ def app(console: Console) -> Starlette:
             get("/", pages.show_inbox),
             get("/drafts/{draft_id}", pages.show_draft),
             *(post(f"/drafts/{{draft_id}}/{name}", pages.decide) for name in pages.ACTIONS),
+            post("/search", pages.search),
             get("/history", pages.show_history),
             get("/dashboard", pages.show_dashboard),
             get("/labelled.jsonl", pages.export),

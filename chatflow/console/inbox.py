@@ -34,12 +34,17 @@ SORTS = {
 KINDS = {"": "all", "text": "with a draft", "flag": "needs a reply"}
 
 
+SEALED = ("q", "attribute")
+"""Fields of a filter that may be personal data."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Filter:
     """Which drafts to list, and in which order; this is the query string of the page.
 
     `q` is the text to find in ids, messages, summaries and drafts; `attribute` is NAME=VALUE of the
-    chat; `page` counts from 0.
+    chat; `page` counts from 0. Links have `sealed` in the place of `q` and `attribute`, because
+    proxies and browsers keep addresses.
     """
 
     status: str = tables.WAITING
@@ -48,10 +53,14 @@ class Filter:
     q: str = ""
     attribute: str = ""
     page: int = 0
+    sealed: str = ""
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Filter:
-        """Returns the filter of a query string; unknown values are ignored."""
+        """Returns the filter of a form, or of a query string once it is unsealed.
+
+        Ignores unknown values.
+        """
         page = query.get("page", "")
         status, sort, kind = query.get("status"), query.get("sort"), query.get("kind")
         return cls(
@@ -61,11 +70,12 @@ class Filter:
             query.get("q", "").strip()[:200],
             query.get("attribute", "").replace("\r\n", "\n")[:2000],  # forms send CRLF
             int(page) if re.fullmatch(r"[0-9]{1,5}", page) else 0,
+            query.get("sealed", ""),
         )
 
     def query(self, **changes: Any) -> str:
         """Returns a query string with "?", without defaults; `changes` may add other names."""
-        values = vars(self) | changes
+        values = {n: value for n, value in vars(self).items() if n not in SEALED} | changes
         parts = {n: value for n, value in values.items() if value != getattr(Filter, n, None)}
         return f"?{urlencode(parts)}" if parts else ""
 

@@ -23,15 +23,31 @@ from chatflow.database import tables
 from chatflow.records import LARGEST_INTEGER, now
 
 
-def _wanted(request: Request) -> inbox.Filter:
-    """Returns the filter of a request; without ids, because finding one would show it."""
-    wanted = inbox.Filter.of(request.query_params)
+def _wanted(console: Console, request: Request) -> inbox.Filter:
+    """Returns the filter of a request."""
+    query = request.query_params
+    known = console.unsealed(query.get("sealed", ""))
+    return _sealed(console, request, {**query, "sealed": "", **known})
+
+
+def _sealed(console: Console, request: Request, values: Mapping[str, str]) -> inbox.Filter:
+    wanted = inbox.Filter.of(values)
     person: Person = request.scope["person"]
-    return wanted if person.reads_ids else dataclasses.replace(wanted, q="", attribute="")
+    if not person.reads_ids:  # finding an id would show it
+        return dataclasses.replace(wanted, q="", attribute="", sealed="")
+    if wanted.sealed:
+        return wanted
+    sealed = console.sealed({name: getattr(wanted, name) for name in inbox.SEALED})
+    return dataclasses.replace(wanted, sealed=sealed)
+
+
+def search(console: Console, request: Request, form: Mapping[str, str]) -> Response:
+    """Leads to the list of a form, by an address that does not say what is searched for."""
+    return RedirectResponse(f"/{_sealed(console, request, form).query()}", 303)
 
 
 def show_inbox(console: Console, request: Request) -> Response:
-    wanted = _wanted(request)
+    wanted = _wanted(console, request)
     person: Person = request.scope["person"]
     decided_id = request.query_params.get("decided", "")
     with console.database.read() as connection:
@@ -63,7 +79,7 @@ def show_draft(
     form: Mapping[str, str] | None = None,
 ) -> Response:
     """Shows a draft and its chat; after a failed decision, also the values of its form."""
-    wanted = _wanted(request)
+    wanted = _wanted(console, request)
     draft_id = request.path_params["draft_id"]
     with console.database.read() as connection:
         found = inbox.opened(connection, draft_id)
@@ -136,7 +152,7 @@ def decide(console: Console, request: Request, form: Mapping[str, str]) -> Respo
     except ValueError:
         raise HTTPException(400, "This form is incomplete.") from None
     text, chat = form.get("text", ""), form.get("seen_chat", "")
-    wanted = _wanted(request)
+    wanted = _wanted(console, request)
     try:
         hidden = hidden_in_draft(console, request, draft_id)
         with console.database.write() as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import logging
 import time
@@ -10,7 +11,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import pydantic_core
 import sqlalchemy as sa
+from cryptography.fernet import Fernet, InvalidToken
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -84,6 +87,8 @@ class Console:
         self.met = Rate(1, self.idle.total_seconds())
         with self.database.read() as connection:
             self.key = console_key(connection)
+        of_addresses = bytes.fromhex(signed(self.key, "addresses"))
+        self._seal = Fernet(base64.urlsafe_b64encode(of_addresses))
         source = jinja2.PackageLoader("chatflow.console", "templates")
         self._templates = jinja2.Environment(
             loader=source,
@@ -150,6 +155,19 @@ class Console:
         """Returns the token in a person's forms, which another site or person cannot know."""
         person = request.scope["person"]
         return signed(self.key, "csrf", request.scope["session"], person.name if person else "")
+
+    def sealed(self, values: Mapping[str, str]) -> str:
+        """Returns values for an address, so that only this console can read them; "" for none."""
+        text = pydantic_core.to_json({name: value for name, value in values.items() if value})
+        return "" if text == b"{}" else self._seal.encrypt(text).decode()
+
+    def unsealed(self, text: str) -> dict[str, str]:
+        """Returns the values of `sealed`, with the text itself; none if it is from elsewhere."""
+        try:
+            found: dict[str, str] = pydantic_core.from_json(self._seal.decrypt(text))
+        except InvalidToken:
+            return {}
+        return {**found, "sealed": text}
 
     def is_signed_in(self, request: Request) -> bool:
         """Returns whether the person who sent a request may still use the console."""

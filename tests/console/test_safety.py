@@ -720,6 +720,23 @@ def test_signing_out_clears_what_the_browser_keeps(sqlite, users):
         assert answer.headers["clear-site-data"] == '"cache", "storage"'
 
 
+def test_addresses_do_not_say_what_is_searched_for(sqlite, users):
+    write(sqlite, *angry_chat(1, text="I am maria.lopez@example.com"), *angry_chat(2))
+    with served(sqlite, by_token(users)) as address:
+        visitor = signed_in(address, "agent")
+        form = {"csrf": visitor.form("/")["csrf"], "q": "maria.lopez@", "attribute": "tenant=bolt"}
+        place = visitor.post("/search", form | {"sort": "oldest"}).headers["location"]
+        assert place.startswith("/?sort=oldest&sealed=")
+        page = visitor.get(place).text
+        assert re.findall(r'id="draft-([^"]+)"', page) == ["d1r0"]
+        assert 'value="maria.lopez@"' in page
+        for link in re.findall(r'(?:href|action)="([^"]+)"', page):
+            assert "maria" not in link
+            assert "bolt" not in link
+        changed = place[:-5] + "AAAA="
+        assert len(re.findall(r'id="draft-([^"]+)"', visitor.get(changed).text)) == 2
+
+
 def test_ids_and_attributes_can_be_masked(sqlite, users):
     write(sqlite, *angry_chat(1))
     with served(sqlite, by_token(users, masks_ids=True)) as address:
