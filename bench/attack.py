@@ -166,8 +166,9 @@ def held(data: bytes, count: int) -> Attack:
 
 
 def is_closed(client: socket.socket) -> bool:
+    client.setblocking(False)
     try:
-        return not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return not client.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
     except OSError:

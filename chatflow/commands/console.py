@@ -136,7 +136,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--openid_claim",
         default="email",
-        help="the claim of the ID token that names a person (default: %(default)s)",
+        help="the claim of the ID token that names a person; sub is never given to another one "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--openid_method",
+        default="",
+        help="how people must have signed in there, by the ID token's claim amr, such as mfa "
+        "(default: the provider decides)",
     )
     parser.add_argument(
         "--identity_header",
@@ -348,7 +355,8 @@ def provider(parsed: argparse.Namespace) -> Provider:
             f"{error.name} is missing; --openid needs: pip install 'chatflow[console]'"
         ) from None
     secret = read_secret(parsed.openid_secret, "--openid_secret").strip()
-    return Provider(parsed.openid, parsed.openid_client, secret, parsed.openid_claim)
+    client = parsed.openid_client, secret, parsed.openid_claim, parsed.openid_method
+    return Provider(parsed.openid, *client)
 
 
 def check_tls(parsed: argparse.Namespace) -> None:

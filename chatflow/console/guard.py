@@ -19,7 +19,7 @@ from chatflow.console.site import HEADERS, Console, is_visit
 
 COOKIE = "chatflow_session"
 
-HSTS = f"max-age={365 * 24 * 3600}"
+HSTS = f"max-age={365 * 24 * 3600}; includeSubDomains"
 """Tells browsers to use HTTPS alone, for a year."""
 
 SIGN_IN_BYTES, FORM_BYTES = 8_192, 262_144

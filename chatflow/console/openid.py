@@ -51,16 +51,20 @@ class Attempt:
 class Provider:
     """An OpenID provider, and this console as its client."""
 
-    def __init__(self, issuer: str, client_id: str, secret: str, claim: str = "email"):
+    def __init__(
+        self, issuer: str, client_id: str, secret: str, claim: str = "email", method: str = ""
+    ):
         """Reads the provider's metadata.
 
         Args:
           claim: the claim of the ID token that names the person.
+          method: how people must have signed in there, a value of the claim `amr` such as mfa.
 
         Raises:
           UsageError: it cannot be reached, or is not the provider that it should be.
         """
         self._client_id, self._secret, self._claim = client_id, secret, claim
+        self._method = method
         self._metadata: dict[str, Any] = {}
         self._lock, self._keys_at, self._keys = threading.Lock(), 0.0, KeySet([])
         _check_address(issuer)
@@ -121,8 +125,12 @@ class Provider:
                     allow_redirects=False,
                 )
                 claims: dict[str, Any] = self._claims(token["id_token"], token, attempt.nonce)
+                if self._method and self._method not in claims.get("amr", []):
+                    raise SignInError(f"the provider does not say that it was by {self._method}")
                 if self._claim not in claims:
                     claims = self._user_info(session, claims["sub"])
+        except SignInError:
+            raise
         except Exception as error:  # of the network, of OAuth, of JWT and of claims
             raise SignInError(one_line(error)) from None
         name = claims.get(self._claim)

@@ -361,6 +361,8 @@ def show_sessions(console: Console, request: Request) -> Response:
 def end_sessions(console: Console, request: Request, form: Mapping[str, str]) -> Response:
     """Ends one session, or all of a person; only a lead may end those of others."""
     person: Person = request.scope["person"]
+    if not console.sessions.is_new(request.scope["session"]):
+        raise HTTPException(403, "To end sessions, sign out and in again first.")
     key, who = form.get("key", ""), form.get("who", "")
     found = console.sessions.listed("" if person.leads else person.name)
     keys = [each["session_hash"] for each in found if key in ("", each["session_hash"])]

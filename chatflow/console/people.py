@@ -11,10 +11,12 @@ import re
 import secrets
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatflow.errors import UsageError
+from chatflow.records import now
 
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 """Host names that a machine uses only for itself."""
@@ -27,6 +29,9 @@ ROLES = {
 """Roles and what they may do; each role may also do what the roles before it may."""
 
 PROXY_SECRET_HEADER = "X-Chatflow-Proxy-Secret"
+
+TOKEN = timedelta(days=90)
+"""How long a new token is good, unless somebody changes its entry."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +85,7 @@ class People:
     """
 
     local: str
-    users: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    users: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     identity_header: str = ""
     proxies: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()
     redacted: frozenset[str] = frozenset()
@@ -107,7 +112,7 @@ class People:
     @property
     def by_token(self) -> bool:
         """Returns whether somebody may sign in with a token, or the code."""
-        has_token = any(user.get("token_sha256") for user in self.users.values())
+        has_token = any(map(_token_of, self.users.values()))
         return self.has_sessions and (bool(self.code) or has_token)
 
     def person(self, name: str) -> Person | None:
@@ -135,14 +140,13 @@ class People:
             right = self.code and hmac.compare_digest(digest_of(self.code), hashed)
             return self.person(self.local) if right else None
         for name, user in self.users.items():  # compares all, so that timing reveals nothing
-            if hmac.compare_digest(user.get("token_sha256", ""), hashed):
+            if hmac.compare_digest(_token_of(user), hashed):
                 found = self.person(name)
         return found
 
     def credential(self, name: str) -> str:
         """Returns a hash of what a person signs in with; it changes when the token does."""
-        token = self.users.get(name, {}).get("token_sha256", "") if self.others else self.code
-        return digest_of(token)
+        return digest_of(_token_of(self.users.get(name, {})) if self.others else self.code)
 
     def is_proxy(self, address: str) -> bool:
         try:
@@ -151,17 +155,24 @@ class People:
             return False
 
 
+def _token_of(user: Mapping[str, Any]) -> str:
+    """Returns the hash of a user's token; "" if there is none, or it has expired."""
+    expires = user.get("expires")
+    return "" if expires and expires < now().date() else user.get("token_sha256", "")
+
+
 def digest_of(secret: str) -> str:
     """Returns the stored form of a secret. Tokens are random, so a plain hash is enough."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def read_users(path: str) -> dict[str, dict[str, str]]:
+def read_users(path: str) -> dict[str, dict[str, Any]]:
     """Reads the file `--users`, a TOML table per person; raises `UsageError` if it is invalid.
 
     [ada]
     role = "lead"            # observer, agent or lead
     token_sha256 = "9f86…"   # not needed behind a proxy
+    expires = 2027-03-01     # the last day of the token
     """
     try:
         found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -178,15 +189,19 @@ def read_users(path: str) -> dict[str, dict[str, str]]:
         place = f"--users={path}: {name}"
         if not isinstance(user, dict) or user.get("role") not in ROLES:
             raise UsageError(f"{place}: needs a role: {', '.join(ROLES)}")
-        if unknown := sorted(set(user) - {"role", "token_sha256"}):
-            raise UsageError(f"{place}: {unknown[0]} is not known; use role and token_sha256")
+        if unknown := sorted(set(user) - {"role", "token_sha256", "expires"}):
+            raise UsageError(
+                f"{place}: {unknown[0]} is not known; use role, token_sha256 and expires"
+            )
+        if type(user.get("expires", date.max)) is not date:
+            raise UsageError(f"{place}: expires is not a date such as 2027-03-01")
         hashed = user.get("token_sha256", "")
         if not isinstance(hashed, str) or not re.fullmatch(r"(?:[0-9a-f]{64})?", hashed):
             raise UsageError(f"{place}: token_sha256 is not a SHA-256 in hexadecimal digits")
     return found
 
 
-class UsersFile(Mapping[str, Mapping[str, str]]):
+class UsersFile(Mapping[str, Mapping[str, Any]]):
     """The users of a file, which is read again when it has changed.
 
     While it is not valid, the users are those that it had before.
@@ -198,7 +213,7 @@ class UsersFile(Mapping[str, Mapping[str, str]]):
         self._state = self._state_of_file()
         self._users = read_users(path)
 
-    def __getitem__(self, name: str) -> Mapping[str, str]:
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
         return self._current()[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -214,7 +229,7 @@ class UsersFile(Mapping[str, Mapping[str, str]]):
             return ()
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    def _current(self) -> dict[str, dict[str, str]]:
+    def _current(self) -> dict[str, dict[str, Any]]:
         state = self._state_of_file()
         if state != self._state:
             self._state = state
@@ -233,7 +248,10 @@ def new_token(name: str, role: str) -> tuple[str, str]:
         )
     token = secrets.token_urlsafe(32)
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else f'"{_toml(name)}"'
-    return token, f'[{key}]\nrole = "{role}"\ntoken_sha256 = "{digest_of(token)}"\n'
+    expires = now().date() + TOKEN
+    return token, (
+        f'[{key}]\nrole = "{role}"\ntoken_sha256 = "{digest_of(token)}"\nexpires = {expires}\n'
+    )
 
 
 def _toml(text: str) -> str:

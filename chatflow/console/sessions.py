@@ -19,6 +19,9 @@ LONGEST = timedelta(hours=12)
 IDLE = timedelta(minutes=30)
 """How long a person stays signed in without opening a page."""
 
+NEW = timedelta(minutes=15)
+"""How long after signing in a person may end sessions, as nobody may with an open page alone."""
+
 SEEN = timedelta(minutes=1)
 """How exactly the last visit of a person is stored."""
 
@@ -66,6 +69,13 @@ class Sessions:
             with self._database.write() as connection:
                 connection.execute(sa.update(sessions).where(key).values(seen_at=now()))
         return self._people.person(found.who)
+
+    def is_new(self, value: str) -> bool:
+        """Returns whether the person signed in during the last `NEW`."""
+        key = sessions.c.session_hash == digest_of(value)
+        query = sa.select(sessions.c.session_hash).where(key, sessions.c.began_at > now() - NEW)
+        with self._database.read() as connection:
+            return connection.execute(query).one_or_none() is not None
 
     def end(self, value: str) -> None:
         self.end_keys([digest_of(value)])

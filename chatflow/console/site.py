@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import pydantic_core
 import sqlalchemy as sa
-from cryptography.fernet import Fernet, InvalidToken
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -87,8 +89,7 @@ class Console:
         self.met = Rate(1, self.idle.total_seconds())
         with self.database.read() as connection:
             self.key = console_key(connection)
-        of_addresses = bytes.fromhex(signed(self.key, "addresses"))
-        self._seal = Fernet(base64.urlsafe_b64encode(of_addresses))
+        self._seal = AESGCM(bytes.fromhex(signed(self.key, "addresses")))
         source = jinja2.PackageLoader("chatflow.console", "templates")
         self._templates = jinja2.Environment(
             loader=source,
@@ -159,13 +160,19 @@ class Console:
     def sealed(self, values: Mapping[str, str]) -> str:
         """Returns values for an address, so that only this console can read them; "" for none."""
         text = pydantic_core.to_json({name: value for name, value in values.items() if value})
-        return "" if text == b"{}" else self._seal.encrypt(text).decode()
+        if text == b"{}":
+            return ""
+        nonce = secrets.token_bytes(12)
+        return base64.urlsafe_b64encode(nonce + self._seal.encrypt(nonce, text, None)).decode()
 
     def unsealed(self, text: str) -> dict[str, str]:
         """Returns the values of `sealed`, with the text itself; none if it is from elsewhere."""
         try:
-            found: dict[str, str] = pydantic_core.from_json(self._seal.decrypt(text))
-        except InvalidToken:
+            data = base64.urlsafe_b64decode(text)
+            found: dict[str, str] = pydantic_core.from_json(
+                self._seal.decrypt(data[:12], data[12:], None)
+            )
+        except (ValueError, InvalidTag):
             return {}
         return {**found, "sealed": text}
 

@@ -217,6 +217,11 @@ def test_a_token_for_another_client_or_attempt_is_refused(sqlite, place):
     with pytest.raises(SignInError, match="does not say the groups"):
         Provider(issuer, CLIENT, SECRET, "groups").end(back, attempt, answer)
     attempt, answer = said()
+    with pytest.raises(SignInError, match="does not say that it was by mfa"):
+        Provider(issuer, CLIENT, SECRET, method="mfa").end(back, attempt, answer)
+    attempt, answer = said()
+    assert Provider(issuer, CLIENT, SECRET, method="pwd").end(back, attempt, answer)
+    attempt, answer = said()
     assert provider.end(back, attempt, answer) == "ada@example.com"
     attempt, answer = said()
     assert Provider(issuer, CLIENT, SECRET, "sub").end(back, attempt, answer) == "ada"

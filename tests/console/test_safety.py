@@ -184,7 +184,8 @@ def test_a_cookie_from_elsewhere_is_for_https_alone(sqlite, users):
         answer = visitor.get("/sign-in")
         assert answer.headers["set-cookie"].startswith("__Host-chatflow_session=")
         assert "Secure" in answer.headers["set-cookie"]
-        assert "max-age=31536000" in answer.headers["strict-transport-security"]
+        policy = answer.headers["strict-transport-security"]
+        assert policy == "max-age=31536000; includeSubDomains"
 
 
 @pytest.mark.parametrize(
@@ -374,6 +375,31 @@ def test_who_is_taken_out_of_the_users_is_out_at_once(sqlite, users, caplog):
     assert "is not TOML" in caplog.text
 
 
+def test_a_token_expires(sqlite, users):
+    today = now().date()
+    text = users.read_text()
+    assert f"expires = {today + people.TOKEN}" in text
+    with served(sqlite, by_token(users)) as address:
+        agent = signed_in(address, "agent")
+        users.write_text(re.sub(r"expires = .*", f"expires = {today}", text))
+        assert agent.get("/").status_code == 200
+        users.write_text(re.sub(r"expires = .*", "expires = 2026-01-01", text))
+        assert agent.get("/").status_code == 303
+        form = agent.form("/sign-in") | {"token": TOKENS["agent"][0]}
+        assert agent.post("/sign-in", form).status_code == 403
+
+
+def test_every_answer_says_its_characters(sqlite, users):
+    write(sqlite, *angry_chat(1))
+    with served(sqlite, by_token(users)) as address:
+        lead = signed_in(address, "lead")
+        lead.decide("d1r0", "dismiss", reason="not_angry_neutral")
+        paths = ("/", "/labelled.jsonl", "/healthz", "/nothing", "/static/icon.svg",
+                 "/static/console.css", "/static/console.js")  # fmt: skip
+        for path in paths:
+            assert "charset=utf-8" in lead.get(path).headers["content-type"], path
+
+
 def test_a_person_who_does_nothing_is_signed_out(sqlite, users):
     with served(sqlite, by_token(users)) as address:
         visitor = signed_in(address, "agent")
@@ -418,6 +444,12 @@ def test_people_see_and_end_their_sessions_and_leads_those_of_all(sqlite, users)
         first.post("/sessions", {"csrf": csrf, "key": keys["lead"]})  # not theirs
         first.post("/sessions", {"csrf": csrf, "who": "lead"})
         assert lead.get("/").status_code == 200
+        with sqlite.write() as connection:
+            connection.execute(sa.update(tables.sessions).values(began_at=now() - sessions.NEW))
+        refused = first.post("/sessions", {"csrf": csrf, "who": "agent"})
+        assert (refused.status_code, "sign out and in again" in refused.text) == (403, True)
+        with sqlite.write() as connection:
+            connection.execute(sa.update(tables.sessions).values(began_at=now()))
         other = people.digest_of(second.client.cookies["chatflow_session"])
         assert first.post("/sessions", {"csrf": csrf, "key": other}).status_code == 303
         assert second.get("/").status_code == 303
