@@ -308,7 +308,10 @@ def main() -> int:
                     f"{sum(each is None for each in found)} of {len(found)}",
                     f"{1000 * percentile(after, 0.5):.0f}",
                 )  # fmt: skip
-            last = [target.probe() for _ in range(20)]
+            last = []
+            for _ in range(20):
+                time.sleep(0.2)
+                last.append(target.probe())
             lines = (target.folder / "log").read_text().count("\n")
         finally:
             target.end()

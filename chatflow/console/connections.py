@@ -30,7 +30,9 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.waiting_since: float | None = None
+        # All connections of the server that wait, the longest first.
+        self._waiting: dict[Connection, None]
+        self._waiting = self.server_state.__dict__.setdefault("waiting", {})
         self._late: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._head = b""
@@ -38,15 +40,14 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
-            made = [each for each in self.connections if isinstance(each, Connection)]
-            waiting = [each for each in made if each.waiting_since is not None]
-            oldest = min(waiting, key=lambda each: each.waiting_since or 0, default=self)
+            oldest = next(iter(self._waiting), self)
+            self._waiting.pop(oldest, None)
             oldest.transport.abort()
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.waiting_since = None
+        self._waiting.pop(self, None)
         for timer in (self._late, self._stalled):
             if timer:
                 timer.cancel()
@@ -71,11 +72,11 @@ class Connection(H11Protocol):
     def _look(self) -> None:
         """Sets the deadline if the client has to send more, or takes it away."""
         waits = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if waits and self.waiting_since is None:
-            self.waiting_since = self.loop.time()
+        if waits and self not in self._waiting and not self.transport.is_closing():
+            self._waiting[self] = None
             self._late = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
-        elif not waits and self.waiting_since is not None:
-            self.waiting_since = None
+        elif not waits and self in self._waiting:
+            del self._waiting[self]
             if self._late:
                 self._late.cancel()
 

@@ -14,7 +14,7 @@ import threading
 import httpx
 import pytest
 import sqlalchemy as sa
-from conftest import mistake
+from conftest import ROOT, mistake
 from consoles import LOCAL, Visitor, angry_chat, served, write
 
 from chatflow.cli import main
@@ -881,6 +881,22 @@ def test_a_head_may_come_in_pieces(sqlite):
             client.sendall(part)
             threading.Event().wait(0.05)
         assert answer_of(client).startswith("HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("method", ["TRACE", "OPTIONS", "PUT", "DELETE", "CONNECT"])
+def test_other_methods_are_refused(sqlite, users, method):
+    with served(sqlite, by_token(users)) as address:
+        visitor = signed_in(address, "lead")
+        for path in ("/", "/labelled.jsonl", "/sign-in", "/drafts/d1r0/approve"):
+            assert visitor.client.request(method, path).status_code in (400, 405), path
+
+
+def test_the_page_about_security_names_tests_that_there_are():
+    page = (ROOT / "docs" / "reference" / "console-security.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "console").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 50
+    assert named - set(re.findall(r"def (test_\w+)", tests)) == set()
 
 
 # S25: links.
