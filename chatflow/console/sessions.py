@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,10 @@ import sqlalchemy as sa
 from chatflow.console.people import People, Person, digest_of
 from chatflow.database.connections import Database
 from chatflow.database.tables import sessions
+from chatflow.errors import one_line
 from chatflow.records import now
+
+_log = logging.getLogger(__name__)
 
 LONGEST = timedelta(hours=12)
 """How long a person stays signed in at most."""
@@ -66,8 +70,11 @@ class Sessions:
         if found is None or found.credential != self._credential(found.who, found.method):
             return None
         if visits and found.seen_at < now() - SEEN:
-            with self._database.write() as connection:
-                connection.execute(sa.update(sessions).where(key).values(seen_at=now()))
+            try:
+                with self._database.write() as connection:
+                    connection.execute(sa.update(sessions).where(key).values(seen_at=now()))
+            except sa.exc.DBAPIError as error:  # the next visit tries it again
+                _log.warning("a visit was not noted: %s", one_line(error))
         return self._people.person(found.who)
 
     def is_new(self, value: str) -> bool:
