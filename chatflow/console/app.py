@@ -154,7 +154,7 @@ class _Static(StaticFiles):
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"  # browsers check for a newer one
-        if response.headers["Content-Type"].endswith("+xml"):
+        if response.headers.get("Content-Type", "").endswith("+xml"):  # a 304 has none
             response.headers["Content-Type"] += "; charset=utf-8"
         return response
 

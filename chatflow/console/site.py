@@ -140,6 +140,7 @@ class Console:
             person=person,
             people=self.people,
             csrf=self.csrf_of(request),
+            key_of_browser=signed(self.key, "browser", person.name) if person else "",
             shown=shown,
             editable=editable,
             filled=filled,

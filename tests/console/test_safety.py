@@ -398,6 +398,8 @@ def test_every_answer_says_its_characters(sqlite, users):
                  "/static/console.css", "/static/console.js")  # fmt: skip
         for path in paths:
             assert "charset=utf-8" in lead.get(path).headers["content-type"], path
+        known = {"If-None-Match": lead.get("/static/icon.svg").headers["etag"]}
+        assert lead.client.get("/static/icon.svg", headers=known).status_code == 304
 
 
 def test_a_person_who_does_nothing_is_signed_out(sqlite, users):
