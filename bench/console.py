@@ -203,7 +203,7 @@ class Served:
     def __init__(self, uri: str, log: Path, *flags: str, lease: float | None = None):
         self.command = [
             sys.executable, "-c", self.START, str(lease or 0), "--database", uri, "--port", "0",
-            *flags,
+            "--nosign_in", *flags,
         ]  # fmt: skip
         self.log = log
         self.start()

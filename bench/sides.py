@@ -131,7 +131,9 @@ class Llama(Side):
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count() or 1
         self.model = xllamacpp.Server(settings)
         self.pool = concurrent.futures.ThreadPoolExecutor(self.slots)
-        pairs = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*work["json_prompts"]))
+        pairs = itertools.takewhile(
+            lambda ids: len(set(ids)) == 1, zip(*work["json_prompts"], strict=False)
+        )
         self.shared = len(list(pairs))
         self.runs = 0
 

@@ -374,8 +374,8 @@ class Draft(Record):
 class Reply(Record):
     """A text that a person approved to be sent to a customer; the console's event.
 
-    `reply_id` is the id of the draft, which has at most one reply; `edited` means that a person
-    changed the model's text.
+    `reply_id` is new for each approval, and the same whenever this reply is sent again; `edited`
+    means that a person changed the model's text.
     """
 
     reply_id: str

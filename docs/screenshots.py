@@ -49,6 +49,7 @@ def spread(database: Database) -> None:
             for table, column, after in (
                 (tables.chats, "last_message_at", 0.0),
                 (tables.analyses, "analysed_at", 2 + 3 * noise.random()),
+                (tables.drafts, "waits_since", 0.0),
                 (tables.drafts, "drafted_at", 6 + 3 * noise.random()),
             ):
                 connection.execute(

@@ -76,8 +76,12 @@ class Visitor:
     """Somebody with an HTTP client and a cookie, who sends the forms of the pages."""
 
     def __init__(self, address: str, **headers: str):
-        self.address = address
-        self.client = httpx.Client(base_url=address, headers={"Accept": "text/html", **headers})
+        """Signs in if the address has a code, as the one that the command prints."""
+        self.address, sign_in, code = address.partition("/sign-in?")
+        headers = {"Accept": "text/html", **headers}
+        self.client = httpx.Client(base_url=self.address, headers=headers)
+        if code:
+            assert self.get(sign_in + code).status_code == 303
 
     def get(self, path: str) -> httpx.Response:
         return self.client.get(path)

@@ -7,6 +7,7 @@ if its chat changed), and `DecisionError` if the draft does not exist or the inp
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -16,9 +17,10 @@ from rapidfuzz.distance import Levenshtein
 
 from chatflow.database import tables
 from chatflow.database.connections import clock
+from chatflow.database.keys import console_key, signed
 from chatflow.database.tables import analyses, chats, customers, drafts, history, outbox
 from chatflow.database.upserts import supersede
-from chatflow.records import Reply, digest, now
+from chatflow.records import Reply, now
 from chatflow.redaction.placeholders import hide, like_placeholders, placeholders_in
 
 REASONS = {
@@ -81,7 +83,8 @@ def approve(
         seen=seen,
     )
     reply = Reply(
-        reply_id=draft_id,
+        # Not the draft's id: the same chat may come again, and have another reply.
+        reply_id=uuid.uuid4().hex,
         edited=text != written,
         text=text,
         approved_by=who,
@@ -213,14 +216,16 @@ def _locked(connection: sa.Connection, draft_id: str) -> dict[str, Any]:
     return dict(draft)
 
 
-def mark_of(chat: Mapping[Any, Any] | None) -> str:
+def mark_of(connection: sa.Connection, chat: Mapping[Any, Any] | None) -> str:
     """Returns a token that changes with the messages of a chat; empty if there is no chat.
 
-    The revision alone is not enough, because a chat from a growing file keeps its revision.
+    The revision alone is not enough, because a chat from a growing file keeps its revision. It is
+    signed, because people who may not read the messages could try out texts on a plain hash.
     """
     if chat is None:
         return ""
-    return digest(str(chat["revision"]), json.dumps(chat["messages"], sort_keys=True))
+    messages = json.dumps(chat["messages"], sort_keys=True)
+    return signed(console_key(connection), "chat", str(chat["revision"]), messages)
 
 
 def _seen(
@@ -232,7 +237,7 @@ def _seen(
     chat = connection.execute(query).mappings().one_or_none()
     if chat is None:
         return draft, None
-    if mark_of(chat) != seen_chat:
+    if mark_of(connection, chat) != seen_chat:
         raise ConflictError("There are new messages in this chat; please look again.")
     kept = ("chat_id", "messages", "attributes", "revision")
     return draft, {name: chat[name] for name in kept}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlencode
 
@@ -12,9 +13,13 @@ import sqlalchemy as sa
 
 from chatflow.database import tables
 from chatflow.database.tables import analyses, chat_attributes, chats, drafts, history, outbox
+from chatflow.records import now
 
 PAGE = 50
 """Drafts per page of the inbox."""
+
+JUST_NOW = timedelta(minutes=10)
+"""How long after a decision a link may show it, with its button to undo it."""
 
 ANGER_SECONDS = 3600.0
 """Waiting this long (an hour) counts as much as an anger confidence of 1 instead of 0."""
@@ -29,12 +34,17 @@ SORTS = {
 KINDS = {"": "all", "text": "with a draft", "flag": "needs a reply"}
 
 
+SEALED = ("q", "attribute")
+"""Fields of a filter that may be personal data."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Filter:
     """Which drafts to list, and in which order; this is the query string of the page.
 
     `q` is the text to find in ids, messages, summaries and drafts; `attribute` is NAME=VALUE of the
-    chat; `page` counts from 0.
+    chat; `page` counts from 0. Links have `sealed` in the place of `q` and `attribute`, because
+    proxies and browsers keep addresses.
     """
 
     status: str = tables.WAITING
@@ -43,10 +53,14 @@ class Filter:
     q: str = ""
     attribute: str = ""
     page: int = 0
+    sealed: str = ""
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Filter:
-        """Returns the filter of a query string; unknown values are ignored."""
+        """Returns the filter of a form, or of a query string once it is unsealed.
+
+        Ignores unknown values.
+        """
         page = query.get("page", "")
         status, sort, kind = query.get("status"), query.get("sort"), query.get("kind")
         return cls(
@@ -56,11 +70,12 @@ class Filter:
             query.get("q", "").strip()[:200],
             query.get("attribute", "").replace("\r\n", "\n")[:2000],  # forms send CRLF
             int(page) if re.fullmatch(r"[0-9]{1,5}", page) else 0,
+            query.get("sealed", ""),
         )
 
     def query(self, **changes: Any) -> str:
         """Returns a query string with "?", without defaults; `changes` may add other names."""
-        values = vars(self) | changes
+        values = {n: value for n, value in vars(self).items() if n not in SEALED} | changes
         parts = {n: value for n, value in values.items() if value != getattr(Filter, n, None)}
         return f"?{urlencode(parts)}" if parts else ""
 
@@ -71,12 +86,14 @@ class Filter:
 
 
 _anger = sa.func.coalesce(analyses.c.confidence, 1.0)
-_waited_since = sa.extract("epoch", drafts.c.drafted_at)
+waits_since = sa.func.coalesce(drafts.c.waits_since, drafts.c.drafted_at)
+"""When the customer last wrote: a draft that is written anew does not wait for less time."""
+
 _ORDER: dict[str, tuple[Any, ...]] = {
-    "urgent": (_waited_since - ANGER_SECONDS * _anger, drafts.c.draft_id),
-    "oldest": (drafts.c.drafted_at, drafts.c.draft_id),
-    "angriest": (_anger.desc(), drafts.c.drafted_at, drafts.c.draft_id),
-    "newest": (drafts.c.drafted_at.desc(), drafts.c.draft_id),
+    "urgent": (sa.extract("epoch", waits_since) - ANGER_SECONDS * _anger, drafts.c.draft_id),
+    "oldest": (waits_since, drafts.c.draft_id),
+    "angriest": (_anger.desc(), waits_since, drafts.c.draft_id),
+    "newest": (waits_since.desc(), drafts.c.draft_id),
 }
 
 
@@ -133,7 +150,7 @@ def listed(
 
 _LISTED = (
     "draft_id", "chat_id", "user_id", "revision", "text", "edited_text", "flag", "drafted_at",
-    "status", "version", "decided_by", "decided_at", "reason",
+    "waits_since", "status", "version", "decided_by", "decided_at", "reason",
 )  # fmt: skip
 
 
@@ -213,10 +230,12 @@ def drafted(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
     return _row(connection, drafts.c.draft_id, draft_id)
 
 
-def decided(connection: sa.Connection, draft_id: str) -> dict[str, Any] | None:
-    """Returns a draft with its reply; None if it is neither approved nor dismissed."""
+def decided(connection: sa.Connection, draft_id: str, who: str) -> dict[str, Any] | None:
+    """Returns a draft with its reply; None if this person did not decide on it just now."""
     draft = _row(connection, drafts.c.draft_id, draft_id) if draft_id else None
     if draft is None or draft["status"] not in (tables.APPROVED, tables.DISMISSED):
+        return None
+    if draft["decided_by"] != who or draft["decided_at"] < now() - JUST_NOW:
         return None
     return {"draft": draft, "reply": _row(connection, outbox.c.draft_id, draft_id)}
 

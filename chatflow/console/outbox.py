@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import fasteners
 import sqlalchemy as sa
 
-from chatflow.database.connections import Database, clock
+from chatflow.database.connections import Database, clock, private
 from chatflow.database.raw import values_of
 from chatflow.database.tables import outbox
 from chatflow.errors import UsageError, one_line
@@ -91,7 +91,7 @@ class ReplyFile:
         if not self._lock.acquire(timeout=seconds):
             raise TimeoutError(f"{self.path}.lock is held by another process")
         try:
-            with self.path.open("a+b") as file:
+            with private(self.path).open("a+b") as file:
                 self._read(file)
                 new = [reply for reply in replies if reply.reply_id not in self._ids]
                 file.write(b"".join(reply.to_json().encode() + b"\n" for reply in new))
@@ -99,6 +99,17 @@ class ReplyFile:
                 os.fsync(file.fileno())
         finally:
             self._lock.release()
+
+    def remove(self, chat_ids: Collection[str]) -> int:
+        """Removes the replies in some chats; returns how many."""
+        with self._lock, self.path.open("rb") as file:
+            lines = file.readlines()
+            kept = [line for line in lines if json.loads(line)["chat_id"] not in chat_ids]
+            if len(kept) < len(lines):
+                beside = private(f"{self.path}.new")
+                beside.write_bytes(b"".join(kept))
+                beside.replace(self.path)
+        return len(lines) - len(kept)
 
     def _read(self, file: Any) -> None:
         """Reads the ids that other processes wrote; removes a line that was cut off."""
@@ -206,7 +217,8 @@ class Publisher:
         try:
             self.replies.send(list(due.values()), LEASE_SECONDS / 2)
         except Exception as error:
-            sent = error.sent if isinstance(error, PartlySentError) else ()
+            done = error.sent if isinstance(error, PartlySentError) else ()
+            sent = [draft_id for draft_id, reply in due.items() if reply.reply_id in done]
             self._note_sent(sent)
             self._put_back([draft_id for draft_id in due if draft_id not in sent], one_line(error))
             raise

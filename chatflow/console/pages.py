@@ -8,22 +8,46 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
-from chatflow.console import dashboard, decisions, inbox
+from chatflow.console import audit, dashboard, decisions, inbox
 from chatflow.console.decisions import DecisionError
-from chatflow.console.guard import cookie
+from chatflow.console.guard import cookie, cookie_in
 from chatflow.console.labels import labelled
-from chatflow.console.people import SESSION, Person
-from chatflow.console.site import Console
+from chatflow.console.people import Person, digest_of
+from chatflow.console.sessions import LONGEST, METHODS
+from chatflow.console.site import Console, is_visit
+from chatflow.database import tables
 from chatflow.records import LARGEST_INTEGER, now
 
 
+def _wanted(console: Console, request: Request) -> inbox.Filter:
+    """Returns the filter of a request."""
+    query = request.query_params
+    known = console.unsealed(query.get("sealed", ""))
+    return _sealed(console, request, {**query, "sealed": "", **known})
+
+
+def _sealed(console: Console, request: Request, values: Mapping[str, str]) -> inbox.Filter:
+    wanted = inbox.Filter.of(values)
+    person: Person = request.scope["person"]
+    if not person.reads_ids:  # finding an id would show it
+        return dataclasses.replace(wanted, q="", attribute="", sealed="")
+    if wanted.sealed:
+        return wanted
+    sealed = console.sealed({name: getattr(wanted, name) for name in inbox.SEALED})
+    return dataclasses.replace(wanted, sealed=sealed)
+
+
+def search(console: Console, request: Request, form: Mapping[str, str]) -> Response:
+    """Leads to the list of a form, by an address that does not say what is searched for."""
+    return RedirectResponse(f"/{_sealed(console, request, form).query()}", 303)
+
+
 def show_inbox(console: Console, request: Request) -> Response:
-    wanted = inbox.Filter.of(request.query_params)
+    wanted = _wanted(console, request)
     person: Person = request.scope["person"]
     decided_id = request.query_params.get("decided", "")
     with console.database.read() as connection:
@@ -31,7 +55,7 @@ def show_inbox(console: Console, request: Request) -> Response:
         shown: dict[str, Any] = {
             "waiting": inbox.waiting(connection),
             "known_attributes": console.known_attributes(connection),
-            "decided": inbox.decided(connection, decided_id),
+            "decided": inbox.decided(connection, decided_id, person.name),
         }
     # After the block, because it may need a connection of the same pool.
     hidden = console.hidden_in(request, *found)
@@ -52,18 +76,24 @@ def show_draft(
     request: Request,
     status: int = 200,
     problem: str = "",
-    form: FormData | None = None,
+    form: Mapping[str, str] | None = None,
 ) -> Response:
     """Shows a draft and its chat; after a failed decision, also the values of its form."""
-    wanted = inbox.Filter.of(request.query_params)
+    wanted = _wanted(console, request)
     draft_id = request.path_params["draft_id"]
     with console.database.read() as connection:
         found = inbox.opened(connection, draft_id)
         if found is None:
             raise HTTPException(404, "There is no such draft.")
         texts = request.scope["person"].reads_texts
+        if texts and is_visit(request):
+            chat_id = found["draft"]["chat_id"]
+            console.audit.note(request, "read", f"draft {draft_id} of chat {chat_id}")
         before, after = inbox.neighbours(connection, wanted, draft_id, texts)
-        decided = inbox.decided(connection, request.query_params.get("decided", ""))
+        decided_id = request.query_params.get("decided", "")
+        decided = inbox.decided(connection, decided_id, request.scope["person"].name)
+        seen_chat = decisions.mark_of(connection, found["chat"])
+        conflict = _writer(found, form)
     return console.page(
         request,
         "draft",
@@ -71,30 +101,36 @@ def show_draft(
         hidden=console.hidden_in(request, found["draft"], found["chat"], found["analysis"]),
         wanted=wanted,
         **found,
-        seen_chat=decisions.mark_of(found["chat"]),
+        seen_chat=seen_chat,
         before=before,
         after=after,
         problem=problem,
+        conflict=conflict,
         saved=request.query_params.get("saved") == draft_id and not problem,
-        typed={name: _text(form or FormData(), name) for name in TYPED},
+        typed={name: (form or {}).get(name, "") for name in TYPED},
         reasons=decisions.REASONS,
         characters=decisions.CHARACTERS,
         decided=decided,
     )
 
 
+def _writer(found: Mapping[str, Any], form: Mapping[str, str] | None) -> str:
+    """Returns who wrote the text of a draft after the one that a form is about; "": nobody."""
+    draft = found["draft"]
+    same = form is None or form.get("version") == str(draft["version"])
+    if same or draft["status"] != tables.WAITING:
+        return ""
+    names = [event["who"] for event in found["history"] if event["action"] == "edited"]
+    return str(names[0] if draft["edited_text"] and names else draft["model"])
+
+
 TYPED = ("text", "reason", "comment")
 """Form fields that are shown again if a decision fails."""
 
 
-def _text(form: FormData, name: str) -> str:
-    value = form.get(name, "")
-    return value if isinstance(value, str) else ""
-
-
-def _number(form: FormData, name: str) -> int:
+def _number(form: Mapping[str, str], name: str) -> int:
     """Returns an integer field; raises `ValueError` if a database cannot store it."""
-    number = int(_text(form, name))
+    number = int(form.get(name, ""))
     if not 0 <= number <= LARGEST_INTEGER:
         raise ValueError(name)
     return number
@@ -103,18 +139,20 @@ def _number(form: FormData, name: str) -> int:
 ACTIONS = ("approve", "dismiss", "save", "undo")
 
 
-def decide(console: Console, request: Request, form: FormData) -> Response:
+def decide(console: Console, request: Request, form: Mapping[str, str]) -> Response:
     """Stores the decision of a form and goes on to the next draft, or shows why it failed."""
     person: Person = request.scope["person"]
     if not person.decides:
         raise HTTPException(403, f"Your role, {person.role}, may not decide on drafts.")
-    draft_id, action = request.path_params["draft_id"], request.url.path.rpartition("/")[2]
+    draft_id, action = request.path_params["draft_id"], request.scope["path"].rpartition("/")[2]
+    if "version" not in form:
+        return show_draft(console, request, 409, "Choose which text you want to send.", form)
     try:
         draft = draft_id, _number(form, "version")
     except ValueError:
         raise HTTPException(400, "This form is incomplete.") from None
-    text, chat = _text(form, "text"), _text(form, "seen_chat")
-    wanted = inbox.Filter.of(request.query_params)
+    text, chat = form.get("text", ""), form.get("seen_chat", "")
+    wanted = _wanted(console, request)
     try:
         hidden = hidden_in_draft(console, request, draft_id)
         with console.database.write() as connection:
@@ -123,7 +161,7 @@ def decide(console: Console, request: Request, form: FormData) -> Response:
                     connection, *draft, chat, text, person.name, console.undo_seconds, hidden
                 )
             elif action == "dismiss":
-                reason, comment = _text(form, "reason"), _text(form, "comment")
+                reason, comment = form.get("reason", ""), form.get("comment", "")
                 decisions.dismiss(connection, *draft, chat, reason, comment, person.name, hidden)
             elif action == "save":
                 decisions.save(connection, *draft, text, person.name, hidden)
@@ -183,6 +221,7 @@ def export(console: Console, request: Request) -> Response:
     person: Person = request.scope["person"]
     if not person.exports:
         raise HTTPException(403, f"Your role, {person.role}, may not export chats.")
+    console.audit.note(request, "exported", "labelled.jsonl")
 
     def lines() -> Iterator[str]:
         with console.database.read() as connection:
@@ -191,7 +230,7 @@ def export(console: Console, request: Request) -> Response:
 
     return StreamingResponse(
         lines(),
-        media_type="application/jsonl",
+        media_type="application/jsonl; charset=utf-8",
         headers={"Content-Disposition": 'attachment; filename="labelled.jsonl"'},
     )
 
@@ -202,28 +241,157 @@ def show_sign_in(
     if request.scope["person"]:
         return RedirectResponse("/", 303)
     to = to or request.query_params.get("to", "/")
+    if code := request.query_params.get("code", ""):
+        return _by_code(console, request, code)
     return console.page(request, "sign_in", status, problem=problem, to=to)
+
+
+def _by_code(console: Console, request: Request, code: str) -> Response:
+    """Signs in who opens the address that the console printed at its start."""
+    person = None
+    if not console.people.others and not console.failures.is_full(request.scope["address"]):
+        person = console.people.of_token(code)
+    if person is None:
+        console.failures.count(request.scope["address"])
+        console.audit.note(request, "sign_in_failed", "printed address")
+        said = "This address is from another start of the console. Use the one that it printed."
+        return console.page(request, "sign_in", 403, problem=said, to="/")
+    return begin_session(console, request, RedirectResponse("/", 303), person, "code")
 
 
 _OWN_PAGE = re.compile(r"/(?![/\\]).*")  # browsers read two slashes as another site
 
 
-def sign_in(console: Console, request: Request, form: FormData) -> Response:
-    to, person = _text(form, "to"), console.people.of_token(_text(form, "token").strip())
+def sign_in(console: Console, request: Request, form: Mapping[str, str]) -> Response:
+    to, address = form.get("to", ""), request.scope["address"]
+    if console.failures.is_full(address):
+        said = "Too many attempts from your address. Wait a minute, then try again."
+        return show_sign_in(console, request, 429, said, to)
+    person = console.people.of_token(form.get("token", "").strip())
     if person is None:
+        console.failures.count(address)
+        console.audit.note(request, "sign_in_failed", "token")
         return show_sign_in(console, request, 403, "That token isn't valid.", to)
     response = RedirectResponse(to if _OWN_PAGE.fullmatch(to) else "/", 303)
-    value = console.sessions.begin(person)
-    age = int(SESSION.total_seconds())
+    method = "token" if console.people.others else "code"
+    return begin_session(console, request, response, person, method)
+
+
+def begin_openid(console: Console, request: Request) -> Response:
+    """Sends a person to the OpenID provider."""
+    from chatflow.console.openid import seal
+
+    if console.openid is None:
+        raise HTTPException(404, "There is no OpenID provider.")
+    to = request.query_params.get("to", "/")[:1000]
+    address, attempt = console.openid.begin(_way_back(request), to)
+    response = RedirectResponse(address, 303)
+    value = seal(console.key, attempt)
+    response.headers["Set-Cookie"] = cookie(value, request.scope["secure"], 600, OPENID_COOKIE)
+    return response
+
+
+def end_openid(console: Console, request: Request) -> Response:
+    """Signs in whom the OpenID provider has sent back."""
+    from chatflow.console.openid import SignInError, unseal
+
+    if console.openid is None:
+        raise HTTPException(404, "There is no OpenID provider.")
+    name, person = "", None
+    try:
+        attempt = unseal(console.key, cookie_in(request, OPENID_COOKIE))
+        if attempt is None:
+            raise SignInError("this browser did not begin to sign in")
+        name = console.openid.end(_way_back(request), attempt, dict(request.query_params))
+        person = console.people.person(name)
+        if person is None:
+            raise SignInError("has no access")
+    except SignInError as error:
+        console.audit.note(request, "sign_in_failed", f"OpenID: {error}", name)
+        said = "You were not signed in. Try again, or ask a lead whether you have access."
+        response = console.page(request, "sign_in", 403, problem=said, to="/")
+    else:
+        to = attempt.to if _OWN_PAGE.fullmatch(attempt.to) else "/"
+        response = begin_session(console, request, RedirectResponse(to, 303), person, "openid")
+    secure = request.scope["secure"]
+    response.headers.append("Set-Cookie", cookie("", secure, 0, OPENID_COOKIE))
+    return response
+
+
+OPENID_COOKIE = "chatflow_openid"
+
+
+def _way_back(request: Request) -> str:
+    scheme = "https" if request.scope["secure"] else "http"
+    return f"{scheme}://{request.headers['host']}/sign-in/openid/back"
+
+
+def begin_session(
+    console: Console, request: Request, response: Response, person: Person, method: str
+) -> Response:
+    """Signs a person in; ends the session that the browser had before."""
+    console.sessions.end(request.scope["session"])
+    value = console.sessions.begin(person, method, request.scope["address"])
+    console.audit.note(request, "signed_in", METHODS[method], person.name)
+    age = int(LONGEST.total_seconds())
     response.headers["Set-Cookie"] = cookie(value, request.scope["secure"], age)
     return response
 
 
-def sign_out(console: Console, request: Request, _: FormData) -> Response:
+def sign_out(console: Console, request: Request, _: Mapping[str, str]) -> Response:
     console.sessions.end(request.scope["session"])
+    console.changes.check_people()
+    console.audit.note(request, "signed_out")
     response = RedirectResponse("/sign-in", 303)
     response.headers["Set-Cookie"] = cookie("", request.scope["secure"], 0)
+    response.headers["Clear-Site-Data"] = '"cache", "storage"'
     return response
+
+
+def show_sessions(console: Console, request: Request) -> Response:
+    """Shows a person's sessions; to a lead, those of all."""
+    person: Person = request.scope["person"]
+    if not console.people.has_sessions:
+        raise HTTPException(404, "Nobody signs in here.")
+    found = console.sessions.listed("" if person.leads else person.name)
+    own = digest_of(request.scope["session"])
+    return console.page(request, "sessions", sessions=found, own=own, methods=METHODS)
+
+
+def end_sessions(console: Console, request: Request, form: Mapping[str, str]) -> Response:
+    """Ends one session, or all of a person; only a lead may end those of others."""
+    person: Person = request.scope["person"]
+    if not console.sessions.is_new(request.scope["session"]):
+        raise HTTPException(403, "To end sessions, sign out and in again first.")
+    key, who = form.get("key", ""), form.get("who", "")
+    found = console.sessions.listed("" if person.leads else person.name)
+    keys = [each["session_hash"] for each in found if key in ("", each["session_hash"])]
+    if not key:
+        keys = [each["session_hash"] for each in found if each["who"] == who]
+    ended = console.sessions.end_keys(keys)
+    console.changes.check_people()
+    names = sorted({each["who"] for each in found if each["session_hash"] in keys})
+    console.audit.note(request, "session_ended", f"{ended} of {', '.join(names)}")
+    return RedirectResponse("/sessions", 303)
+
+
+def show_audit(console: Console, request: Request) -> Response:
+    person: Person = request.scope["person"]
+    if not person.leads:
+        raise HTTPException(403, f"Your role, {person.role}, may not see the audit log.")
+    page = inbox.Filter.of(request.query_params).page
+    who, action = (request.query_params.get(name, "")[:200] for name in ("who", "action"))
+    found = console.audit.listed(who, action, page)
+    return console.page(
+        request,
+        "audit",
+        entries=found[: audit.PAGE],
+        more=len(found) > audit.PAGE,
+        page=page,
+        who=who,
+        action=action,
+        actions=audit.ACTIONS,
+    )
 
 
 def health(console: Console, _: Request) -> Response:

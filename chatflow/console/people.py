@@ -6,18 +6,15 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
+import logging
 import re
 import secrets
 import tomllib
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sqlalchemy as sa
-
-from chatflow.database.connections import Database
-from chatflow.database.tables import sessions
 from chatflow.errors import UsageError
 from chatflow.records import now
 
@@ -27,20 +24,29 @@ OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 ROLES = {
     "observer": "sees lists and figures",
     "agent": "also decides on drafts",
-    "lead": "also exports labelled chats",
+    "lead": "also exports labelled chats, and sees the audit log and who is signed in",
 }
 """Roles and what they may do; each role may also do what the roles before it may."""
 
-SESSION = timedelta(hours=12)
-"""How long a person stays signed in."""
+PROXY_SECRET_HEADER = "X-Chatflow-Proxy-Secret"
+
+TOKEN = timedelta(days=90)
+"""How long a new token is good, unless somebody changes its entry."""
+
+_log = logging.getLogger(__name__)
 
 
 class Person(NamedTuple):
-    """A user of the console; without `reads_texts`, texts of chats and drafts are hidden."""
+    """A user of the console.
+
+    Without `reads_texts`, texts of chats and drafts are hidden; without `reads_ids`, also ids and
+    attributes.
+    """
 
     name: str
     role: str
     reads_texts: bool = True
+    reads_ids: bool = True
 
     @property
     def decides(self) -> bool:
@@ -50,53 +56,97 @@ class Person(NamedTuple):
     def exports(self) -> bool:
         return self.role == "lead" and self.reads_texts
 
+    @property
+    def leads(self) -> bool:
+        return self.role == "lead"
+
+
+_NAME = re.compile(r"[\w.@+:\\/-]{1,254}")
+"""A name that a proxy or an identity provider may say: without blanks, commas and controls."""
+
 
 @dataclasses.dataclass(frozen=True)
 class People:
     """Who may use the console, and how they identify themselves.
 
-    Without `users` and `identity_header` there is no sign-in: everybody who reaches the console is
-    `local`. Use that only on a single machine.
+    Without `users`, `identity_header` and `openid`, everybody who has the `code` is `local`, a
+    lead; without a code, everybody who reaches the console. Use that only on a single machine.
 
     Attributes:
       users: name to role and SHA-256 of a token, from the file `--users`.
       identity_header: header of a reverse proxy that names the person signed in there.
-      proxies: networks from which this header is trusted.
+      proxies: networks of reverse proxies; only their headers are trusted.
       redacted: roles that see no texts.
+      masks_ids: whether these roles see no ids and attributes either.
+      code: what `local` signs in with; it is in the printed address.
+      openid: whether an OpenID provider may sign people in.
+      default_role: role of people whom the proxy or provider knows and `users` does not; "": none.
+      proxy_secret: what the proxy must send in `PROXY_SECRET_HEADER`; "": nothing.
     """
 
     local: str
-    users: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    users: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     identity_header: str = ""
     proxies: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()
     redacted: frozenset[str] = frozenset()
+    masks_ids: bool = False
+    code: str = ""
+    openid: bool = False
+    default_role: str = ""
+    proxy_secret: str = ""
+
+    @property
+    def others(self) -> bool:
+        """Returns whether other people than `local` may use the console."""
+        return bool(self.users or self.identity_header or self.openid)
 
     @property
     def sign_in(self) -> bool:
         """Returns whether people must sign in."""
-        return bool(self.users or self.identity_header)
+        return bool(self.others or self.code)
+
+    @property
+    def has_sessions(self) -> bool:
+        return self.sign_in and not self.identity_header
 
     @property
     def by_token(self) -> bool:
-        return self.sign_in and not self.identity_header
+        """Returns whether somebody may sign in with a token, or the code."""
+        has_token = any(map(_token_of, self.users.values()))
+        return self.has_sessions and (bool(self.code) or has_token)
 
     def person(self, name: str) -> Person | None:
-        """Returns a person by name; None if they may not use the console."""
-        if self.users:
-            user = self.users.get(name)
-            return self._person(name, user["role"]) if user else None
-        return self._person(name, "agent" if self.identity_header else "lead")
+        """Returns a person by name, in whatever case; None if they may not use the console."""
+        if not self.others:
+            return self._person(self.local, "lead") if name == self.local else None
+        if not _NAME.fullmatch(name) and name not in self.users:
+            return None
+        for known, user in self.users.items():
+            if known.casefold() == name.casefold():
+                return self._person(known, user["role"])
+        by_others = self.identity_header or self.openid
+        return self._person(name.casefold(), self.default_role) if by_others else None
 
-    def _person(self, name: str, role: str) -> Person:
-        return Person(name, role, role not in self.redacted)
+    def _person(self, name: str, role: str) -> Person | None:
+        if not role:
+            return None
+        reads = role not in self.redacted
+        return Person(name, role, reads, reads or not self.masks_ids)
 
     def of_token(self, token: str) -> Person | None:
         """Returns the person who has a token, or None."""
         hashed, found = digest_of(token), None
+        if not self.others:
+            right = self.code and hmac.compare_digest(digest_of(self.code), hashed)
+            return self.person(self.local) if right else None
         for name, user in self.users.items():  # compares all, so that timing reveals nothing
-            if hmac.compare_digest(user.get("token_sha256", ""), hashed):
+            if hmac.compare_digest(_token_of(user), hashed):
                 found = self.person(name)
         return found
+
+    def credential(self, name: str) -> str:
+        """Returns a hash of what a person signs in with; it changes when the token does."""
+        return digest_of(_token_of(self.users.get(name, {})) if self.others else self.code)
 
     def is_proxy(self, address: str) -> bool:
         try:
@@ -105,17 +155,24 @@ class People:
             return False
 
 
+def _token_of(user: Mapping[str, Any]) -> str:
+    """Returns the hash of a user's token; "" if there is none, or it has expired."""
+    expires = user.get("expires")
+    return "" if expires and expires < now().date() else user.get("token_sha256", "")
+
+
 def digest_of(secret: str) -> str:
     """Returns the stored form of a secret. Tokens are random, so a plain hash is enough."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def read_users(path: str) -> dict[str, dict[str, str]]:
+def read_users(path: str) -> dict[str, dict[str, Any]]:
     """Reads the file `--users`, a TOML table per person; raises `UsageError` if it is invalid.
 
     [ada]
     role = "lead"            # observer, agent or lead
     token_sha256 = "9f86…"   # not needed behind a proxy
+    expires = 2027-03-01     # the last day of the token
     """
     try:
         found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -125,16 +182,62 @@ def read_users(path: str) -> dict[str, dict[str, str]]:
         raise UsageError(f"--users={path}: is not TOML: {error}") from None
     if not found:
         raise UsageError(f"--users={path}: is empty; --new_token=NAME:ROLE prints an entry")
+    folded = [name.casefold() for name in found]
+    if twice := sorted({name for name in folded if folded.count(name) > 1}):
+        raise UsageError(f"--users={path}: {twice[0]} is there twice, in different case")
     for name, user in found.items():
         place = f"--users={path}: {name}"
         if not isinstance(user, dict) or user.get("role") not in ROLES:
             raise UsageError(f"{place}: needs a role: {', '.join(ROLES)}")
-        if unknown := sorted(set(user) - {"role", "token_sha256"}):
-            raise UsageError(f"{place}: {unknown[0]} is not known; use role and token_sha256")
+        if unknown := sorted(set(user) - {"role", "token_sha256", "expires"}):
+            raise UsageError(
+                f"{place}: {unknown[0]} is not known; use role, token_sha256 and expires"
+            )
+        if type(user.get("expires", date.max)) is not date:
+            raise UsageError(f"{place}: expires is not a date such as 2027-03-01")
         hashed = user.get("token_sha256", "")
         if not isinstance(hashed, str) or not re.fullmatch(r"(?:[0-9a-f]{64})?", hashed):
             raise UsageError(f"{place}: token_sha256 is not a SHA-256 in hexadecimal digits")
     return found
+
+
+class UsersFile(Mapping[str, Mapping[str, Any]]):
+    """The users of a file, which is read again when it has changed.
+
+    While it is not valid, the users are those that it had before.
+    """
+
+    def __init__(self, path: str):
+        """Raises `UsageError` if the file is invalid."""
+        self._path = path
+        self._state = self._state_of_file()
+        self._users = read_users(path)
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        return self._current()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._current())
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+    def _state_of_file(self) -> tuple[int, ...]:
+        try:
+            found = Path(self._path).stat()
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _current(self) -> dict[str, dict[str, Any]]:
+        state = self._state_of_file()
+        if state != self._state:
+            self._state = state
+            try:
+                self._users = read_users(self._path)
+            except UsageError as error:
+                _log.error("%s; the users are those from before", error)
+        return self._users
 
 
 def new_token(name: str, role: str) -> tuple[str, str]:
@@ -145,58 +248,14 @@ def new_token(name: str, role: str) -> tuple[str, str]:
         )
     token = secrets.token_urlsafe(32)
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else f'"{_toml(name)}"'
-    return token, f'[{key}]\nrole = "{role}"\ntoken_sha256 = "{digest_of(token)}"\n'
+    expires = now().date() + TOKEN
+    return token, (
+        f'[{key}]\nrole = "{role}"\ntoken_sha256 = "{digest_of(token)}"\nexpires = {expires}\n'
+    )
 
 
 def _toml(text: str) -> str:
     return "".join(c if c.isprintable() and c not in '"\\' else f"\\u{ord(c):04x}" for c in text)
-
-
-class Sessions:
-    """Knows who is signed in, by cookie; uses the database, which all consoles share.
-
-    A session's key is a hash of its cookie and the person's token, so the session ends when the
-    token changes.
-    """
-
-    def __init__(self, database: Database, people: People):
-        self._database, self._people = database, people
-
-    def begin(self, person: Person) -> str:
-        """Signs a person in; returns the cookie's value."""
-        value = secrets.token_urlsafe(32)
-        key = self._keys(value)[person.name]
-        with self._database.write() as connection:
-            connection.execute(sa.delete(sessions).where(sessions.c.expires_at < now()))
-            connection.execute(
-                sa.insert(sessions).values(
-                    session_hash=key, who=person.name, expires_at=now() + SESSION
-                )
-            )
-        return value
-
-    def who(self, value: str) -> str | None:
-        keys = self._keys(value).values()
-        query = sa.select(sessions.c.who).where(
-            sessions.c.session_hash.in_(keys), sessions.c.expires_at > now()
-        )
-        with self._database.read() as connection:
-            return connection.execute(query).scalar_one_or_none()
-
-    def end(self, value: str) -> None:
-        keys = self._keys(value).values()
-        with self._database.write() as connection:
-            connection.execute(sa.delete(sessions).where(sessions.c.session_hash.in_(keys)))
-
-    def _keys(self, value: str) -> dict[str, str]:
-        """Returns, for each user, the key that a session with this cookie would have."""
-        users = self._people.users.items()
-        return {name: digest_of(value + user.get("token_sha256", "")) for name, user in users}
-
-
-def csrf_of(session: str) -> str:
-    """Returns the token in a session's forms, which another site cannot know."""
-    return hmac.new(session.encode(), b"csrf", hashlib.sha256).hexdigest()
 
 
 def redacted(text: str | None) -> str | None:

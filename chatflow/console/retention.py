@@ -13,6 +13,7 @@ from chatflow.database.connections import Database
 from chatflow.database.tables import (
     analyses,
     answers,
+    audit,
     chat_attributes,
     chats,
     customers,
@@ -20,6 +21,7 @@ from chatflow.database.tables import (
     drafts,
     history,
     outbox,
+    raw_chats,
 )
 
 MOST = 500
@@ -27,7 +29,9 @@ MOST = 500
 
 
 def forget(database: Database, before: datetime) -> int:
-    """Deletes chats unchanged since `before`, and dead letters and stored answers from before then.
+    """Deletes chats unchanged since `before`, and other entries from before then.
+
+    Those are dead letters, stored answers and the audit log.
 
     A chat's analyses, drafts and replies, and people's actions on them, are deleted with it. A chat
     is kept while a draft waits for review or a reply waits to be published. Returns how many chats
@@ -42,6 +46,7 @@ def forget(database: Database, before: datetime) -> int:
         letters = dead_letters.c.failed_at < before, sa.not_(waits)
         connection.execute(sa.delete(dead_letters).where(*letters))
         connection.execute(sa.delete(answers).where(answers.c.answered_at < before))
+        connection.execute(sa.delete(audit).where(audit.c.at < before))
         if not ids:
             return 0
         # Lock in the same order as `upserts`, to prevent deadlocks.
@@ -69,6 +74,45 @@ def forget(database: Database, before: datetime) -> int:
         of_gone = chat_attributes.c.chat_id.in_(gone)
         connection.execute(sa.delete(chat_attributes).where(of_gone))
         return len(gone) if count else 0
+
+
+def forget_chats_of(database: Database, raw: Database, user_id: str) -> list[str]:
+    """Deletes all chats with a user, and all about them, whatever waits; returns their ids."""
+    with database.read() as connection:
+        holding = chats.c.search_text.contains(user_id.casefold(), autoescape=True)
+        rows = connection.execute(sa.select(chats.c.chat_id, chats.c.messages).where(holding))
+        ids = {
+            row.chat_id
+            for row in rows
+            if any(message["user_id"] == user_id for message in row.messages)
+        }
+        for table in (chats, customers):
+            query = sa.select(table.c.chat_id).where(table.c.user_id == user_id)
+            ids.update(connection.execute(query).scalars())
+    found = sorted(ids)
+    for at in range(0, len(found), MOST):
+        these = found[at : at + MOST]
+        with database.write() as connection:
+            # Lock in the same order as `upserts`, to prevent deadlocks.
+            key = customers.c.chat_id, customers.c.user_id
+            locked = sa.select(*key).where(customers.c.chat_id.in_(these)).order_by(*key)
+            connection.execute(locked.with_for_update()).all()
+            of_drafts = sa.select(drafts.c.draft_id).where(drafts.c.chat_id.in_(these))
+            for table in (history, outbox):
+                connection.execute(sa.delete(table).where(table.c.draft_id.in_(of_drafts)))
+            for table in (
+                chats,
+                chat_attributes,
+                drafts,
+                analyses,
+                customers,
+                answers,
+                dead_letters,
+            ):
+                connection.execute(sa.delete(table).where(table.c.chat_id.in_(these)))
+        with raw.write() as connection:
+            connection.execute(sa.delete(raw_chats).where(raw_chats.c.chat_id.in_(these)))
+    return found
 
 
 def _old(before: datetime, ids: Sequence[str] | None = None) -> sa.Select[Any]:

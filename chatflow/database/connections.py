@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import sqlite3
 import time
@@ -24,6 +25,8 @@ from chatflow.secrets import read_secret
 
 BUSY_SECONDS = 30
 """How long SQLite waits for another writer."""
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 _MIGRATION_LOCK = 0x63686174666C6F77  # "chatflow": a number that other programs do not lock
 
@@ -51,6 +54,7 @@ class Database:
             max_overflow=connections,
         )
         if self.is_sqlite:
+            sa.event.listen(self._engine, "do_connect", _make_private)
             sa.event.listen(self._engine, "connect", _configure_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         self._reading = self._engine.execution_options(reads=True)
@@ -89,6 +93,11 @@ class Database:
                     alembic.command.upgrade(config, "head")
         except sa.exc.DBAPIError as error:
             said = one_line(Exception(error.orig))
+            if "certificate" in said or "SSL" in said:
+                said += (
+                    "; certificates of databases on other machines are checked: add "
+                    "?sslrootcert=FILE, or ?sslmode=require (encrypted, but not checked) to the URI"
+                )
             raise UsageError(f"the database {self.uri} cannot be used: {said}") from None
 
     def _check_version(self, connection: sa.Connection) -> bool:
@@ -146,6 +155,13 @@ def parse_uri(uri: str) -> sa.URL:
             f"{url.host or url.database}: ?{secret[0]}= would be shown to others; "
             "say with --database_password where the password is"
         )
+    if url.drivername == "postgresql+psycopg" and not _is_near(url):
+        # libpq's own default, prefer, falls back to clear text.
+        mode = {"sslmode": os.environ.get("PGSSLMODE", "verify-full")}
+        if mode["sslmode"] == "verify-full" and not os.environ.get("PGSSLROOTCERT"):
+            mode["sslrootcert"] = "system"
+        if "sslmode" not in url.query:
+            url = url.update_query_dict({**mode, **url.query})
     if not url.database or url.database == ":memory:":
         raise UsageError(f"{shown} names no {'file' if 'sqlite' in shown else 'database'}; {known}")
     if url.drivername == "sqlite" and not (folder := Path(url.database).parent).is_dir():
@@ -153,11 +169,32 @@ def parse_uri(uri: str) -> sa.URL:
     return url
 
 
+def _is_near(url: sa.URL) -> bool:
+    """Returns whether a database server is on this machine: on loopback, or a Unix socket."""
+    hosts = url.query.get("host", url.host or "")
+    names = [hosts] if isinstance(hosts, str) else hosts
+    return all(not name or name.startswith("/") or name in LOOPBACK for name in names)
+
+
 def check_there(uri: str) -> None:
     """Raises `UsageError` if a URI cannot be used, or its SQLite file does not exist."""
     url = parse_uri(uri)
     if url.drivername == "sqlite" and not Path(url.database or "").exists():
         raise UsageError(f"{url.database}: there is no such file")
+
+
+def private(path: str | Path) -> Path:
+    """Creates a file that only this user may read, if there is none; returns its path.
+
+    Does not raise errors: those of opening the file say what is wrong.
+    """
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    return Path(path)
+
+
+def _make_private(_: Any, __: Any, arguments: Any, ___: Any) -> None:
+    private(arguments[0])  # SQLite's other files have the mode of this one
 
 
 def _configure_sqlite(connection: Any, _: Any) -> None:

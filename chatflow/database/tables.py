@@ -1,8 +1,8 @@
 """Defines the tables; `migrations/` has the steps that create them.
 
 A record's fields are columns of the same names. The columns after them in `drafts`, and the tables
-`history`, `outbox` and `sessions`, belong to the console. `answers` has the answers of models, so
-that nothing is asked twice, and `spending` the cost of each run.
+`history`, `outbox`, `sessions`, `audit` and `keys`, belong to the console. `answers` has answers
+of models, so that nothing is asked twice, and `spending` the cost of each run.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ drafts = sa.Table(
     _optional("edit_distance", sa.Double),  # of the approved text, from 0 to 1
     _optional("seen", JSON),  # the chat at the time of the decision
     _required("changed_at", UtcTime),
+    _optional("waits_since", UtcTime),  # the customer's last message, if its time is known
     sa.Index(None, "status", "drafted_at"),
     sa.Index(None, "status", "changed_at"),
     sa.Index(None, "chat_id", "user_id"),
@@ -206,7 +207,31 @@ sessions = sa.Table(
     metadata,
     _key("session_hash"),
     _required("who"),
+    _required("method"),  # how the person signed in: token, code or openid
+    _required("credential"),  # the token's hash, so that the session ends when it changes
+    _required("address"),
+    _required("began_at", UtcTime),
+    _required("seen_at", UtcTime),
     _required("expires_at", UtcTime),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("audit_id", sa.Integer, primary_key=True, autoincrement=True),
+    _required("at", UtcTime),
+    _required("who"),
+    _required("action"),
+    _required("address"),
+    _required("what"),
+    sa.Index(None, "at"),
+)
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    _key("name"),
+    _required("value"),
 )
 
 answers = sa.Table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from enum import IntEnum
 from typing import Any
 
@@ -90,6 +91,25 @@ def _write_chats(connection: sa.Connection, found: Sequence[Chat]) -> None:
     )
 
 
+def _note_waits(connection: sa.Connection, chat_ids: Iterable[str]) -> None:
+    """Notes since when customers wait whose drafts wait for review: since they last wrote.
+
+    Chats come before their drafts. Of one that does not, the draft's own time counts.
+    """
+    drafts, chats = tables.drafts, tables.chats
+    of_these = drafts.c.chat_id.in_(sorted(set(chat_ids))), drafts.c.status == tables.WAITING
+    joined = drafts.join(chats, chats.c.chat_id == drafts.c.chat_id)
+    query = sa.select(drafts.c.draft_id, drafts.c.user_id, chats.c.messages).select_from(joined)
+    found = []
+    for row in connection.execute(query.where(*of_these)):
+        of_user = [message for message in row.messages if message["user_id"] == row.user_id]
+        if times := [message["sent_at"] for message in of_user if message.get("sent_at")]:
+            found.append({"key": row.draft_id, "since": max(map(datetime.fromisoformat, times))})
+    if found:
+        this = sa.update(drafts).where(drafts.c.draft_id == sa.bindparam("key"))
+        connection.execute(this.values(waits_since=sa.bindparam("since")), found)
+
+
 def _write_raw(connection: sa.Connection, found: Sequence[RawChat]) -> None:
     rows = [
         {
@@ -138,6 +158,7 @@ def _write_drafts(connection: sa.Connection, found: Sequence[Draft]) -> None:
 
     _upsert_rows(connection, tables.drafts, rows, lambda _: waits, set_to)
     supersede(connection, [record.chat_id for record in found])
+    _note_waits(connection, [record.chat_id for record in found])
 
 
 def _write_dead_letters(connection: sa.Connection, found: Sequence[DeadLetter]) -> None:

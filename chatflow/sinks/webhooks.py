@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -145,7 +146,10 @@ class Poster:
         self._answered_at = self._away_until = self._warned_at = 0.0
         self._last: _Fault | None = None
         self._thread = LoopThread("webhooks")
-        self._http = self._thread.run(session(cookies=False, auto_decompress=False))
+        # Of the environment only the proxy: no passwords of ~/.netrc.
+        options = {"auto_decompress": False, "trust_env": False}
+        self._http = self._thread.run(session(cookies=False, **options))
+        self._proxy = _proxy_of(url)
 
     def post(self, records: Sequence[Record]) -> list[Exception | None]:
         """Posts records; returns None or an error for each."""
@@ -210,12 +214,12 @@ class Poster:
         }
         import aiohttp
 
-        where = shown(self.url)
+        where = _host_of(self.url)
         try:
             async with (
                 asyncio.timeout(ANSWER_SECONDS),
                 self._http.post(
-                    self.url, data=body, headers=headers, allow_redirects=False
+                    self.url, data=body, headers=headers, allow_redirects=False, proxy=self._proxy
                 ) as answer,
             ):
                 said = await _start_of(answer)
@@ -225,13 +229,13 @@ class Poster:
         except aiohttp.ClientConnectorCertificateError as wrong:
             return _Fault("webhook_certificate", f"{where}: {one_line(wrong)}", again=False)
         except (aiohttp.ClientError, OSError) as broken:
-            said = _without_query(f"{type(broken).__name__}: {one_line(broken)}", self.url)
+            said = _without_secrets(f"{type(broken).__name__}: {one_line(broken)}", self.url)
             return _Fault("webhook_unreachable", f"{where}: {said}")
         if 200 <= answer.status < 300:
             return None
         if 300 <= answer.status < 400:
             said = "redirects are not followed; name the new address"
-        error = f"{where} answered {answer.status}: {_without_query(said, self.url)}"
+        error = f"{where} answered {answer.status}: {_without_secrets(said, self.url)}"
         again = answer.status in _AGAIN or answer.status >= 500
         return _Fault(f"webhook_http_{answer.status}", error, again, retry_after(answer))
 
@@ -304,11 +308,26 @@ def shown(text: str) -> str:
 _ADDRESS = re.compile(r"(https?://)(?:[^/?#,\s]*@)?([^?,\s]*)(\?[^,\s]*)?", re.IGNORECASE)
 
 
-def _without_query(said: str, url: str) -> str:
-    """Returns a text about an address without the values in the query of that address."""
-    query = urllib.parse.urlsplit(url).query
+def _host_of(url: str) -> str:
+    """Returns an address without its path, which may be a secret."""
+    found = urllib.parse.urlsplit(url)
+    return f"{found.scheme}://{found.netloc}"
+
+
+def _proxy_of(url: str) -> str | None:
+    """Returns the proxy that the environment names for an address."""
+    found = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(found.netloc):
+        return None
+    return urllib.request.getproxies().get(found.scheme.lower())
+
+
+def _without_secrets(said: str, url: str) -> str:
+    """Returns a text about an address without its path, and without the values in its query."""
+    _, _, path, query, _ = urllib.parse.urlsplit(url)
     values = [value for _, value in urllib.parse.parse_qsl(query) if len(value) > 3]
-    for secret in filter(None, [query, urllib.parse.unquote(query), *values]):
+    path = path if len(path) > 3 else ""
+    for secret in filter(None, [path, query, urllib.parse.unquote(query), *values]):
         said = said.replace(secret, "…")
     return said
 

@@ -55,7 +55,7 @@ def decide(database, decision, draft_id, *arguments):
         seen = connection.execute(
             tables.chats.select().where(tables.chats.c.chat_id == row["chat_id"])
         ).mappings().one_or_none()  # fmt: skip
-        decision(connection, draft_id, row["version"], mark_of(seen), *arguments)
+        decision(connection, draft_id, row["version"], mark_of(connection, seen), *arguments)
 
 
 @pytest.fixture

@@ -486,6 +486,9 @@ def typing(sqlite, window, token, tmp_path):
 @pytest.mark.slow
 def test_what_was_typed_outlives_a_session(typing, token):
     page = typing()
+    kept = page.evaluate("JSON.stringify(sessionStorage)")
+    assert "sent d1r0 by ada" in kept
+    assert "words" not in kept
     sign_in(page, token)
     expect_page(page, "chat-1")
     expect(page.locator("#kept")).to_be_visible()

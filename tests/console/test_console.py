@@ -321,7 +321,7 @@ def test_several_publishers_send_each_reply_once(database, tmp_path):
 
     class Kept:
         def send(self, replies, seconds):
-            sent.extend(reply.reply_id for reply in replies)
+            sent.extend(reply.draft_id for reply in replies)
 
     publishers = [Publisher(database, Kept()) for _ in range(4)]
     threads = [threading.Thread(target=publisher.publish) for publisher in publishers]
@@ -408,10 +408,12 @@ def test_replies_go_to_a_topic(sqlite, pubsub):
     assert publisher.publish() == 2
     pulled = pubsub.subscriber.pull(subscription=pubsub.subscription("analyses"), max_messages=10)
     found = [message.message for message in pulled.received_messages]
-    assert {m.attributes["id"] for m in found} == {"d0r0", "d1r0"}
+    replies = [Reply.model_validate_json(message.data) for message in found]
+    assert {reply.draft_id for reply in replies} == {"d0r0", "d1r0"}
+    assert [m.attributes["id"] for m in found] == [reply.reply_id for reply in replies]
     assert {m.attributes["kind"] for m in found} == {"Reply"}
     assert {m.ordering_key for m in found} == {"chat-0", "chat-1"}
-    assert {Reply.model_validate_json(m.data).text for m in found} == {"Sorry, 0.", "Sorry, 1."}
+    assert {reply.text for reply in replies} == {"Sorry, 0.", "Sorry, 1."}
 
 
 def test_what_pubsub_took_is_not_sent_again_with_what_it_did_not(sqlite, monkeypatch):
@@ -421,7 +423,7 @@ def test_what_pubsub_took_is_not_sent_again_with_what_it_did_not(sqlite, monkeyp
         (reply,) = connection.execute(
             sa.select(tables.outbox.c.reply).where(tables.outbox.c.draft_id == "d1r0")
         ).scalars()
-        more = {"draft_id": "other", "reply": {**reply, "reply_id": "other"}}
+        more = {"draft_id": "other", "reply": {**reply, "reply_id": "other", "draft_id": "other"}}
         connection.execute(sa.insert(tables.outbox).values(**more, publish_after=datetime.now(UTC)))
     sent, paused, failing = [], set(), {"chat-1"}
 
@@ -432,7 +434,7 @@ def test_what_pubsub_took_is_not_sent_again_with_what_it_did_not(sqlite, monkeyp
                 paused.add(ordering_key)
                 future.set_exception(ConnectionError("the topic is away"))
             else:
-                sent.append(attributes["id"])
+                sent.append(Reply.model_validate_json(data).draft_id)
                 future.set_result("1")
             return future
 
@@ -864,8 +866,8 @@ def test_probes_may_come_by_any_name(console):
 def test_a_console_beside_another_process_ends_with_it(sqlite):
     """Also where that process is killed."""
     with console_beside([f"--database={sqlite.uri}"], 0) as address:
-        assert httpx.get(f"{address}healthz").text == "ok\n"
-        port = int(address.rstrip("/").rpartition(":")[2])
+        assert Visitor(address).get("/healthz").text == "ok\n"
+        port = httpx.URL(address).port
     missing = console_beside(["--database=sqlite:////nowhere/x.db"], 0)
     with pytest.raises(UsageError, match="there is no folder"), missing:
         pass
@@ -876,7 +878,7 @@ def test_a_console_beside_another_process_ends_with_it(sqlite):
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         address = process.stdout.readline().decode().strip()
-        assert httpx.get(f"{address}healthz").text == "ok\n"
+        assert Visitor(address).get("/").status_code == 200
         process.kill()
     wait_for(lambda: refuses(address))
 
@@ -966,21 +968,21 @@ def test_a_proxys_header_counts_only_from_the_proxy(sqlite):
     write(sqlite, *angry_chat(1))
     here, elsewhere = (ipaddress.ip_network(n) for n in ("127.0.0.0/8", "10.0.0.0/8"))
     ada = {"X-Forwarded-User": "ada@example.com", "X-Forwarded-Proto": "https"}
-    with served(sqlite, People("", identity_header="X-Forwarded-User", proxies=[here])) as address:
+    known = {"identity_header": "X-Forwarded-User", "default_role": "agent"}
+    with served(sqlite, People("", proxies=[here], **known)) as address:
         visitor = Visitor(address, **ada)
         page = visitor.get("/")
         assert "ada@example.com" in page.text
         assert "Secure" in page.headers["set-cookie"]
         assert Visitor(address).get("/").status_code == 403
-    with served(
-        sqlite, People("", identity_header="X-Forwarded-User", proxies=[elsewhere])
-    ) as address:
+    with served(sqlite, People("", proxies=[elsewhere], **known)) as address:
         assert Visitor(address, **ada).get("/").status_code == 403
 
 
 def test_a_header_that_comes_twice_is_not_believed(sqlite):
     """From the browser, and from a proxy that adds its own to it."""
-    known = People("", identity_header="X-User", proxies=[ipaddress.ip_network("127.0.0.0/8")])
+    here = ipaddress.ip_network("127.0.0.0/8")
+    known = People("", identity_header="X-User", proxies=[here], default_role="agent")
     with served(sqlite, known) as address:
         names = [("X-User", "mallory"), ("X-User", "ada"), ("Accept", "text/html")]
         assert httpx.get(address, headers=names).status_code == 403

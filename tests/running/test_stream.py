@@ -605,7 +605,7 @@ def test_stream_runs_the_whole_system_and_leaves_nothing_behind(
         host = page = approved = None
         for line in process.stderr:
             host = host or re.search(r"PUBSUB_EMULATOR_HOST=([\d.]+):(\d+)", line)
-            page = page or re.search(r"http://([\d.]+):(\d+)", line)
+            page = page or re.search(r"http://([\d.]+):(\d+)\S*", line)
             if "drafts: 10" in line and not approved:
                 approved = Visitor(page[0]).approve_one()
             if "1 approved and sent" in line:

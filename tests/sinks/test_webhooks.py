@@ -395,7 +395,7 @@ def test_certificates_are_checked(tmp_path):
 def test_no_secret_is_shown_anywhere(hook, apologise, tmp_path, caplog, capfd):
     """Neither the one that signs, nor what the address may hold."""
     caplog.set_level(logging.DEBUG)
-    url = f"{hook.address}/in?token=t0ken-of-the-query"
+    url = f"{hook.address}/in-t0ken-of-the-path?token=t0ken-of-the-query"
 
     def behave(got, tries):
         echo = f"{got.path} {json.dumps(got.headers)}"
@@ -410,13 +410,29 @@ def test_no_secret_is_shown_anywhere(hook, apologise, tmp_path, caplog, capfd):
     files = "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
     said = files + json.dumps(counts) + caplog.text + "".join(capfd.readouterr())
     assert "webhook_http_400" in said
-    assert f"{hook.address}/in?…" in said
-    for secret in (SECRET, SECRET[6:], "a secret of more than", "t0ken-of-the-query"):
+    assert f"{hook.address} answered 400" in said
+    secrets = (SECRET, SECRET[6:], "a secret of more than", "t0ken-of-the-query")
+    for secret in secrets:
         assert secret not in said
+    letters_of_run = "".join(path.read_text() for path in tmp_path.rglob("dead_letters*"))
+    assert f"{hook.address} answered 400" in letters_of_run
+    posting = [each.getMessage() for each in caplog.records if each.name.startswith("chatflow")]
+    assert "of-the-path" not in letters_of_run + "".join(posting)
     sink = webhooks.PostRecords(url, "env:HOOK_SECRET")
-    assert "t0ken" not in repr(sink) + repr(WriteRecords)
-    assert "t0ken" not in shown(f"--drafts={url},out/x")
-    assert shown(f"--drafts={url},out/x") == f"--drafts={hook.address}/in?…,out/x"
+    assert "of-the-query" not in repr(sink) + repr(WriteRecords)
+    assert shown(f"--drafts={hook.address}/in?t=x,out/x") == f"--drafts={hook.address}/in?…,out/x"
+
+
+def test_passwords_of_netrc_are_not_sent(hook, tmp_path, monkeypatch):
+    path = tmp_path / "netrc"
+    path.write_text("machine 127.0.0.1 login ada password hunter2\n")
+    path.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(path))
+    poster = Poster(f"{hook.address}/in", [b"x" * 24])
+    assert poster.post([DRAFT]) == [None]
+    poster.close()
+    (got,) = hook.received
+    assert "Authorization" not in got.headers
 
 
 class SecretManager(Loopback):

@@ -12,11 +12,15 @@ const signedOut = document.getElementById("signed-out");
 const units = [["day", 86400], ["hour", 3600], ["minute", 60]];
 const ago = new Intl.RelativeTimeFormat("en", { numeric: "always", style: "short" });
 
+// The server's clock, because this machine's may be wrong.
+const skew = main.dataset.asked * 1000 - Date.now();
+const opened = performance.now();
+
 function showTimes() {
   for (const time of document.querySelectorAll("time")) {
     const moment = new Date(time.dateTime);
     if (isNaN(moment)) continue;
-    const seconds = (moment - Date.now()) / 1000;
+    const seconds = (moment - Date.now() - skew) / 1000;
     const [unit, size] = units.find(([, size]) => Math.abs(seconds) >= size) ?? ["", 1];
     time.textContent = unit ? ago.format(Math.round(seconds / size), unit) : "just now";
     time.title = moment.toLocaleString();
@@ -25,11 +29,11 @@ function showTimes() {
 
 // Shows how long an approval can be undone.
 
-const until = toast?.querySelector("[data-until]");
+const until = toast?.querySelector("[data-seconds]");
 
 function countDown() {
-  if (!until?.dataset.until) return;
-  const seconds = Math.ceil((new Date(until.dataset.until) - Date.now()) / 1000);
+  if (!until) return;
+  const seconds = Math.ceil(until.dataset.seconds - (performance.now() - opened) / 1000);
   until.textContent = seconds > 0 ? `in ${seconds} s` : "now";
   if (seconds <= 0) toast.querySelector("form")?.remove();
 }
@@ -120,6 +124,27 @@ function listen() {
 const fields = ["text", "reason", "comment"].map((id) => document.getElementById(id));
 const keyOf = (draft) => `sent ${draft} by ${main.dataset.person}`;
 
+// What is kept is encrypted with a key that only pages of this person have.
+const bytes = Uint8Array.from(main.dataset.key.match(/../g) ?? [], (pair) => parseInt(pair, 16));
+const key = bytes.length && crypto.subtle?.importKey("raw", bytes, "AES-GCM", false, ["encrypt", "decrypt"]);
+
+async function keep(draft, values) {
+  if (!key) return;
+  const iv = crypto.getRandomValues(new Uint8Array(12));
+  const words = new TextEncoder().encode(JSON.stringify(values));
+  const hidden = await crypto.subtle.encrypt({ name: "AES-GCM", iv }, await key, words);
+  sessionStorage.setItem(keyOf(draft), JSON.stringify([iv, hidden].map((part) => [...new Uint8Array(part)])));
+}
+
+async function kept(draft) {
+  const stored = JSON.parse(sessionStorage.getItem(keyOf(draft)));
+  sessionStorage.removeItem(keyOf(draft));
+  if (!stored || !key) return null;
+  const [iv, hidden] = stored.map((part) => new Uint8Array(part));
+  const words = await crypto.subtle.decrypt({ name: "AES-GCM", iv }, await key, hidden).catch(() => null);
+  return words && JSON.parse(new TextDecoder().decode(words));
+}
+
 function show(id, words = "") {
   const part = document.getElementById(id);
   part.hidden = false;
@@ -130,17 +155,16 @@ function show(id, words = "") {
 const problem = document.getElementById("problem");
 const typed = problem ? null : text?.value;
 
-function restore() {
+async function restore() {
   if (toast) sessionStorage.removeItem(keyOf(toast.dataset.draft)); // the form has arrived
   const { draft, version } = main.dataset;
-  const kept = draft && JSON.parse(sessionStorage.getItem(keyOf(draft)));
-  if (!kept) return;
-  sessionStorage.removeItem(keyOf(draft));
+  const sent = draft && (await kept(draft));
+  if (!sent) return;
   if (problem) return; // the form has arrived, and its text is on the page
-  const saved = kept.version !== version && document.getElementById("saved");
-  if (text && (saved || kept.version === version)) {
+  const saved = sent.version !== version && document.getElementById("saved");
+  if (text && (saved || sent.version === version)) {
     for (const field of fields) {
-      const value = kept[field.id];
+      const value = sent[field.id];
       if (value === null || field.value.trim() === value.trim() || (saved && field === text)) continue;
       field.value = value;
       if (!saved) show("kept");
@@ -149,19 +173,32 @@ function restore() {
   }
   // The draft has changed since the form was sent.
   const missing = (words) => words?.trim() && !main.textContent.includes(words.trim());
-  const words = [kept.text, kept.comment].filter(missing).join("\n\n");
+  const words = [sent.text, sent.comment].filter(missing).join("\n\n");
   if (words) show("kept-aside", words);
 }
 
+document.getElementById("sign-out")?.addEventListener("submit", () => sessionStorage.clear());
+
 let submitting = false;
+let keeping = false;
+let isKept = false;
 document.addEventListener("input", () => (submitting = false));
-document.addEventListener("submit", ({ target }) => {
-  submitting = target === reply || target.id === "dismiss";
-  if (!submitting) return;
+document.addEventListener("submit", async (event) => {
+  const { target, submitter } = event;
+  if (target !== reply && target.id !== "dismiss") return (submitting = false);
+  if (isKept) return (isKept = false); // it is sent now
+  event.preventDefault();
+  if (keeping) return;
+  keeping = true;
   const { draft, version } = main.dataset;
   const values = Object.fromEntries(fields.map((field) => [field.id, field.value]));
   if (values.text === typed) values.text = null; // the model's words, or somebody else's
-  sessionStorage.setItem(keyOf(draft), JSON.stringify({ version, ...values }));
+  await keep(draft, { version, ...values }).catch(() => null); // without a copy, it is sent too
+  setTimeout(() => { // not in this event, in which browsers do not send the form again
+    submitting = isKept = true;
+    keeping = false;
+    target.requestSubmit(submitter);
+  });
 });
 addEventListener("beforeunload", (event) => {
   if (text && text.value !== typed && !submitting) event.preventDefault();
