@@ -421,13 +421,13 @@ class Forward:
 
     @_compiled()
     def scores_of_states(self, weights: Any, states: Any, tokens: Any) -> jax.Array:
-        """Returns `scores` of states `[rows, hidden]` of the last layer, as `read` gives them."""
+        """Returns `scores` of states `[rows, hidden]` of the last layer, as `read` returns them."""
         with self._using(weights):
             hidden = self.model.backbone.layer_norm(states)
         return self.scores(weights, hidden, tokens)
 
     def no_prefix(self, layers: int, positions: int) -> Known:
-        """Returns an empty prefix for the first `layers` layers, of so many positions."""
+        """Returns an empty prefix for the first `layers` layers, with room for `positions`."""
         one = jnp.zeros(
             (positions, self.size.kv_heads, self.size.head), self.model.backbone.compute_dtype
         )
