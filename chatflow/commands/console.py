@@ -278,7 +278,6 @@ def _end_with_stdin(server: Server) -> None:
 def people_of(parsed: argparse.Namespace) -> People:
     """Returns who may use the console; raises `UsageError` for a wrong flag or users file."""
     from chatflow.console.people import ROLES, People, UsersFile
-    from chatflow.secrets import read_secret
 
     redacted = frozenset(filter(None, (role.strip() for role in parsed.redact.split(","))))
     if unknown := sorted(redacted - set(ROLES)):
@@ -309,7 +308,7 @@ def people_of(parsed: argparse.Namespace) -> People:
         parsed.mask_ids,
         openid=bool(parsed.openid),
         default_role=parsed.default_role,
-        proxy_secret=read_secret(secret, "--proxy_secret").strip() if secret else "",
+        proxy_secret=_filled(secret, "--proxy_secret") if secret else "",
     )
     if known.others or not parsed.sign_in:
         return known
@@ -342,10 +341,17 @@ def check_place(host: str, names: Sequence[str], known: People) -> None:
         )
 
 
-def provider(parsed: argparse.Namespace) -> Provider:
-    """Returns the OpenID provider; raises `UsageError` if it cannot be used."""
+def _filled(where: str, flag: str) -> str:
+    """Returns a secret; raises `UsageError` if it cannot be read or is empty."""
     from chatflow.secrets import read_secret
 
+    if secret := read_secret(where, flag).strip():
+        return secret
+    raise UsageError(f"{flag}={where}: the secret is empty")
+
+
+def provider(parsed: argparse.Namespace) -> Provider:
+    """Returns the OpenID provider; raises `UsageError` if it cannot be used."""
     if not (parsed.openid_client and parsed.openid_secret):
         raise UsageError("--openid: needs --openid_client and --openid_secret too")
     try:
@@ -354,7 +360,7 @@ def provider(parsed: argparse.Namespace) -> Provider:
         raise UsageError(
             f"{error.name} is missing; --openid needs: pip install 'chatflow[console]'"
         ) from None
-    secret = read_secret(parsed.openid_secret, "--openid_secret").strip()
+    secret = _filled(parsed.openid_secret, "--openid_secret")
     client = parsed.openid_client, secret, parsed.openid_claim, parsed.openid_method
     return Provider(parsed.openid, *client)
 

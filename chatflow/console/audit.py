@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -44,14 +45,14 @@ class Audit:
     """Notes entries as lines of a file at once, and as rows of a table soon after.
 
     So nobody has to wait for the database, and a flood of refusals does not write to it one by
-    one. Of one address, at most 60 refusals a minute are noted.
+    one. Of one address, at most 60 refusals and 60 failed sign-ins a minute are noted.
     """
 
     def __init__(self, database: Database, path: str = ""):
         """Raises `UsageError` if the file cannot be written."""
         self._database = database
         self._pending: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING)
-        self._refusals = Rate(60)
+        self._rates = {"refused": Rate(60), "sign_in_failed": Rate(60)}
         self._lock = threading.Lock()
         self._file = None
         if path:
@@ -64,16 +65,16 @@ class Audit:
     def note(self, request: Request, action: str, what: str = "", who: str = "") -> None:
         """Notes what the request's person, or `who`, did; `what` must not contain a secret."""
         address, person = request.scope["address"], request.scope.get("person")
-        if action in ("refused", "sign_in_failed"):
-            if (over := self._refusals.count(address)) > 1:
+        if (rate := self._rates.get(action)) is not None:
+            if (over := rate.count(address)) > 1:
                 return
-            what = "refusals of this address are not noted for a minute" if over else what
-        entry = {
+            what = "more from this address is not noted for a minute" if over else what
+        entry: dict[str, Any] = {
             "at": now(),
-            "who": (who or (person.name if person else ""))[:_LONGEST],
+            "who": _text(who or (person.name if person else "")),
             "action": action,
-            "address": address[:_LONGEST],
-            "what": what[:_LONGEST],
+            "address": _text(address),
+            "what": _text(what),
         }
         self._pending.append(entry)
         if self._file is not None:
@@ -92,9 +93,22 @@ class Audit:
             try:
                 with self._database.write() as connection:
                     connection.execute(sa.insert(audit), found)
+            except sa.exc.DataError:
+                self._store_each(found)
             except sa.exc.SQLAlchemyError as error:
                 _log.warning("audit entries wait for the database: %s", one_line(error))
                 self._pending.extendleft(reversed(found))
+
+    def _store_each(self, found: Sequence[dict[str, Any]]) -> None:
+        """Writes entries one by one, so that one which the database refuses stops no other."""
+        for entry in found:
+            try:
+                with self._database.write() as connection:
+                    connection.execute(sa.insert(audit), [entry])
+            except sa.exc.DataError as error:
+                _log.error("an audit entry is not in the table: %s", one_line(error))
+            except sa.exc.SQLAlchemyError:
+                self._pending.append(entry)
 
     def listed(self, who: str = "", action: str = "", page: int = 0) -> list[dict[str, Any]]:
         """Returns a page of entries and one more, the newest first."""
@@ -111,3 +125,8 @@ class Audit:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _text(value: str) -> str:
+    """Returns what a database can hold: short, and without NUL characters."""
+    return value.replace("\0", "\N{REPLACEMENT CHARACTER}")[:_LONGEST]

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatflow.console.people import OWN_HOSTS, PROXY_SECRET_HEADER, Person
+from chatflow.console.people import OWN_HOSTS, PROXY_SECRET_HEADER, Person, plain_address
 from chatflow.console.site import HEADERS, Console, is_visit
 
 COOKIE = "chatflow_session"
@@ -34,8 +34,9 @@ FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwa
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::[0-9]{1,5})?", re.ASCII)
 
-REFUSED = {400, 401, 403, 405, 413, 415, 429}
-"""Statuses of responses that are noted in the audit log."""
+REFUSED = {400, 403, 405, 413, 415, 429}
+"""Statuses of responses that are noted in the audit log; not 401, which open pages get again and
+again when their session has ended."""
 
 
 class Guard:
@@ -82,11 +83,11 @@ class Guard:
 
     def _address(self, request: Request) -> str:
         """Returns the client's address: the last one that is not a trusted proxy."""
-        address = request.client.host if request.client else ""
+        address = plain_address(request.client.host) if request.client else ""
         if self._by_proxy(request):
             named = ",".join(request.headers.getlist("x-forwarded-for")).split(",")
             for each in reversed([one.strip() for one in named if one.strip()]):
-                address = each
+                address = plain_address(each)
                 if not self.console.people.is_proxy(each):
                     break
         return address
@@ -233,7 +234,7 @@ async def read_form(request: Request) -> dict[str, str]:
         raise FormError(400, "This is not a form of the console.") from None
     if len(dict(pairs)) < len(pairs):
         raise FormError(400, "A field of the form is there twice.")
-    return dict(pairs)
+    return {name: value.replace("\0", "\N{REPLACEMENT CHARACTER}") for name, value in pairs}
 
 
 def page_of(request: Request) -> str:

@@ -112,7 +112,7 @@ class Provider:
         # Another provider's answer (RFC 9207).
         must_say = self._metadata.get("authorization_response_iss_parameter_supported", False)
         if said.get("iss", "" if must_say else self.issuer) != self.issuer:
-            raise SignInError("the answer is of another provider")
+            raise SignInError("the answer comes from another provider")
         if "code" not in said:
             raise SignInError(said.get("error", "no code")[:100])
         try:
@@ -136,7 +136,7 @@ class Provider:
         name = claims.get(self._claim)
         if not isinstance(name, str) or not name:
             raise SignInError(f"the provider does not say the {self._claim}")
-        if self._claim == "email" and claims.get("email_verified") is False:
+        if self._claim == "email" and claims.get("email_verified", True) not in (True, "true"):
             raise SignInError("the e-mail address is not verified")
         return name
 
@@ -170,15 +170,15 @@ class Provider:
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()
         if found["sub"] != sub:
-            raise SignInError("the provider speaks of another person")
+            raise SignInError("userinfo is about another person")
         return found
 
     def _read_keys(self) -> None:
         with self._lock:
             if self._keys_at and time.monotonic() - self._keys_at < KEYS_SECONDS:
                 return
-            self._keys_at = time.monotonic()
             self._keys = KeySet.import_key_set(self._get(self._metadata["jwks_uri"]))
+            self._keys_at = time.monotonic()
 
     def _session(self, redirect_uri: str) -> OAuth2Session:
         methods = self._metadata.get("token_endpoint_auth_methods_supported", [])

@@ -241,18 +241,16 @@ def show_sign_in(
     if request.scope["person"]:
         return RedirectResponse("/", 303)
     to = to or request.query_params.get("to", "/")
-    if code := request.query_params.get("code", ""):
+    code = request.query_params.get("code", "")
+    if code and not console.people.others:
         return _by_code(console, request, code)
     return console.page(request, "sign_in", status, problem=problem, to=to)
 
 
 def _by_code(console: Console, request: Request, code: str) -> Response:
     """Signs in who opens the address that the console printed at its start."""
-    person = None
-    if not console.people.others and not console.failures.is_full(request.scope["address"]):
-        person = console.people.of_token(code)
+    person = console.people.of_token(code)
     if person is None:
-        console.failures.count(request.scope["address"])
         console.audit.note(request, "sign_in_failed", "printed address")
         said = "This address is from another start of the console. Use the one that it printed."
         return console.page(request, "sign_in", 403, problem=said, to="/")
@@ -271,7 +269,7 @@ def sign_in(console: Console, request: Request, form: Mapping[str, str]) -> Resp
     if person is None:
         console.failures.count(address)
         console.audit.note(request, "sign_in_failed", "token")
-        return show_sign_in(console, request, 403, "That token isn't valid.", to)
+        return show_sign_in(console, request, 403, "That token isn't valid, or it has expired.", to)
     response = RedirectResponse(to if _OWN_PAGE.fullmatch(to) else "/", 303)
     method = "token" if console.people.others else "code"
     return begin_session(console, request, response, person, method)
@@ -299,6 +297,8 @@ def end_openid(console: Console, request: Request) -> Response:
         raise HTTPException(404, "There is no OpenID provider.")
     name, person = "", None
     try:
+        if console.failures.is_full(request.scope["address"]):
+            raise SignInError("too many attempts from this address")
         attempt = unseal(console.key, cookie_in(request, OPENID_COOKIE))
         if attempt is None:
             raise SignInError("this browser did not begin to sign in")
@@ -307,6 +307,7 @@ def end_openid(console: Console, request: Request) -> Response:
         if person is None:
             raise SignInError("has no access")
     except SignInError as error:
+        console.failures.count(request.scope["address"])
         console.audit.note(request, "sign_in_failed", f"OpenID: {error}", name)
         said = "You were not signed in. Try again, or ask a lead whether you have access."
         response = console.page(request, "sign_in", 403, problem=said, to="/")

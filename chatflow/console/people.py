@@ -61,8 +61,31 @@ class Person(NamedTuple):
         return self.role == "lead"
 
 
-_NAME = re.compile(r"[\w.@+:\\/-]{1,254}")
-"""A name that a proxy or an identity provider may say: without blanks, commas and controls."""
+_NAME = re.compile(r"[\w.@+:\\/|=~'!#$%&*?^`{}-]{1,254}")
+"""A name that a proxy or an identity provider may say: without blanks, commas, quotation marks and
+controls; it has the other characters of e-mail addresses, and of providers' own names."""
+
+
+def plain_address(text: str) -> str:
+    """Returns an address as one text: without port and brackets, and IPv4 within IPv6 as IPv4.
+
+    >>> plain_address("[2001:db8::1]:443"), plain_address("203.0.113.9:5123")
+    ('2001:db8::1', '203.0.113.9')
+    >>> plain_address("::ffff:10.0.0.2"), plain_address("unknown")
+    ('10.0.0.2', 'unknown')
+    """
+    bare = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", text)
+    host = (bare[1] or bare[2]) if bare else text
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return text
+    return str(getattr(found, "ipv4_mapped", None) or found)
+
+
+def _same_case(name: str) -> str:
+    """Returns an ASCII name in lower case; other letters have look-alikes that fold to ASCII's."""
+    return name.lower() if name.isascii() else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +135,7 @@ class People:
     @property
     def by_token(self) -> bool:
         """Returns whether somebody may sign in with a token, or the code."""
-        has_token = any(map(_token_of, self.users.values()))
+        has_token = any(user.get("token_sha256") for user in self.users.values())
         return self.has_sessions and (bool(self.code) or has_token)
 
     def person(self, name: str) -> Person | None:
@@ -122,10 +145,10 @@ class People:
         if not _NAME.fullmatch(name) and name not in self.users:
             return None
         for known, user in self.users.items():
-            if known.casefold() == name.casefold():
+            if _same_case(known) == _same_case(name):
                 return self._person(known, user["role"])
         by_others = self.identity_header or self.openid
-        return self._person(name.casefold(), self.default_role) if by_others else None
+        return self._person(_same_case(name), self.default_role) if by_others else None
 
     def _person(self, name: str, role: str) -> Person | None:
         if not role:
@@ -150,7 +173,8 @@ class People:
 
     def is_proxy(self, address: str) -> bool:
         try:
-            return any(ipaddress.ip_address(address) in network for network in self.proxies)
+            found = ipaddress.ip_address(plain_address(address))
+            return any(found in network for network in self.proxies)
         except ValueError:
             return False
 

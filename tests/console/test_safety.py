@@ -244,6 +244,7 @@ def test_it_serves_https(sqlite, users, certificate):
         ("--tls_cert USERS --tls_key USERS", "--tls_cert="),
         ("--identity_header X-User", "--identity_header=X-User: nobody has a role"),
         ("--proxy_secret env:NOT_THERE", "--proxy_secret=env:NOT_THERE: there is no such variable"),
+        ("--proxy_secret file:EMPTY", "the secret is empty"),
         ("--audit_log /nowhere/audit.jsonl", "--audit_log=/nowhere/audit.jsonl: cannot be written"),
         ("--users TWICE", "ada is there twice, in different case"),
     ],
@@ -252,6 +253,9 @@ def test_unsafe_flags_are_said(arguments, said, users, tmp_path, capsys):
     twice = tmp_path / "twice.toml"
     twice.write_text('[ada]\nrole = "lead"\n[Ada]\nrole = "lead"\n')
     given = ["console", "--port=0", f"--database=sqlite:///{tmp_path}/console.db"]
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    arguments = arguments.replace("EMPTY", str(empty))
     paths = {"USERS": str(users), "TWICE": str(twice)}
     assert said in mistake([*given, *arguments.split()], paths, capsys)
 
@@ -347,7 +351,54 @@ def test_a_flood_of_refusals_is_not_noted_one_by_one(sqlite, users):
             client.get("/", headers={"Host": "evil.example"})
         found = audited(address, action="refused")
     assert len(found) == 61
-    assert found[0][3] == "refusals of this address are not noted for a minute"
+    assert found[0][3] == "more from this address is not noted for a minute"
+
+
+def test_an_entry_that_a_database_refuses_stops_no_other(database, users):
+    """PostgreSQL holds no NUL characters."""
+    with served(database, by_token(users)) as address:
+        assert httpx.get(f"{address}/%00").status_code == 400
+        lead = signed_in(address, "lead")
+        searched = lead.post("/search", lead.form("/") | {"q": "\0late"})
+        assert lead.get(searched.headers["Location"]).status_code == 200
+        found = audited(address, action="refused") + audited(address, action="signed_in")
+    assert ("400 GET /\N{REPLACEMENT CHARACTER}" in {what for *_, what in found}) is True
+    assert "lead" in {who for who, *_ in found}
+
+
+def test_a_page_whose_session_has_ended_does_not_fill_the_log(sqlite, users):
+    with served(sqlite, by_token(users)) as address:
+        for _ in range(3):
+            assert httpx.get(f"{address}/changes").status_code == 401
+        assert audited(address, action="refused") == []
+
+
+def test_another_site_cannot_make_an_office_wait(sqlite, users):
+    """By pictures whose address is that of a sign-in with a wrong code."""
+    with served(sqlite, by_token(users)) as address:
+        for _ in range(20):
+            httpx.get(f"{address}/sign-in?code=guess")
+        assert signed_in(address, "agent").get("/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [("::ffff:203.0.113.9", "203.0.113.9"), ("203.0.113.9:51234", "203.0.113.9"),
+     ("[2001:db8::1]:443", "2001:db8::1")],
+)  # fmt: skip
+def test_an_address_is_one_however_a_proxy_writes_it(sqlite, users, said, known):
+    with served(sqlite, by_token(users, proxies=[HERE])) as address:
+        visitor = Visitor(address, **{"X-Forwarded-For": said})
+        visitor.post("/sign-in", visitor.form("/sign-in") | {"token": "guess"})
+        assert audited(address, action="sign_in_failed")[0][2] == known
+
+
+def test_a_name_is_not_mistaken_for_one_that_looks_alike():
+    known = People("", {"mike": {"role": "lead"}}, openid=True, default_role="observer")
+    assert known.person("MIKE").role == "lead"
+    assert known.person("mi\N{KELVIN SIGN}e").role == "observer"
+    assert known.person("o'brien@example.com").role == "observer"
+    assert known.person("auth0|5f7c").role == "observer"
 
 
 def test_a_network_of_ipv6_is_one_address():
@@ -385,6 +436,7 @@ def test_a_token_expires(sqlite, users):
         assert agent.get("/").status_code == 200
         users.write_text(re.sub(r"expires = .*", "expires = 2026-01-01", text))
         assert agent.get("/").status_code == 303
+        assert 'name="token"' in agent.get("/sign-in").text  # also when those of all have
         form = agent.form("/sign-in") | {"token": TOKENS["agent"][0]}
         assert agent.post("/sign-in", form).status_code == 403
 
