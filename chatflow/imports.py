@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
 import sys
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 UNUSED_BY_KERAS = ("matplotlib", "rouge_score", "tensorflow", "tensorflow_text", "torch")
 """What Keras and keras_hub import if they find it: plots, metrics and other backends."""
@@ -12,15 +15,25 @@ UNUSED_BY_KERAS = ("matplotlib", "rouge_score", "tensorflow", "tensorflow_text",
 
 @contextlib.contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Makes imports inside the context fail for modules that nothing has imported yet.
+    """Makes this thread's imports fail for modules that nothing has imported yet.
 
-    Libraries that use them only if they are installed then do without. Other code can import them
-    afterwards.
+    Libraries that use them only if they are installed then do without. Other threads can import
+    them, and so can other code afterwards.
     """
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    hidden = _Hidden(frozenset(names), threading.get_ident())
+    sys.meta_path.insert(0, hidden)
     try:
         yield
     finally:
-        for name in hidden:
-            del sys.modules[name]
+        sys.meta_path.remove(hidden)
+
+
+class _Hidden(importlib.abc.MetaPathFinder):
+    """Finds nothing, and says so before the finders that would find the modules."""
+
+    def __init__(self, names: frozenset[str], thread: int):
+        self._names, self._thread = names, thread
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name in self._names and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -1,5 +1,6 @@
 """A run imports neither other frameworks nor plots, also where they are installed."""
 
+import concurrent.futures
 import importlib.util
 import json
 import subprocess
@@ -65,4 +66,7 @@ def test_what_is_hidden_can_be_imported_afterwards(monkeypatch):
         importlib.import_module("json")  # imported before, so that it stays
         with pytest.raises(ImportError):
             importlib.import_module("wave")
+        with concurrent.futures.ThreadPoolExecutor() as others:  # e.g. who loads another model
+            assert others.submit(importlib.import_module, "wave").result().__name__ == "wave"
+        monkeypatch.delitem(sys.modules, "wave")
     assert importlib.import_module("wave").__name__ == "wave"
