@@ -112,7 +112,7 @@ def _words(language: str, source: str, where: str) -> Words:
 
 def _check_cues(words: Words, where: str) -> None:
     for grievance, cue in words.cues.items():
-        for pattern in cue.patterns:
+        for pattern in (*cue.patterns, "|".join(cue.patterns)):  # all must fit together, too
             try:
                 re.compile(pattern)
             except re.error as error:

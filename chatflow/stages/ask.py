@@ -53,7 +53,7 @@ class _PredictionCoder(JsonCoder):
     """Writes what a model said; the request stands beside it, in the question."""
 
     def to_json(self, element: PredictionResult) -> bytes:
-        return _SAID.dump_json(element.inference, exclude_defaults=True)
+        return _SAID.dump_json(element.inference, exclude_defaults=True, warnings="error")
 
     def of_json(self, content: bytes) -> PredictionResult:
         return PredictionResult(None, _SAID.validate_json(content))
@@ -133,7 +133,8 @@ def tried(
     request = question.request
     if isinstance(inference, Failure):
         _count_tokens(request, inference)
-        _count_tokens(request.otherwise, inference.other)
+        other = getattr(question, "otherwise", None)
+        _count_tokens(other and other.request, inference.other)
         yield Unanswered(question, inference)
         return
     if FALLBACK in inference.repairs:

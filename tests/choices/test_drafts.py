@@ -119,6 +119,10 @@ def test_every_language_has_all_sentences_and_clauses(language):
         ("x = ", "words.xx.toml"),
         ("[drafts]\nsorry = 'We are sorry.'", "[speakers]"),
         ("[clauses.late_delivery]\ncues = ['(']", "clauses.late_delivery.cues: '('"),
+        (
+            "[clauses.late_delivery]\ncues = ['late', '(?i)never']",
+            "clauses.late_delivery.cues: 'late|",
+        ),
         ("[clauses.late_delivery]\nclause = 3", "clauses.late_delivery must have"),
         ("[clauses.late_delivery]\nclauses = 'x'", "unknown clauses"),
     ],

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 
+import apache_beam as beam
 import pytest
 from apache_beam.ml.inference.base import PredictionResult
 from conftest import APOLOGY, SCRIPTED, chat, read, scripted
@@ -16,7 +17,7 @@ from chatflow.models.scripted import ScriptedModelHandler
 from chatflow.models.several import SeveralModels
 from chatflow.models.spec import ModelSpec
 from chatflow.options import NO_CLOUD, Options
-from chatflow.prompts.questions import AnalysisPrompt
+from chatflow.prompts.questions import AnalysisPrompt, ChatQuestion
 from chatflow.prompts.routes import routes_of, sure_of
 from chatflow.prompts.templates import load_folder
 from chatflow.records import AnalysedChat, Analysis, FieldValue
@@ -102,6 +103,8 @@ def test_what_each_model_has_used_is_counted_by_its_name(monkeypatch, prompt, an
     question = dataclasses.replace(
         asked, request=first, otherwise=dataclasses.replace(asked, request=other)
     )
+    coder = beam.coders.registry.get_coder(ChatQuestion)
+    question = coder.decode(coder.encode(question))  # as between two steps
     (said,) = tried((question, PredictionResult(question, found)))
     assert isinstance(said, Answered if answered else Unanswered)
     assert (counts["prompt_tokens_of/a"], counts["answer_tokens_of/a"]) == (5, 2)
