@@ -254,6 +254,7 @@ def mistake(
     arguments = list(arguments)
     for name, path in places.items():
         arguments = [argument.replace(name, path) for argument in arguments]
+    capsys.readouterr()  # what a run before has printed
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("chatflow: ")

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 DIRECT = "apache_beam.runners.direct."
 LOCAL, SERVER = "chatflow/running/local.py", "chatflow/models/vllm/server.py"
-STAGING = "chatflow/sinks/staging.py"
+STAGING, EARLY = "chatflow/sinks/staging.py", "chatflow/running/early.py"
 USES = (
     (LOCAL, "build its runner on Beam's", DIRECT + "direct_runner",
      "BundleBasedDirectRunner.run_pipeline BundleBasedDirectRunner.is_fnapi_compatible "
@@ -18,6 +18,8 @@ USES = (
     (LOCAL, "replace transforms", "apache_beam.pipeline",
      "PTransformOverride Pipeline.replace_all"),
     (STAGING, "write to staging folders", "apache_beam.pipeline",
+     "PTransformOverride Pipeline.replace_all"),
+    (EARLY, "let results come early", "apache_beam.pipeline",
      "PTransformOverride Pipeline.replace_all"),
     (LOCAL, "find the steps of a pipeline", DIRECT + "consumer_tracking_pipeline_visitor",
      "ConsumerTrackingPipelineVisitor"),

@@ -404,10 +404,14 @@ class Engine:
 
     def _fitting(self, texts: Sequence[_Text]) -> int:
         """Returns how many of the first texts are read as one stream: at least one."""
+        fit = self.shape.cache_bytes // self.forward.cache_bytes
+        most = max([n for n in self.shape.streams if n <= fit], default=0)
         total = 0
         for count, text in enumerate(texts):
             total += text.size
-            if count and (total > self.shape.together or count == self.shape.batches[-1]):
+            if count and (
+                total > min(most, self.shape.together) or count == self.shape.batches[-1]
+            ):
                 return count
         return len(texts)
 

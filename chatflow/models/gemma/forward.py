@@ -416,15 +416,19 @@ class Forward:
     def scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
         """Returns `[rows, choices]`, log-probabilities of `tokens` `[choices]` as next tokens."""
         self.compilations += 1
-        logits = self.logits(weights, hidden).astype(jnp.float32)
-        return jax.nn.log_softmax(logits)[:, tokens]
+        return self._scores(weights, hidden, tokens)
 
     @_compiled()
     def scores_of_states(self, weights: Any, states: Any, tokens: Any) -> jax.Array:
         """Returns `scores` of states `[rows, hidden]` of the last layer, as `read` returns them."""
+        self.compilations += 1
         with self._using(weights):
             hidden = self.model.backbone.layer_norm(states)
-        return self.scores(weights, hidden, tokens)
+        return self._scores(weights, hidden, tokens)
+
+    def _scores(self, weights: Any, hidden: Any, tokens: Any) -> jax.Array:
+        logits = self.logits(weights, hidden).astype(jnp.float32)
+        return jax.nn.log_softmax(logits)[:, tokens]
 
     def no_prefix(self, layers: int, positions: int) -> Known:
         """Returns an empty prefix for the first `layers` layers, with room for `positions`."""

@@ -187,7 +187,7 @@ class GemmaModelHandler(LanguageModelHandler[GemmaModel]):
         self.settings = settings
         self.most = batching.max_batch_size
         self.batches_grow = bool(heads) and not batching.max_batch_duration_secs
-        self.loads_ahead = preset == embedded.NAME
+        self.loads_ahead = preset == embedded.NAME and "://" not in f"{updates}{adapter}{heads}"
         self.instruct = is_tuned(preset) if instruct is None else instruct
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:

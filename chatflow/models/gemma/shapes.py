@@ -12,6 +12,8 @@ from chatflow.errors import ModelError
 TOTALS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
           16384, 24576, 32768)  # fmt: skip
 """Positions of a cache: prompt and answer."""
+STREAMS = (2048, 4096, 8192, 16384, 32768)
+"""Tokens of texts that are read one after the other."""
 STEPS = (64, 256, 1024, 4096)
 """Tokens of an answer that one call decodes."""
 
@@ -44,11 +46,11 @@ class Shape(NamedTuple):
             # XLA multiplies a single row of bfloat16 or int8 with a slow kernel.
             one = 1 if dtype == "float32" else 2
             return cls({one: 64, 4: 32}, (one, 8, 16, 32, 64), 2 << 30,
-                       {256: 64, 2048: 256, 8192: 256, 32768: 256}, 2048, 64)  # fmt: skip
+                       {256: 64} | dict.fromkeys(STREAMS, 256), 2048, 64)  # fmt: skip
         memory = device.memory_stats() or {}
         free = memory.get("bytes_limit", 8 << 30) - memory.get("bytes_in_use", 0)
         return cls({1: 64, 8: 64, 64: 64}, (1, 8, 32, 64, 128), free // 4,
-                   {2048: 2048, 8192: 2048, 32768: 2048}, 8192, 512)  # fmt: skip
+                   dict.fromkeys(STREAMS, 2048), 8192, 512)  # fmt: skip
 
     @property
     def blocks(self) -> tuple[int, ...]:
