@@ -641,10 +641,11 @@ def test_an_open_page_says_that_its_session_has_ended(sqlite, window, token, tmp
 @pytest.mark.slow
 def test_an_open_page_says_when_its_reply_was_sent(sqlite, window, replies):
     write(sqlite, *angry_chat(1))
-    with served(sqlite, replies=replies, undo_seconds=5) as address:
+    with served(sqlite, replies=replies, undo_seconds=3) as address:
         page = window(address)
         page.goto(f"{address}/drafts/d1r0")
         page.get_by_role("button", name="Approve").click()
+        expect(page.locator("#toast")).to_be_visible()  # so that no other page is under way
         page.goto(f"{address}/drafts/d1r0")
         expect(page.locator("#decision")).to_contain_text("not sent yet")
         expect(page.locator("#decision")).to_contain_text("; sent")
