@@ -3,6 +3,7 @@
 import contextlib
 import html
 import re
+import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -25,7 +26,14 @@ LOCAL = People("ada")
 def served(database: Database, people: People = LOCAL, **fields) -> Iterator[str]:
     """A console on a database; yields its address."""
     listener = listen("127.0.0.1", 0)
-    server = Server(Console(database, people, **fields), listener)
+    with contextlib.closing(listener), running(Console(database, people, **fields), listener) as at:
+        yield at
+
+
+@contextlib.contextmanager
+def running(console: Console, listener: socket.socket) -> Iterator[str]:
+    """A console behind a socket; yields its address."""
+    server = Server(console, listener)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -33,7 +41,6 @@ def served(database: Database, people: People = LOCAL, **fields) -> Iterator[str
     finally:
         server.should_exit = True
         thread.join()
-        listener.close()
 
 
 def write(database: Database, *records) -> None:

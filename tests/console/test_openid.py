@@ -8,18 +8,16 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import httpx
 import pytest
 import sqlalchemy as sa
 from conftest import ROOT, mistake, required
-from consoles import Visitor, angry_chat, write
+from consoles import Visitor, angry_chat, running, write
 from fakes.openid import CLIENT, PASSWORD, SECRET
 
 from chatflow.commands.console import listen
-from chatflow.console.app import Server
 from chatflow.console.people import People
 from chatflow.console.site import Console
 from chatflow.database import tables
@@ -38,7 +36,7 @@ def place():
     """The socket of the console, and the provider that knows the console's address."""
     for name in ("canaille", "authlib"):
         if importlib.util.find_spec(name) is None:
-            required(name, "make setup")
+            required(name, "make setup-dev")
     with contextlib.closing(listen("127.0.0.1", 0)) as listener:
         back = f"http://127.0.0.1:{listener.getsockname()[1]}/sign-in/openid/back"
         command = [sys.executable, str(ROOT / "tests" / "fakes" / "openid.py"), str(free_port())]
@@ -57,14 +55,8 @@ def served(database, place, people=None, **client):
     provider = Provider(issuer, CLIENT, SECRET, **client)
     known = people or People("", USERS, openid=True)
     # A copy, because a server closes its socket.
-    server = Server(Console(database, known, openid=provider), listener.dup())
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with running(Console(database, known, openid=provider), listener.dup()) as address:
+        yield address
 
 
 def sign_in_there(address, name):
