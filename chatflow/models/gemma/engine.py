@@ -582,8 +582,7 @@ def _stream(texts: Sequence[_Text], total: int, start: int, piece: int) -> tuple
             suffix[places] = part
             at += len(ids)
         first[begins[-1] : at] = begins[-1] // piece
-    place = np.arange(total, dtype=np.int32) // piece
-    return Stream(token, text_number, position, suffix, place, first), begins
+    return Stream(token, text_number, position, suffix, first), begins
 
 
 def _without_last_layer(states: States) -> States:

@@ -78,7 +78,6 @@ class Stream(NamedTuple):
       position: of a token, counted from the start of the prefix of its text.
       suffix: 0 for the text itself, then the number of a question that follows it and does not
         see the other questions.
-      place: the piece in which a token stands: its index by the piece's length.
       first: the piece in which a token's text begins.
     """
 
@@ -86,7 +85,6 @@ class Stream(NamedTuple):
     text: Any
     position: Any
     suffix: Any
-    place: Any
     first: Any
 
 
@@ -157,13 +155,14 @@ class Attention(NamedTuple):
 def _attend(
     attention: Attention,
     own: Stream,
+    number: Any,
     prefix: tuple[jax.Array, jax.Array],
     length: Any,
     caches: tuple[jax.Array, jax.Array],
     stream: Stream,
     window: int,
 ) -> jax.Array:
-    """Returns what a piece of a stream sees of its prefix and of its texts, `[piece, …]`."""
+    """Returns what piece `number` of a stream sees of its prefix and its texts, `[piece, …]`."""
 
     def near(position: Any) -> Any:
         before = own.position[:, None] - position
@@ -173,16 +172,16 @@ def _attend(
     places = jnp.arange(len(prefix[0]))
     sums = attention.add(attention.nothing(), *prefix, near(places) & (places < length))
 
-    def add(number: Any, sums: Sums) -> Sums:
+    def add(earlier: Any, sums: Sums) -> Sums:
         keys, values, other = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, number * piece, piece), (*caches, stream)
+            lambda x: jax.lax.dynamic_slice_in_dim(x, earlier * piece, piece), (*caches, stream)
         )
         alike = (own.text[:, None] == other.text) & (
             (other.suffix == 0) | (own.suffix[:, None] == other.suffix)
         )
         return attention.add(sums, keys, values, alike & near(other.position))
 
-    sums = jax.lax.fori_loop(own.first[0], own.place[0] + 1, add, sums)
+    sums = jax.lax.fori_loop(own.first[0], number + 1, add, sums)
     return attention.result(sums)
 
 
@@ -585,15 +584,19 @@ class Forward:
                 lambda some: _attend(
                     Attention(some[0] * scale, soft_cap),
                     some[1],
+                    some[2],
                     prefix.caches[at],
                     prefix.length,
                     (keys, values),
                     stream,
                     sliding_window or ENDLESS,
                 ),
-                jax.tree.map(
-                    lambda x: x.reshape(block // piece, piece, *x.shape[1:]),
-                    (query.reshape(block, kv_heads, -1, head), own),
+                (
+                    *jax.tree.map(
+                        lambda x: x.reshape(block // piece, piece, *x.shape[1:]),
+                        (query.reshape(block, kv_heads, -1, head), own),
+                    ),
+                    begin // piece + jnp.arange(block // piece),
                 ),
             )
             return None, result.reshape(block, -1).astype(query.dtype)
